@@ -1,0 +1,5 @@
+"""python -m edgelora: the command line."""
+
+from edgelora.cli import main
+
+main()

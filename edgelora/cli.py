@@ -1,0 +1,400 @@
+"""The command line: one function per verb, each importing what it needs only when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
+from edgelora_runtime import __version__
+from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgelora_runtime.bundle import Bundle
+
+# Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    name="edgelora",
+    help="Mix LoRA adapters on one 4-bit base, compile the mixes into int4 ONNX variants, switch between them offline.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
+VariantOption = Annotated[str | None, typer.Option(help="The variant; the bundle's default without it.")]
+MixOption = Annotated[
+    list[str] | None,
+    typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each."),
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores without it.")]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line; every failure is one line on standard error and an exit code."""
+    as_json = "--json" in sys.argv
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except typer.Exit as exit_:
+        code = exit_.exit_code
+    except _USAGE_ERROR as error:
+        code = _report(error.format_message(), 2, as_json)
+    except EdgeloraError as error:
+        code = _report(str(error), error.exit_code, as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing is left to say
+        code = 0
+    except MemoryError:
+        code = _report("out of memory; close other programs, or use a smaller model or context", 5, as_json)
+    except Exception as error:
+        if os.environ.get("EDGELORA_DEBUG"):
+            raise
+        code = _report(
+            f"internal error: {type(error).__name__}: {error} (EDGELORA_DEBUG=1 shows where; please report it)",
+            1,
+            as_json,
+        )
+    sys.exit(code)
+
+
+def _report(message: str, code: int, as_json: bool) -> int:
+    line = " ".join(message.split())
+    print_note(f"edgelora: {line}")
+    if as_json:
+        print_json({"error": line, "exit_code": code})
+    return code
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    context: typer.Context,
+    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
+    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    quant: Annotated[str, typer.Option(help="How the base is held: nf4, int4 (the grid that export writes) or none.")] = "nf4",
+    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
+    alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = 32.0,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags that are given win.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Fine-tune a LoRA adapter on a 4-bit base (QLoRA)."""
+    from edgelora.training import TrainConfig, read_train_config
+    from edgelora.training import train as run_training
+
+    flags = {
+        "quant": quant,
+        "rank": rank,
+        "alpha": alpha,
+        "epochs": epochs,
+        "lr": lr,
+        "max_steps": max_steps,
+        "seed": seed,
+    }
+    given = {name: value for name, value in flags.items() if context.get_parameter_source(name).name != "DEFAULT"}
+    settings = {**(read_train_config(config) if config else {}), **given}
+    report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}))
+    if json:
+        print_json(report)
+    else:
+        print(
+            f"{report.output}: {report.steps} steps on {report.rows} rows in {report.seconds:.0f} s, loss {report.train_loss:.3f}"
+        )
+
+
+@app.command()
+def compose(
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
+    method: Annotated[str, typer.Option(help="linear or ties.")] = "linear",
+    density: Annotated[float, typer.Option(help="Share of each delta's entries that ties keeps.")] = 0.2,
+    json: JsonOption = False,
+) -> None:
+    """Mix adapters into one, without retraining."""
+    from edgelora.composing import compose as run_composition
+
+    with show_progress("composing") as on_progress:
+        report = run_composition(_parse_adapters(adapter), output, method=method, density=density, on_progress=on_progress)
+    if json:
+        print_json(report)
+    else:
+        error = (
+            f", nearest rank-{report.rank} matrices (relative error up to {report.largest_error:.2f})"
+            if report.largest_error > 1e-6
+            else ", exact"
+        )
+        print(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
+
+
+@app.command()
+def export(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Base, adapters and the mixes that become variants.")],
+    output: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    json: JsonOption = False,
+) -> None:
+    """Compile a recipe's mixes into a bundle of ONNX variants."""
+    import edgelora
+    from edgelora_runtime import Bundle
+
+    with show_progress("exporting") as on_progress:
+        edgelora.export(recipe, output, on_progress=on_progress)
+    _show_bundle(Bundle.open(output), json)
+
+
+@app.command()
+def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
+    """Show what a bundle holds: variants, mixes, bytes of each and bytes shared."""
+    from edgelora_runtime import Bundle
+
+    _show_bundle(Bundle.open(bundle), json)
+
+
+@app.command()
+def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
+    """Check every byte of a bundle against its manifest; exit code 4 names what differs."""
+    from edgelora_runtime import Bundle
+
+    opened = Bundle.open(bundle)
+    with show_progress("verifying") as on_progress:
+        done = 0
+
+        def count(name: str) -> None:
+            nonlocal done
+            done += 1
+            on_progress(done, len(opened.manifest.files), name)
+
+        broken = opened.verify(count)
+    if broken:
+        raise IntegrityError(f"bundle {bundle}: {', '.join(broken)} differ from the manifest; copy or export the bundle again")
+    size = sum(entry.size for entry in opened.manifest.files.values())
+    if json:
+        print_json({"bundle": bundle, "files": len(opened.manifest.files), "bytes": size, "ok": True})
+    else:
+        print(f"{bundle}: {len(opened.manifest.files)} files, {format_bytes(size)}, all as listed")
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
+    variant: VariantOption = None,
+    mix: MixOption = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message through the chat template.")] = False,
+    max_tokens: MaxTokensOption = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were seen less likely.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling; a random one without it.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for each.")] = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Continue a prompt with one variant."""
+    from edgelora_runtime import Runtime
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with Runtime(bundle, threads=threads) as runtime:
+        stream = runtime.stream(
+            [{"role": "user", "content": text}] if chat else text,
+            variant=variant,
+            mix=_parse_mix(mix),
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
+        for piece in stream:
+            if not json:
+                print(piece, end="", flush=True)
+        assert stream.generation is not None
+        if json:
+            print_json(stream.generation)
+        else:
+            print()
+
+
+@app.command()
+def chat(
+    bundle: BundleArgument,
+    variant: VariantOption = None,
+    max_tokens: MaxTokensOption = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Talk to a bundle; /switch NAME changes the variant between two turns."""
+    from edgelora.chat import run_chat
+    from edgelora_runtime import Runtime
+
+    with Runtime(bundle, threads=threads) as runtime:
+        turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
+    if json:
+        print_json({"turns": turns})
+
+
+@app.command("eval")
+def evaluate(
+    bundle: BundleArgument,
+    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    variant: VariantOption = None,
+    mix: MixOption = None,
+    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    max_tokens: MaxTokensOption = 64,
+    threads: ThreadsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
+    from edgelora.evaluation import evaluate as run_evaluation
+    from edgelora.rows import read_rows
+    from edgelora_runtime import Runtime
+
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit {limit}: use 1 or more")
+    rows = read_rows(data)[:limit]
+    with Runtime(bundle, threads=threads) as runtime, show_progress("evaluating") as on_progress:
+        receipt = runtime.switch(variant, mix=_parse_mix(mix))
+        scores = run_evaluation(runtime, rows, max_tokens=max_tokens, on_progress=on_progress)
+    if json:
+        print_json({"bundle": bundle, "variant": receipt.variant, "data": data, **vars(scores)})
+        return
+    columns = ["variant", "rows", "exact match %", "slot F1 %", "loss / token", "perplexity"]
+    row = [receipt.variant, str(scores.rows), format_share(scores.exact_match), format_share(scores.slot_f1)]
+    print_table("", columns, [[*row, f"{scores.loss:.3f}", f"{scores.perplexity:.2f}"]])
+
+
+@app.command()
+def doctor(json: JsonOption = False) -> None:
+    """Say what this machine has of what edgelora can use, and what to install."""
+    from edgelora.doctor import diagnose
+
+    found = diagnose()
+    if json:
+        print_json({"edgelora": __version__, **vars(found)})
+        return
+    memory = "unknown" if found.memory is None else format_bytes(found.memory)
+    print(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
+    print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}")
+    print_table("", ["package", "version"], [[name, version or "absent"] for name, version in found.packages.items()])
+    for line in found.advice:
+        print(f"- {line}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("edgelora-demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """Train, mix, export and switch on a model made from nothing, or on your own base and data."""
+    from edgelora.demo import run_demo
+
+    run_demo(output, seed=seed, base=base, data=_parse_pairs(data or [], "--data NAME=FILE.jsonl"), as_json=json)
+
+
+def _show_bundle(bundle: Bundle, as_json: bool) -> None:
+    from edgelora.inspection import describe_bundle
+
+    described = describe_bundle(bundle)
+    if as_json:
+        print_json(described)
+        return
+    manifest, quantization = bundle.manifest, bundle.manifest.quantization
+    grid = (
+        "float32"
+        if quantization.bits == 32
+        else f"int{quantization.bits}, block {quantization.block_size}, {quantization.method}"
+    )
+    base = f"base {manifest.base.name} ({manifest.base.sha256[:12]})"
+    print(f"{bundle.folder}: {manifest.model.architecture}, {manifest.model.layers} layers, {base}, {grid}")
+    rows = [
+        [
+            item.name + (" *" if item.name == manifest.default_variant else ""),
+            item.kind,
+            " + ".join(f"{weight:g} {name}" for name, weight in item.mix.items()) or "–",
+            item.method if item.mix else "–",
+            format_bytes(item.bytes),
+            format_bytes(item.private_bytes),
+        ]
+        for item in described.variants
+    ]
+    print_table("", ["variant", "kind", "mix", "method", "bytes", "of its own"], rows)
+    print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
+    if not items:
+        return None
+    pairs = _parse_pairs(items, "--mix ADAPTER=WEIGHT")
+    return {name: _parse_number(value, f"--mix {name}={value}") for name, value in pairs.items()}
+
+
+def _parse_adapters(items: Sequence[str]) -> dict[str, tuple[str, float]]:
+    adapters = {}
+    for name, value in _parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT").items():
+        folder, colon, weight = value.rpartition(":")
+        if not colon:
+            raise UsageError(f"--adapter {name}={value} has no weight; write {name}={value}:1.0")
+        adapters[name] = (folder, _parse_number(weight, f"--adapter {name}={value}"))
+    return adapters
+
+
+def _parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            raise UsageError(f"{item!r} is not of the form {form}")
+        if name in pairs:
+            raise UsageError(f"{name} is given twice; each name needs one {form}")
+        pairs[name] = value
+    return pairs
+
+
+def _parse_number(text: str, where: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{where}: {text!r} is not a number") from None

@@ -1,0 +1,111 @@
+"""`edgelora compose`: writes a mix as a PEFT adapter, so that any PEFT user can load it and edgelora can export it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import save
+
+from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.methods import DEFAULT_DENSITY
+from edgelora.mix import Mix
+from edgelora_export.publish import staged_folder, write_file
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class ComposeReport:
+    """What was written. largest_error: of a module's B·A against its ΔW, relative; 0 where the rank holds the mix exactly."""
+
+    output: Path
+    modules: int
+    rank: int
+    largest_error: float
+
+
+def compose(
+    adapters: Mapping[str, tuple[Path | str, float]],
+    output: Path,
+    *,
+    method: str = "linear",
+    density: float = DEFAULT_DENSITY,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> ComposeReport:
+    """Mixes adapters, given as name → (folder, weight), into one adapter.
+
+    A linear mix is exact: its rank is the sum of the ranks. Others are the nearest matrices of that rank, and the report
+    says how near. Raises InputError for adapters that do not mix and for an output that is something else.
+    """
+    if not adapters:
+        raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
+    opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
+    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density)
+    tensors: dict[str, NDArray[np.generic]] = {}
+    ranks: dict[str, int] = {}
+    largest_error = 0.0
+    modules = sorted(mix.modules)
+    for done, module in enumerate(modules):
+        on_progress(done, len(modules), module)
+        a, b, error = mix.factors_with_error(module)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+        ranks[module] = len(a)
+        largest_error = max(largest_error, error)
+    on_progress(len(modules), len(modules), "writing")
+    with staged_folder(output, marker=CONFIG) as folder:
+        config = _peft_config(ranks, next(iter(opened.values())))
+        write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
+        write_file(folder / WEIGHTS, [save(tensors)])
+        if provenance := _provenance(mix, max(ranks.values())):
+            write_provenance(folder, provenance)
+    return ComposeReport(output, len(modules), max(ranks.values()), largest_error)
+
+
+def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
+    """α = r for every module, so that the scale is 1 and the factors alone say everything."""
+    common = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": first.config.get("base_model_name_or_path"),
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def _provenance(mix: Mix, rank: int) -> Provenance | None:
+    """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
+    origins = [mix.adapters[name].provenance for name in mix.weights]
+    if any(origin is None for origin in origins):
+        return None
+    first = next(origin for origin in origins if origin is not None)
+    recipe = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
+    return Provenance(
+        base_name=first.base_name,
+        base_sha256=first.base_sha256,
+        base_quantization=first.base_quantization,
+        data_sha256="",
+        data_rows=0,
+        init=f"composed: {mix.method}({recipe})",
+        seed=0,
+        rank=rank,
+        alpha=float(rank),
+        steps=0,
+        learning_rate=0.0,
+    )

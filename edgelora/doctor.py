@@ -1,0 +1,74 @@
+"""`edgelora doctor`: what this machine has of what edgelora can use, and what to install."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distributions, version
+
+RUNTIME = ("numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "typer", "rich")
+EXTRAS = {
+    "export": ("torch", "transformers", "onnx", "onnx-ir"),
+    "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets"),
+}
+
+# Distributions that install the same files; onnxruntime-genai and the onnxruntime-ep-… plugins stand beside them.
+_ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", "-webgpu", "-openvino", "-qnn", "-silicon")}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """python, system: versions. cores: logical. memory: bytes, None if unknown. packages: version or None per package.
+
+    providers: onnxruntime's. advice: one line per thing to do, empty if all is well.
+    """
+
+    python: str
+    system: str
+    cores: int
+    memory: int | None
+    providers: tuple[str, ...]
+    packages: dict[str, str | None]
+    advice: tuple[str, ...]
+
+
+def diagnose() -> Diagnosis:
+    """Looks at the installed packages and at onnxruntime; imports nothing heavier."""
+    packages = {name: _version(name) for name in (*RUNTIME, *(name for names in EXTRAS.values() for name in names))}
+    providers: tuple[str, ...] = ()
+    advice = []
+    if packages["onnxruntime"] is not None:
+        import onnxruntime
+
+        providers = tuple(onnxruntime.get_available_providers())
+    flavours = sorted({item.name for item in distributions()} & _ONNXRUNTIMES)
+    if len(flavours) > 1:
+        advice.append(f"{' and '.join(flavours)} share their files and overwrite each other; uninstall all of them, install one")
+    for extra, names in EXTRAS.items():
+        if missing := [name for name in names if packages[name] is None]:
+            advice.append(f"edgelora {extra} needs {', '.join(missing)}: pip install 'edgelora[{extra}]'")
+    return Diagnosis(
+        python=sys.version.split()[0],
+        system=f"{platform.system()} {platform.machine()}",
+        cores=os.cpu_count() or 1,
+        memory=_memory(),
+        providers=providers,
+        packages=packages,
+        advice=tuple(advice),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,79 @@
+"""`edgelora eval`: how well a variant writes the completions of a data file, as onnxruntime runs it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.scores import exact_match, slot_f1
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora.rows import Row
+    from edgelora_runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Scores:
+    """exact_match: share of rows written to the letter, greedily. slot_f1: where the completions are slots, else None.
+
+    loss: mean negative log likelihood of the right completion, in nats per token; perplexity: its exponential.
+    """
+
+    rows: int
+    exact_match: float
+    slot_f1: float | None
+    loss: float
+    perplexity: float
+
+
+def evaluate(
+    runtime: Runtime,
+    rows: Sequence[Row],
+    *,
+    variant: str | None = None,
+    mix: Mapping[str, float] | None = None,
+    max_tokens: int = 64,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Scores:
+    """Scores one variant, or one live mix, on rows; the arguments are those of Runtime.generate."""
+    if not rows:
+        raise InputError("there are no rows to evaluate")
+    written: list[str] = []
+    nats, tokens = 0.0, 0
+    for done, row in enumerate(rows):
+        on_progress(done, len(rows), "rows")
+        answer = runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens)
+        written.append(answer.text)
+        row_nats, row_tokens = completion_loss(runtime, row, variant=variant, mix=mix)
+        nats, tokens = nats + row_nats, tokens + row_tokens
+    on_progress(len(rows), len(rows), "rows")
+    right = [row.completion for row in rows]
+    loss = nats / tokens
+    return Scores(len(rows), exact_match(written, right), slot_f1(written, right), loss, math.exp(min(loss, 700.0)))
+
+
+def completion_loss(
+    runtime: Runtime, row: Row, *, variant: str | None = None, mix: Mapping[str, float] | None = None
+) -> tuple[float, int]:
+    """Negative log likelihood of a completion after its prompt, in nats, and its tokens."""
+    prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
+    start = len(prompt) if whole[: len(prompt)] == prompt else len(prompt) - 1  # a token may span the seam
+    logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
+    return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start
+
+
+def log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
+    """Log probability of each token, float64 (T,), under logits (T, V)."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    chosen: NDArray[np.float64] = wide[np.arange(len(tokens)), np.asarray(tokens)]
+    chosen -= np.log(np.exp(wide).sum(axis=1))
+    return chosen

@@ -1,0 +1,70 @@
+"""`edgelora inspect`: what a bundle holds, in bytes per variant and bytes shared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgelora_runtime import Bundle
+    from edgelora_runtime.manifest import BaseEntry, ModelEntry, QuantizationEntry, VariantEntry
+
+
+@dataclass(frozen=True)
+class VariantBytes:
+    """A variant and its size. bytes: all that it maps, adapters included; private_bytes: those that no other maps."""
+
+    name: str
+    kind: str
+    mix: Mapping[str, float]
+    method: str
+    bytes: int
+    private_bytes: int
+
+
+@dataclass(frozen=True)
+class BundleDescription:
+    """A bundle in figures. bytes: of all files; shared_bytes: of files that more than one variant maps."""
+
+    bytes: int
+    shared_bytes: int
+    default_variant: str
+    base: BaseEntry
+    model: ModelEntry
+    quantization: QuantizationEntry
+    variants: tuple[VariantBytes, ...]
+
+
+def describe_bundle(bundle: Bundle) -> BundleDescription:
+    """Counts which files each variant maps."""
+    manifest = bundle.manifest
+    sizes = {name: entry.size for name, entry in manifest.files.items()}
+
+    def mapped(variant: VariantEntry) -> set[str]:
+        graphs = {name for graph in variant.graphs.values() for name in (graph.file, *graph.blobs)}
+        return graphs | {file for name in variant.live if (file := manifest.adapters[name].file) is not None}
+
+    files = {name: mapped(variant) for name, variant in manifest.variants.items()}
+    users = Counter(file for used in files.values() for file in used)
+    return BundleDescription(
+        bytes=sum(sizes.values()),
+        shared_bytes=sum(sizes[file] for file, count in users.items() if count > 1),
+        default_variant=manifest.default_variant,
+        base=manifest.base,
+        model=manifest.model,
+        quantization=manifest.quantization,
+        variants=tuple(
+            VariantBytes(
+                name,
+                variant.kind,
+                variant.mix,
+                variant.method,
+                sum(sizes[file] for file in files[name]),
+                sum(sizes[file] for file in files[name] if users[file] == 1),
+            )
+            for name, variant in manifest.variants.items()
+        ),
+    )

@@ -1,0 +1,137 @@
+"""recipe.toml: which base, which adapters, which mixes become variants. Read strictly, every mistake in one message."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.methods import DEFAULT_DENSITY
+from edgelora.mix import METHODS
+from edgelora_export.variants import Quantization
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import check_variant_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KINDS = ("merged", "live")
+
+
+@dataclass(frozen=True)
+class VariantRecipe:
+    """One variant as the recipe asks for it. mix: weight per adapter, {} for the bare base. density: for ties."""
+
+    mix: Mapping[str, float]
+    kind: str = "merged"
+    method: str = "linear"
+    density: float = DEFAULT_DENSITY
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A bundle to be made.
+
+    base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
+    the first. context_length: positions that the bundle holds, None for the model's own up to a bound.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    variants: Mapping[str, VariantRecipe]
+    quantization: Quantization = field(default_factory=Quantization)
+    default: str | None = None
+    context_length: int | None = None
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Reads a recipe file; paths in it are relative to its folder. InputError lists everything that is wrong with it."""
+    path = Path(path)
+    try:
+        value = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"recipe {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"recipe {path} is not readable TOML ({error})") from error
+    return parse_recipe(value, path.parent, str(path))
+
+
+def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") -> Recipe:
+    """A Recipe from parsed TOML; see read_recipe."""
+    wrong: list[str] = []
+
+    def take(table: Mapping[str, Any], where: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+        """The known keys of a table that have the right type; notes all others."""
+        wrong.extend(f"{where}{key} is not a known key; known: {', '.join(kinds)}" for key in table if key not in kinds)
+        taken = {}
+        for key, kind in kinds.items():
+            if key in table:
+                if isinstance(table[key], kind) and (kind is bool or not isinstance(table[key], bool)):
+                    taken[key] = table[key]
+                else:
+                    wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
+        return taken
+
+    top = take(value, "", base=str, adapters=dict, quantization=dict, variants=dict, default=str, context_length=int)
+    if "base" not in top and "base" not in value:
+        wrong.append('base is missing; write base = "path or hub id"')
+    if not top.get("variants") and "variants" not in value:
+        wrong.append("there is no variant; write at least [variants.base] with mix = {}")
+    adapters = {}
+    for name, location in top.get("adapters", {}).items():
+        if not isinstance(location, str):
+            wrong.append(f"adapters.{name} = {location!r} is not a path")
+        elif reason := check_variant_name(name):
+            wrong.append(f"adapters.{name}: {reason}")
+        else:
+            adapters[name] = folder / location
+    variants = {}
+    for name, table in top.get("variants", {}).items():
+        where = f"variants.{name}."
+        if reason := check_variant_name(name):
+            wrong.append(f"variants.{name}: {reason}")
+        if not isinstance(table, dict):
+            wrong.append(f"variants.{name} is not a table")
+            continue
+        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float))
+        wrong += _check_variant(taken, where, top.get("adapters", {}))
+        variants[name] = taken
+    quantization = take(top.get("quantization", {}), "quantization.", bits=int, block_size=int, symmetric=bool, method=str)
+    if "default" in top and top["default"] not in top.get("variants", {}):
+        wrong.append(f"default = {top['default']!r} is no variant of the recipe")
+    try:
+        grid = Quantization(**quantization)
+    except InputError as error:
+        wrong.append(f"quantization: {error}")
+    if wrong:
+        raise InputError(f"{label}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+    base = folder / top["base"]
+    return Recipe(
+        base=str(base) if base.exists() else top["base"],
+        adapters=adapters,
+        variants={name: VariantRecipe(**{"mix": {}, **taken}) for name, taken in variants.items()},
+        quantization=grid,
+        default=top.get("default"),
+        context_length=top.get("context_length"),
+    )
+
+
+def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for name, weight in table.get("mix", {}).items():
+        if name not in adapters:
+            wrong.append(f"{where}mix names {name}, which [adapters] lacks")
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            wrong.append(f"{where}mix.{name} = {weight!r} is not a weight")
+    for key, allowed in (("kind", KINDS), ("method", METHODS)):
+        if key in table and table[key] not in allowed:
+            wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
+    if table.get("kind") == "live" and not table.get("mix"):
+        wrong.append(f"{where}kind = 'live' needs a mix; without one use kind = 'merged'")
+    if table.get("kind") == "live" and table.get("method", "linear") != "linear":
+        wrong.append(
+            f"{where}method = {table['method']!r} gives no sum of adapters, which a live variant is; "
+            "make it one adapter with edgelora compose, or use kind = 'merged'"
+        )
+    return wrong

@@ -1,0 +1,45 @@
+"""Scores of written completions against the right ones."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+Slots = Counter[tuple[str, str]]
+
+
+def exact_match(written: Sequence[str], right: Sequence[str]) -> float:
+    """Share of completions that are right to the letter, white space around them aside."""
+    return sum(one.strip() == other.strip() for one, other in zip(written, right, strict=True)) / len(right)
+
+
+def parse_slots(text: str) -> Slots | None:
+    """The slots of `name = value; name = value`, or none of `none`; None where the text has another form."""
+    text = text.strip()
+    if text == "none":
+        return Counter()
+    pairs = [item.partition("=") for item in text.split(";")]
+    if not all(name.strip() and sign and value.strip() for name, sign, value in pairs):
+        return None
+    return Counter((name.strip(), value.strip()) for name, _, value in pairs)
+
+
+def slot_f1(written: Sequence[str], right: Sequence[str]) -> float | None:
+    """Micro-averaged F1 over (slot, value) pairs; None where the right completions are not slots.
+
+    A written completion of another form counts as no slots found.
+    """
+    truths = [parse_slots(text) for text in right]
+    if any(truth is None for truth in truths) or not any(truths):
+        return None
+    found = wanted = hit = 0
+    for text, truth in zip(written, truths, strict=True):
+        assert truth is not None
+        guess = parse_slots(text) or Counter()
+        found += guess.total()
+        wanted += truth.total()
+        hit += (guess & truth).total()
+    return 2 * hit / (found + wanted)

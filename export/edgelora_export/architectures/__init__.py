@@ -1,0 +1,27 @@
+"""From a config.json to a Decoder: one small file per architecture family."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgelora_export.architectures.llama import read_llama
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgelora_export.decoder import Decoder
+
+_READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {"llama": read_llama}
+
+
+def read_decoder(config: dict[str, Any], context_length: int | None = None) -> Decoder:
+    """The decoder that a Hugging Face config describes.
+
+    context_length: positions that the bundle can hold; None for the model's own, at most 32768.
+    Raises InputError for an architecture or a setting that the builder cannot express.
+    """
+    kind = config.get("model_type")
+    if kind not in _READERS:
+        raise InputError(f"model_type {kind!r} is not supported; supported: {', '.join(sorted(_READERS))}")
+    return _READERS[kind](config, context_length)

@@ -1,0 +1,151 @@
+"""The one quantization grid of edgelora: blocks along K, integer codes, one fp32 scale per block.
+
+The layout is MatMulNBits' (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits):
+code j of a block stands in byte j // 2, the even one in the low nibble; without zero points code 2^(bits-1) means 0.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+    Codes = NDArray[np.uint8]
+
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+BITS = (4, 8)
+
+# Step sizes tried per block, as a divisor of the block's largest magnitude. 8 puts the extreme on the end code without
+# clipping; smaller divisors spare the opposite end, larger ones clip the extreme and sharpen the rest.
+_DIVISORS = {4: (7.0, 7.5, 8.0, 8.5, 9.0), 8: (128.0,)}
+_CHUNK_ELEMENTS = 1 << 20  # a few MB of temporaries per thread: stays in cache and bounds memory
+
+
+@dataclass(frozen=True)
+class BlockQuantized:
+    """A weight (N, K) on the grid: w[n, k] ≈ (code - zero) * scale of its block.
+
+    codes: uint8 (N, ceil(K / block_size), block_size * bits / 8), packed.
+    scales: float32 (N, ceil(K / block_size)).
+    zero_points: uint8 (N, ceil(ceil(K / block_size) * bits / 8)), packed, or None for 2^(bits-1) everywhere.
+    """
+
+    codes: Codes
+    scales: Floats
+    zero_points: Codes | None
+    bits: int
+    block_size: int
+    columns: int
+
+    def dequantize(self) -> Floats:
+        """The float32 (N, K) matrix that these codes stand for."""
+        rows, blocks = self.scales.shape
+        codes = unpack_codes(self.codes, self.bits).astype(np.float32)
+        if self.zero_points is None:
+            zero = np.full((rows, blocks, 1), 1 << (self.bits - 1), np.float32)
+        else:
+            zero = unpack_codes(self.zero_points, self.bits)[:, :blocks, None].astype(np.float32)
+        weight = (codes - zero) * self.scales[:, :, None]
+        return np.ascontiguousarray(weight.reshape(rows, -1)[:, : self.columns])
+
+
+def pack_codes(codes: Codes, bits: int) -> Codes:
+    """Packs uint8 codes (..., J) into (..., ceil(J * bits / 8)); an odd tail of 4-bit codes is padded with 0."""
+    if bits == 8:
+        return codes
+    if codes.shape[-1] % 2:
+        codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], axis=-1)
+    return codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+
+
+def unpack_codes(packed: Codes, bits: int) -> Codes:
+    """Inverse of pack_codes: (..., J) bytes into (..., J * 8 / bits) codes."""
+    if bits == 8:
+        return packed
+    codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    codes[..., 0::2] = packed & 0x0F
+    codes[..., 1::2] = packed >> np.uint8(4)
+    return codes
+
+
+def check_grid(bits: int, block_size: int) -> None:
+    """Refuses a grid that MatMulNBits cannot run."""
+    if bits not in BITS:
+        raise InputError(f"bits = {bits}: the grid has 4 or 8 bits (32 leaves weights in float32)")
+    if block_size not in BLOCK_SIZES:
+        raise InputError(f"block_size = {block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
+
+
+def quantize_rtn(weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True) -> BlockQuantized:
+    """Rounds a weight to the nearest code, block by block, each block with the step of least squared error.
+
+    weight: float32 (N, K), finite. K need not be a multiple of block_size: the tail block is padded with zeros.
+    Raises InputError for an impossible grid and for NaN or infinity in the weight.
+    """
+    check_grid(bits, block_size)
+    rows, columns = weight.shape
+    blocks = -(-columns // block_size)
+    codes = np.empty((rows, blocks, block_size * bits // 8), np.uint8)
+    scales = np.empty((rows, blocks), np.float32)
+    zeros = None if symmetric else np.empty((rows, blocks), np.uint8)
+    round_blocks = _round_symmetric if symmetric else _round_asymmetric
+
+    def quantize_rows(start: int) -> None:
+        stop = min(start + step, rows)
+        padded = np.zeros((stop - start, blocks * block_size), np.float32)
+        padded[:, :columns] = weight[start:stop]
+        if not np.isfinite(padded).all():
+            raise InputError("the weight holds NaN or infinity; it cannot be quantized: check the base and the adapters")
+        code, scale, zero = round_blocks(padded.reshape(stop - start, blocks, block_size), bits)
+        codes[start:stop] = pack_codes(code, bits)
+        scales[start:stop] = scale
+        if zeros is not None:
+            zeros[start:stop] = zero
+
+    step = max(1, _CHUNK_ELEMENTS // (blocks * block_size))
+    with ThreadPoolExecutor() as pool:  # numpy releases the GIL
+        list(pool.map(quantize_rows, range(0, rows, step)))
+    packed_zeros = None if zeros is None else pack_codes(zeros, bits)
+    return BlockQuantized(codes, scales, packed_zeros, bits, block_size, columns)
+
+
+def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
+    """Codes uint8, scales and (constant) zero points for blocks (R, C, block_size)."""
+    half = 1 << (bits - 1)
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[:, :, None], axis=2)
+    best_codes = np.zeros(blocks.shape, np.float32)
+    best_scale = np.zeros(extreme.shape, np.float32)
+    best_error = np.full(extreme.shape, np.inf, np.float32)
+    for divisor in _DIVISORS[bits]:
+        # The sign sends the extreme to code 0, the end that reaches further: -half against half - 1.
+        scale = extreme / np.float32(-divisor)
+        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+        codes = np.clip(np.rint(blocks * inverse), -half, half - 1)
+        residual = codes * scale - blocks
+        error = np.einsum("rcb,rcb->rc", residual, residual)[:, :, None]
+        better = error < best_error
+        np.copyto(best_codes, codes, where=better)
+        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_error, error, where=better)
+    zero = np.full(best_scale.shape[:2], half, np.uint8)
+    return (best_codes + half).astype(np.uint8), best_scale[:, :, 0], zero
+
+
+def _round_asymmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
+    """Codes uint8, scales and zero points for blocks (R, C, block_size); the range always holds 0."""
+    top = (1 << bits) - 1
+    low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
+    high = np.maximum(blocks.max(axis=2, keepdims=True), 0)
+    scale = (high - low) / np.float32(top)
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    zero = np.clip(np.rint(-low * inverse), 0, top)
+    codes = np.clip(np.rint(blocks * inverse) + zero, 0, top)
+    return codes.astype(np.uint8), scale[:, :, 0], zero[:, :, 0].astype(np.uint8)

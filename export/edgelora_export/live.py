@@ -1,0 +1,49 @@
+"""Live adapters: which graph inputs take which module's A and B, and the fp16 file that holds an adapter's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save
+
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import LiveSlots
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.variants import LowRank
+
+_HALF_LIMIT = float(np.finfo(np.float16).max)
+
+
+def live_slots(linear: Linear) -> LiveSlots:
+    """The names of a product's LoRA inputs, and the modules whose factors they take."""
+    return LiveSlots(
+        a=f"{linear.name}.lora_A",
+        b=tuple(f"{module}.lora_B" for module in linear.modules),
+        modules=linear.modules,
+        columns=linear.columns,
+        rows=tuple(part.graph_rows for part in linear.parts),
+    )
+
+
+def pack_live_adapter(decoder: Decoder, adapter: LowRank) -> bytes:
+    """The safetensors bytes of an adapter: per module lora_A (r, K) and lora_B (N, r), fp16, scaling folded into B."""
+    tensors: dict[str, NDArray[np.float16]] = {}
+    for linear in decoder.linears:
+        for part in linear.parts:
+            if part.module in adapter.modules:
+                a, b = adapter.factors(part.module)
+                tensors[f"{part.module}.lora_A"] = _to_half(part.pad_columns(a), part.module)
+                tensors[f"{part.module}.lora_B"] = _to_half(part.pad_rows(b), part.module)
+    return save(tensors)
+
+
+def _to_half(values: NDArray[np.float32], module: str) -> NDArray[np.float16]:
+    largest = float(np.abs(values).max(initial=0.0))
+    if not largest <= _HALF_LIMIT:
+        raise InputError(f"the adapter's factor for {module} reaches {largest:g}, which fp16 cannot hold; export it merged")
+    return np.ascontiguousarray(values, np.float16)

@@ -1,0 +1,128 @@
+"""Publishing a folder at once: it is built beside its target, flushed to disk, and then takes the target's name."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.errors import InputError, ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+_STAGING = ".edgelora-staging"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Writes a file whole and flushed to disk; ResourceError, and no file, where the disk is full."""
+    try:
+        with path.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        if error.errno in _NO_SPACE:
+            raise ResourceError(f"no space left on the disk of {path.parent} while writing {path.name}; free some") from error
+        raise
+
+
+@contextmanager
+def staged_folder(target: Path, *, marker: str) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+
+    An existing target is replaced in one step and only if it is empty or holds the file `marker`: anything else is not
+    ours to delete. Staging folders that a killed run left beside the target are removed.
+    Raises InputError for a target that is in the way, ResourceError for a full disk.
+    """
+    target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user chose to place)
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())):
+        raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
+    staging.mkdir()
+    try:
+        yield staging
+        _flush_folder(staging)
+        _replace_folder(staging, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        if error.errno in _NO_SPACE and not isinstance(error, ResourceError):
+            raise ResourceError(f"no space left on the disk of {target}; free some and run again") from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    for leftover in target.parent.glob(f".{target.name}{_STAGING}-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    if sys.platform == "win32":
+        return pid == os.getpid()  # os.kill would end the process there
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush_folder(folder: Path) -> None:
+    if sys.platform == "win32":
+        return  # folders cannot be opened there; NTFS journals renames
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace_folder(staging: Path, target: Path) -> None:
+    """Gives staging the target's name; an existing target ends up under the staging name and is then removed."""
+    if not target.exists():
+        staging.rename(target)
+        return
+    if _exchange(staging, target):
+        return
+    # No exchange on this system: two renames, with an instant between them in which the target has no name.
+    old = staging.with_name(staging.name + ".old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one atomic step; False where the system or file system has no such call."""
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+    except (OSError, TypeError):
+        return False
+    first, second = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        at_fdcwd, rename_exchange = -100, 2  # linux/fcntl.h, linux/fs.h
+        return bool(library.renameat2(at_fdcwd, first, at_fdcwd, second, rename_exchange) == 0)
+    if sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        rename_swap = 2  # sys/stdio.h
+        return bool(library.renamex_np(first, second, rename_swap) == 0)
+    return False

@@ -1,0 +1,31 @@
+"""Runs edgelora bundles: numpy, onnxruntime and tokenizers, nothing heavier."""
+
+from edgelora_runtime._version import __version__
+from edgelora_runtime.bundle import Bundle
+from edgelora_runtime.errors import (
+    EdgeloraError,
+    InputError,
+    IntegrityError,
+    MissingExtraError,
+    ResourceError,
+    UsageError,
+)
+from edgelora_runtime.generation import Generation, Receipt, TextStream
+from edgelora_runtime.runtime import Runtime
+from edgelora_runtime.sampling import Sampling
+
+__all__ = [
+    "Bundle",
+    "EdgeloraError",
+    "Generation",
+    "InputError",
+    "IntegrityError",
+    "MissingExtraError",
+    "Receipt",
+    "ResourceError",
+    "Runtime",
+    "Sampling",
+    "TextStream",
+    "UsageError",
+    "__version__",
+]

@@ -1,0 +1,68 @@
+"""Live adapters at run time: the factors of a weighted mix, stacked along the rank, as the graph's LoRA inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from edgelora_runtime.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.manifest import LiveSlots
+
+    Floats = NDArray[np.float32]
+    Factors = Mapping[str, NDArray[np.float16]]
+
+FILE_LIMIT = 1 << 32  # bytes of one adapter file
+
+
+def read_factors(raw: bytes, name: str) -> Factors:
+    """The fp16 tensors of an adapter file."""
+    try:
+        factors = load(raw)
+    except SafetensorError as error:
+        raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
+    wrong = sorted(key for key, tensor in factors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
+    if wrong:
+        raise IntegrityError(f"{name} holds tensors that are not fp16 matrices: {', '.join(wrong[:4])}")
+    return factors
+
+
+def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> dict[str, Floats]:
+    """The LoRA inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
+
+    Returns for each product A, float32 (K, parts * R), and per part B, float32 (R, N). Parts of unequal rank are filled
+    up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
+    """
+    inputs: dict[str, Floats] = {}
+    for slot in slots:
+        parts = [
+            [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
+            for m in slot.modules
+        ]
+        rank = max(sum(len(a) for a, _, _ in factors) for factors in parts)
+        stacked_a = np.zeros((slot.columns, len(parts) * rank), np.float32)
+        for index, (factors, name, rows) in enumerate(zip(parts, slot.b, slot.rows, strict=True)):
+            stacked_b = np.zeros((rank, rows), np.float32)
+            start = 0
+            for a, b, weight in factors:
+                stop = start + len(a)
+                try:
+                    stacked_a[:, index * rank + start : index * rank + stop] = a.T
+                    stacked_b[start:stop] = b.T
+                except ValueError as error:
+                    raise IntegrityError(
+                        f"an adapter's factors for {slot.modules[index]} have shapes {a.shape} and {b.shape}"
+                    ) from error
+                stacked_b[start:stop] *= np.float32(weight)
+                start = stop
+            inputs[name] = stacked_b
+        inputs[slot.a] = stacked_a
+    return inputs

@@ -1,0 +1,267 @@
+"""The manifest of a bundle: its dataclasses are the schema, read and written strictly. docs/bundle-format.md specifies it."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from edgelora_runtime.errors import IntegrityError
+
+MANIFEST = "bundle.json"
+FORMAT = "edgelora-bundle"
+VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
+MANIFEST_LIMIT = 16 << 20  # bytes
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DEVICE_NAMES = frozenset({"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))})
+RESERVED_VARIANTS = frozenset({"auto", "live"})
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of the bundle. size in bytes; sha256 in lower-case hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class BaseEntry:
+    """The base that every variant is made from: a name for people, and the hash of its weights."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """Sizes of the graphs' inputs and outputs. head_size as the graphs have it; context_length in tokens."""
+
+    architecture: str
+    hidden_size: int
+    layers: int
+    kv_heads: int
+    head_size: int
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizationEntry:
+    """The grid of a bundle's weights; 32 bits are float32."""
+
+    bits: int
+    block_size: int
+    symmetric: bool
+    method: str
+
+
+@dataclass(frozen=True)
+class AdapterEntry:
+    """An adapter that the bundle was made from. file: its A and B, where a live variant needs them."""
+
+    sha256: str
+    rank: int
+    file: str | None = None
+
+
+@dataclass(frozen=True)
+class LiveSlots:
+    """The LoRA inputs of one product of the live graph.
+
+    a: input of shape (columns, parts * R). b: one input (R, rows[i]) per part. modules: whose factors each part takes.
+    """
+
+    a: str
+    b: tuple[str, ...]
+    modules: tuple[str, ...]
+    columns: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """A graph and the blobs that it maps."""
+
+    file: str
+    blobs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class VariantEntry:
+    """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu)."""
+
+    kind: Literal["merged", "live"]
+    mix: dict[str, float]
+    method: str
+    graphs: dict[str, GraphEntry]
+    live: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that a bundle says of itself; files lists every file but the manifest."""
+
+    created_by: str
+    default_variant: str
+    base: BaseEntry
+    model: ModelEntry
+    quantization: QuantizationEntry
+    adapters: dict[str, AdapterEntry]
+    live_slots: tuple[LiveSlots, ...]
+    variants: dict[str, VariantEntry]
+    files: dict[str, FileEntry]
+
+    def dump(self) -> bytes:
+        """The JSON text of the manifest, keys in the order of the schema."""
+        value = {"format": FORMAT, "version": ".".join(map(str, VERSION)), **asdict(self)}
+        return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def parse_manifest(raw: bytes) -> Manifest:
+    """Reads and checks a manifest; IntegrityError names the key that is wrong."""
+    if len(raw) > MANIFEST_LIMIT:
+        raise IntegrityError(f"{MANIFEST} has {len(raw)} bytes, over the limit of {MANIFEST_LIMIT}")
+    try:
+        value = json.loads(raw, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{MANIFEST} is not valid JSON ({error})") from error
+    if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
+        raise IntegrityError(f"{MANIFEST} does not say format {FORMAT!r}; this is not an edgelora bundle")
+    minor = _check_version(value.pop("version", None))
+    manifest: Manifest = _decode(Manifest, value, "", skip_unknown=minor > VERSION[1])
+    _check_names(manifest)
+    _check_references(manifest)
+    return manifest
+
+
+def check_variant_name(name: str) -> str | None:
+    """Why a name cannot be a variant's or an adapter's, or None."""
+    if not _VARIANT_NAME.fullmatch(name):
+        return "use letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
+    if name.lower() in RESERVED_VARIANTS:
+        return "the name is reserved"
+    return None
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _check_version(text: object) -> int:
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
+    if match is None:
+        raise IntegrityError(f"{MANIFEST}: version {text!r} is not of the form 1.0")
+    major, minor = int(match[1]), int(match[2])
+    if major != VERSION[0]:
+        raise IntegrityError(f"{MANIFEST}: version {text} is not readable by this edgelora, which reads {VERSION[0]}.x")
+    return minor
+
+
+def _decode(kind: Any, value: Any, path: str, *, skip_unknown: bool) -> Any:
+    """The value as the annotated type; IntegrityError where it is of another one."""
+
+    def fail(expected: str) -> typing.NoReturn:
+        raise IntegrityError(f"{MANIFEST}: {path or 'top level'} should be {expected}, not {json.dumps(value)[:80]}")
+
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            fail("an object")
+        hints = typing.get_type_hints(kind)
+        known = {item.name: item for item in fields(kind)}
+        absent = [
+            name
+            for name, item in known.items()
+            if name not in value and item.default is MISSING and item.default_factory is MISSING
+        ]
+        unknown = [] if skip_unknown else sorted(set(value) - set(known))
+        if absent or unknown:
+            said = [f"{word} {', '.join(names)}" for word, names in (("lacks", absent), ("has unknown", unknown)) if names]
+            raise IntegrityError(f"{MANIFEST}: {path or 'top level'} {' and '.join(said)}")
+        given = {name: item for name, item in value.items() if name in known}
+        return kind(**{n: _decode(hints[n], v, f"{path}.{n}".lstrip("."), skip_unknown=skip_unknown) for n, v in given.items()})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is dict:
+        if not isinstance(value, dict):
+            fail("an object")
+        return {key: _decode(arguments[1], item, f"{path}[{key!r}]", skip_unknown=skip_unknown) for key, item in value.items()}
+    if origin is tuple:
+        if not isinstance(value, list):
+            fail("a list")
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]", skip_unknown=skip_unknown) for i, item in enumerate(value))
+    if origin is Literal:
+        if value not in arguments:
+            fail(" or ".join(map(repr, arguments)))
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _decode(arguments[0], value, path, skip_unknown=skip_unknown)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        fail(f"a {kind.__name__}")
+    if kind is int and not 0 <= value < 1 << 53:
+        fail("a whole number from 0 to 2^53")
+    return value
+
+
+def _check_names(manifest: Manifest) -> None:
+    seen: dict[str, str] = {}
+    for name, entry in manifest.files.items():
+        stem = name.split(".")[0].lower()
+        if not _FILE_NAME.fullmatch(name) or stem in _DEVICE_NAMES or name.endswith(".") or name == MANIFEST:
+            raise IntegrityError(f"{MANIFEST}: {name!r} is not a name that a bundle's file may have")
+        if seen.setdefault(name.lower(), name) != name:
+            raise IntegrityError(f"{MANIFEST}: {seen[name.lower()]!r} and {name!r} differ only in case")
+        if not _SHA256.fullmatch(entry.sha256):
+            raise IntegrityError(f"{MANIFEST}: sha256 of {name} is not 64 lower-case hex digits")
+    for what, names in (("variant", manifest.variants), ("adapter", manifest.adapters)):
+        for name in names:
+            if reason := check_variant_name(name):
+                raise IntegrityError(f"{MANIFEST}: {what} {name!r}: {reason}")
+
+
+def _check_references(manifest: Manifest) -> None:
+    """Every name that one part of the manifest uses must stand in another."""
+    wrong: list[str] = []
+    if manifest.default_variant not in manifest.variants:
+        wrong.append(f"default_variant {manifest.default_variant!r} is not a variant")
+    for name, variant in manifest.variants.items():
+        if "cpu" not in variant.graphs:
+            wrong.append(f"variant {name} has no cpu graph")
+        if (variant.kind == "live") != bool(variant.live):
+            wrong.append(f"variant {name} is {variant.kind} and live is {variant.live}")
+        for graph in variant.graphs.values():
+            wrong += [
+                f"variant {name} uses {file}, which files lacks"
+                for file in (graph.file, *graph.blobs)
+                if file not in manifest.files
+            ]
+        for adapter in variant.live:
+            if adapter not in manifest.adapters or manifest.adapters[adapter].file is None:
+                wrong.append(f"variant {name} needs adapter {adapter}, which adapters lacks or gives no file")
+    for name, entry in manifest.adapters.items():
+        if entry.file is not None and entry.file not in manifest.files:
+            wrong.append(f"adapter {name} uses {entry.file}, which files lacks")
+    for slots in manifest.live_slots:
+        if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
+            wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
+    model = manifest.model
+    for key in ("hidden_size", "layers", "kv_heads", "head_size", "vocab_size", "context_length"):
+        if getattr(model, key) < 1:
+            wrong.append(f"model.{key} is {getattr(model, key)}")
+    if wrong:
+        raise IntegrityError(f"{MANIFEST}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")

@@ -1,0 +1,158 @@
+"""One onnxruntime session and the KV caches that it reads and writes in place."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from edgelora_runtime.errors import IntegrityError, ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.manifest import ModelEntry
+
+    Floats = NDArray[np.float32]
+
+PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
+_SMALLEST_CACHE = 256  # positions; a cache doubles from here as it fills
+_ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
+
+
+@dataclass
+class Cache:
+    """Keys and values of the tokens that one variant has read.
+
+    keys, values: per layer float32 (1, kv_heads, capacity, head_size). tokens: what the first len(tokens) positions hold.
+    """
+
+    keys: list[Floats] = field(default_factory=list)
+    values: list[Floats] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that fit, in tokens."""
+        return self.keys[0].shape[2] if self.keys else 0
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens; the positions behind them are overwritten later."""
+        del self.tokens[length:]
+
+    def reserve(self, positions: int, model: ModelEntry) -> bool:
+        """Grows to hold at least `positions`, keeping what is there; True if the arrays are new."""
+        if positions <= self.capacity:
+            return False
+        capacity = max(_SMALLEST_CACHE, self.capacity)
+        while capacity < positions:
+            capacity *= 2
+        shape = (1, model.kv_heads, min(capacity, model.context_length), model.head_size)
+        used = len(self.tokens)
+        try:
+            keys, values = ([np.zeros(shape, np.float32) for _ in range(model.layers)] for _ in range(2))
+        except MemoryError as error:
+            raise ResourceError(
+                f"no memory for a KV cache of {shape[2]} positions; use a shorter prompt or fewer tokens"
+            ) from error
+        for new, old in zip((*keys, *values), (*self.keys, *self.values), strict=False):
+            new[:, :, :used] = old[:, :, :used]
+        self.keys, self.values = keys, values
+        return True
+
+
+def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences share from their start."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+class Model:
+    """A graph that is ready to run. One step at a time; any number of caches and of live adapters."""
+
+    def __init__(self, graph: Path, entry: ModelEntry, *, threads: int | None) -> None:
+        options = ort.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise IntegrityError(f"onnxruntime refuses {graph.name}: {str(error).splitlines()[0][:300]}") from error
+        self._entry = entry
+        self._binding = self._session.io_binding()
+        self._lock = threading.Lock()
+        self._bound_cache: Cache | None = None
+        self._bound_live: Mapping[str, Floats] | None = None
+        self._keep = np.zeros(1, np.int64)
+        self._ones = np.ones((1, 0), np.int64)
+        self._logits = np.empty((1, 0, entry.vocab_size), np.float32)
+        self._binding.bind_ortvalue_input("logits_to_keep", ort.OrtValue.ortvalue_from_numpy(self._keep))
+
+    def read(self, cache: Cache, tokens: Sequence[int], *, live: Mapping[str, Floats] | None = None, keep: int = 1) -> Floats:
+        """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
+
+        live: the LoRA inputs to run with; pass the same mapping again to save the binding. The array that is returned is
+        overwritten by the next call. The caller sees to it that the tokens fit in the context.
+        """
+        with self._lock:
+            start = 0
+            while True:
+                chunk = tokens[start : start + PREFILL_CHUNK]
+                start += len(chunk)
+                ended = start == len(tokens)
+                logits = self._step(cache, chunk, live, keep if ended else 1)
+                if ended:
+                    return logits
+
+    def _step(self, cache: Cache, tokens: Sequence[int], live: Mapping[str, Floats] | None, keep: int) -> Floats:
+        total = len(cache.tokens) + len(tokens)
+        grown = cache.reserve(total, self._entry)
+        if grown or cache is not self._bound_cache:
+            self._bind_cache(cache)
+        if live is not self._bound_live:
+            self._bind_live(live or {})
+            self._bound_live = live
+        if self._ones.shape[1] < cache.capacity:
+            self._ones = np.ones((1, cache.capacity), np.int64)
+        if self._logits.shape[1] != keep:
+            self._logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            _bind_output(self._binding, "logits", self._logits)
+            self._keep[0] = keep
+        ids = np.array([tokens], np.int64)
+        _bind_input(self._binding, "input_ids", ids, ids.shape)
+        _bind_input(self._binding, "attention_mask", self._ones, (1, total))
+        self._session.run_with_iobinding(self._binding)
+        cache.tokens.extend(tokens)
+        logits: Floats = self._logits[0]
+        return logits
+
+    def _bind_cache(self, cache: Cache) -> None:
+        """Binds each buffer as past and as present: GroupQueryAttention then writes in place."""
+        for index, pair in enumerate(zip(cache.keys, cache.values, strict=True)):
+            for kind, buffer in zip(("key", "value"), pair, strict=True):
+                _bind_input(self._binding, f"past_key_values.{index}.{kind}", buffer, buffer.shape)
+                _bind_output(self._binding, f"present.{index}.{kind}", buffer)
+        self._bound_cache = cache
+
+    def _bind_live(self, live: Mapping[str, Floats]) -> None:
+        for name, array in live.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+
+def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype, shape, array.ctypes.data)
+
+
+def _bind_output(binding: ort.IOBinding, name: str, array: NDArray[np.generic]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

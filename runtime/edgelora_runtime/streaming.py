@@ -1,0 +1,48 @@
+"""Stop strings in a stream: text is held back exactly as long as it may still turn into one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class StopFilter:
+    """Passes text on until one of the stop strings appears; the stop string itself and what follows are dropped."""
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str):
+            stop = [stop]
+        if not all(stop):
+            raise UsageError("stop holds an empty string, which every text contains; leave it out")
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show now."""
+        if self.stopped:
+            return ""
+        self._held += text
+        found = [at for at in (self._held.find(word) for word in self._stop) if at >= 0]
+        if found:
+            self.stopped = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self._held, word) for word in self._stop), default=0)
+        cut = len(self._held) - keep
+        shown, self._held = self._held[:cut], self._held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, word: str) -> int:
+    """Length of the longest end of text that is a proper beginning of word."""
+    return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)
