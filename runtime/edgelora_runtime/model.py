@@ -31,11 +31,13 @@ class Cache:
     """Keys and values of the tokens that one variant has read.
 
     keys, values: per layer float32 (1, kv_heads, capacity, head_size). tokens: what the first len(tokens) positions hold.
+    logits: float32 (1, kept, V), what the last step wrote; here and not in the model, since a cache has one owner.
     """
 
     keys: list[Floats] = field(default_factory=list)
     values: list[Floats] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    logits: Floats = field(default_factory=lambda: np.empty((1, 0, 0), np.float32))
 
     @property
     def capacity(self) -> int:
@@ -64,6 +66,13 @@ class Cache:
         for new, old in zip((*keys, *values), (*self.keys, *self.values), strict=False):
             new[:, :, :used] = old[:, :, :used]
         self.keys, self.values = keys, values
+        return True
+
+    def resize_logits(self, kept: int, model: ModelEntry) -> bool:
+        """Makes room for the logits of `kept` positions; True if the array is new."""
+        if self.logits.shape[1:] == (kept, model.vocab_size):
+            return False
+        self.logits = np.empty((1, kept, model.vocab_size), np.float32)
         return True
 
 
@@ -96,14 +105,13 @@ class Model:
         self._bound_live: Mapping[str, Floats] | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
-        self._logits = np.empty((1, 0, entry.vocab_size), np.float32)
         self._binding.bind_ortvalue_input("logits_to_keep", ort.OrtValue.ortvalue_from_numpy(self._keep))
 
     def read(self, cache: Cache, tokens: Sequence[int], *, live: Mapping[str, Floats] | None = None, keep: int = 1) -> Floats:
         """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
 
         live: the LoRA inputs to run with; pass the same mapping again to save the binding. The array that is returned is
-        overwritten by the next call. The caller sees to it that the tokens fit in the context.
+        the cache's own: the next call with this cache overwrites it. The caller sees to it that the tokens fit in the context.
         """
         with self._lock:
             start = 0
@@ -118,23 +126,20 @@ class Model:
     def _step(self, cache: Cache, tokens: Sequence[int], live: Mapping[str, Floats] | None, keep: int) -> Floats:
         total = len(cache.tokens) + len(tokens)
         grown = cache.reserve(total, self._entry)
-        if grown or cache is not self._bound_cache:
+        resized = cache.resize_logits(keep, self._entry)
+        if grown or resized or cache is not self._bound_cache:
             self._bind_cache(cache)
         if live is not self._bound_live:
             self._bind_live(live or {})
             self._bound_live = live
         if self._ones.shape[1] < cache.capacity:
             self._ones = np.ones((1, cache.capacity), np.int64)
-        if self._logits.shape[1] != keep:
-            self._logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
-            _bind_output(self._binding, "logits", self._logits)
-            self._keep[0] = keep
         ids = np.array([tokens], np.int64)
         _bind_input(self._binding, "input_ids", ids, ids.shape)
         _bind_input(self._binding, "attention_mask", self._ones, (1, total))
         self._session.run_with_iobinding(self._binding)
         cache.tokens.extend(tokens)
-        logits: Floats = self._logits[0]
+        logits: Floats = cache.logits[0]
         return logits
 
     def _bind_cache(self, cache: Cache) -> None:
@@ -143,6 +148,8 @@ class Model:
             for kind, buffer in zip(("key", "value"), pair, strict=True):
                 _bind_input(self._binding, f"past_key_values.{index}.{kind}", buffer, buffer.shape)
                 _bind_output(self._binding, f"present.{index}.{kind}", buffer)
+        _bind_output(self._binding, "logits", cache.logits)
+        self._keep[0] = cache.logits.shape[1]
         self._bound_cache = cache
 
     def _bind_live(self, live: Mapping[str, Floats]) -> None:
