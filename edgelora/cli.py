@@ -121,9 +121,11 @@ def train(
         "max_steps": max_steps,
         "seed": seed,
     }
-    given = {name: value for name, value in flags.items() if context.get_parameter_source(name).name != "DEFAULT"}
+    sources = {name: context.get_parameter_source(name) for name in flags}
+    given = {name: flags[name] for name, source in sources.items() if source is None or source.name != "DEFAULT"}
     settings = {**(read_train_config(config) if config else {}), **given}
-    report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}))
+    with show_progress("training") as on_progress:
+        report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}), on_progress=on_progress)
     if json:
         print_json(report)
     else:

@@ -99,9 +99,11 @@ class _LoraInputs:
             if linear.name in live:
                 slots = live_slots(linear)
                 count = len(linear.parts)
-                self._a[linear.name] = _input_of_rank_0(slots.a, (linear.columns, f"{count}R"))
+                # Each product has a rank of its own: onnxruntime lets tensors whose symbolic shapes agree share a buffer.
+                rank = f"{linear.name}.R"
+                self._a[linear.name] = _input_of_rank_0(slots.a, (linear.columns, f"{count} {rank}" if count > 1 else rank))
                 self._b[linear.name] = [
-                    _input_of_rank_0(name, ("R", part.graph_rows)) for name, part in zip(slots.b, linear.parts, strict=True)
+                    _input_of_rank_0(name, (rank, part.graph_rows)) for name, part in zip(slots.b, linear.parts, strict=True)
                 ]
 
     def __contains__(self, name: str) -> bool:
@@ -231,7 +233,7 @@ def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value, grid: Grid | 
         return b.op("Gather", b.weight("embedding"), input_ids, axis=0)
     rows = decoder.vocab_size
     row_bytes = b.stored("embedding.codes").length // rows
-    return b.op(
+    embedded = b.op(
         "GatherBlockQuantized",
         b.weight("embedding.rows", tensor="embedding.codes", shape=(rows, row_bytes)),
         input_ids,
@@ -243,6 +245,11 @@ def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value, grid: Grid | 
         gather_axis=0,
         quantize_axis=1,
     )
+    if decoder.hidden_size % grid.block_size == 0:
+        return embedded
+    # The op knows nothing of the columns that fill up the last block.
+    ends = b.constant("hidden_size", [decoder.hidden_size])
+    return b.op("Slice", embedded, b.constant("index_0", [0]), ends, b.constant("axis_2", [2]))
 
 
 def _packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:

@@ -124,16 +124,15 @@ def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
     best_codes = np.zeros(blocks.shape, np.float32)
     best_scale = np.zeros(extreme.shape, np.float32)
     best_error = np.full(extreme.shape, np.inf, np.float32)
+    unit = blocks * _invert(extreme)  # errors are compared in units of the extreme, whose square cannot overflow
     for divisor in _DIVISORS[bits]:
         # The sign sends the extreme to code 0, the end that reaches further: -half against half - 1.
-        scale = extreme / np.float32(-divisor)
-        inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
-        codes = np.clip(np.rint(blocks * inverse), -half, half - 1)
-        residual = codes * scale - blocks
+        codes = np.clip(np.rint(unit * np.float32(-divisor)), -half, half - 1)
+        residual = codes * np.float32(-1 / divisor) - unit
         error = np.einsum("rcb,rcb->rc", residual, residual)[:, :, None]
         better = error < best_error
         np.copyto(best_codes, codes, where=better)
-        np.copyto(best_scale, scale, where=better)
+        np.copyto(best_scale, extreme / np.float32(-divisor), where=better)
         np.copyto(best_error, error, where=better)
     zero = np.full(best_scale.shape[:2], half, np.uint8)
     return (best_codes + half).astype(np.uint8), best_scale[:, :, 0], zero
@@ -144,8 +143,14 @@ def _round_asymmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
     top = (1 << bits) - 1
     low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
     high = np.maximum(blocks.max(axis=2, keepdims=True), 0)
-    scale = (high - low) / np.float32(top)
-    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    scale = high / np.float32(top) - low / np.float32(top)  # each by itself: their difference may overflow
+    inverse = _invert(scale)
     zero = np.clip(np.rint(-low * inverse), 0, top)
     codes = np.clip(np.rint(blocks * inverse) + zero, 0, top)
     return codes.astype(np.uint8), scale[:, :, 0], zero[:, :, 0].astype(np.uint8)
+
+
+def _invert(values: Floats) -> Floats:
+    """1 / values, and 0 for zeros and for numbers so small that the inverse would overflow."""
+    inverse: Floats = np.divide(1.0, values, out=np.zeros_like(values), where=np.abs(values) >= np.finfo(np.float32).tiny)
+    return inverse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import os
 import shutil
 import sys
@@ -48,11 +49,11 @@ def staged_folder(target: Path, *, marker: str) -> Iterator[Path]:
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user chose to place)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())):
         raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
     staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
-    staging.mkdir()
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        staging.mkdir()
         yield staging
         _flush_folder(staging)
         _replace_folder(staging, target)
@@ -62,14 +63,23 @@ def staged_folder(target: Path, *, marker: str) -> Iterator[Path]:
             raise ResourceError(f"no space left on the disk of {target}; free some and run again") from error
         raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove(staging)
 
 
 def _remove_leftovers(target: Path) -> None:
-    for leftover in target.parent.glob(f".{target.name}{_STAGING}-*"):
+    """Removes what earlier runs left; one may have had our process id, as every run in a container can."""
+    for leftover in target.parent.glob(f"{glob.escape(f'.{target.name}')}{_STAGING}-*"):
         pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+            _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder, or the link to one that stood in the target's place."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _is_running(pid: int) -> bool:

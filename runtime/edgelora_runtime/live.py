@@ -32,6 +32,9 @@ def read_factors(raw: bytes, name: str) -> Factors:
     wrong = sorted(key for key, tensor in factors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
     if wrong:
         raise IntegrityError(f"{name} holds tensors that are not fp16 matrices: {', '.join(wrong[:4])}")
+    modules = {key.removesuffix(".lora_A").removesuffix(".lora_B") for key in factors}
+    if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= factors.keys()):
+        raise IntegrityError(f"{name} lacks lora_A or lora_B of {', '.join(single[:4])}")
     return factors
 
 
@@ -47,6 +50,10 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) 
             [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
             for m in slot.modules
         ]
+        for module, rows, factors in zip(slot.modules, slot.rows, parts, strict=True):
+            for a, b, _ in factors:
+                if a.shape != (len(a), slot.columns) or b.shape != (rows, len(a)):
+                    raise IntegrityError(f"an adapter's factors for {module} have shapes {a.shape} and {b.shape}")
         rank = max(sum(len(a) for a, _, _ in factors) for factors in parts)
         stacked_a = np.zeros((slot.columns, len(parts) * rank), np.float32)
         for index, (factors, name, rows) in enumerate(zip(parts, slot.b, slot.rows, strict=True)):
@@ -54,13 +61,8 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) 
             start = 0
             for a, b, weight in factors:
                 stop = start + len(a)
-                try:
-                    stacked_a[:, index * rank + start : index * rank + stop] = a.T
-                    stacked_b[start:stop] = b.T
-                except ValueError as error:
-                    raise IntegrityError(
-                        f"an adapter's factors for {slot.modules[index]} have shapes {a.shape} and {b.shape}"
-                    ) from error
+                stacked_a[:, index * rank + start : index * rank + stop] = a.T
+                stacked_b[start:stop] = b.T
                 stacked_b[start:stop] *= np.float32(weight)
                 start = stop
             inputs[name] = stacked_b

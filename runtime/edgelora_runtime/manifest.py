@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import types
 import typing
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
@@ -130,7 +131,7 @@ def parse_manifest(raw: bytes) -> Manifest:
     if len(raw) > MANIFEST_LIMIT:
         raise IntegrityError(f"{MANIFEST} has {len(raw)} bytes, over the limit of {MANIFEST_LIMIT}")
     try:
-        value = json.loads(raw, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
+        value = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{MANIFEST} is not valid JSON ({error})") from error
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
@@ -146,7 +147,7 @@ def check_variant_name(name: str) -> str | None:
     """Why a name cannot be a variant's or an adapter's, or None."""
     if not _VARIANT_NAME.fullmatch(name):
         return "use letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
-    if name.lower() in RESERVED_VARIANTS:
+    if name.lower() in RESERVED_VARIANTS or name.split(".")[0].lower() in _DEVICE_NAMES:
         return "the name is reserved"
     return None
 
@@ -163,9 +164,9 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_version(text: object) -> int:
-    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text) if isinstance(text, str) else None
+    match = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", text) if isinstance(text, str) else None
     if match is None:
-        raise IntegrityError(f"{MANIFEST}: version {text!r} is not of the form 1.0")
+        raise IntegrityError(f"{MANIFEST}: version {repr(text)[:80]} is not of the form 1.0")
     major, minor = int(match[1]), int(match[2])
     if major != VERSION[0]:
         raise IntegrityError(f"{MANIFEST}: version {text} is not readable by this edgelora, which reads {VERSION[0]}.x")
@@ -209,7 +210,9 @@ def _decode(kind: Any, value: Any, path: str, *, skip_unknown: bool) -> Any:
         return value
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _decode(arguments[0], value, path, skip_unknown=skip_unknown)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not abs(value) <= sys.float_info.max:  # 1e999 is read as infinity, and an int may be larger than any float
+            fail("a finite number")
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         fail(f"a {kind.__name__}")

@@ -98,6 +98,8 @@ class Model:
             self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise IntegrityError(f"onnxruntime refuses {graph.name}: {str(error).splitlines()[0][:300]}") from error
+        if wrong := _compare_shapes(self._session, entry):
+            raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
         self._entry = entry
         self._binding = self._session.io_binding()
         self._lock = threading.Lock()
@@ -119,7 +121,10 @@ class Model:
                 chunk = tokens[start : start + PREFILL_CHUNK]
                 start += len(chunk)
                 ended = start == len(tokens)
-                logits = self._step(cache, chunk, live, keep if ended else 1)
+                try:
+                    logits = self._step(cache, chunk, live, keep if ended else 1)
+                except RuntimeError as error:  # onnxruntime's, from binding or running
+                    raise IntegrityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0][:300]}") from error
                 if ended:
                     return logits
 
@@ -155,6 +160,25 @@ class Model:
     def _bind_live(self, live: Mapping[str, Floats]) -> None:
         for name, array in live.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+
+def _compare_shapes(session: ort.InferenceSession, entry: ModelEntry) -> list[str]:
+    """Which of the sizes that the caches and logits are made by differ from the graph's."""
+    shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
+    layers = min(entry.layers, len(session.get_inputs()))  # a manifest may claim any number
+    wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}
+    for pair in ("past_key_values", "present"):
+        wanted |= {f"{pair}.{index}.{kind}": shape for index in range(layers) for kind in ("key", "value")}
+    found = {
+        value.name: [size for size in value.shape if isinstance(size, int)]
+        for value in (*session.get_inputs(), *session.get_outputs())
+        if value.name not in ("input_ids", "attention_mask")
+    }
+    return [
+        f"{name} has sizes {found.get(name)}, not {wanted.get(name)}"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> None:

@@ -31,9 +31,9 @@ class Tokenizer:
 
     def __init__(self, bundle: Bundle) -> None:
         self._tokenizer = _load(bundle.read(TOKENIZER))
-        config = json.loads(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
+        config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
         self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT).decode() if bundle.has(CHAT_TEMPLATE) else None
+        source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT) if bundle.has(CHAT_TEMPLATE) else None
         self._template = None if source is None else _compile(source)
 
     @property
@@ -124,13 +124,23 @@ def _load(raw: bytes) -> RustTokenizer:
         raise IntegrityError(f"{TOKENIZER} cannot be loaded ({error})") from None
 
 
-def _compile(source: str) -> Any:
+def _read_config(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{TOKENIZER_CONFIG} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{TOKENIZER_CONFIG} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _compile(source: bytes) -> Any:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.globals["raise_exception"] = _raise_exception
     environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
     try:
-        return environment.from_string(source)
-    except (TemplateError, RecursionError) as error:
+        return environment.from_string(source.decode())
+    except (TemplateError, UnicodeDecodeError, RecursionError) as error:
         raise IntegrityError(f"{CHAT_TEMPLATE} is not a valid template ({error})") from error
 
 
