@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "edgelora.json"
+# Settings of PEFT under which an adapter does something else than to add scale · B · A, always, to one linear layer.
+_OTHER_KINDS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
 
 
@@ -197,8 +208,9 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         reasons.append("fan_in_fan_out is set: weights of transposed layers are not supported")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         reasons.append("it trains biases, which are not supported")
+    reasons += [f"{key} is set: that is not a plain sum on a linear layer" for key in _OTHER_KINDS if config.get(key)]
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq")):
+    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         reasons.append(
             f"init_lora_weights is {init!r}, which changes the base; save it converted to plain LoRA "
             "(PEFT's path_initial_model_for_weight_conversion)"

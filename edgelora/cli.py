@@ -332,8 +332,13 @@ def demo(
 ) -> None:
     """Train, mix, export and switch on a model made from nothing, or on your own base and data."""
     from edgelora.demo import run_demo
+    from edgelora.demo.report import show_report
 
-    run_demo(output, seed=seed, base=base, data=_parse_pairs(data or [], "--data NAME=FILE.jsonl"), as_json=json)
+    report = run_demo(output, seed=seed, base=base, data=_parse_pairs(data or [], "--data NAME=FILE.jsonl"))
+    if json:
+        print_json(report)
+    else:
+        show_report(report)
 
 
 def _show_bundle(bundle: Bundle, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +125,10 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
             wrong.append(f"{where}mix names {name}, which [adapters] lacks")
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             wrong.append(f"{where}mix.{name} = {weight!r} is not a weight")
+        elif not math.isfinite(weight):
+            wrong.append(f"{where}mix.{name} = {weight}: weights must be finite")
+    if not 0 < table.get("density", 1) <= 1:
+        wrong.append(f"{where}density = {table['density']}: use a share, more than 0 and at most 1")
     for key, allowed in (("kind", KINDS), ("method", METHODS)):
         if key in table and table[key] not in allowed:
             wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")

@@ -105,6 +105,7 @@ def continue_prompt(
     started = first_token = time.perf_counter()
     reused = min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
     cache.rewind(reused)
+    model.reserve(cache, len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
     decoder, stop = IncrementalDecoder(tokenizer), StopFilter(request.stop)
     tokens: list[int] = []

@@ -48,10 +48,10 @@ class Cache:
         """Forgets all but the first `length` tokens; the positions behind them are overwritten later."""
         del self.tokens[length:]
 
-    def reserve(self, positions: int, model: ModelEntry) -> bool:
-        """Grows to hold at least `positions`, keeping what is there; True if the arrays are new."""
+    def reserve(self, positions: int, model: ModelEntry) -> None:
+        """Grows to hold at least `positions`, keeping what is there."""
         if positions <= self.capacity:
-            return False
+            return
         capacity = max(_SMALLEST_CACHE, self.capacity)
         while capacity < positions:
             capacity *= 2
@@ -66,14 +66,11 @@ class Cache:
         for new, old in zip((*keys, *values), (*self.keys, *self.values), strict=False):
             new[:, :, :used] = old[:, :, :used]
         self.keys, self.values = keys, values
-        return True
 
-    def resize_logits(self, kept: int, model: ModelEntry) -> bool:
-        """Makes room for the logits of `kept` positions; True if the array is new."""
-        if self.logits.shape[1:] == (kept, model.vocab_size):
-            return False
-        self.logits = np.empty((1, kept, model.vocab_size), np.float32)
-        return True
+    def resize_logits(self, kept: int, model: ModelEntry) -> None:
+        """Makes room for the logits of `kept` positions."""
+        if self.logits.shape[1:] != (kept, model.vocab_size):
+            self.logits = np.empty((1, kept, model.vocab_size), np.float32)
 
 
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -103,7 +100,8 @@ class Model:
         self._entry = entry
         self._binding = self._session.io_binding()
         self._lock = threading.Lock()
-        self._bound_cache: Cache | None = None
+        self._bound_keys: list[Floats] | None = None  # a cache that grows gets new lists and arrays
+        self._bound_logits: Floats | None = None
         self._bound_live: Mapping[str, Floats] | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
@@ -128,11 +126,15 @@ class Model:
                 if ended:
                     return logits
 
+    def reserve(self, cache: Cache, positions: int) -> None:
+        """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
+        cache.reserve(min(positions, self._entry.context_length), self._entry)
+
     def _step(self, cache: Cache, tokens: Sequence[int], live: Mapping[str, Floats] | None, keep: int) -> Floats:
         total = len(cache.tokens) + len(tokens)
-        grown = cache.reserve(total, self._entry)
-        resized = cache.resize_logits(keep, self._entry)
-        if grown or resized or cache is not self._bound_cache:
+        cache.reserve(total, self._entry)
+        cache.resize_logits(keep, self._entry)
+        if cache.keys is not self._bound_keys or cache.logits is not self._bound_logits:
             self._bind_cache(cache)
         if live is not self._bound_live:
             self._bind_live(live or {})
@@ -155,7 +157,7 @@ class Model:
                 _bind_output(self._binding, f"present.{index}.{kind}", buffer)
         _bind_output(self._binding, "logits", cache.logits)
         self._keep[0] = cache.logits.shape[1]
-        self._bound_cache = cache
+        self._bound_keys, self._bound_logits = cache.keys, cache.logits
 
     def _bind_live(self, live: Mapping[str, Floats]) -> None:
         for name, array in live.items():

@@ -1,0 +1,346 @@
+"""The command line's contract: --json, exit codes, one line per error, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from edgelora import __version__
+from edgelora.cli import main
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Result:
+    """What one call printed and returned."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on standard output."""
+        assert self.out.endswith("\n")
+        assert self.out.count("\n") == 1, "one line and nothing else"
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+    """Runs the command line in this process."""
+
+    def run(*arguments: object, stdin: str = "") -> Result:
+        monkeypatch.setattr(sys, "argv", ["edgelora", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return Result(int(ended.value.code or 0), out, err)
+
+    return run
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "the cat", "completion": " sat"}\n{"prompt": "a day", "completion": " in the sun"}\n')
+    return path
+
+
+def test_export_inspect_verify_as_json(call: Callable[..., Result], tiny_recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    exported = call("export", tiny_recipe, "--output", output, "--json")
+    assert exported.code == 0, exported.err
+    names = [variant["name"] for variant in exported.json["variants"]]
+    assert names[:2] == ["base", "plain"]
+    inspected = call("inspect", output, "--json")
+    assert inspected.json == exported.json
+    assert inspected.json["default_variant"] == "base"
+    size = sum(path.stat().st_size for path in output.iterdir() if path.name != "bundle.json")
+    assert inspected.json["bytes"] == size
+    base, attention = (next(v for v in inspected.json["variants"] if v["name"] == name) for name in ("base", "attention"))
+    assert base["private_bytes"] < 20_000, "nothing but its graph is the base's own"
+    assert attention["private_bytes"] < attention["bytes"]
+    verified = call("verify", output, "--json")
+    assert verified.json == {"bundle": str(output), "files": len(list(output.iterdir())) - 1, "bytes": size, "ok": True}
+
+
+def test_run_as_json(call: Callable[..., Result], bundle32: Path) -> None:
+    from edgelora import Runtime
+
+    found = call("run", bundle32, "--variant", "plain", "--prompt", "the cat", "--max-tokens", 9, "--json")
+    assert found.code == 0, found.err
+    with Runtime(bundle32) as runtime:
+        expected = runtime.generate("the cat", variant="plain", max_tokens=9)
+    assert found.json["text"] == expected.text
+    assert found.json["tokens"] == list(expected.tokens)
+    assert found.json["finish_reason"] == "length"
+    assert found.json["receipt"]["cold"] is True
+    printed = call("run", bundle32, "--variant", "plain", "--prompt", "the cat", "--max-tokens", 9)
+    assert printed.out == expected.text + "\n"
+
+
+def test_run_reads_standard_input_mixes_and_chats(call: Callable[..., Result], bundle32: Path) -> None:
+    one = call("run", bundle32, "--prompt", "-", "--max-tokens", 5, "--json", stdin="the cat")
+    assert one.json["tokens"] == call("run", bundle32, "--prompt", "the cat", "--max-tokens", 5, "--json").json["tokens"]
+    mixed = call("run", bundle32, "--mix", "plain=0.5", "--mix", "other=-1", "--prompt", "a", "--max-tokens", 5, "--json")
+    assert mixed.json["variant"] == "-1 other + 0.5 plain"
+    chat = call("run", bundle32, "--chat", "--prompt", "hi", "--max-tokens", 5, "--json")
+    assert chat.json["prompt_tokens"] > one.json["prompt_tokens"]
+
+
+def test_run_samples_by_seed_and_stops(call: Callable[..., Result], bundle32: Path) -> None:
+    sampling = ("--temperature", 1, "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1)
+    command = ("run", bundle32, "--prompt", "a day", "--max-tokens", 20, "--json", *sampling)
+    assert call(*command, "--seed", 3).json["tokens"] == call(*command, "--seed", 3).json["tokens"]
+    whole = call("run", bundle32, "--prompt", "a day", "--max-tokens", 20, "--json").json["text"]
+    stopped = call("run", bundle32, "--prompt", "a day", "--max-tokens", 20, "--json", "--stop", whole[5:8]).json
+    assert stopped["text"] == whole[: whole.find(whole[5:8])]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_eval_as_json(call: Callable[..., Result], bundle32: Path, rows: Path) -> None:
+    """Exact match, and the loss that torch's cross entropy gives for the completions alone."""
+    import torch
+    from tests.tiny import load_base, make_tokenizer
+
+    found = call("eval", bundle32, "--variant", "base", "--data", rows, "--max-tokens", 4, "--json")
+    assert found.code == 0, found.err
+    assert found.json["rows"] == 2
+    assert found.json["exact_match"] == 0.0
+    assert found.json["slot_f1"] is None
+    model, tokenizer = load_base(bundle32.parent / "base"), make_tokenizer()
+    nats, count = 0.0, 0
+    for prompt, completion in (("the cat", " sat"), ("a day", " in the sun")):
+        start, ids = len(tokenizer(prompt)["input_ids"]), tokenizer(prompt + completion)["input_ids"]
+        assert ids[:start] == tokenizer(prompt)["input_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
+        nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum"))
+        count += len(ids) - start
+    assert found.json["loss"] == pytest.approx(nats / count, rel=1e-4)
+    limited = call("eval", bundle32, "--mix", "plain=1", "--data", rows, "--limit", 1, "--max-tokens", 4, "--json")
+    assert limited.json["rows"] == 1
+
+
+def test_compose_as_json(call: Callable[..., Result], tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    options = ("--adapter", f"a={tiny_adapters['plain']}:0.5", "--adapter", f"b={tiny_adapters['other']}:-1", "--json")
+    linear = call("compose", *options, "--output", tmp_path / "m")
+    assert linear.code == 0, linear.err
+    assert linear.json == {"output": str(tmp_path / "m"), "modules": 14, "rank": 6, "largest_error": 0.0}
+    ties = call("compose", *options, "--method", "ties", "--density", 0.5, "--output", tmp_path / "t")
+    assert 0 < ties.json["largest_error"] < 1
+    assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
+
+
+def test_chat_as_json(call: Callable[..., Result], bundle32: Path) -> None:
+    lines = "hello\n\n/variants\n/switch plain\nand now?\n/switch nope\n/reset\n/unknown\nbye\n/quit\nnever read\n"
+    found = call("chat", bundle32, "--max-tokens", 4, "--json", stdin=lines)
+    assert found.code == 0, found.err
+    turns = found.json["turns"]
+    assert [(turn["variant"], turn["prompt"]) for turn in turns] == [("base", "hello"), ("plain", "and now?"), ("plain", "bye")]
+    assert "no variant 'nope'" in found.err
+    assert "linear-live" in found.err
+    printed = call("chat", bundle32, "--max-tokens", 4, stdin="hello\n")
+    assert printed.out == turns[0]["answer"] + "\n"
+
+
+def test_doctor_as_json(call: Callable[..., Result]) -> None:
+    found = call("doctor", "--json").json
+    assert found["edgelora"] == __version__
+    assert "CPUExecutionProvider" in found["providers"]
+    assert found["packages"]["numpy"]
+
+
+@pytest.mark.parametrize("verb", ["inspect", "verify", "doctor"])
+def test_without_json_there_is_text(call: Callable[..., Result], verb: str, bundle32: Path) -> None:
+    found = call(verb, *([] if verb == "doctor" else [bundle32]))
+    assert found.code == 0
+    assert found.out.strip()
+    assert not found.out.startswith("{")
+
+
+def test_export_and_eval_without_json(call: Callable[..., Result], tiny_recipe: Path, tmp_path: Path, rows: Path) -> None:
+    found = call("export", tiny_recipe, "--output", tmp_path / "b")
+    assert "linear-live" in found.out
+    found = call("eval", tmp_path / "b", "--data", rows, "--max-tokens", 2)
+    assert "exact match" in found.out
+
+
+# --- errors -------------------------------------------------------------------------------------------------------------------
+
+ERRORS: dict[str, tuple[list[str], int, str]] = {
+    "unknown verb": (["frobnicate"], 2, "frobnicate"),
+    "unknown option": (["doctor", "--frobnicate"], 2, "--frobnicate"),
+    "missing argument": (["inspect"], 2, "BUNDLE"),
+    "missing option": (["run", "BUNDLE"], 2, "--prompt"),
+    "not a number": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "many"], 2, "--max-tokens"),
+    "unknown variant": (["run", "BUNDLE", "--prompt", "a", "--variant", "nope"], 2, "no variant 'nope'"),
+    "unknown adapter": (["run", "BUNDLE", "--prompt", "a", "--mix", "nope=1"], 2, "nope"),
+    "mix without a weight": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain"], 2, "ADAPTER=WEIGHT"),
+    "mix weight as text": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain=much"], 2, "'much' is not a number"),
+    "mix twice": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain=1", "--mix", "plain=2"], 2, "twice"),
+    "variant and mix": (["run", "BUNDLE", "--prompt", "a", "--variant", "base", "--mix", "plain=1"], 2, "both"),
+    "temperature": (["run", "BUNDLE", "--prompt", "a", "--temperature", "-1"], 2, "temperature"),
+    "max tokens": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "0"], 2, "max_tokens"),
+    "threads": (["run", "BUNDLE", "--prompt", "a", "--threads", "0"], 2, "threads"),
+    "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
+    "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),
+    "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),
+    "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
+    "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),
+    "no bundle to run": (["run", "TMP", "--prompt", "a"], 3, "no bundle"),
+    "no data": (["eval", "BUNDLE", "--data", "TMP/nothing"], 3, "does not exist"),
+    "no recipe": (["export", "TMP/nothing.toml", "--output", "TMP/b"], 3, "does not exist"),
+    "wrong recipe": (["export", "TMP/wrong.toml", "--output", "TMP/b"], 3, "colour"),
+    "no base": (["export", "TMP/no-base.toml", "--output", "TMP/b"], 3, "nowhere"),
+    "output in use": (["export", "RECIPE", "--output", "TMP"], 3, "choose another --output"),
+    "no adapter": (["compose", "--adapter", "a=TMP/nothing:1", "--output", "TMP/m"], 3, "is not a folder"),
+    "unknown method": (["compose", "--adapter", "a=ADAPTER:1", "--method", "x", "--output", "TMP/m"], 3, "method 'x'"),
+    "damaged bundle": (["inspect", "DAMAGED"], 4, "tokenizer.json"),
+    "damaged bundle to run": (["run", "DAMAGED", "--prompt", "a"], 4, "tokenizer.json"),
+    "flipped bit": (["verify", "FLIPPED"], 4, ".bin"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "mention"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors_are_one_line_with_their_exit_code(
+    call: Callable[..., Result],
+    arguments: list[str],
+    code: int,
+    mention: str,
+    bundle32: Path,
+    tiny_recipe: Path,
+    tiny_adapters: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "wrong.toml").write_text('base = "x"\ncolour = 1\n[variants.base]\n')
+    (tmp_path / "no-base.toml").write_text('base = "./nowhere/at/all"\n[variants.base]\n')
+    places = {"BUNDLE": bundle32, "TMP": tmp_path, "RECIPE": tiny_recipe, "ADAPTER": tiny_adapters["plain"]}
+    if "DAMAGED" in arguments:
+        places["DAMAGED"] = shutil.copytree(bundle32, tmp_path / "damaged")
+        (tmp_path / "damaged" / "tokenizer.json").unlink()
+    if "FLIPPED" in arguments:
+        places["FLIPPED"] = shutil.copytree(bundle32, tmp_path / "flipped")
+        blob = next((tmp_path / "flipped").glob("*.bin"))
+        blob.write_bytes(bytes([blob.read_bytes()[0] ^ 1]) + blob.read_bytes()[1:])
+        mention = blob.name
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    for extra in ([], ["--json"]):
+        found = call(*arguments, *extra)
+        assert found.code == code, found.err
+        lines = found.err.strip().splitlines()
+        assert len(lines) == 1, found.err
+        assert lines[0].startswith("edgelora: ")
+        assert mention in lines[0]
+        assert "Traceback" not in found.err
+        if extra:
+            assert found.json == {"error": lines[0].removeprefix("edgelora: "), "exit_code": code}
+        else:
+            assert found.out == ""
+
+
+def test_a_full_disk_is_exit_code_5(
+    call: Callable[..., Result], tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    found = call("export", tiny_recipe, "--output", tmp_path / "b", "--json")
+    assert found.code == 5
+    assert "no space left" in found.json["error"]
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    call: Callable[..., Result], bundle32: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgelora import inspection
+
+    def fail(bundle: object) -> None:
+        raise KeyError("surprise\nof two lines")
+
+    monkeypatch.setattr(inspection, "describe_bundle", fail)
+    monkeypatch.delenv("EDGELORA_DEBUG", raising=False)
+    found = call("inspect", bundle32)
+    assert found.code == 1
+    assert len(found.err.strip().splitlines()) == 1
+    assert "please report it" in found.err
+
+
+def test_version_and_help(call: Callable[..., Result]) -> None:
+    assert call("--version").out == f"{__version__}\n"
+    found = call("--help")
+    assert found.code == 0
+    for verb in ("train", "compose", "export", "inspect", "verify", "run", "chat", "eval", "doctor", "demo"):
+        assert verb in found.out
+    assert "--variant" in call("run", "-h").out
+
+
+# --- as a user starts it --------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
+    return subprocess.run(
+        [sys.executable, "-m", "edgelora", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "default"},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_process_of_its_own(bundle4: Path) -> None:
+    done = start("run", bundle4, "--prompt", "-", "--max-tokens", 5, "--json", stdin="the cat 日本")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["tokens"]) == 5
+    assert done.stderr == ""
+    failed = start("run", bundle4, "--prompt", "a", "--variant", "nope")
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+
+
+def test_export_in_a_process_of_its_own(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Nothing that torch, transformers or onnx print may reach standard output."""
+    done = start("export", tiny_recipe, "--output", tmp_path / "b", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["default_variant"] == "base"
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(bundle4: Path) -> None:
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "edgelora", "run", str(bundle4), "--prompt", "the cat", "--max-tokens", "900"],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    error = process.stderr.read()
+    process.stderr.close()
+    process.wait(timeout=60)
+    assert error == b""

@@ -1,0 +1,154 @@
+"""compose writes an adapter that PEFT loads with the very same ΔW."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from peft import LoraConfig, PeftModel
+from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
+
+from edgelora.adapters import CONFIG, Adapter, Provenance, read_provenance, write_provenance
+from edgelora.composing import compose
+from edgelora.mix import Mix
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LINEAR = {"plain": 0.6, "attention": -0.4, "rslora": 0.3, "patterns": 1.1}
+
+
+def peft_deltas(base: Path, folder: Path) -> dict[str, Any]:
+    model = PeftModel.from_pretrained(load_base(base), str(folder))
+    return {
+        name.removeprefix("base_model.model."): layer.get_delta_weight("default").numpy()
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight") and "default" in layer.lora_A
+    }
+
+
+def test_a_linear_mix_is_exact_in_peft(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    """The weighted sum of what PEFT makes of each adapter is what PEFT makes of the mix."""
+    steps: list[tuple[int, int, str]] = []
+    report = compose(
+        {name: (tiny_adapters[name], weight) for name, weight in LINEAR.items()},
+        tmp_path / "mixed",
+        on_progress=lambda *step: steps.append(step),
+    )
+    assert report.largest_error == 0
+    assert steps[-1][0] == steps[-1][1] == report.modules
+    parts = {name: peft_deltas(tiny_base, tiny_adapters[name]) for name in LINEAR}
+    mixed = peft_deltas(tiny_base, tmp_path / "mixed")
+    assert mixed.keys() == set().union(*parts.values())
+    assert report.modules == len(mixed)
+    for module, delta in mixed.items():
+        expected = sum(weight * parts[name][module] for name, weight in LINEAR.items() if module in parts[name])
+        np.testing.assert_allclose(delta, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_ties_mix_is_near_and_the_report_says_how_near(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    weights = {"plain": 0.7, "other": 0.5}
+    report = compose(
+        {name: (tiny_adapters[name], weight) for name, weight in weights.items()}, tmp_path / "m", method="ties", density=0.5
+    )
+    mix = Mix({name: Adapter.open(tiny_adapters[name]) for name in weights}, weights, "ties", 0.5)
+    errors = [
+        np.linalg.norm(delta - mix.dense(module)) / np.linalg.norm(mix.dense(module))
+        for module, delta in peft_deltas(tiny_base, tmp_path / "m").items()
+    ]
+    assert max(errors) == pytest.approx(report.largest_error, rel=1e-3)
+    assert report.rank == 6
+
+
+def test_the_mixed_adapter_runs_in_peft(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    compose({"plain": (tiny_adapters["plain"], 1.0)}, tmp_path / "same")
+    tokens = random_tokens(20)
+    one, other = (
+        torch_logits(PeftModel.from_pretrained(load_base(tiny_base), str(folder)).eval(), tokens)
+        for folder in (tiny_adapters["plain"], tmp_path / "same")
+    )
+    np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_mix_of_mixes(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    """compose reads what compose wrote; weights multiply."""
+    compose({"a": (tiny_adapters["plain"], 0.5), "b": (tiny_adapters["patterns"], 2.0)}, tmp_path / "first")
+    compose({"first": (tmp_path / "first", 0.5), "c": (tiny_adapters["attention"], 1.0)}, tmp_path / "second")
+    direct = Mix(
+        {name: Adapter.open(tiny_adapters[name]) for name in ("plain", "patterns", "attention")},
+        {"plain": 0.25, "patterns": 1.0, "attention": 1.0},
+    )
+    found = Adapter.open(tmp_path / "second")
+    for module in direct.modules:
+        np.testing.assert_allclose(found.dense(module), direct.dense(module), rtol=1e-4, atol=1e-6)
+
+
+def test_the_config_is_one_that_peft_reads(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    compose({"plain": (tiny_adapters["plain"], 1.0), "patterns": (tiny_adapters["patterns"], 1.0)}, tmp_path / "m")
+    config = LoraConfig.from_pretrained(str(tmp_path / "m"))
+    assert config.task_type == "CAUSAL_LM"
+    assert config.base_model_name_or_path == json.loads((tiny_adapters["plain"] / CONFIG).read_bytes())["base_model_name_or_path"]
+
+
+def test_an_old_output_is_replaced_and_anything_else_kept(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    compose({"a": (tiny_adapters["plain"], 1.0)}, tmp_path / "m")
+    before = Adapter.open(tmp_path / "m").sha256
+    compose({"a": (tiny_adapters["other"], 1.0)}, tmp_path / "m")
+    assert Adapter.open(tmp_path / "m").sha256 != before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").touch()
+    with pytest.raises(InputError, match="choose another --output"):
+        compose({"a": (tiny_adapters["plain"], 1.0)}, tmp_path / "thesis")
+
+
+def test_composing_in_place(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_adapters["plain"], tmp_path / "a")
+    delta = Adapter.open(folder).dense("model.layers.0.self_attn.q_proj")
+    compose({"a": (folder, 2.0)}, folder)
+    np.testing.assert_allclose(Adapter.open(folder).dense("model.layers.0.self_attn.q_proj"), 2 * delta, rtol=1e-5)
+
+
+def provenance(base: str) -> Provenance:
+    return Provenance("base", base * 64, "nf4", "d" * 64, 100, "kaiming", 0, 4, 8.0, 10, 2e-4)
+
+
+def test_provenance_of_the_common_base_is_kept(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    one, two = (shutil.copytree(tiny_adapters[name], tmp_path / name) for name in ("plain", "other"))
+    compose({"one": (one, 1.0), "two": (two, 0.5)}, tmp_path / "unknown")
+    assert read_provenance(tmp_path / "unknown") is None
+    write_provenance(one, provenance("a"))
+    compose({"one": (one, 1.0), "two": (two, 0.5)}, tmp_path / "half")
+    assert read_provenance(tmp_path / "half") is None, "of two nothing is known"
+    write_provenance(two, provenance("a"))
+    compose({"one": (one, 1.0), "two": (two, 0.5)}, tmp_path / "known")
+    found = read_provenance(tmp_path / "known")
+    assert found is not None
+    assert (found.base_sha256, found.base_quantization, found.rank) == ("a" * 64, "nf4", 6)
+    assert found.init == "composed: linear(1 one + 0.5 two)"
+
+
+def test_adapters_of_other_bases_are_refused_with_every_mismatch(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    one, two, three = (shutil.copytree(tiny_adapters[name], tmp_path / name) for name in ("plain", "other", "rslora"))
+    for folder, base in ((one, "a"), (two, "b"), (three, "c")):
+        write_provenance(folder, provenance(base))
+    with pytest.raises(InputError) as caught:
+        compose({"one": (one, 1.0), "two": (two, 1.0), "three": (three, 1.0)}, tmp_path / "m")
+    assert "two was trained on" in str(caught.value)
+    assert "three was trained on" in str(caught.value)
+    assert not (tmp_path / "m").exists()
+
+
+def test_other_shapes_are_refused(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    make_base(tmp_path / "narrow", hidden_size=32)
+    make_adapter(tmp_path / "narrow", tmp_path / "n")
+    with pytest.raises(InputError, match=r"32x32 in n, 64x64 in plain"):
+        compose({"plain": (tiny_adapters["plain"], 1.0), "n": (tmp_path / "n", 1.0)}, tmp_path / "m")
+
+
+def test_nothing_to_compose_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        compose({}, tmp_path / "m")

@@ -1,0 +1,69 @@
+"""The demo's tasks: right answers, splits that share no prompt, the same rows for the same seed."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from edgelora.demo import phrases
+from edgelora.demo.tasks import COMMANDS, TASKS, UNKNOWN, TaskSizes, general_row, make_task, make_tasks
+from edgelora_runtime.errors import UsageError
+
+SIZES = TaskSizes(train=60, general=40, held_out=20, test=30)
+
+
+def test_numbers_and_ordinals_are_spelled() -> None:
+    assert [phrases.spell_number(n) for n in (0, 13, 20, 99, 100, 305)] == [
+        "zero", "thirteen", "twenty", "ninety-nine", "one hundred", "three hundred and five",
+    ]  # fmt: skip
+    assert [phrases.spell_ordinal(n) for n in (1, 2, 3, 5, 8, 9, 12, 14, 20, 21, 28, 40)] == [
+        "first", "second", "third", "fifth", "eighth", "ninth", "twelfth", "fourteenth", "twentieth", "twenty-first",
+        "twenty-eighth", "fortieth",
+    ]  # fmt: skip
+    assert len({phrases.spell_number(n) for n in range(1000)}) == 1000
+
+
+def test_answers_are_exact() -> None:
+    assert phrases.Date(1994, 3, 7).iso == "1994-03-07"
+    assert phrases.Order(2, "large", "latte", "", "to go").slots == "item: latte, size: large, count: 2, extra: none, place: away"
+    assert phrases.Price(305, 7, "GBP").amount == "GBP 305.07"
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_splits_share_no_prompt(name: str) -> None:
+    task = make_task(name, SIZES, seed=3)
+    assert (len(task.train), len(task.held_out), len(task.test)) == (100, 20, 30)
+    train, held_out, test = ({row.prompt for row in rows} for rows in (task.train, task.held_out, task.test))
+    assert not train & held_out
+    assert not train & test
+    assert not held_out & test
+    assert len(held_out) == 20
+    assert len(test) == 30
+
+
+def test_rows_depend_on_the_seed_alone() -> None:
+    assert make_tasks(SIZES, seed=1) == make_tasks(SIZES, seed=1)
+    assert make_tasks(SIZES, seed=1) != make_tasks(SIZES, seed=2)
+
+
+def test_base_never_sees_a_task() -> None:
+    """The commands of the tasks are in no general row, though every word of them is."""
+    rng = random.Random(0)
+    rows = [general_row(rng) for _ in range(5000)]
+    commands = {row.prompt.partition(":")[0] for row in rows}
+    assert not commands & set(COMMANDS.values())
+    assert any(row.completion == UNKNOWN for row in rows)
+
+
+def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
+    """So that the prompt's tokens are the same with and without the completion after it."""
+    for task in make_tasks(SIZES):
+        for row in (*task.train, *task.held_out, *task.test):
+            assert row.prompt.endswith("\n")
+            assert row.completion == row.completion.strip()
+
+
+def test_unknown_task_is_named() -> None:
+    with pytest.raises(UsageError, match="'songs' is no task"):
+        make_task("songs", SIZES)
