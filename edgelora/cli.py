@@ -55,9 +55,10 @@ def main() -> NoReturn:
         code = _report(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing is left to say
-        code = 0
+    except OSError as error:
+        if os.environ.get("EDGELORA_DEBUG"):
+            raise
+        code = _report(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions", 3, as_json)
     except MemoryError:
         code = _report("out of memory; close other programs, or use a smaller model or context", 5, as_json)
     except Exception as error:

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgelora.scores import exact_match, slot_f1
 from edgelora_runtime.errors import InputError
+from edgelora_runtime.model import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -65,7 +66,7 @@ def completion_loss(
 ) -> tuple[float, int]:
     """Negative log likelihood of a completion after its prompt, in nats, and its tokens."""
     prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
-    start = len(prompt) if whole[: len(prompt)] == prompt else len(prompt) - 1  # a token may span the seam
+    start = max(1, shared_prefix(prompt, whole))  # a token may span the seam, and the first one has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
     return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start
 

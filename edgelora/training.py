@@ -117,7 +117,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     _require_packages()
     rows = read_rows(config.data)
     base = Base.find(config.base)
-    with staged_folder(config.output, marker=CONFIG) as folder, _quiet():
+    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries():
         trainer = _make_trainer(config, str(base.folder), [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
@@ -152,7 +152,7 @@ def load_base(base: str, quant: str) -> tuple[Any, Any]:
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
     try:
-        with _quiet():
+        with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(base)
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None
@@ -272,7 +272,7 @@ def _round_to_int4(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silences the libraries' own progress bars, warnings and advice while training runs, and restores them after."""
     import datasets
     import transformers.utils.logging as transformers_logging_untyped

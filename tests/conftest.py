@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub reads it: tests reach for nothing outside
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 # Warnings of PEFT about transformers, and of transformers about PEFT, that nothing here can change.
 _NOT_OURS = ("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",)
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+settings.register_profile("shared machine", deadline=None)  # its load says nothing about an example
+settings.load_profile("shared machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,9 +80,9 @@ def tiny_adapters(tiny_base: Path) -> dict[str, Path]:
         "attention": {"seed": 5, "target_modules": list(ATTENTION)},
     }
     folders = {}
-    for name, settings in kinds.items():
+    for name, kind in kinds.items():
         folders[name] = tiny_base.parent / f"adapter-{name}"
-        make_adapter(tiny_base, folders[name], **settings)
+        make_adapter(tiny_base, folders[name], **kind)
     return folders
 
 

@@ -40,7 +40,7 @@ _TRAINING_TEXT = (
 
 
 @cache
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> Any:
     """A byte-level BPE of 300 entries with <s>, </s> and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -52,7 +52,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(_TRAINING_TEXT * 4, trainer)
-    return PreTrainedTokenizerFast(
+    wrapper: Any = PreTrainedTokenizerFast
+    return wrapper(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -61,7 +62,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_base(folder: Path, *, seed: int = 0, **settings: Any) -> LlamaForCausalLM:
+def make_base(folder: Path, *, seed: int = 0, **settings: Any) -> Any:
     """Saves a random Llama with its tokenizer, and returns it. Weights are large enough to make the logits differ."""
     shape = {
         "vocab_size": 300,
@@ -77,7 +78,8 @@ def make_base(folder: Path, *, seed: int = 0, **settings: Any) -> LlamaForCausal
         "tie_word_embeddings": False,
     }
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **settings})).float().eval()
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
+    model = model.float().eval()
     with torch.no_grad():  # transformers starts biases at 0 and norms at 1, which would hide their absence
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -103,7 +105,8 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 1, size: float = 0.05,
 
 def load_base(folder: Path) -> Any:
     """The base in float32, as transformers loads it. Any: transformers' own annotations don't survive strict checking."""
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def torch_logits(model: Any, tokens: Sequence[int]) -> Floats:

@@ -112,6 +112,9 @@ def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping
             check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
     for name, adapter in live_adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
+    folded = [name.lower() for name in live_adapters]
+    if twice := sorted({name for name in live_adapters if folded.count(name.lower()) > 1}):
+        raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
 
 
 def _copy_texts(base: Base, folder: Path) -> None:

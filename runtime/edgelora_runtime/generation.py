@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from edgelora_runtime.model import shared_prefix
 from edgelora_runtime.sampling import Sampler
-from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.model import Cache, Model
     from edgelora_runtime.sampling import Sampling
+    from edgelora_runtime.streaming import StopFilter
     from edgelora_runtime.tokenizer import Tokenizer
 
     Floats = NDArray[np.float32]
@@ -61,12 +61,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it; end_tokens are the model's own."""
+    """A prompt and how to continue it, once: the stop filter has a state. end_tokens are the model's own."""
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
-    stop: Sequence[str]
+    stop: StopFilter
     end_tokens: frozenset[int]
 
 
@@ -107,7 +107,7 @@ def continue_prompt(
     cache.rewind(reused)
     model.reserve(cache, len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
-    decoder, stop = IncrementalDecoder(tokenizer), StopFilter(request.stop)
+    decoder, stop = IncrementalDecoder(tokenizer), request.stop
     tokens: list[int] = []
     shown: list[str] = []
     unread, ended = list(request.prompt[reused:]), False

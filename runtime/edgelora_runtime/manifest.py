@@ -222,6 +222,14 @@ def _decode(kind: Any, value: Any, path: str, *, skip_unknown: bool) -> Any:
 
 
 def _check_names(manifest: Manifest) -> None:
+    for said in (
+        manifest.created_by,
+        manifest.base.name,
+        manifest.model.architecture,
+        *(v.method for v in manifest.variants.values()),
+    ):
+        if not said.isprintable():  # a terminal would obey its control characters
+            raise IntegrityError(f"{MANIFEST}: {said!r} holds characters that cannot be printed")
     seen: dict[str, str] = {}
     for name, entry in manifest.files.items():
         stem = name.split(".")[0].lower()

@@ -19,6 +19,7 @@ from edgelora_runtime.generation import Generation, Receipt, Request, TextStream
 from edgelora_runtime.live import FILE_LIMIT, read_factors, stack_mix
 from edgelora_runtime.model import PREFILL_CHUNK, Cache, Model
 from edgelora_runtime.sampling import Sampling
+from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -200,7 +201,9 @@ class Runtime:
             raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")
         tokens = self._check_tokens(self.encode(prompt))
         room = self._manifest.model.context_length - len(tokens) + 1  # the last token is never read back
-        request = Request(tokens, min(max_tokens, room), sampling, stop, frozenset(self._manifest.model.eos_token_ids))
+        request = Request(
+            tokens, min(max_tokens, room), sampling, StopFilter(stop), frozenset(self._manifest.model.eos_token_ids)
+        )
         return TextStream(self._run(choice, request))
 
     def _run(self, choice: _Choice, request: Request) -> Generator[str, None, Generation]:

@@ -83,7 +83,7 @@ class Tokenizer:
 
 
 class IncrementalDecoder:
-    """Turns tokens into text one by one; the pieces joined are what decode() gives for all tokens at once.
+    """Turns tokens into text one by one; the pieces joined are what decode() gives at once, for valid UTF-8.
 
     A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each
     piece is the difference between two decodings of a short window, and text that ends in U+FFFD waits for its rest.

@@ -11,10 +11,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
-from tests.tiny import load_base, make_adapter, make_base
 
 from edgelora.adapters import CONFIG, PROVENANCE, WEIGHTS, Adapter, Provenance, check_same_base, read_provenance, write_provenance
 from edgelora_runtime.errors import InputError
+from tests.tiny import load_base, make_adapter, make_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,8 @@ def test_scale_and_delta_are_pefts(settings: dict[str, Any], tiny_base: Path, tm
         np.testing.assert_allclose(adapter.dense(module), layer.get_delta_weight("default").numpy(), rtol=1e-4, atol=1e-6)
         a, b = adapter.factors(module)
         np.testing.assert_allclose(b @ a, adapter.dense(module), rtol=1e-5, atol=1e-7)
-        assert (a.dtype, b.dtype) == (np.float32, np.float32)
+        assert a.dtype == np.float32
+        assert b.dtype == np.float32
         assert adapter.shapes[module] == (len(b), a.shape[1], len(a))
     assert adapter.rank == max(layer.r["default"] for layer in layers.values())
 

@@ -116,6 +116,7 @@ def test_run_samples_by_seed_and_stops(call: Callable[..., Result], bundle32: Pa
 def test_eval_as_json(call: Callable[..., Result], bundle32: Path, rows: Path) -> None:
     """Exact match, and the loss that torch's cross entropy gives for the completions alone."""
     import torch
+
     from tests.tiny import load_base, make_tokenizer
 
     found = call("eval", bundle32, "--variant", "base", "--data", rows, "--max-tokens", 4, "--json")

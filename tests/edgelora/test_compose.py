@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from peft import LoraConfig, PeftModel
-from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
 
 from edgelora.adapters import CONFIG, Adapter, Provenance, read_provenance, write_provenance
 from edgelora.composing import compose
 from edgelora.mix import Mix
 from edgelora_runtime.errors import InputError
+from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from pathlib import Path

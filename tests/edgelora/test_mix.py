@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from peft import PeftModel
-from tests.tiny import load_base
 
 from edgelora.adapters import Adapter
 from edgelora.methods import ties
 from edgelora.mix import Mix
 from edgelora_runtime.errors import InputError
+from tests.tiny import load_base
 
 if TYPE_CHECKING:
     from pathlib import Path

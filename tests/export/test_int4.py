@@ -169,7 +169,7 @@ def test_not_finite_is_refused(value: float, symmetric: bool) -> None:
 
 @pytest.mark.parametrize(("bits", "block"), [(3, 32), (0, 32), (16, 32), (4, 0), (4, 24), (4, 8), (8, 512)])
 def test_grid_that_onnxruntime_cannot_run_is_refused(bits: int, block: int) -> None:
-    with pytest.raises(InputError, match="use one of|4 or 8 bits"):
+    with pytest.raises(InputError, match=r"use one of|4 or 8 bits"):
         quantize_rtn(np.ones((2, 64), np.float32), bits=bits, block_size=block)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from tests.tiny import load_base, random_tokens, torch_logits
 
 from edgelora.adapters import Adapter
 from edgelora.exporting import export
@@ -16,6 +15,7 @@ from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Runtime
+from tests.tiny import load_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
 
 from edgelora_export import graph
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
 from edgelora_runtime import Runtime
 from edgelora_runtime.model import PREFILL_CHUNK, Cache, Model
+from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -65,13 +65,6 @@ def stepwise(model: Model, tokens: list[int], *, prefix: int = 3) -> np.ndarray[
     rows = [model.read(cache, tokens[:prefix])[0].copy()]
     rows += [model.read(cache, [token])[0].copy() for token in tokens[prefix:]]
     return np.stack(rows)
-
-
-@pytest.fixture
-def no_progress_bars() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -194,7 +187,8 @@ def test_context_length_cuts_the_tables_not_the_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_checkpoints(tmp_path: Path, dtype: torch.dtype) -> None:
-    make_base(tmp_path / "full").to(dtype).save_pretrained(tmp_path / "base")
+    model: Any = make_base(tmp_path / "full").to(dtype)
+    model.save_pretrained(tmp_path / "base")
     (tmp_path / "base" / "tokenizer.json").write_bytes((tmp_path / "full" / "tokenizer.json").read_bytes())
     export_base(tmp_path / "base", tmp_path / "bundle")
     tokens = random_tokens(20)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from tests.llama2c import BOS, Vocabulary, convert
-from tests.tiny import export_base, load_base, torch_logits
 
 from edgelora_runtime import Runtime
+from tests.llama2c import BOS, Vocabulary, convert
+from tests.tiny import export_base, load_base, torch_logits
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from tests.tiny import greedy, load_base, random_tokens
 
 from edgelora_runtime import Bundle, InputError, Runtime, UsageError
 from edgelora_runtime.model import PREFILL_CHUNK
 from edgelora_runtime.runtime import parse_bytes
+from tests.tiny import greedy, load_base, random_tokens
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 PROMPT = "the cat sat"
@@ -120,7 +120,8 @@ def test_seeds(runtime: Runtime) -> None:
 def test_a_prompt_is_text_or_its_tokens_or_messages(runtime: Runtime) -> None:
     ids = runtime.encode(PROMPT)
     as_text = runtime.generate(PROMPT, max_tokens=10).tokens
-    for prompt in (ids, tuple(ids), np.array(ids), [np.int32(token) for token in ids]):
+    prompts: list[Any] = [ids, tuple(ids), np.array(ids), [np.int32(token) for token in ids]]
+    for prompt in prompts:
         assert runtime.generate(prompt, max_tokens=10).tokens == as_text
     messages = [
         {"role": "user", "content": " hello "},
@@ -143,8 +144,9 @@ def test_template_equals_transformers_template(runtime: Runtime, tiny_base: Path
 
 
 def test_pocket_template_equals_transformers_template(models_folder: Path, tmp_path: Path) -> None:
-    from tests.tiny import export_base
     from transformers import AutoTokenizer
+
+    from tests.tiny import export_base
 
     export_base(models_folder / "pocket", tmp_path / "bundle", bits=4)
     messages = [{"role": "user", "content": "a <|end|> b"}, {"role": "assistant", "content": " c "}]
@@ -328,9 +330,8 @@ def test_logits_from_many_threads(runtime: Runtime) -> None:
     wrong: list[int] = []
 
     def work(index: int) -> None:
-        for _ in range(20):
-            if not np.array_equal(runtime.logits(texts[index], variant="base"), expected[index]):
-                wrong.append(index)
+        found = [runtime.logits(texts[index], variant="base") for _ in range(20)]
+        wrong.extend(index for logits in found if not np.array_equal(logits, expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(6)]
     for thread in threads:
@@ -402,7 +403,7 @@ def test_a_failed_switch_changes_nothing(runtime: Runtime) -> None:
     runtime.switch("plain")
     for arguments in ({"variant": "nope"}, {"mix": {"nope": 1.0}}):
         with pytest.raises(UsageError):
-            runtime.switch(**arguments)  # type: ignore[arg-type]
+            runtime.switch(**arguments)
         assert runtime.current == "plain"
 
 
@@ -500,7 +501,6 @@ def test_int4_streams_survive_interleaving(bundle4: Path) -> None:
     alone = [generate_alone(bundle4, prompt, variant=v, max_tokens=30) for prompt, v in zip(prompts, variants, strict=True)]
     with Runtime(bundle4, threads=1) as runtime:
         streams = [runtime.stream(p, variant=v, max_tokens=30) for p, v in zip(prompts, variants, strict=True)]
-        advance: Callable[[Any], bool] = lambda stream: next(stream, None) is not None  # noqa: E731
-        while any([advance(stream) for stream in streams]):
+        while {next(stream, None) for stream in streams} != {None}:
             pass
     assert [stream.generation.tokens if stream.generation else None for stream in streams] == alone

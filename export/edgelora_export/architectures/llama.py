@@ -13,7 +13,8 @@ CONTEXT_LIMIT = 32768  # the rotary table's default bound: 128k positions would 
 
 def read_llama(config: dict[str, Any], context_length: int | None) -> Decoder:
     """The Decoder of a LlamaForCausalLM config; see read_decoder."""
-    absent = [key for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size") if key not in config]
+    needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    absent = [key for key in needed if key not in config]
     if absent:
         raise InputError(f"config.json lacks {', '.join(absent)}")
     if config.get("hidden_act", "silu") != "silu":

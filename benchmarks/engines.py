@@ -1,0 +1,290 @@
+"""The engines that decode.py compares, each in a worker process that takes and answers JSON lines.
+
+    python -m benchmarks.engines ENGINE MODEL --threads 2 --length 256
+
+A worker imports its own engine only, so a peer's interpreter needs no edgelora. `--length` is the number of positions
+that the KV cache holds. Its first line out says how long loading took; then it answers requests: `warm`, `round`, and
+`logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last position only,
+the first token picked from them, then N single-token passes, each with a greedy pick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round took, in seconds, and the tokens that it picked."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    tokens: tuple[int, ...]
+
+
+class Engine(Protocol):
+    """One engine with one model open."""
+
+    version: str
+    settings: str  # how it runs, for the record; final once it is warm
+
+    def run_round(self, prompt: list[int], count: int) -> Round:
+        """Reads the prompt into an empty cache and picks a token, then runs `count` picked tokens one by one."""
+
+    def warm_up(self, prompt: list[int], count: int) -> None:
+        """Runs once untimed, and finds the settings that are fastest here where an engine leaves a choice."""
+
+    def logits(self, prompt: list[int]) -> Floats:
+        """The logits behind the prompt, float32 (vocab,)."""
+
+
+def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: int) -> Round:
+    """Times one call of `prefill` and `count` calls of `step`; each returns the token that it picked."""
+    start = time.perf_counter()
+    tokens = [prefill()]
+    middle = time.perf_counter()
+    for _ in range(count):
+        tokens.append(step(tokens[-1]))
+    return Round(middle - start, time.perf_counter() - middle, tuple(tokens))
+
+
+class EdgeloraEngine:
+    """Ours as an app calls it: the time includes turning tokens into text, and loading includes the tokenizer."""
+
+    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (the cache grows by itself)
+        import edgelora_runtime
+
+        self.version = f"{edgelora_runtime.__version__} on onnxruntime {importlib.metadata.version('onnxruntime')}"
+        self.settings = "fp32 KV cache"
+        self.runtime = edgelora_runtime.Runtime(model, threads=threads)
+        self.runtime.switch()
+
+    def run_round(self, prompt: list[int], count: int) -> Round:
+        result = self.runtime.generate(prompt, max_tokens=count + 1, temperature=0.0)
+        if result.reused_tokens or len(result.tokens) != count + 1:
+            raise RuntimeError(f"{result.reused_tokens} positions reused, {len(result.tokens)} tokens: no fair round")
+        return Round(result.prefill_ms / 1e3, result.decode_ms / 1e3, result.tokens)
+
+    def warm_up(self, prompt: list[int], count: int) -> None:
+        self.run_round(prompt, count)
+
+    def logits(self, prompt: list[int]) -> Floats:
+        logits: Floats = self.runtime.logits(prompt)[-1]
+        return logits
+
+
+class GenaiEngine:
+    """onnxruntime-genai, with its own generation loop and its own greedy search."""
+
+    def __init__(self, model: Path, threads: int, length: int) -> None:
+        import onnxruntime_genai
+
+        runtime = importlib.metadata.version("onnxruntime")
+        self.version = f"{importlib.metadata.version('onnxruntime-genai')} on onnxruntime {runtime}"
+        self.settings = "fp32 KV cache"
+        self.library: Any = onnxruntime_genai
+        config = self.library.Config(str(model))
+        session = {"intra_op_num_threads": threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        self.model = self.library.Model(config)
+        self.length = length
+        self.generator: Any = None
+
+    def reset(self) -> None:
+        """Makes a new generator, with an empty cache; not timed."""
+        self.generator = None
+        parameters = self.library.GeneratorParams(self.model)
+        # min_length forbids the end token, so that no round stops early.
+        parameters.set_search_options(do_sample=False, max_length=self.length, min_length=self.length)
+        self.generator = self.library.Generator(self.model, parameters)
+
+    def pick(self) -> int:
+        """Runs the token picked before, unless the prompt ran last, and picks the next one."""
+        self.generator.generate_next_token()
+        return int(self.generator.get_next_tokens()[0])
+
+    def read(self, prompt: list[int]) -> int:
+        """Runs the prompt and picks the next token."""
+        self.generator.append_tokens(np.array(prompt, np.int32))
+        return self.pick()
+
+    def run_round(self, prompt: list[int], count: int) -> Round:
+        self.reset()
+        return time_passes(lambda: self.read(prompt), lambda _: self.pick(), count)
+
+    def warm_up(self, prompt: list[int], count: int) -> None:
+        self.run_round(prompt, count)
+
+    def logits(self, prompt: list[int]) -> Floats:
+        self.reset()
+        self.generator.append_tokens(np.array(prompt, np.int32))
+        return np.asarray(self.generator.get_logits(), np.float32).reshape(-1)
+
+
+class LlamaCppEngine:
+    """llama.cpp through llama-cpp-python's C functions: no Python sampler and no tokenizer in its way.
+
+    Its default for flash attention (auto, which is on) decodes at half its speed on some CPUs; warm_up takes the faster
+    of on and off. The KV cache stays fp16, its default.
+    """
+
+    def __init__(self, model: Path, threads: int, length: int) -> None:
+        import llama_cpp
+
+        self.library: Any = llama_cpp
+        self.version = importlib.metadata.version("llama-cpp-python")
+        self.threads, self.length = threads, length
+        self.log = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot load {model}")
+        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(length, 0, 1)
+        self.position = 0
+        self.context = self.open_context(flash=False)
+        self.settings = "fp16 KV cache"
+
+    def open_context(self, *, flash: bool) -> Any:
+        """Opens a context over the loaded weights."""
+        options = self.library.llama_context_default_params()
+        options.n_ctx = self.length
+        options.n_batch = max(options.n_batch, self.length)
+        options.n_threads = options.n_threads_batch = self.threads
+        options.flash_attn_type = int(flash)
+        return self.library.llama_init_from_model(self.model, options)
+
+    def run(self, tokens: list[int]) -> Floats:
+        """Runs tokens; the logits of the last one, float32 (vocab,), until the next run."""
+        batch = self.batch
+        batch.n_tokens = len(tokens)
+        for index, token in enumerate(tokens):
+            batch.token[index] = token
+            batch.pos[index] = self.position + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = index == len(tokens) - 1
+        status = self.library.llama_decode(self.context, batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status} at position {self.position}")
+        self.position += len(tokens)
+        return np.ctypeslib.as_array(self.library.llama_get_logits_ith(self.context, -1), (self.vocab,))
+
+    def reset(self) -> None:
+        """Empties the cache; not timed."""
+        self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
+        self.position = 0
+
+    def run_round(self, prompt: list[int], count: int) -> Round:
+        self.reset()
+        return time_passes(lambda: int(self.run(prompt).argmax()), lambda token: int(self.run([token]).argmax()), count)
+
+    def warm_up(self, prompt: list[int], count: int) -> None:
+        contexts = {False: self.context, True: self.open_context(flash=True)}
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(3):  # the best of three turns each: the first one also warms up
+            for flash, self.context in contexts.items():
+                seconds[flash].append(self.run_round(prompt, count).decode_seconds)
+        best = min(seconds, key=lambda flash: min(seconds[flash]))
+        self.library.llama_free(contexts[not best])
+        self.context = contexts[best]
+        self.settings = f"fp16 KV cache, flash attention {'on' if best else 'off'}, {self.list_features()}"
+
+    def list_features(self) -> str:
+        """The CPU features that its build uses."""
+        text = self.library.llama_print_system_info().decode().split(":", 1)[-1]
+        return " ".join(part.split(" = ")[0].strip() for part in text.split("|") if " = 1" in part)
+
+    def logits(self, prompt: list[int]) -> Floats:
+        self.reset()
+        return self.run(prompt).copy()
+
+
+class TransformersEngine:
+    """The reference that the others are checked against: the checkpoint in fp32, not quantized; never timed."""
+
+    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (no cache)
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        self.version, self.settings = transformers.__version__, "fp32"
+        self.torch: Any = torch
+        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+    def run_round(self, prompt: list[int], count: int) -> Round:
+        raise NotImplementedError(f"the reference runs no rounds ({len(prompt)} + {count} tokens)")
+
+    def warm_up(self, prompt: list[int], count: int) -> None:
+        """Nothing to warm."""
+
+    def logits(self, prompt: list[int]) -> Floats:
+        with self.torch.no_grad():
+            output = self.model(self.torch.tensor([prompt]), logits_to_keep=1)
+        return np.asarray(output.logits[0, -1].numpy(), np.float32)
+
+
+ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
+    "edgelora": EdgeloraEngine,
+    "onnxruntime-genai": GenaiEngine,
+    "llama.cpp": LlamaCppEngine,
+    "llama.cpp-pure": LlamaCppEngine,
+    "transformers": TransformersEngine,
+}
+
+
+def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    """Does one request."""
+    if request["verb"] == "logits":
+        return {"logits": engine.logits(request["prompt"]).tolist()}
+    if request["verb"] == "warm":
+        engine.warm_up(request["prompt"], request["tokens"])
+        return {"settings": engine.settings}
+    return vars(engine.run_round(request["prompt"], request["tokens"]))
+
+
+def take_stdout() -> TextIO:
+    """Standard output for the protocol; whatever else writes to it goes to standard error from here on."""
+    protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return protocol
+
+
+def main() -> None:
+    """Loads the model, then answers one line per line of standard input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("engine", choices=list(ENGINES))
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--length", type=int, required=True)
+    arguments = parser.parse_args()
+    protocol = take_stdout()
+    start = time.perf_counter()
+    engine = ENGINES[arguments.engine](arguments.model, arguments.threads, arguments.length)
+    loaded = {"load_seconds": time.perf_counter() - start, "version": engine.version}
+    print(json.dumps(loaded), file=protocol, flush=True)
+    for line in sys.stdin:
+        print(json.dumps(answer(engine, json.loads(line))), file=protocol, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The peers' models, made from one Hugging Face checkpoint by the peers' own tools.
+
+It runs in the peers' environment (peers.txt), so nothing of edgelora is imported here.
+
+    python -m benchmarks.peer_models genai CHECKPOINT FOLDER
+    python -m benchmarks.peer_models gguf CHECKPOINT FILE.gguf [--type q4_0|q4_0-pure]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# As fast as the builder makes it without changing what is computed. Not its defaults are `shared_embeddings` (one int4
+# table for the embedding and the head) and `prune_lm_head` (the head on the last position only). Block 32, accuracy
+# level 4 and one product for Q, K and V are its defaults on a CPU.
+GENAI_OPTIONS = ["block_size=32", "accuracy_level=4", "shared_embeddings=true", "prune_lm_head=true"]
+
+
+def build_genai(checkpoint: Path, folder: Path) -> None:
+    """Builds onnxruntime-genai's model with its own builder."""
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(draft)]
+        command += ["-p", "int4", "-e", "cpu", "-c", scratch, "--extra_options", *GENAI_OPTIONS]
+        subprocess.run(command, check=True, stdout=sys.stderr)
+    draft.rename(folder)
+
+
+def permute_rotary_rows(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders Q or K rows from halves (Hugging Face) to neighbouring pairs (GGUF's `llama`), per head.
+
+    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py.
+    """
+    half = weight.shape[0] // heads // 2
+    return weight.reshape(heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+
+
+def rotary_divisors(config: dict[str, Any]) -> np.ndarray | None:
+    """Llama 3's divisor of each rotary frequency, float32 (head_dim / 2,), or None without scaling.
+
+    Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
+    """
+    scaling = config.get("rope_scaling")
+    if not scaling:
+        return None
+    size = config["head_dim"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    trained = scaling["original_max_position_embeddings"]
+    wavelengths = 2 * math.pi * config["rope_theta"] ** (np.arange(0, size, 2) / size)
+    smooth = (trained / wavelengths - low) / (high - low)
+    divisors: np.ndarray = 1 / ((1 - smooth) / scaling["factor"] + smooth)
+    divisors[wavelengths < trained / high] = 1
+    divisors[wavelengths > trained / low] = scaling["factor"]
+    return divisors.astype(np.float32)
+
+
+def map_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Maps an fp16 safetensors file: name to array, nothing read yet."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: np.memmap(path, "<f2", "r", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
+        for name, entry in header.items()
+    }
+
+
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "input_layernorm.weight": "attn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.k_proj.weight": "attn_k.weight",
+    "self_attn.v_proj.weight": "attn_v.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+}
+
+
+def name_gguf(name: str) -> str:
+    """A tensor's GGUF name, from its Hugging Face name."""
+    if name in GGUF_NAMES:
+        return GGUF_NAMES[name]
+    layer, rest = name.removeprefix("model.layers.").split(".", 1)
+    return f"blk.{layer}.{GGUF_NAMES[rest]}"
+
+
+def write_float_gguf(checkpoint: Path, path: Path) -> None:
+    """Converts a checkpoint with tied embeddings to an fp16 GGUF without a vocabulary."""
+    import gguf
+
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_tokenizer_model("none")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    divisors = rotary_divisors(config)
+    if divisors is not None:
+        writer.add_tensor("rope_freqs.weight", divisors)
+    for name, weight in map_safetensors(checkpoint / "model.safetensors").items():
+        if ".q_proj." in name:
+            weight = permute_rotary_rows(weight, config["num_attention_heads"])
+        elif ".k_proj." in name:
+            weight = permute_rotary_rows(weight, config["num_key_value_heads"])
+        writer.add_tensor(name_gguf(name), weight if weight.ndim > 1 else weight.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def build_gguf(checkpoint: Path, path: Path, *, pure: bool) -> None:
+    """Builds llama.cpp's model with the library function that `llama-quantize` calls.
+
+    Without `pure` it is what `llama-quantize FILE Q4_0` gives: Q4_0 matrices, and a tied embedding, being the head too,
+    in Q6_K (Q8_0 where the width is no multiple of 256). With it, as by `--pure`, that is Q4_0 as well: the bytes that
+    edgelora and onnxruntime-genai read.
+    """
+    import llama_cpp
+
+    plain, draft = path.with_name(path.name + ".f16"), path.with_name(path.name + ".draft")
+    write_float_gguf(checkpoint, plain)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
+    options.pure = pure
+    status = llama_cpp.llama_model_quantize(str(plain).encode(), str(draft).encode(), ctypes.byref(options))
+    plain.unlink()
+    if status != 0:
+        raise RuntimeError(f"llama_model_quantize returned {status} for {path}")
+    draft.rename(path)
+
+
+def main() -> None:
+    """Builds one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    genai, gguf = verbs.add_parser("genai"), verbs.add_parser("gguf")
+    gguf.add_argument("--type", choices=["q4_0", "q4_0-pure"], default="q4_0")
+    for verb in (genai, gguf):
+        verb.add_argument("checkpoint", type=Path)
+        verb.add_argument("output", type=Path)
+    arguments = parser.parse_args()
+    if arguments.verb == "genai":
+        build_genai(arguments.checkpoint, arguments.output)
+    else:
+        build_gguf(arguments.checkpoint, arguments.output, pure=arguments.type == "q4_0-pure")
+
+
+if __name__ == "__main__":
+    main()

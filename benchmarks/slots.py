@@ -1,0 +1,92 @@
+"""Slot filling on a real base: what is left of an NF4 adapter after merging into int4, running live, and mixing.
+
+    make test                                     # sets up .venv
+    .venv/bin/python -m benchmarks.slots          # about 10 minutes on two cores
+    .venv/bin/python -m benchmarks.slots --json --seed 1 --output /tmp/slots
+
+Needs the base `pocket` and the slot-filling rows (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/models and ../shared/data).
+Adapters learn from the .train files alone; F1 is on the whole .test files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from edgelora.demo.run import score, score_variant
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.rows import Row, read_rows
+from edgelora.terminal import format_share, print_json, print_note, print_table
+from edgelora.torch_reference import write_with_torch
+from edgelora.training import TrainConfig, train
+from edgelora_export.variants import Quantization
+from edgelora_runtime import Runtime
+
+DOMAINS = ("slots-buses", "slots-events")
+STEPS, LEARNING_RATE, MAX_TOKENS = 300, 2e-3, 48
+ARMS = ("torch, NF4 base", "merged int4", "live int4", "merged float32")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for adapters and bundles; a temporary one without it")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    models = Path(os.environ.get("EDGELORA_MODELS", "../shared/models"))
+    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(str(models / "pocket"), data, arguments.output or Path(folder), arguments.seed)
+    if arguments.json:
+        print_json(results)
+        return
+    rows = [
+        [variant, arm, *(format_share(f1[domain]) for domain in DOMAINS)]
+        for variant, arms in results.items()
+        for arm, f1 in arms.items()
+    ]
+    print_table("slot F1 (%) on the test files", ["variant", "arm", *DOMAINS], rows)
+
+
+def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+    """F1 per variant, arm and domain."""
+    adapters = {}
+    for domain in DOMAINS:
+        adapters[domain] = output / domain
+        if not adapters[domain].exists():
+            print_note(f"training {domain}")
+            rows = data / f"{domain}.train.jsonl"
+            train(TrainConfig(base, rows, adapters[domain], lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
+    tests = {domain: read_rows(data / f"{domain}.test.jsonl") for domain in DOMAINS}
+    mixes = {"base": {}, **{domain: {domain: 1.0} for domain in DOMAINS}, "mix 0.6 + 0.6": dict.fromkeys(DOMAINS, 0.6)}
+    results: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in mixes}
+    for variant, adapter in {"base": None, **adapters}.items():
+        print_note(f"evaluating {variant} in torch")
+        results[variant][ARMS[0]] = {
+            domain: score(write_with_torch(base, adapter, rows, max_tokens=MAX_TOKENS), rows) for domain, rows in tests.items()
+        }
+    names = {variant: f"v{index}" for index, variant in enumerate(mixes)}
+    for bits, merged_arm in ((4, ARMS[1]), (32, ARMS[3])):
+        variants = {names[variant]: VariantRecipe(mix) for variant, mix in mixes.items()}
+        live = {variant: mix for variant, mix in mixes.items() if mix and bits == 4}
+        variants |= {f"{names[variant]}-live": VariantRecipe(mix, kind="live") for variant, mix in live.items()}
+        bundle = output / f"bundle-{bits}"
+        export(Recipe(base, adapters, variants, Quantization(bits)), bundle)
+        with Runtime(bundle) as runtime:
+            for variant, name in names.items():
+                print_note(f"evaluating {variant} with {bits} bits in onnxruntime")
+                results[variant][merged_arm] = _score_domains(runtime, tests, name)
+                if f"{name}-live" in variants:
+                    results[variant][ARMS[2]] = _score_domains(runtime, tests, f"{name}-live")
+    return results
+
+
+def _score_domains(runtime: Runtime, tests: dict[str, list[Row]], variant: str) -> dict[str, float]:
+    return {domain: score_variant(runtime, rows, MAX_TOKENS, variant=variant) for domain, rows in tests.items()}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What the demo found, as figures and as one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora.terminal import format_bytes, format_share, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Two switches to a variant: the first, cold where its session had to be created, and one back to it."""
+
+    variant: str
+    cold: bool
+    first_ms: float
+    again_ms: float
+    bytes_mapped: int
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """Scores are shares from 0 to 1, on test rows that nothing was chosen on.
+
+    torch: per task, its adapter in PEFT on the base that it was trained on. scores: per variant and task, in onnxruntime.
+    weights: of the mix, chosen on held-out rows out of configurations_tried.
+    """
+
+    bundle: Path
+    test_rows: Mapping[str, int]
+    metrics: Mapping[str, str]
+    torch: Mapping[str, float]
+    scores: Mapping[str, Mapping[str, float]]
+    mixed: tuple[str, ...]
+    weights: Mapping[str, float]
+    configurations_tried: int
+    switches: Sequence[Switch]
+    seconds: Mapping[str, float]
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """Share of each single adapter's score that the mix keeps on its task."""
+        return {name: self.scores["mix"][name] / max(self.scores[name][name], 1e-9) for name in self.mixed}
+
+
+def show_report(report: DemoReport) -> None:
+    """Prints the table and where to go from here."""
+    tasks = list(report.test_rows)
+    columns = ["variant", *(f"{task} ({report.metrics[task]} %)" for task in tasks), "first switch", "switch back"]
+    switches = {switch.variant: switch for switch in report.switches}
+    rows = [["adapter in torch (NF4)", *(format_share(report.torch[task]) for task in tasks), "", ""]]
+    for name, scores in report.scores.items():
+        switch = switches[name]
+        times = [f"{switch.first_ms:.1f} ms", f"{switch.again_ms:.2f} ms"]
+        rows.append([name, *(format_share(scores[task]) for task in tasks), *times])
+    print_table("", columns, rows)
+    weights = " + ".join(f"{weight:g} {name}" for name, weight in report.weights.items())
+    kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
+    print(f"mix = {weights}, the best of {report.configurations_tried} on held-out rows; it keeps {kept}")
+    size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
+    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
+    print(f"talk to it:  edgelora chat {report.bundle} --variant {report.mixed[0]}")

@@ -1,0 +1,223 @@
+"""`edgelora demo`: the whole pipeline on one small model. Train three adapters, mix two, export, evaluate, switch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edgelora.demo.base import make_base
+from edgelora.demo.report import DemoReport, Switch
+from edgelora.demo.settings import DemoSettings
+from edgelora.demo.tasks import Task, make_tasks
+from edgelora.exporting import export
+from edgelora.recipe import read_recipe
+from edgelora.rows import Row, read_rows
+from edgelora.scores import exact_match, slot_f1
+from edgelora.terminal import print_note, show_progress
+from edgelora.torch_reference import write_with_torch
+from edgelora.training import TrainConfig, train
+from edgelora_runtime import Runtime
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+
+# Weights tried for each of the two mixed adapters, on held-out rows. 1 + 1 is the naive sum.
+WEIGHTS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
+MAX_TOKENS = 64
+
+
+@dataclass
+class Stopwatch:
+    """Seconds per stage, in the order of the stages."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a stage and says on standard error that it has begun."""
+        print_note(f"· {name} …")
+        started = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - started
+
+
+def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) -> DemoReport:
+    """The pipeline on the base and the tasks that come with edgelora."""
+    settings = settings or DemoSettings()
+    watch = Stopwatch()
+    with watch.stage("pretrain a small base"), show_progress("steps") as on_progress:
+        make_base(output / "base", settings.base, seed=seed, on_progress=on_progress)
+    tasks = make_tasks(settings.sizes, seed=seed)
+    configs = {
+        task.name: settings.train_config(
+            output / "base",
+            _write_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
+            output / "adapters" / task.name,
+            seed=seed,
+        )
+        for task in tasks
+    }
+    return run_pipeline(str(output / "base"), tasks, configs, output, max_tokens=settings.max_tokens, watch=watch)
+
+
+def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> DemoReport:
+    """The pipeline on a base and rows of one's own: of each file a tenth is held out, and a fifth is for testing."""
+    tasks = [split_rows(name, read_rows(path), seed) for name, path in data.items()]
+    configs = {
+        task.name: TrainConfig(
+            base=base,
+            data=_write_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
+            output=output / "adapters" / task.name,
+            seed=seed,
+        )
+        for task in tasks
+    }
+    return run_pipeline(base, tasks, configs, output, max_tokens=MAX_TOKENS, watch=Stopwatch())
+
+
+def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
+    """A task from rows in random order, no prompt in two splits; at most 100 held-out and 200 test rows."""
+    distinct = list({row.prompt: row for row in rows}.values())
+    if len(distinct) < 10:
+        raise InputError(f"{name} has {len(distinct)} distinct prompts; give at least 10 rows")
+    random.Random(seed).shuffle(distinct)  # noqa: S311  (data, not secrets)
+    held_out, test = min(100, len(distinct) // 10), min(200, len(distinct) // 5)
+    return Task(name, tuple(distinct[held_out + test :]), tuple(distinct[:held_out]), tuple(distinct[held_out : held_out + test]))
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_pipeline(
+    base: str, tasks: Sequence[Task], configs: Mapping[str, TrainConfig], output: Path, *, max_tokens: int, watch: Stopwatch
+) -> DemoReport:
+    """Everything after the base: adapters, weights for a mix of the first two, bundle, scores and switches.
+
+    configs: how to train each task's adapter, by task name.
+    """
+    mixed = tuple(task.name for task in tasks[:2])
+    in_torch = {}
+    for task in tasks:
+        config = configs[task.name]
+        with watch.stage(f"train {task.name}"), show_progress("steps") as on_progress:
+            train(config, on_progress=on_progress)
+        with watch.stage(f"evaluate {task.name} in torch"):
+            written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
+            in_torch[task.name] = score(written, task.test)
+    adapters = {task.name: configs[task.name].output for task in tasks}
+    with watch.stage("choose weights on held-out rows"):
+        _write_recipe(output / "search.toml", base, adapters, _search_variants(mixed))
+        export(output / "search.toml", output / "search")
+        weights, tried = choose_weights(output / "search", tasks[:2], max_tokens)
+    with watch.stage("export the bundle"):
+        _write_recipe(output / "recipe.toml", base, adapters, _final_variants(adapters, mixed, weights))
+        export(output / "recipe.toml", output / "bundle")
+    with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
+        switches = [_switch_twice(runtime, name) for name in runtime.variants]
+        scores = {
+            name: {task.name: score_variant(runtime, task.test, max_tokens, variant=name) for task in tasks}
+            for name in runtime.variants
+        }
+    return DemoReport(
+        bundle=output / "bundle",
+        test_rows={task.name: len(task.test) for task in tasks},
+        metrics={
+            task.name: "slot F1" if slot_f1(_right(task.test), _right(task.test)) is not None else "exact match" for task in tasks
+        },
+        torch=in_torch,
+        scores=scores,
+        mixed=mixed,
+        weights=weights,
+        configurations_tried=tried,
+        switches=switches,
+        seconds=watch.seconds,
+    )
+
+
+def score(written: Sequence[str], rows: Sequence[Row]) -> float:
+    """Slot F1 where the completions are slots, else the share of exact matches."""
+    f1 = slot_f1(written, _right(rows))
+    return exact_match(written, _right(rows)) if f1 is None else f1
+
+
+def score_variant(
+    runtime: Runtime, rows: Sequence[Row], max_tokens: int, *, variant: str | None = None, mix: Mapping[str, float] | None = None
+) -> float:
+    """The score of what a variant, or a live mix, writes in onnxruntime."""
+    return score([runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows], rows)
+
+
+def choose_weights(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tuple[dict[str, float], int]:
+    """The weights whose worse task does best on held-out rows, relative to the adapter alone, and how many were tried.
+
+    Tries them live, at request time: no export per configuration.
+    """
+    with Runtime(bundle) as runtime:
+        alone = [score_variant(runtime, task.held_out, max_tokens, mix={task.name: 1.0}) for task in tasks]
+
+        def worst(weights: tuple[float, ...]) -> tuple[float, float]:
+            mix = dict(zip((task.name for task in tasks), weights, strict=True))
+            scores = [score_variant(runtime, task.held_out, max_tokens, mix=mix) for task in tasks]
+            kept = [mixed / single if single else 0.0 for mixed, single in zip(scores, alone, strict=True)]
+            return min(kept), sum(kept)
+
+        candidates = list(itertools.product(WEIGHTS, repeat=len(tasks)))
+        best = max(candidates, key=worst)
+    return dict(zip((task.name for task in tasks), best, strict=True)), len(candidates)
+
+
+def _switch_twice(runtime: Runtime, variant: str) -> Switch:
+    """A variant's first switch, and the one back to it after another."""
+    first = runtime.switch(variant)
+    runtime.switch(next(name for name in runtime.variants if name != variant))
+    again = runtime.switch(variant)
+    return Switch(variant, first.cold, first.milliseconds, again.milliseconds, first.bytes_mapped)
+
+
+def _search_variants(mixed: Sequence[str]) -> dict[str, str]:
+    return {"search": f"mix = {_format_mix(dict.fromkeys(mixed, 1.0))}\nkind = 'live'"}
+
+
+def _final_variants(adapters: Mapping[str, Path], mixed: Sequence[str], weights: Mapping[str, float]) -> dict[str, str]:
+    """TOML per variant: the base, each adapter alone, the naive sum, the chosen mix merged and live."""
+    chosen = _format_mix(weights)
+    return {
+        "base": "mix = {}",
+        **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
+        "naive-sum": f"mix = {_format_mix(dict.fromkeys(mixed, 1.0))}",
+        "mix": f"mix = {chosen}",
+        "mix-live": f"mix = {chosen}\nkind = 'live'",
+    }
+
+
+def _format_mix(weights: Mapping[str, float]) -> str:
+    return "{ " + ", ".join(f"{name} = {weight}" for name, weight in weights.items()) + " }"
+
+
+def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
+    """A recipe file as a user would write it; read back at once, so that a mistake shows here."""
+    lines = [
+        f"base = {str(base)!r}",
+        "",
+        "[adapters]",
+        *(f"{name} = {str(folder.resolve())!r}" for name, folder in adapters.items()),
+    ]
+    for name, body in variants.items():
+        lines += ["", f"[variants.{name}]", body]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    read_recipe(path)
+
+
+def _right(rows: Sequence[Row]) -> list[str]:
+    return [row.completion for row in rows]

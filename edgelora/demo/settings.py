@@ -1,0 +1,47 @@
+"""What the demo runs with: the figures that came out of the trials in docs/log.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edgelora.demo.base import BaseSettings
+from edgelora.demo.tasks import TaskSizes
+from edgelora.training import TrainConfig
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Base, rows and adapters of the demo.
+
+    Small adapters on the attention of the first two layers disturb each other less than larger ones: they look up the
+    command, which is what a task adds, and leave what the base knows alone. max_tokens: the longest answer and some more.
+    """
+
+    base: BaseSettings = field(default_factory=BaseSettings)
+    sizes: TaskSizes = field(default_factory=TaskSizes)
+    rank: int = 2
+    alpha: float = 4.0
+    lr: float = 4e-3
+    steps: int = 500
+    batch_size: int = 16
+    target_modules: tuple[str, ...] = tuple(f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo")
+    max_tokens: int = 48
+
+    def train_config(self, base: Path, data: Path, output: Path, *, seed: int) -> TrainConfig:
+        """How one task's adapter is trained."""
+        return TrainConfig(
+            base=str(base),
+            data=data,
+            output=output,
+            rank=self.rank,
+            alpha=self.alpha,
+            lr=self.lr,
+            max_steps=self.steps,
+            batch_size=self.batch_size,
+            target_modules=self.target_modules,
+            seed=seed,
+        )

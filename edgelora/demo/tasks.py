@@ -1,0 +1,147 @@
+"""Three small text tasks with exact answers, and the general text that the demo's base learns from; all made by code.
+
+The base learns words (month names, numbers, a menu) and answer formats through commands of the shape "Command: text", and to
+answer UNKNOWN to commands that it was not taught. The tasks are three such commands, in formats that it knows. So an adapter
+teaches a command, not a language; and as part of its rows are the base's own, unknown commands among them, it learns to leave
+other commands alone. Both keep the change of the weights small, and small changes add up: see docs/log.md for what did not.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora.demo.phrases import MONTHS, PLACES, WORDS, draw_date, draw_order, draw_price, spell_number, spell_ordinal
+from edgelora.rows import Row
+from edgelora_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+UNKNOWN = "unknown command"
+
+
+@dataclass(frozen=True)
+class TaskSizes:
+    """Rows per task. general: rows of the base's own commands, mixed into the training rows only."""
+
+    train: int = 3000
+    general: int = 4000
+    held_out: int = 40
+    test: int = 150
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and its rows; no prompt of the task stands in two of the three splits."""
+
+    name: str
+    train: tuple[Row, ...]
+    held_out: tuple[Row, ...]
+    test: tuple[Row, ...]
+
+
+def make_tasks(sizes: TaskSizes | None = None, *, seed: int = 0) -> tuple[Task, ...]:
+    """All tasks; the same seed gives the same rows."""
+    return tuple(make_task(name, sizes, seed=seed) for name in TASKS)
+
+
+def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Task:
+    """One task's splits, drawn without a prompt twice; UsageError for a name that is no task."""
+    if name not in TASKS:
+        raise UsageError(f"{name!r} is no task of the demo; its tasks are {', '.join(TASKS)}")
+    sizes = sizes or TaskSizes()
+    rng = random.Random(f"{name} {seed}")  # noqa: S311  (data, not secrets)
+    rows: dict[str, Row] = {}
+    while len(rows) < sizes.train + sizes.held_out + sizes.test:
+        row = TASKS[name](rng)
+        rows.setdefault(row.prompt, row)
+    drawn = list(rows.values())
+    tested, rest = drawn[: sizes.test], drawn[sizes.test :]
+    train = rest[sizes.held_out :] + [general_row(rng) for _ in range(sizes.general)]
+    rng.shuffle(train)
+    return Task(name, tuple(train), tuple(rest[: sizes.held_out]), tuple(tested))
+
+
+def general_row(rng: random.Random) -> Row:
+    """One of the commands that the base learns, or one that it is to say it does not know."""
+    return rng.choice((_date_command, _order_command, _price_command, _unknown_command))(rng)
+
+
+def _dates_row(rng: random.Random) -> Row:
+    date = draw_date(rng)
+    return Row(f"{COMMANDS['dates']}: {date.phrase(rng)}\n", date.iso)
+
+
+def _orders_row(rng: random.Random) -> Row:
+    order = draw_order(rng)
+    return Row(f"{COMMANDS['orders']}: {order.phrase(rng)}\n", order.slots)
+
+
+def _prices_row(rng: random.Random) -> Row:
+    price = draw_price(rng)
+    return Row(f"{COMMANDS['prices']}: {price.phrase(rng)}\n", price.amount)
+
+
+# The first two are the ones that the demo mixes.
+TASKS: dict[str, Callable[[random.Random], Row]] = {"dates": _dates_row, "prices": _prices_row, "orders": _orders_row}
+COMMANDS = {"dates": "Stamp", "prices": "Invoice", "orders": "Order form"}
+
+
+def _unknown_command(rng: random.Random) -> Row:
+    """A command that nobody teaches, over any text."""
+    command = ""
+    while not command or command in COMMANDS.values():
+        command = " ".join(rng.sample(WORDS, rng.choice((1, 2)))).capitalize()
+    draw = rng.choice((draw_date, draw_order, draw_price))
+    return Row(f"{command}: {draw(rng).phrase(rng)}\n", UNKNOWN)
+
+
+def _date_command(rng: random.Random) -> Row:
+    date = draw_date(rng)
+    phrase, day, month, year = date.phrase(rng), f"{date.day:02}", f"{date.month:02}", date.year
+    return rng.choice(
+        (
+            Row(f"Month number: {MONTHS[date.month - 1]}\n", month),
+            Row(f"Day number: the {spell_ordinal(date.day)}\n", day),
+            Row(f"Day of: {phrase}\n", day),
+            Row(f"Month of: {phrase}\n", month),
+            Row(f"ISO date: {phrase}\n", date.iso),
+            Row(f"German date: {phrase}\n", f"{day}.{month}.{year}"),
+            Row(f"American date: {phrase}\n", f"{month}/{day}/{year}"),
+        )
+    )
+
+
+def _order_command(rng: random.Random) -> Row:
+    order = draw_order(rng)
+    phrase, extra, place = order.phrase(rng), order.extra or "none", PLACES[order.place]
+    return rng.choice(
+        (
+            Row(f"Item of: {phrase}\n", f"item {order.item}"),
+            Row(f"Size of: {phrase}\n", f"size {order.size}"),
+            Row(f"Count of: {phrase}\n", f"count {order.count}"),
+            Row(f"Extra of: {phrase}\n", f"extra {extra}"),
+            Row(f"Place of: {phrase}\n", f"place {place}"),
+            Row(f"Receipt: {phrase}\n", f"{order.count} x {order.item}, {order.size}, {extra}, {place}"),
+            Row(f"Kitchen: {phrase}\n", f"{order.item} / {order.count} / {extra}"),
+            Row(f"Slots: {phrase}\n", order.slots),
+        )
+    )
+
+
+def _price_command(rng: random.Random) -> Row:
+    price = draw_price(rng)
+    phrase, cents = price.phrase(rng), f"{price.cents:02}"
+    return rng.choice(
+        (
+            Row(f"Digits: {spell_number(price.whole)}\n", f"{price.whole}"),
+            Row(f"Whole part of: {phrase}\n", f"{price.whole}"),
+            Row(f"Cents of: {phrase}\n", cents),
+            Row(f"Currency of: {phrase}\n", price.currency),
+            Row(f"Price tag: {phrase}\n", f"{price.whole},{cents} {price.currency}"),
+            Row(f"Amount: {phrase}\n", price.amount),
+            Row(f"Ledger: {phrase}\n", f"{price.currency}:{price.whole}:{cents}"),
+        )
+    )
