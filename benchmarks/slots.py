@@ -15,10 +15,11 @@ import os
 import tempfile
 from pathlib import Path
 
-from edgelora.demo.run import score, score_variant
+from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import Recipe, VariantRecipe
 from edgelora.rows import Row, read_rows
+from edgelora.scores import main_score
 from edgelora.terminal import format_share, print_json, print_note, print_table
 from edgelora.torch_reference import write_with_torch
 from edgelora.training import TrainConfig, train
@@ -66,7 +67,8 @@ def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[st
     for variant, adapter in {"base": None, **adapters}.items():
         print_note(f"evaluating {variant} in torch")
         results[variant][ARMS[0]] = {
-            domain: score(write_with_torch(base, adapter, rows, max_tokens=MAX_TOKENS), rows) for domain, rows in tests.items()
+            domain: main_score(write_with_torch(base, adapter, rows, max_tokens=MAX_TOKENS), [row.completion for row in rows])
+            for domain, rows in tests.items()
         }
     names = {variant: f"v{index}" for index, variant in enumerate(mixes)}
     for bits, merged_arm in ((4, ARMS[1]), (32, ARMS[3])):
@@ -85,7 +87,7 @@ def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[st
 
 
 def _score_domains(runtime: Runtime, tests: dict[str, list[Row]], variant: str) -> dict[str, float]:
-    return {domain: score_variant(runtime, rows, MAX_TOKENS, variant=variant) for domain, rows in tests.items()}
+    return {domain: score_variant(runtime, rows, variant=variant, max_tokens=MAX_TOKENS) for domain, rows in tests.items()}
 
 
 if __name__ == "__main__":

@@ -55,6 +55,10 @@ def main() -> NoReturn:
         code = _report(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except ModuleNotFoundError as error:
+        if os.environ.get("EDGELORA_DEBUG"):
+            raise
+        code = _report(f"{error.name} is not installed; run: pip install 'edgelora[train]'", 2, as_json)
     except OSError as error:
         if os.environ.get("EDGELORA_DEBUG"):
             raise
@@ -327,7 +331,8 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each.")
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each. The first two are mixed."),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -16,6 +16,12 @@ def exact_match(written: Sequence[str], right: Sequence[str]) -> float:
     return sum(one.strip() == other.strip() for one, other in zip(written, right, strict=True)) / len(right)
 
 
+def main_score(written: Sequence[str], right: Sequence[str]) -> float:
+    """Slot F1 where the right completions are slots, else the share of exact matches."""
+    f1 = slot_f1(written, right)
+    return exact_match(written, right) if f1 is None else f1
+
+
 def parse_slots(text: str) -> Slots | None:
     """The slots of `name = value; name = value`, or none of `none`; None where the text has another form."""
     text = text.strip()

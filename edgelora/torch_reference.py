@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora.training import load_base
+from edgelora.training import load_base, quiet_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ def write_with_torch(
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
     )
     written: list[str] = []
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet_libraries():
         for start in range(0, len(rows), BATCH):
             on_progress(start, len(rows), "torch")
             prompts = [tokenizer(row.prompt)["input_ids"] for row in rows[start : start + BATCH]]

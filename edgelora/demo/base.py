@@ -1,4 +1,4 @@
-"""The demo's base: a tokenizer and a tiny Llama, pretrained in about a minute on text made by code."""
+"""The demo's base: a tokenizer and a tiny Llama, pretrained in two minutes on text made by code."""
 
 from __future__ import annotations
 

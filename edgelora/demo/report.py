@@ -14,13 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Switch:
-    """Two switches to a variant: the first, cold where its session had to be created, and one back to it."""
+    """Two switches to a variant, in milliseconds: the first, which creates its session, and one back to it after others."""
 
     variant: str
-    cold: bool
-    first_ms: float
-    again_ms: float
-    bytes_mapped: int
+    first: float
+    back: float
 
 
 @dataclass(frozen=True)
@@ -51,14 +49,15 @@ class DemoReport:
 def show_report(report: DemoReport) -> None:
     """Prints the table and where to go from here."""
     tasks = list(report.test_rows)
-    columns = ["variant", *(f"{task} ({report.metrics[task]} %)" for task in tasks), "first switch", "switch back"]
+    columns = ["variant", *tasks, "first switch", "switch back"]
     switches = {switch.variant: switch for switch in report.switches}
     rows = [["adapter in torch (NF4)", *(format_share(report.torch[task]) for task in tasks), "", ""]]
     for name, scores in report.scores.items():
         switch = switches[name]
-        times = [f"{switch.first_ms:.1f} ms", f"{switch.again_ms:.2f} ms"]
+        times = [f"{switch.first:.1f} ms", f"{switch.back:.2f} ms"]
         rows.append([name, *(format_share(scores[task]) for task in tasks), *times])
-    print_table("", columns, rows)
+    metrics = ", ".join(f"{report.metrics[task]} on {count} test rows of {task}" for task, count in report.test_rows.items())
+    print_table(f"in %: {metrics}", columns, rows)
     weights = " + ".join(f"{weight:g} {name}" for name, weight in report.weights.items())
     kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
     print(f"mix = {weights}, the best of {report.configurations_tried} on held-out rows; it keeps {kept}")

@@ -14,10 +14,11 @@ from edgelora.demo.base import make_base
 from edgelora.demo.report import DemoReport, Switch
 from edgelora.demo.settings import DemoSettings
 from edgelora.demo.tasks import Task, make_tasks
+from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import read_recipe
 from edgelora.rows import Row, read_rows
-from edgelora.scores import exact_match, slot_f1
+from edgelora.scores import main_score, slot_f1
 from edgelora.terminal import print_note, show_progress
 from edgelora.torch_reference import write_with_torch
 from edgelora.training import TrainConfig, train
@@ -114,7 +115,7 @@ def run_pipeline(
             train(config, on_progress=on_progress)
         with watch.stage(f"evaluate {task.name} in torch"):
             written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
-            in_torch[task.name] = score(written, task.test)
+            in_torch[task.name] = main_score(written, _right(task.test))
     adapters = {task.name: configs[task.name].output for task in tasks}
     with watch.stage("choose weights on held-out rows"):
         _write_recipe(output / "search.toml", base, adapters, _search_variants(mixed))
@@ -124,9 +125,10 @@ def run_pipeline(
         _write_recipe(output / "recipe.toml", base, adapters, _final_variants(adapters, mixed, weights))
         export(output / "recipe.toml", output / "bundle")
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
-        switches = [_switch_twice(runtime, name) for name in runtime.variants]
+        first = [runtime.switch(name) for name in runtime.variants]
+        back = [runtime.switch(name) for name in runtime.variants]
         scores = {
-            name: {task.name: score_variant(runtime, task.test, max_tokens, variant=name) for task in tasks}
+            name: {task.name: score_variant(runtime, task.test, variant=name, max_tokens=max_tokens) for task in tasks}
             for name in runtime.variants
         }
     return DemoReport(
@@ -140,22 +142,9 @@ def run_pipeline(
         mixed=mixed,
         weights=weights,
         configurations_tried=tried,
-        switches=switches,
+        switches=tuple(Switch(one.variant, one.milliseconds, again.milliseconds) for one, again in zip(first, back, strict=True)),
         seconds=watch.seconds,
     )
-
-
-def score(written: Sequence[str], rows: Sequence[Row]) -> float:
-    """Slot F1 where the completions are slots, else the share of exact matches."""
-    f1 = slot_f1(written, _right(rows))
-    return exact_match(written, _right(rows)) if f1 is None else f1
-
-
-def score_variant(
-    runtime: Runtime, rows: Sequence[Row], max_tokens: int, *, variant: str | None = None, mix: Mapping[str, float] | None = None
-) -> float:
-    """The score of what a variant, or a live mix, writes in onnxruntime."""
-    return score([runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows], rows)
 
 
 def choose_weights(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tuple[dict[str, float], int]:
@@ -164,25 +153,17 @@ def choose_weights(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tupl
     Tries them live, at request time: no export per configuration.
     """
     with Runtime(bundle) as runtime:
-        alone = [score_variant(runtime, task.held_out, max_tokens, mix={task.name: 1.0}) for task in tasks]
+        alone = [score_variant(runtime, task.held_out, mix={task.name: 1.0}, max_tokens=max_tokens) for task in tasks]
 
         def worst(weights: tuple[float, ...]) -> tuple[float, float]:
             mix = dict(zip((task.name for task in tasks), weights, strict=True))
-            scores = [score_variant(runtime, task.held_out, max_tokens, mix=mix) for task in tasks]
+            scores = [score_variant(runtime, task.held_out, mix=mix, max_tokens=max_tokens) for task in tasks]
             kept = [mixed / single if single else 0.0 for mixed, single in zip(scores, alone, strict=True)]
             return min(kept), sum(kept)
 
         candidates = list(itertools.product(WEIGHTS, repeat=len(tasks)))
         best = max(candidates, key=worst)
     return dict(zip((task.name for task in tasks), best, strict=True)), len(candidates)
-
-
-def _switch_twice(runtime: Runtime, variant: str) -> Switch:
-    """A variant's first switch, and the one back to it after another."""
-    first = runtime.switch(variant)
-    runtime.switch(next(name for name in runtime.variants if name != variant))
-    again = runtime.switch(variant)
-    return Switch(variant, first.cold, first.milliseconds, again.milliseconds, first.bytes_mapped)
 
 
 def _search_variants(mixed: Sequence[str]) -> dict[str, str]:
