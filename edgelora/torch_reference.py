@@ -29,9 +29,10 @@ def write_with_torch(
     from peft import PeftModel
     from transformers import GenerationConfig
 
-    model, tokenizer = load_base(base, quant)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+    with quiet_libraries():
+        model, tokenizer = load_base(base, quant)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
     model.eval()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(  # type: ignore[no-untyped-call]

@@ -106,7 +106,7 @@ def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping
         if reason := check_variant_name(variant.name):
             raise InputError(f"variant {variant.name!r}: {reason}")
         if variant.name.lower() in seen:
-            raise InputError(f"variant {variant.name!r} stands twice (names differ in more than case); rename one")
+            raise InputError(f"variant {variant.name!r} stands twice; two names must differ in more than case, so rename one")
         seen.add(variant.name.lower())
         if variant.delta is not None:
             check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
