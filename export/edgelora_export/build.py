@@ -73,7 +73,7 @@ def build_bundle(
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
             default_variant=default_variant,
-            base=BaseEntry(base.folder.resolve().name, base.sha256),
+            base=BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256),
             model=_describe_model(base, decoder),
             quantization=QuantizationEntry(
                 quantization.bits, quantization.block_size, quantization.symmetric, quantization.method

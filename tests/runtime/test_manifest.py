@@ -33,7 +33,7 @@ HASH = "0123456789abcdef" * 4
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True).filter(lambda name: check_variant_name(name) is None)
 NUMBERS = st.integers(1, (1 << 53) - 1)
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.isprintable)
 
 
 def example() -> Manifest:
@@ -172,6 +172,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "text for a list": (changed("variants", "m", "graphs", "cpu", "blobs", value="abc"), "should be a list"),
     "text for a number": (changed("model", "layers", value="2"), "model.layers"),
     "number for text": (changed("created_by", value=3), "created_by"),
+    "terminal codes": (changed("created_by", value="\x1b[2J"), "cannot be printed"),
     "true for a number": (changed("model", "layers", value=True), "model.layers"),
     "1 for true": (changed("quantization", "symmetric", value=1), "symmetric"),
     "fraction for a whole number": (changed("files", "tokenizer.json", "size", value=10.5), "size"),
