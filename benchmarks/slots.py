@@ -2,7 +2,7 @@
 
     make test                                     # sets up .venv
     .venv/bin/python -m benchmarks.slots          # about 10 minutes on two cores
-    .venv/bin/python -m benchmarks.slots --json --seed 1 --output /tmp/slots
+    .venv/bin/python -m benchmarks.slots --json --seed 1 --output slots-run
 
 Needs the base `pocket` and the slot-filling rows (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/models and ../shared/data).
 Adapters learn from the .train files alone; F1 is on the whole .test files.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from edgelora_export.files import read_json
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def read_provenance(folder: Path) -> Provenance | None:
     """Reads edgelora.json; None where the adapter comes from another tool and has none."""
     if not (folder / PROVENANCE).is_file():
         return None
-    value = read_json(folder / PROVENANCE)
+    value = read_json(folder / PROVENANCE, "train writes it")
     names = [field.name for field in fields(Provenance)]
     if absent := [name for name in names if name not in value]:
         raise InputError(f"{folder / PROVENANCE} lacks {', '.join(absent)}; train the adapter again or delete the file")
@@ -100,7 +101,7 @@ class Adapter:
         label = name or folder.name
         if not folder.is_dir():
             raise InputError(f"adapter {label}: {folder} is not a folder; give a PEFT adapter's")
-        config = read_json(folder / CONFIG)
+        config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
         if reasons := _unsupported(config):
             raise InputError(f"adapter {label}: {'; '.join(reasons)}")
         return cls(label, folder, config, read_provenance(folder), _read_shapes(folder / WEIGHTS, label))
@@ -178,19 +179,6 @@ def check_same_base(adapters: Mapping[str, Adapter], base_sha256: str | None = N
 
 def _name_base(provenance: Provenance) -> str:
     return f"{provenance.base_name} ({provenance.base_sha256[:12]})"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; InputError where it is absent or no object."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; a PEFT adapter has {CONFIG} and {WEIGHTS}") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds {type(value).__name__}, not an object")
-    return value
 
 
 def _unsupported(config: Mapping[str, Any]) -> list[str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import METHODS
+from edgelora_export.files import read_toml
 from edgelora_export.variants import Quantization
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import check_variant_name
@@ -49,13 +49,7 @@ class Recipe:
 def read_recipe(path: Path | str) -> Recipe:
     """Reads a recipe file; paths in it are relative to its folder. InputError lists everything that is wrong with it."""
     path = Path(path)
-    try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"recipe {path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"recipe {path} is not readable TOML ({error})") from error
-    return parse_recipe(value, path.parent, str(path))
+    return parse_recipe(read_toml(path, "a recipe says what to export"), path.parent, str(path))
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") -> Recipe:

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import time
-import tomllib
 import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.adapters import CONFIG, Provenance, write_provenance
 from edgelora.rows import read_rows
 from edgelora_export.base import Base
+from edgelora_export.files import read_toml
 from edgelora_export.int4 import quantize_rtn
 from edgelora_export.publish import staged_folder
 from edgelora_runtime.errors import InputError, MissingExtraError
@@ -94,12 +94,7 @@ class TrainReport:
 
 def read_train_config(path: Path) -> dict[str, Any]:
     """Fields of TrainConfig from a TOML file; InputError names unknown keys."""
-    try:
-        value = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"config {path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"config {path} is not readable TOML ({error})") from error
+    value = read_toml(path, "--config names it")
     known = [field.name for field in fields(TrainConfig)]
     if unknown := sorted(set(value) - set(known)):
         raise InputError(f"config {path}: {', '.join(unknown)} is not known; known: {', '.join(known)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import safe_open
 
+from edgelora_export.files import read_json
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class Base:
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"base {folder} is not a folder; give a local folder in the Hugging Face layout")
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json", "a base needs it")
         if (folder / INDEX).is_file():
-            weight_map = _read_json(folder / INDEX).get("weight_map", {})
+            weight_map = read_json(folder / INDEX, "a sharded base needs it").get("weight_map", {})
             shards = {name: folder / file for name, file in weight_map.items()}
             missing = sorted({path.name for path in shards.values() if not path.is_file()})
             if missing:
@@ -104,15 +104,3 @@ def _tensor_names(path: Path) -> list[str]:
             return list(file.keys())
     except Exception as error:  # safetensors raises its own type, and OSError
         raise InputError(f"{path} is not a readable safetensors file ({error}); download it again") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing; a base needs it") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds {type(value).__name__}, not an object")
-    return value
