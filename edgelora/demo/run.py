@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-# Weights tried for each of the two mixed adapters, on held-out rows. 1 + 1 is the naive sum.
+# Weights tried for each adapter of each pair, on held-out rows. 1 + 1 is the naive sum.
 WEIGHTS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
 MAX_TOKENS = 64
 
@@ -103,11 +103,10 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
 def run_pipeline(
     base: str, tasks: Sequence[Task], configs: Mapping[str, TrainConfig], output: Path, *, max_tokens: int, watch: Stopwatch
 ) -> DemoReport:
-    """Everything after the base: adapters, weights for a mix of the first two, bundle, scores and switches.
+    """Everything after the base: adapters, a mix of two chosen on held-out rows, bundle, scores and switches.
 
     configs: how to train each task's adapter, by task name.
     """
-    mixed = tuple(task.name for task in tasks[:2])
     in_torch = {}
     for task in tasks:
         config = configs[task.name]
@@ -117,12 +116,12 @@ def run_pipeline(
             written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
             in_torch[task.name] = main_score(written, _right(task.test))
     adapters = {task.name: configs[task.name].output for task in tasks}
-    with watch.stage("choose weights on held-out rows"):
-        _write_recipe(output / "search.toml", base, adapters, _search_variants(mixed))
+    with watch.stage("choose a mix on held-out rows"):
+        _write_recipe(output / "search.toml", base, adapters, _search_variants(adapters))
         export(output / "search.toml", output / "search")
-        weights, tried = choose_weights(output / "search", tasks[:2], max_tokens)
+        weights, tried = choose_mix(output / "search", tasks, max_tokens)
     with watch.stage("export the bundle"):
-        _write_recipe(output / "recipe.toml", base, adapters, _final_variants(adapters, mixed, weights))
+        _write_recipe(output / "recipe.toml", base, adapters, _final_variants(adapters, weights))
         export(output / "recipe.toml", output / "bundle")
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
         first = [runtime.switch(name) for name in runtime.variants]
@@ -139,7 +138,7 @@ def run_pipeline(
         },
         torch=in_torch,
         scores=scores,
-        mixed=mixed,
+        mixed=tuple(weights),
         weights=weights,
         configurations_tried=tried,
         switches=tuple(Switch(one.variant, one.milliseconds, again.milliseconds) for one, again in zip(first, back, strict=True)),
@@ -147,36 +146,43 @@ def run_pipeline(
     )
 
 
-def choose_weights(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tuple[dict[str, float], int]:
-    """The weights whose worse task does best on held-out rows, relative to the adapter alone, and how many were tried.
+def choose_mix(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tuple[dict[str, float], int]:
+    """The pair of adapters and the weights that do best on held-out rows, and how many configurations were tried.
 
-    Tries them live, at request time: no export per configuration.
+    Best is the pair whose worse task keeps the largest share of what its adapter scores alone. The bundle has all adapters
+    live, so each configuration is one request's mix and no export.
     """
     with Runtime(bundle) as runtime:
-        alone = [score_variant(runtime, task.held_out, mix={task.name: 1.0}, max_tokens=max_tokens) for task in tasks]
 
-        def worst(weights: tuple[float, ...]) -> tuple[float, float]:
-            mix = dict(zip((task.name for task in tasks), weights, strict=True))
-            scores = [score_variant(runtime, task.held_out, mix=mix, max_tokens=max_tokens) for task in tasks]
-            kept = [mixed / single if single else 0.0 for mixed, single in zip(scores, alone, strict=True)]
-            return min(kept), sum(kept)
+        def score_held_out(task: Task, mix: Mapping[str, float]) -> float:
+            return score_variant(runtime, task.held_out, mix=mix, max_tokens=max_tokens)
 
-        candidates = list(itertools.product(WEIGHTS, repeat=len(tasks)))
-        best = max(candidates, key=worst)
-    return dict(zip((task.name for task in tasks), best, strict=True)), len(candidates)
+        alone = {task.name: score_held_out(task, {task.name: 1.0}) for task in tasks}
+
+        def kept(pair: Sequence[Task], mix: Mapping[str, float]) -> tuple[float, float]:
+            shares = [score_held_out(task, mix) / max(alone[task.name], 1e-9) for task in pair]
+            return min(shares), sum(shares)
+
+        candidates = [
+            (pair, dict(zip((task.name for task in pair), weights, strict=True)))
+            for pair in itertools.combinations(tasks, 2)
+            for weights in itertools.product(WEIGHTS, repeat=2)
+        ]
+        _, best = max(candidates, key=lambda candidate: kept(*candidate))
+    return best, len(candidates)
 
 
-def _search_variants(mixed: Sequence[str]) -> dict[str, str]:
-    return {"search": f"mix = {_format_mix(dict.fromkeys(mixed, 1.0))}\nkind = 'live'"}
+def _search_variants(adapters: Mapping[str, Path]) -> dict[str, str]:
+    return {"search": f"mix = {_format_mix(dict.fromkeys(adapters, 1.0))}\nkind = 'live'"}
 
 
-def _final_variants(adapters: Mapping[str, Path], mixed: Sequence[str], weights: Mapping[str, float]) -> dict[str, str]:
+def _final_variants(adapters: Mapping[str, Path], weights: Mapping[str, float]) -> dict[str, str]:
     """TOML per variant: the base, each adapter alone, the naive sum, the chosen mix merged and live."""
     chosen = _format_mix(weights)
     return {
         "base": "mix = {}",
         **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
-        "naive-sum": f"mix = {_format_mix(dict.fromkeys(mixed, 1.0))}",
+        "naive-sum": f"mix = {_format_mix(dict.fromkeys(weights, 1.0))}",
         "mix": f"mix = {chosen}",
         "mix-live": f"mix = {chosen}\nkind = 'live'",
     }
