@@ -113,7 +113,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     rows = read_rows(config.data)
     base = Base.find(config.base)
     with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries():
-        trainer = _make_trainer(config, str(base.folder), [vars(row) for row in rows], on_progress)
+        trainer = _make_trainer(config, str(base.folder), folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - started
@@ -175,7 +175,7 @@ def compute_dtype() -> Any:
 
 
 def _make_trainer(
-    config: TrainConfig, base: str, rows: list[dict[str, str]], on_progress: Callable[[int, int, str], None]
+    config: TrainConfig, base: str, folder: Path, rows: list[dict[str, str]], on_progress: Callable[[int, int, str], None]
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -200,7 +200,7 @@ def _make_trainer(
         target_modules="all-linear" if config.target_modules is None else list(config.target_modules),
     )
     settings = SFTConfig(
-        output_dir=str(config.output),  # nothing is written there: save_strategy is "no"
+        output_dir=str(folder),  # the trainer may make it, and writes nothing there: save_strategy is "no"
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,

@@ -26,7 +26,8 @@ class DemoReport:
     """Scores are shares from 0 to 1, on test rows that nothing was chosen on.
 
     torch: per task, its adapter in PEFT on the base that it was trained on. scores: per variant and task, in onnxruntime.
-    weights: of the mix, chosen on held-out rows out of configurations_tried.
+    weights: of the mix, chosen on held-out rows out of configurations_tried. kept: the share of each single adapter's score
+    that the mix keeps on its task.
     """
 
     bundle: Path
@@ -34,16 +35,11 @@ class DemoReport:
     metrics: Mapping[str, str]
     torch: Mapping[str, float]
     scores: Mapping[str, Mapping[str, float]]
-    mixed: tuple[str, ...]
     weights: Mapping[str, float]
+    kept: Mapping[str, float]
     configurations_tried: int
     switches: Sequence[Switch]
     seconds: Mapping[str, float]
-
-    @property
-    def kept(self) -> dict[str, float]:
-        """Share of each single adapter's score that the mix keeps on its task."""
-        return {name: self.scores["mix"][name] / max(self.scores[name][name], 1e-9) for name in self.mixed}
 
 
 def show_report(report: DemoReport) -> None:
@@ -63,4 +59,4 @@ def show_report(report: DemoReport) -> None:
     print(f"mix = {weights}, the best of {report.configurations_tried} on held-out rows; it keeps {kept}")
     size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
     print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
-    print(f"talk to it:  edgelora chat {report.bundle} --variant {report.mixed[0]}")
+    print(f"talk to it:  edgelora chat {report.bundle} --variant {next(iter(report.weights))}")

@@ -8,6 +8,7 @@ import random
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.demo.base import make_base
@@ -16,7 +17,6 @@ from edgelora.demo.settings import DemoSettings
 from edgelora.demo.tasks import Task, make_tasks
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
-from edgelora.recipe import read_recipe
 from edgelora.rows import Row, read_rows
 from edgelora.scores import main_score, slot_f1
 from edgelora.terminal import print_note, show_progress
@@ -24,15 +24,16 @@ from edgelora.torch_reference import write_with_torch
 from edgelora.training import TrainConfig, train
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 
 # Weights tried for each adapter of each pair, on held-out rows. 1 + 1 is the naive sum.
 WEIGHTS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
 MAX_TOKENS = 64
+OWN_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix", "mix-live"  # beside one per task
 
 
 @dataclass
@@ -71,6 +72,9 @@ def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) 
 
 def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> DemoReport:
     """The pipeline on a base and rows of one's own: of each file a tenth is held out, and a fifth is for testing."""
+    for name in data:  # before minutes of training
+        if reason := "the demo's own variant has that name" if name in OWN_VARIANTS else check_variant_name(name):
+            raise InputError(f"--data {name}=…: {reason}; choose another name")
     tasks = [split_rows(name, read_rows(path), seed) for name, path in data.items()]
     configs = {
         task.name: TrainConfig(
@@ -138,8 +142,8 @@ def run_pipeline(
         },
         torch=in_torch,
         scores=scores,
-        mixed=tuple(weights),
         weights=weights,
+        kept={name: scores[MIX][name] / max(scores[name][name], 1e-9) for name in weights},
         configurations_tried=tried,
         switches=tuple(Switch(one.variant, one.milliseconds, again.milliseconds) for one, again in zip(first, back, strict=True)),
         seconds=watch.seconds,
@@ -180,30 +184,31 @@ def _final_variants(adapters: Mapping[str, Path], weights: Mapping[str, float]) 
     """TOML per variant: the base, each adapter alone, the naive sum, the chosen mix merged and live."""
     chosen = _format_mix(weights)
     return {
-        "base": "mix = {}",
+        BASE: "mix = {}",
         **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
-        "naive-sum": f"mix = {_format_mix(dict.fromkeys(weights, 1.0))}",
-        "mix": f"mix = {chosen}",
-        "mix-live": f"mix = {chosen}\nkind = 'live'",
+        NAIVE_SUM: f"mix = {_format_mix(dict.fromkeys(weights, 1.0))}",
+        MIX: f"mix = {chosen}",
+        MIX_LIVE: f"mix = {chosen}\nkind = 'live'",
     }
 
 
 def _format_mix(weights: Mapping[str, float]) -> str:
-    return "{ " + ", ".join(f"{name} = {weight}" for name, weight in weights.items()) + " }"
+    return "{ " + ", ".join(f"{_quote(name)} = {weight}" for name, weight in weights.items()) + " }"
 
 
 def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
-    """A recipe file as a user would write it; read back at once, so that a mistake shows here."""
-    lines = [
-        f"base = {str(base)!r}",
-        "",
-        "[adapters]",
-        *(f"{name} = {str(folder.resolve())!r}" for name, folder in adapters.items()),
-    ]
+    """A recipe file as a user would write it. Paths are absolute, so that it works from any folder."""
+    found = str(Path(base).resolve()) if Path(base).exists() else base
+    lines = [f"base = {_quote(found)}", "", "[adapters]"]
+    lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
     for name, body in variants.items():
-        lines += ["", f"[variants.{name}]", body]
+        lines += ["", f"[variants.{_quote(name)}]", body]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    read_recipe(path)
+
+
+def _quote(text: str) -> str:
+    """A TOML basic string, which is what JSON writes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _right(rows: Sequence[Row]) -> list[str]:
