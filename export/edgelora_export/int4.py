@@ -26,6 +26,9 @@ BITS = (4, 8)
 # Step sizes tried per block, as a divisor of the block's largest magnitude. 8 puts the extreme on the end code without
 # clipping; smaller divisors spare the opposite end, larger ones clip the extreme and sharpen the rest.
 _DIVISORS = {4: (7.0, 7.5, 8.0, 8.5, 9.0), 8: (128.0,)}
+# The same for search_grid, which runs once per column block and can afford more.
+_FINE_DIVISORS = {4: tuple(np.arange(6.5, 10.25, 0.25)), 8: (127.0, 127.5, 128.0)}
+_SHRINKS = {4: tuple(np.arange(1.0, 0.68, -0.04)), 8: (1.0,)}
 _CHUNK_ELEMENTS = 1 << 20  # a few MB of temporaries per thread: stays in cache and bounds memory
 
 
@@ -115,6 +118,35 @@ def quantize_rtn(weight: Floats, *, bits: int = 4, block_size: int = 32, symmetr
         list(pool.map(quantize_rows, range(0, rows, step)))
     packed_zeros = None if zeros is None else pack_codes(zeros, bits)
     return BlockQuantized(codes, scales, packed_zeros, bits, block_size, columns)
+
+
+def search_grid(block: Floats, importance: Floats, *, bits: int, symmetric: bool) -> tuple[Floats, Codes]:
+    """The scales float32 (N,) and zero points uint8 (N,) that round one block of columns with the least weighted error.
+
+    block: float32 (N, block_size). importance: float32 (block_size,), the weight of each column's squared error.
+    """
+    top = (1 << bits) - 1
+    if symmetric:
+        half = 1 << (bits - 1)
+        extreme = np.take_along_axis(block, np.abs(block).argmax(axis=1)[:, None], axis=1)[:, 0]
+        choices = [(extreme / np.float32(-divisor), np.full(len(block), half, np.float32)) for divisor in _FINE_DIVISORS[bits]]
+    else:
+        low, high = np.minimum(block.min(axis=1), 0), np.maximum(block.max(axis=1), 0)
+        choices = []
+        for shrink in _SHRINKS[bits]:
+            scale = (high / np.float32(top) - low / np.float32(top)) * np.float32(shrink)
+            choices.append((scale, np.clip(np.rint(-low * np.float32(shrink) * _invert(scale)), 0, top)))
+    best_scale, best_zero = choices[0]
+    best_error = np.full(len(block), np.inf, np.float32)
+    weights = importance if importance.any() else np.ones_like(importance)
+    for scale, zero in choices:
+        codes = np.clip(np.rint(block * _invert(scale)[:, None]) + zero[:, None], 0, top)
+        residual = (codes - zero[:, None]) * scale[:, None] - block
+        error = np.square(residual) @ weights
+        better = error < best_error
+        best_scale, best_zero = np.where(better, scale, best_scale), np.where(better, zero, best_zero)
+        best_error = np.minimum(error, best_error)
+    return best_scale.astype(np.float32), best_zero.astype(np.uint8)
 
 
 def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:

@@ -1,0 +1,112 @@
+"""GPTQ on the one grid of edgelora: codes that answer for each other's rounding errors on real inputs.
+
+Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1: columns are rounded in order, and what rounding lost of one is added to
+the columns that follow, by the inverse of the inputs' second moments. Codes and scales are written as they were computed;
+columns keep their order, so that the graph needs no g_idx, with which MatMulNBits would leave its fast path.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_export.int4 import BlockQuantized, check_grid, pack_codes, search_grid
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
+_BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
+_DOUBLE_LIMIT = 4096  # columns up to which float64 costs neither time nor memory worth naming
+
+
+def quantize_gptq(
+    weight: Floats, moments: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True
+) -> BlockQuantized:
+    """Quantizes a weight so that its products with inputs like the calibration's change least.
+
+    weight: float32 (N, K), finite. moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K); any positive factor is
+    as good. Inputs that are always 0 are rounded like RTN does. Raises InputError for an impossible grid, for NaN or
+    infinity, and for moments that belong to another width.
+    """
+    check_grid(bits, block_size)
+    rows, columns = weight.shape
+    if moments.shape != (columns, columns):
+        raise InputError(f"moments have shape {moments.shape}; a weight of {columns} columns needs ({columns}, {columns})")
+    if not (np.isfinite(weight).all() and np.isfinite(moments).all()):
+        raise InputError("the weight or its calibration inputs hold NaN or infinity; check the base and the adapters")
+    blocks = -(-columns // block_size)
+    width = blocks * block_size
+    # The weight lies transposed: a column is then one contiguous row, and an update one product.
+    left = np.zeros((width, rows), np.float32)
+    left[:columns] = weight.T
+    importance = np.zeros(width, np.float32)
+    importance[:columns] = np.diag(moments)
+    factor = _inverse_factor(moments)
+    top = (1 << bits) - 1
+    codes = np.empty((width, rows), np.uint8)
+    scales, zeros = np.empty((blocks, rows), np.float32), np.empty((blocks, rows), np.uint8)
+    batch = max(_BATCH, block_size)
+    for start in range(0, width, batch):
+        stop = min(start + batch, width)
+        errors = np.zeros((stop - start, rows), np.float32)
+        for first in range(start, stop, block_size):
+            block = first // block_size
+            last = first + block_size
+            scale, zero = search_grid(left[first:last].T, importance[first:last], bits=bits, symmetric=symmetric)
+            scales[block], zeros[block] = scale, zero
+            inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+            for column in range(first, last):
+                code = np.clip(np.rint(left[column] * inverse) + zero, 0, top)
+                codes[column] = code
+                if column >= columns:
+                    continue
+                error = (left[column] - (code - zero) * scale) / factor[column, column]
+                errors[column - start] = error
+                ahead = min(last, columns)
+                left[column + 1 : ahead] -= factor[column, column + 1 : ahead, None] * error
+            ahead = min(stop, columns)  # the rest of the batch, for its scales are searched next
+            if last < ahead:
+                left[last:ahead] -= factor[first:last, last:ahead].T @ errors[first - start : last - start]
+        if stop < columns:
+            left[stop:columns] -= factor[start:stop, stop:].T @ errors
+    packed = pack_codes(np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size), bits)
+    packed_zeros = None if symmetric else pack_codes(np.ascontiguousarray(zeros.T), bits)
+    return BlockQuantized(packed, np.ascontiguousarray(scales.T), packed_zeros, bits, block_size, columns)
+
+
+def output_error(matrix: BlockQuantized, weight: Floats, moments: Floats) -> float:
+    """‖X(Q − W)ᵀ‖² on the inputs whose second moments (K, K) are given."""
+    difference = matrix.dequantize() - weight
+    return float(np.einsum("nk,nk->", difference @ moments, difference, dtype=np.float64))
+
+
+def _inverse_factor(moments: Floats) -> Floats:
+    """Upper U with UᵀU = (moments + damping)⁻¹, float32 (K, K), without ever forming the inverse.
+
+    Reversing rows and columns turns the Cholesky factor L of the moments into an upper R with R·Rᵀ = moments: U = R⁻¹.
+    """
+    import torch
+
+    columns = len(moments)
+    kind = torch.float64 if columns <= _DOUBLE_LIMIT else torch.float32
+    matrix = torch.from_numpy(np.ascontiguousarray(moments[::-1, ::-1])).to(kind)
+    diagonal = matrix.diagonal()
+    diagonal[diagonal <= 0] = 1  # inputs that are always 0: nothing to answer for, nothing to answer with
+    mean = float(diagonal.mean())
+    for damping in (DAMPING, 0.1, 1.0):
+        damped = matrix.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            break
+    else:
+        raise InputError("the calibration inputs' second moments are not positive; give more or other calibration rows")
+    del damped, matrix
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(columns, dtype=kind), upper=False)
+    # R = reversed L, so R⁻¹ = reversed L⁻¹.
+    return np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)
