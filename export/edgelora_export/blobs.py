@@ -29,10 +29,6 @@ class StoredTensor:
     offset: int
     length: int
 
-    def reshape(self, *shape: int) -> StoredTensor:
-        """The same bytes seen in another shape."""
-        return StoredTensor(self.dtype, shape, self.location, self.offset, self.length)
-
 
 def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, StoredTensor]:
     """Writes the tensors of one group into <sha256>.bin, unless that file is there, and says where each lies."""
@@ -56,3 +52,8 @@ def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, Stor
         write_file(temporary, chunks)
         temporary.replace(folder / location)
     return {name: StoredTensor(raw.dtype, raw.shape, location, offset, raw.nbytes) for name, (raw, offset) in stored.items()}
+
+
+def read_stored(folder: Path, tensor: StoredTensor) -> NDArray[Any]:
+    """Inverse of write_blob for one tensor: its values, mapped from the file and not to be written to."""
+    return np.memmap(folder / tensor.location, tensor.dtype, "r", tensor.offset, tensor.shape)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from edgelora_export.architectures import read_decoder
-from edgelora_export.graph import Grid, build_graph
+from edgelora_export.graph import build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import staged_folder, write_file
-from edgelora_export.store import Tensors, check_modules, store_linear, store_shared, touches
+from edgelora_export.store import Weights, check_modules, read_linear, store_rounded, store_shared, touches
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.errors import InputError
@@ -69,7 +69,7 @@ def build_bundle(
         _copy_texts(base, folder)
         files = {name: _write_adapter(folder, name, decoder, adapter) for name, adapter in live_adapters.items()}
         stored = _store_weights(base, decoder, variants, folder, quantization, on_progress)
-        graphs = _write_graphs(decoder, variants, stored, folder, quantization, live_adapters)
+        graphs = _write_graphs(decoder, variants, stored, folder, live_adapters)
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
             default_variant=default_variant,
@@ -143,25 +143,26 @@ def _store_weights(
     folder: Path,
     quantization: Quantization,
     on_progress: Callable[[int, int, str], None],
-) -> dict[str, Tensors]:
-    """Tensors of each merged variant, and under "" those of the bare base that live variants run on."""
+) -> dict[str, Weights]:
+    """Weights of each merged variant, and under "" those of the bare base that live variants run on."""
     merged = [variant for variant in variants if variant.live is None]
     linears = list(decoder.linears)
     total = len(linears) + 1
     on_progress(0, total, "embedding")
     shared = store_shared(base, decoder, folder, quantization)
-    stored = {name: dict(shared) for name in ("", *(variant.name for variant in merged))}
+    stored = {name: Weights() | shared for name in ("", *(variant.name for variant in merged))}
     for done, linear in enumerate(linears, start=1):
         on_progress(done, total, linear.name)
         # The bare product is needed unless every variant is merged and changes it.
         if len(merged) < len(variants) or not all(touches(variant.delta, linear) for variant in merged):
-            bare = store_linear(base, linear, None, folder, quantization)
-            stored[""] |= bare
+            bare = store_rounded(folder, linear.name, read_linear(base, linear, None), quantization)
+            stored[""].take(bare)
         for variant in merged:
             if touches(variant.delta, linear):
-                stored[variant.name] |= store_linear(base, linear, variant.delta, folder, quantization)
+                weight = read_linear(base, linear, variant.delta)
+                stored[variant.name].take(store_rounded(folder, linear.name, weight, quantization))
             else:
-                stored[variant.name] |= bare
+                stored[variant.name].take(bare)
     on_progress(total, total, "graphs")
     return stored
 
@@ -174,23 +175,21 @@ def _live_names(decoder: Decoder, live_adapters: Mapping[str, LowRank]) -> froze
 def _write_graphs(
     decoder: Decoder,
     variants: Sequence[Variant],
-    stored: Mapping[str, Tensors],
+    stored: Mapping[str, Weights],
     folder: Path,
-    quantization: Quantization,
     live_adapters: Mapping[str, LowRank],
 ) -> dict[str, GraphEntry]:
-    grid = None if quantization.bits == 32 else Grid(quantization.bits, quantization.block_size)
     entries: dict[str, GraphEntry] = {}
     written: dict[str, GraphEntry] = {}
     for variant in variants:
         live = variant.live is not None
         file = LIVE_GRAPH if live else f"{variant.name}.{TARGET}.onnx"
         if file not in written:
-            tensors = stored["" if live else variant.name]
+            weights = stored["" if live else variant.name]
             slots = _live_names(decoder, live_adapters) if live else frozenset[str]()
-            model = build_graph(decoder, tensors, folder, grid=grid, live=slots)
+            model = build_graph(decoder, weights, folder, live=slots)
             write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-            written[file] = GraphEntry(file, tuple(sorted({tensor.location for tensor in tensors.values()})))
+            written[file] = GraphEntry(file, tuple(sorted({tensor.location for tensor in weights.tensors.values()})))
         entries[variant.name] = written[file]
     return entries
 

@@ -102,13 +102,21 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """One root-mean-square norm. name: the initializer, e.g. layers.0.attention.norm. tensor: its weight in the checkpoint."""
+
+    name: str
+    tensor: str
+
+
+@dataclass(frozen=True)
 class Layer:
     """One transformer block: pre-norm attention and pre-norm gated MLP, each around a residual."""
 
-    attention_norm: str
+    attention_norm: Norm
     qkv: Linear
     output: Linear
-    mlp_norm: str
+    mlp_norm: Norm
     gate_up: Linear
     down: Linear
 
@@ -139,7 +147,7 @@ class Decoder:
     rotary_sin: Floats
     embedding: str
     layers: tuple[Layer, ...]
-    final_norm: str
+    final_norm: Norm
     head: str
 
     @property
@@ -152,7 +160,7 @@ class Decoder:
             yield from layer.linears
 
     @property
-    def norms(self) -> tuple[str, ...]:
-        """Checkpoint names of all norm weights, in the order of the graph."""
-        each = [name for layer in self.layers for name in (layer.attention_norm, layer.mlp_norm)]
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms, in the order of the graph."""
+        each = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
         return (*each, self.final_norm)

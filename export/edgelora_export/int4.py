@@ -33,6 +33,19 @@ _CHUNK_ELEMENTS = 1 << 20  # a few MB of temporaries per thread: stays in cache 
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Which numbers a weight may take: codes of some bits, a scale per block, with or without zero points."""
+
+    bits: int
+    block_size: int
+    symmetric: bool = True
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of codes in one row of a weight, the padding of its last block included."""
+        return -(-columns // self.block_size) * self.block_size * self.bits // 8
+
+
+@dataclass(frozen=True)
 class BlockQuantized:
     """A weight (N, K) on the grid: w[n, k] ≈ (code - zero) * scale of its block.
 
@@ -47,6 +60,10 @@ class BlockQuantized:
     bits: int
     block_size: int
     columns: int
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.bits, self.block_size, self.zero_points is None)
 
     def dequantize(self) -> Floats:
         """The float32 (N, K) matrix that these codes stand for."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.blobs import StoredTensor, write_blob
-from edgelora_export.int4 import quantize_rtn
+from edgelora_export.blobs import StoredTensor, read_stored, write_blob
+from edgelora_export.int4 import BlockQuantized, Grid, quantize_rtn
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -22,22 +23,37 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-Tensors = dict[str, StoredTensor]
+
+@dataclass
+class Weights:
+    """Where a variant's tensors lie, by initializer name, and the grid of each quantized product, by its name."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def __or__(self, other: Weights) -> Weights:
+        return Weights(self.tensors | other.tensors, self.grids | other.grids)
+
+    def take(self, other: Weights) -> None:
+        """Adds the other's, in place of one's own where names agree."""
+        self.tensors.update(other.tensors)
+        self.grids.update(other.grids)
 
 
-def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quantization) -> Tensors:
+def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quantization) -> Weights:
     """What no adapter of ours changes: embedding, head, norms, biases, rotary tables."""
-    norms = write_blob(folder, {name: base.tensor(name) for name in decoder.norms})
-    rotary = write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
-    tensors = {**norms, **rotary, **_store_matrix(folder, "embedding", base.tensor(decoder.embedding), quantization)}
+    tensors = write_blob(folder, {norm.name: base.tensor(norm.tensor) for norm in decoder.norms})
+    tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
+    biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
+    weights = Weights(tensors | (write_blob(folder, biases) if biases else {}))
+    weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization))
     if not decoder.tied:
-        tensors |= _store_matrix(folder, "head", base.tensor(decoder.head), quantization)
-    biases = {f"{linear.name}.bias": _read_bias(base, linear) for linear in decoder.linears if linear.bias}
-    return tensors | (write_blob(folder, biases) if biases else {})
+        weights.take(store_rounded(folder, "head", base.tensor(decoder.head), quantization))
+    return weights
 
 
-def store_linear(base: Base, linear: Linear, delta: Delta | None, folder: Path, quantization: Quantization) -> Tensors:
-    """One product's weight, with a delta added where it has one for a part; shapes are checked by check_delta."""
+def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
+    """One product's weight (N, K), with a delta added where it has one for a part; shapes are checked by check_delta."""
     rows = []
     for part in linear.parts:
         weight = base.tensor(f"{part.module}.weight")
@@ -48,7 +64,12 @@ def store_linear(base: Base, linear: Linear, delta: Delta | None, folder: Path, 
         if delta is not None and part.module in delta.modules:
             weight += delta.dense(part.module)
         rows.append(part.pad_columns(part.pad_rows(weight)))
-    return _store_matrix(folder, linear.name, np.concatenate(rows), quantization)
+    return np.concatenate(rows)
+
+
+def read_bias(base: Base, linear: Linear) -> Floats:
+    """One product's bias (N,)."""
+    return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
 
 
 def touches(delta: Delta | None, linear: Linear) -> bool:
@@ -64,18 +85,34 @@ def check_modules(decoder: Decoder, modules: Iterable[str], owner: str) -> None:
         raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
 
 
-def _read_bias(base: Base, linear: Linear) -> Floats:
-    return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
-
-
-def _store_matrix(folder: Path, name: str, weight: Floats, quantization: Quantization) -> Tensors:
-    """A weight (N, K) as codes and scales under its name, or as itself where nothing is quantized."""
+def store_rounded(folder: Path, name: str, weight: Floats, quantization: Quantization) -> Weights:
+    """Stores a weight (N, K) rounded to nearest, or as itself where nothing is quantized."""
     if quantization.bits == 32:
-        return write_blob(folder, {name: weight})
-    matrix = quantize_rtn(weight, bits=quantization.bits, block_size=quantization.block_size, symmetric=quantization.symmetric)
-    tensors: Mapping[str, NDArray[Any] | None] = {
-        f"{name}.codes": matrix.codes,
-        f"{name}.scales": matrix.scales,
-        f"{name}.zero_points": matrix.zero_points,
-    }
-    return write_blob(folder, {key: tensor for key, tensor in tensors.items() if tensor is not None})
+        return Weights(write_blob(folder, {name: weight}))
+    grid = quantization.grid
+    return store_matrix(folder, name, quantize_rtn(weight, bits=grid.bits, block_size=grid.block_size, symmetric=grid.symmetric))
+
+
+def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> Weights:
+    """Stores a quantized weight as codes, scales and zero points under its name."""
+    tensors: dict[str, NDArray[Any]] = {f"{name}.codes": matrix.codes, f"{name}.scales": matrix.scales}
+    if matrix.zero_points is not None:
+        tensors[f"{name}.zero_points"] = matrix.zero_points
+    return Weights(write_blob(folder, tensors), {name: matrix.grid})
+
+
+def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> Floats:
+    """The float32 (N, columns) weight that the stored product stands for."""
+    grid = weights.grids.get(name)
+    if grid is None:
+        return read_stored(folder, weights.tensors[name])
+    zeros = weights.tensors.get(f"{name}.zero_points")
+    matrix = BlockQuantized(
+        read_stored(folder, weights.tensors[f"{name}.codes"]),
+        read_stored(folder, weights.tensors[f"{name}.scales"]),
+        None if zeros is None else read_stored(folder, zeros),
+        grid.bits,
+        grid.block_size,
+        columns,
+    )
+    return matrix.dequantize()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from edgelora_export.int4 import check_grid
+from edgelora_export.int4 import Grid, check_grid
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -59,6 +59,12 @@ class Quantization:
         check_grid(self.bits, self.block_size)
         if self.method != "rtn":
             raise InputError(f"quantization method {self.method!r}: use rtn, or bits = 32 for no quantization")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of every product; not to be asked at 32 bits."""
+        assert self.bits != 32
+        return Grid(self.bits, self.block_size, self.symmetric)
 
 
 @dataclass(frozen=True)

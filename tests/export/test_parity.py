@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from edgelora_export import graph
+from edgelora_export import block
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
 from edgelora_runtime import Runtime
@@ -239,7 +239,7 @@ def test_quantized_export_gives_logits_of_the_dequantized_weights(
     """
     theirs = make_base(tmp_path / "base", **shape)
     export_base(tmp_path / "base", tmp_path / "shipped", **grid)
-    monkeypatch.setattr(graph, "INT32_ACTIVATIONS", 1)
+    monkeypatch.setattr(block, "INT32_ACTIVATIONS", 1)
     export_base(tmp_path / "base", tmp_path / "exact", **grid)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():

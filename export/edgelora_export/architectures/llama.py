@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgelora_export.decoder import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Part
+from edgelora_export.decoder import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Norm, Part
 from edgelora_export.rope import read_rope, rotary_frequencies, rotary_tables
 from edgelora_runtime.errors import InputError
 
@@ -43,10 +43,10 @@ def read_llama(config: dict[str, Any], context_length: int | None) -> Decoder:
         gate_up = (Part(f"{mlp}.gate_proj", inner, hidden), Part(f"{mlp}.up_proj", inner, hidden))
         down = Part(f"{mlp}.down_proj", hidden, inner)
         return Layer(
-            attention_norm=f"{prefix}.input_layernorm.weight",
+            attention_norm=Norm(f"layers.{index}.attention.norm", f"{prefix}.input_layernorm.weight"),
             qkv=Linear(f"layers.{index}.attention.qkv", qkv, attention_bias),
             output=Linear(f"layers.{index}.attention.output", (output,), attention_bias),
-            mlp_norm=f"{prefix}.post_attention_layernorm.weight",
+            mlp_norm=Norm(f"layers.{index}.mlp.norm", f"{prefix}.post_attention_layernorm.weight"),
             gate_up=Linear(f"layers.{index}.mlp.gate_up", gate_up, mlp_bias),
             down=Linear(f"layers.{index}.mlp.down", (down,), mlp_bias),
         )
@@ -67,6 +67,6 @@ def read_llama(config: dict[str, Any], context_length: int | None) -> Decoder:
         rotary_sin=sin,
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config["num_hidden_layers"])),
-        final_norm="model.norm.weight",
+        final_norm=Norm("final.norm", "model.norm.weight"),
         head=embedding if config.get("tie_word_embeddings") else "lm_head.weight",
     )

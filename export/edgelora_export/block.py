@@ -1,0 +1,172 @@
+"""One transformer block as nodes: attention and gated MLP, around a residual sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora_export.graph_builder import CONTRIB
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import onnx_ir as ir
+
+    from edgelora_export.decoder import Decoder, Layer, Linear, Norm
+    from edgelora_export.graph_builder import GraphBuilder
+    from edgelora_export.live_inputs import LiveInputs
+
+INT32_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8, the only fast CPU path
+
+
+class Residual:
+    """The sum that runs through the blocks.
+
+    The last update stays beside it until somebody reads, so that the addition and the norm that reads it become one node.
+    """
+
+    def __init__(self, b: GraphBuilder, hidden: ir.Value, epsilon: float) -> None:
+        self._b = b
+        self._sum = hidden
+        self._update: ir.Value | None = None
+        self._epsilon = epsilon
+
+    def add(self, update: ir.Value) -> None:
+        self._sum, self._update = self.total(), update
+
+    def total(self) -> ir.Value:
+        """The sum, all updates added."""
+        if self._update is not None:
+            self._sum, self._update = self._b.op("Add", self._sum, self._update), None
+        return self._sum
+
+    def normed(self, norm: Norm) -> ir.Value:
+        """The sum, normalized."""
+        if self._update is None:
+            return normalize(self._b, self._sum, norm, self._epsilon)
+        normed, _, _, self._sum = self._b.ops(
+            "SkipSimplifiedLayerNormalization",
+            self._sum,
+            self._update,
+            self._b.weight(norm.name),
+            count=4,
+            domain=CONTRIB,
+            epsilon=self._epsilon,
+        )
+        self._update = None
+        return normed
+
+    def keep(self, select: Callable[[ir.Value], ir.Value]) -> None:
+        """Goes on with a selection of positions alone."""
+        self._sum = select(self.total())
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What GroupQueryAttention wants to know of positions.
+
+    last: int32 (1,), index of the last position. total: int32 scalar, positions in all.
+    cos, sin: float32 (context_length, head_size / 2).
+    """
+
+    last: ir.Value
+    total: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a block gave beside the residual: the new cache, and the input of each product by the product's name."""
+
+    key: ir.Value
+    value: ir.Value
+    taps: dict[str, ir.Value]
+
+
+def add_block(
+    b: GraphBuilder,
+    decoder: Decoder,
+    layer: Layer,
+    residual: Residual,
+    past: Sequence[ir.Value | None],
+    positions: Positions,
+    live: LiveInputs | None = None,
+    select: Callable[[ir.Value], ir.Value] | None = None,
+) -> Block:
+    """Appends one block. past: the cache's key and value, None where there is none.
+
+    select: after the attention, go on with these positions alone; nothing looks sideways from there.
+    """
+    taps: dict[str, ir.Value] = {}
+
+    def multiply(linear: Linear, x: ir.Value) -> ir.Value:
+        taps[linear.name] = x
+        return multiply_linear(b, linear, x, live)
+
+    packed = multiply(layer.qkv, residual.normed(layer.attention_norm))
+    attended, key, value = b.ops(
+        "GroupQueryAttention",
+        packed,
+        None,
+        None,
+        *past,
+        positions.last,
+        positions.total,
+        positions.cos,
+        positions.sin,
+        count=3,
+        domain=CONTRIB,
+        num_heads=decoder.heads,
+        kv_num_heads=decoder.kv_heads,
+        do_rotary=1,
+        scale=decoder.attention_scale,
+    )
+    if select is not None:
+        attended = select(attended)
+        residual.keep(select)
+    residual.add(multiply(layer.output, attended))
+    gate, up = b.ops("Split", multiply(layer.gate_up, residual.normed(layer.mlp_norm)), count=2, axis=-1, num_outputs=2)
+    activated = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
+    residual.add(multiply(layer.down, activated))
+    return Block(key, value, taps)
+
+
+def normalize(b: GraphBuilder, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
+    """X over its root mean square along the last axis, times the norm's weight."""
+    return b.op("SimplifiedLayerNormalization", x, b.weight(norm.name), axis=-1, epsilon=epsilon)
+
+
+def multiply_linear(b: GraphBuilder, linear: Linear, x: ir.Value, live: LiveInputs | None) -> ir.Value:
+    """X times a product's weight, plus its bias and its live LoRA where it has them."""
+    y = multiply_matrix(b, linear.name, x, linear.columns, linear.rows)
+    if linear.bias:
+        y = b.op("Add", y, b.weight(f"{linear.name}.bias"))
+    return live.add(b, linear, x, y) if live is not None and linear.name in live else y
+
+
+def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
+    """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
+    grid = b.source.grid(name)
+    if grid is None:
+        return b.op("FusedMatMul", x, b.weight(name), domain=CONTRIB, transB=1)
+    codes = b.weight(f"{name}.codes")
+    return b.op(
+        "MatMulNBits",
+        x,
+        codes,
+        b.weight(f"{name}.scales"),
+        packed_zeros(b, name),
+        domain=CONTRIB,
+        K=columns,
+        N=rows,
+        bits=grid.bits,
+        block_size=grid.block_size,
+        accuracy_level=INT32_ACTIVATIONS,
+    )
+
+
+def packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:
+    """The zero points of a product, None where its grid is symmetric."""
+    zeros = f"{name}.zero_points"
+    return b.weight(zeros) if b.source.has(zeros) else None

@@ -1,0 +1,129 @@
+"""Appends nodes to one ONNX graph, and says where the graph's weights come from: blobs on disk, or inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from edgelora_export.int4 import Grid
+    from edgelora_export.store import Weights
+
+OPSET = 21
+CONTRIB = "com.microsoft"
+
+
+class WeightSource(Protocol):
+    """What a graph's weights are."""
+
+    def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:
+        """The weight `name`. `tensor` and `shape` let two weights see the same bytes in two shapes."""
+
+    def has(self, tensor: str) -> bool: ...
+
+    def grid(self, product: str) -> Grid | None:
+        """How the codes of a product lie; None where its weight is float32."""
+
+
+class BlobWeights:
+    """Weights that lie in blobs beside the graph: initializers with external data."""
+
+    def __init__(self, weights: Weights, folder: Path) -> None:
+        self._weights = weights
+        self._folder = folder
+
+    def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:
+        stored = self._weights.tensors[tensor or name]
+        external = ir.ExternalTensor(
+            stored.location,
+            stored.offset,
+            stored.length,
+            ir.DataType.from_numpy(stored.dtype),
+            shape=ir.Shape(stored.shape if shape is None else shape),
+            name=name,
+            base_dir=self._folder,
+        )
+        return ir.Value(name=name, shape=external.shape, type=ir.TensorType(external.dtype), const_value=external)
+
+    def has(self, tensor: str) -> bool:
+        return tensor in self._weights.tensors
+
+    def grid(self, product: str) -> Grid | None:
+        return self._weights.grids.get(product)
+
+
+class InputWeights:
+    """Float32 weights that the caller feeds, so that one session serves every layer of a kind.
+
+    prefix: of the layer's names; the inputs are called what follows it.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.inputs: dict[str, ir.Value] = {}  # by the weight's full name
+
+    def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:  # noqa: ARG002
+        value = ir.Value(name=name.removeprefix(self._prefix), type=ir.TensorType(ir.DataType.FLOAT))
+        self.inputs[name] = value
+        return value
+
+    def has(self, tensor: str) -> bool:  # noqa: ARG002
+        return False
+
+    def grid(self, product: str) -> None:  # noqa: ARG002
+        return None
+
+
+class GraphBuilder:
+    """One graph in the making. Weights come from `source` by name, and each name enters the graph once."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self.source = source
+        self._tape = ir.tape.Tape()
+        self._loaded: dict[str, ir.Value] = {}
+
+    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | Sequence[int]) -> ir.Value:
+        return self._tape.op(kind, inputs, attributes, domain=domain)
+
+    def ops(
+        self, kind: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: int | float
+    ) -> Sequence[ir.Value]:
+        return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
+
+    def constant(self, name: str, values: int | list[int]) -> ir.Value:
+        """An int64 initializer held in the graph."""
+        if name not in self._loaded:
+            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(values, np.int64), name=name))
+        return self._loaded[name]
+
+    def weight(self, name: str, *, tensor: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:
+        """A weight of the source; see WeightSource.value."""
+        if name not in self._loaded:
+            self._loaded[name] = self.source.value(name, tensor, shape)
+        return self._loaded[name]
+
+    def finish(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        initializers = [value for value in (*self._tape.initializers, *self._loaded.values()) if value.const_value is not None]
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._tape.nodes,
+            initializers=list(dict.fromkeys(initializers)),
+            opset_imports={"": OPSET, CONTRIB: 1},
+            name="decoder",
+        )
+        return ir.Model(graph, ir_version=10, producer_name="edgelora")
+
+
+def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def describe(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    """Gives an output its name, type and shape."""
+    value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)

@@ -1,0 +1,59 @@
+"""The graph inputs of live adapters, and the nodes that add B·A·x to a product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from edgelora_export.graph_builder import graph_input
+from edgelora_export.live import live_slots
+
+if TYPE_CHECKING:
+    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.graph_builder import GraphBuilder
+
+
+class LiveInputs:
+    """The A and B inputs of the products that take live adapters; rank 0, and so no effect, where none is bound.
+
+    live: names of those products.
+    """
+
+    def __init__(self, decoder: Decoder, live: frozenset[str]) -> None:
+        self._a: dict[str, ir.Value] = {}
+        self._b: dict[str, list[ir.Value]] = {}
+        for linear in decoder.linears:
+            if linear.name in live:
+                slots = live_slots(linear)
+                count = len(linear.parts)
+                # Each product has a rank of its own: onnxruntime lets tensors whose symbolic shapes agree share a buffer.
+                rank = f"{linear.name}.R"
+                self._a[linear.name] = _input_of_rank_0(slots.a, (linear.columns, f"{count} {rank}" if count > 1 else rank))
+                self._b[linear.name] = [
+                    _input_of_rank_0(name, (rank, part.graph_rows)) for name, part in zip(slots.b, linear.parts, strict=True)
+                ]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._a
+
+    @property
+    def inputs(self) -> list[ir.Value]:
+        return [value for name, a in self._a.items() for value in (a, *self._b[name])]
+
+    def add(self, b: GraphBuilder, linear: Linear, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Y + x·A·B, one A for all the parts, one B for each."""
+        count = len(linear.parts)
+        down = b.op("MatMul", x, self._a[linear.name])
+        downs = b.ops("Split", down, count=count, axis=-1, num_outputs=count) if count > 1 else [down]
+        ups = [b.op("MatMul", part, up) for part, up in zip(downs, self._b[linear.name], strict=True)]
+        return b.op("Add", y, b.op("Concat", *ups, axis=-1) if count > 1 else ups[0])
+
+
+def _input_of_rank_0(name: str, shape: tuple[int | str, int | str]) -> ir.Value:
+    """A matrix input whose symbolic axis, the rank, is 0 long by default."""
+    empty = np.zeros([size if isinstance(size, int) else 0 for size in shape], np.float32)
+    value = graph_input(name, ir.DataType.FLOAT, shape)
+    value.const_value = ir.tensor(empty, name=name)
+    return value
