@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.model import shared_prefix
+from edgelora_runtime.cache import shared_prefix
 from edgelora_runtime.sampling import Sampler
 from edgelora_runtime.tokenizer import IncrementalDecoder
 
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgelora_runtime.model import Cache, Model
+    from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.model import Model
     from edgelora_runtime.sampling import Sampling
     from edgelora_runtime.streaming import StopFilter
     from edgelora_runtime.tokenizer import Tokenizer
@@ -98,7 +99,7 @@ def continue_prompt(
     receipt: Receipt,
     tokenizer: Tokenizer,
     model: Model,
-    cache: Cache,
+    cache: KVCache,
     live: Mapping[str, Floats] | None,
 ) -> Generator[str, None, Generation]:
     """Reads what the cache lacks of the prompt, then writes token by token; yields text, returns the account."""

@@ -14,7 +14,7 @@ from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
-VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
+VERSION = (1, 1)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -42,7 +42,10 @@ class BaseEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Sizes of the graphs' inputs and outputs. head_size as the graphs have it; context_length in tokens."""
+    """Sizes of the graphs' inputs and outputs. head_size as the graphs have it; context_length in tokens.
+
+    cache: in_place where past and present may be one buffer; growing where the present is the past and the new positions.
+    """
 
     architecture: str
     hidden_size: int
@@ -52,6 +55,7 @@ class ModelEntry:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...] = ()
+    cache: Literal["in_place", "growing"] = "in_place"
 
 
 @dataclass(frozen=True)

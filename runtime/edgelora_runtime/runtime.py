@@ -17,7 +17,7 @@ from edgelora_runtime.bundle import Bundle
 from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
 from edgelora_runtime.live import FILE_LIMIT, read_factors, stack_mix
-from edgelora_runtime.model import PREFILL_CHUNK, Cache, Model
+from edgelora_runtime.model import PREFILL_CHUNK, Model
 from edgelora_runtime.sampling import Sampling
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_runtime.cache import KVCache
     from edgelora_runtime.live import Factors
     from edgelora_runtime.manifest import VariantEntry
     from edgelora_runtime.tokenizer import Message
@@ -83,7 +84,7 @@ class Runtime:
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._factors: dict[str, Factors] = {}
         self._stacked: OrderedDict[tuple[tuple[str, float], ...], dict[str, Floats]] = OrderedDict()
-        self._caches: dict[_Choice, Cache] = {}
+        self._caches: dict[_Choice, KVCache] = {}
         self._current = self._choose_variant(self._manifest.default_variant)
 
     def __enter__(self) -> Self:
@@ -180,7 +181,7 @@ class Runtime:
         """Logits at every position, float32 (T, V), from an empty KV cache."""
         tokens = self._check_tokens(token_ids)
         model, live, _ = self._prepare(self._choose(variant, mix))
-        cache = Cache()
+        cache = model.new_cache()
         chunks = [tokens[start : start + PREFILL_CHUNK] for start in range(0, len(tokens), PREFILL_CHUNK)]
         return np.concatenate([model.read(cache, chunk, live=live, keep=len(chunk)).copy() for chunk in chunks])
 
@@ -209,7 +210,7 @@ class Runtime:
     def _run(self, choice: _Choice, request: Request) -> Generator[str, None, Generation]:
         """The pieces of one request, which owns its choice's cache from the first to the last."""
         model, live, receipt = self._prepare(choice)
-        cache = self._take_cache(choice)
+        cache = self._take_cache(choice, model)
         try:
             return (yield from continue_prompt(request, receipt, self._tokenizer, model, cache, live))
         finally:
@@ -300,12 +301,12 @@ class Runtime:
             self._factors[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
         return self._factors[name]
 
-    def _take_cache(self, choice: _Choice) -> Cache:
+    def _take_cache(self, choice: _Choice, model: Model) -> KVCache:
         """A choice's cache, for one stream alone; a second stream beside it starts with an empty one."""
         with self._lock:
-            return self._caches.pop(choice, None) or Cache()
+            return self._caches.pop(choice, None) or model.new_cache()
 
-    def _return_cache(self, choice: _Choice, cache: Cache) -> None:
+    def _return_cache(self, choice: _Choice, cache: KVCache) -> None:
         with self._lock:
             if choice.graph in self._models:
                 self._caches[choice] = cache

@@ -12,7 +12,7 @@ from edgelora_export import block
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
 from edgelora_runtime import Runtime
-from edgelora_runtime.model import PREFILL_CHUNK, Cache, Model
+from edgelora_runtime.model import PREFILL_CHUNK, Model
 from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 def stepwise(model: Model, tokens: list[int], *, prefix: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Logits (T - prefix + 1, V) when all but a prefix is read token by token through the KV cache."""
-    cache = Cache()
+    cache = model.new_cache()
     rows = [model.read(cache, tokens[:prefix])[0].copy()]
     rows += [model.read(cache, [token])[0].copy() for token in tokens[prefix:]]
     return np.stack(rows)
@@ -100,7 +100,8 @@ def test_prompt_longer_than_a_prefill_chunk(long_model: tuple[Any, Path, Manifes
     expected = torch_logits(theirs, tokens)
     with Runtime(bundle) as runtime:
         assert np.abs(runtime.logits(tokens) - expected).max() <= TOLERANCE
-    model, cache = Model(bundle / "base.cpu.onnx", manifest.model, threads=None), Cache()
+    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=None)
+    cache = model.new_cache()
     assert np.abs(model.read(cache, tokens)[0] - expected[-1]).max() <= TOLERANCE
     assert cache.tokens == tokens
 
@@ -108,7 +109,8 @@ def test_prompt_longer_than_a_prefill_chunk(long_model: tuple[Any, Path, Manifes
 def test_cache_growth_keeps_what_was_read(long_model: tuple[Any, Path, Manifest]) -> None:
     theirs, bundle, manifest = long_model
     tokens = random_tokens(540, seed=3)
-    model, cache = Model(bundle / "base.cpu.onnx", manifest.model, threads=1), Cache()
+    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    cache = model.new_cache()
     model.read(cache, tokens[:250])
     capacities, rows = {cache.capacity}, []
     for token in tokens[250:]:
@@ -122,7 +124,7 @@ def test_two_caches_on_one_model_do_not_mix(long_model: tuple[Any, Path, Manifes
     theirs, bundle, manifest = long_model
     model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
     texts = [random_tokens(30, seed=seed) for seed in (5, 6)]
-    caches = [Cache(), Cache()]
+    caches = [model.new_cache(), model.new_cache()]
     rows: list[list[Any]] = [[], []]
     for position in range(30):
         for text, cache, row in zip(texts, caches, rows, strict=True):
@@ -133,7 +135,8 @@ def test_two_caches_on_one_model_do_not_mix(long_model: tuple[Any, Path, Manifes
 
 def test_rewound_cache_reads_like_a_fresh_one(long_model: tuple[Any, Path, Manifest]) -> None:
     theirs, bundle, manifest = long_model
-    model, cache = Model(bundle / "base.cpu.onnx", manifest.model, threads=1), Cache()
+    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    cache = model.new_cache()
     first, second = random_tokens(60, seed=7), random_tokens(60, seed=8)
     model.read(cache, first)
     cache.rewind(20)
@@ -146,7 +149,7 @@ def test_logits_to_keep_is_the_tail_of_the_full_logits(long_model: tuple[Any, Pa
     theirs, bundle, manifest = long_model
     tokens = random_tokens(33)
     model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
-    kept = model.read(Cache(), tokens, keep=keep)
+    kept = model.read(model.new_cache(), tokens, keep=keep)
     assert kept.shape == (keep, 300)
     assert np.abs(kept - torch_logits(theirs, tokens)[-keep:]).max() <= TOLERANCE
 
@@ -276,5 +279,5 @@ def test_int4_prefill_and_decode_agree(bundle4: Path) -> None:
     manifest = Bundle.open(bundle4).manifest
     tokens = random_tokens(40)
     model = Model(bundle4 / "base.cpu.onnx", manifest.model, threads=1)
-    whole = model.read(Cache(), tokens, keep=len(tokens)).copy()
+    whole = model.read(model.new_cache(), tokens, keep=len(tokens)).copy()
     assert np.abs(stepwise(model, tokens) - whole[2:]).max() <= 0.02 * whole.std()

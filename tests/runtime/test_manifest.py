@@ -33,6 +33,7 @@ HASH = "0123456789abcdef" * 4
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True).filter(lambda name: check_variant_name(name) is None)
 NUMBERS = st.integers(1, (1 << 53) - 1)
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
+CACHES = st.sampled_from(["in_place", "growing"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.isprintable)
 
 
@@ -93,7 +94,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         created_by=draw(TEXT),
         default_variant=names[0],
         base=BaseEntry(draw(TEXT), draw(TEXT)),
-        model=draw(st.builds(ModelEntry, TEXT, *[NUMBERS] * 6, st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple))),
+        model=draw(st.builds(ModelEntry, TEXT, *[NUMBERS] * 6, st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple), CACHES)),
         quantization=draw(st.builds(QuantizationEntry, st.integers(0, 64), NUMBERS, st.booleans(), TEXT)),
         adapters={
             name: AdapterEntry(HASH, draw(st.integers(0, 999)), f"{name}.adapter.safetensors" if name in with_file else None)
@@ -114,7 +115,7 @@ def test_parse_inverts_dump(manifest: Manifest) -> None:
 def test_dump_is_stable_and_ends_in_a_newline() -> None:
     assert example().dump() == parse_manifest(example().dump()).dump()
     assert example().dump().endswith(b"}\n")
-    assert json.loads(example().dump())["version"] == "1.0"
+    assert json.loads(example().dump())["version"] == "1.1"
 
 
 def changed(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -170,6 +171,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "list for an object": (changed("variants", value=[]), "variants should be an object"),
     "object for a list": (changed("live_slots", value={}), "live_slots should be a list"),
     "text for a list": (changed("variants", "m", "graphs", "cpu", "blobs", value="abc"), "should be a list"),
+    "cache of an unknown kind": (changed("model", "cache", value="ring"), "model.cache should be 'in_place' or 'growing'"),
     "text for a number": (changed("model", "layers", value="2"), "model.layers"),
     "number for text": (changed("created_by", value=3), "created_by"),
     "terminal codes": (changed("created_by", value="\x1b[2J"), "cannot be printed"),
@@ -318,6 +320,13 @@ def test_later_minor_version_is_read_and_its_news_skipped() -> None:
     value["variants"]["m"]["fidelity"] = 0.99
     value["files"]["tokenizer.json"]["mime"] = "application/json"
     assert parse_manifest(json.dumps(value).encode()) == example()
+
+
+def test_version_1_0_said_nothing_of_caches_which_were_all_in_place() -> None:
+    value = json.loads(example().dump())
+    value["version"] = "1.0"
+    del value["model"]["cache"]
+    assert parse_manifest(json.dumps(value).encode()).model.cache == "in_place"
 
 
 def test_later_minor_version_is_as_strict_about_what_is_known() -> None:

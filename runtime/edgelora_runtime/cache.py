@@ -1,0 +1,79 @@
+"""What a KV cache is to the runtime, whichever way a graph writes it: tokens that were read, and buffers to bind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_runtime.errors import ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.binding import Binding
+    from edgelora_runtime.manifest import ModelEntry
+
+    Floats = NDArray[np.float32]
+
+_SMALLEST = 256  # positions; a cache doubles from here as it fills
+
+
+class KVCache(ABC):
+    """Keys and values of the tokens that one variant has read.
+
+    tokens: what its positions hold. logits: float32 (1, kept, V), what the last step wrote; here and not in the model,
+    since a cache has one owner.
+    """
+
+    def __init__(self, entry: ModelEntry) -> None:
+        self.tokens: list[int] = []
+        self.logits: Floats = np.empty((1, 0, entry.vocab_size), np.float32)
+        self._entry = entry
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Positions that fit into its buffers, in tokens."""
+
+    @abstractmethod
+    def reserve(self, positions: int) -> None:
+        """Makes room for at least that many positions, keeping what is there; untouched memory costs nothing."""
+
+    @abstractmethod
+    def bind(self, binding: Binding, count: int, keep: int) -> None:
+        """Binds its buffers for a step that reads `count` tokens and writes the logits of the last `keep`."""
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes over what a step with these tokens wrote into the bound buffers."""
+        self.tokens.extend(tokens)
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        del self.tokens[length:]
+
+    def _next_capacity(self, positions: int) -> int:
+        capacity = max(_SMALLEST, self.capacity)
+        while capacity < positions:
+            capacity *= 2
+        return min(capacity, self._entry.context_length)
+
+    def _allocate(self, shape: tuple[int, ...]) -> list[Floats]:
+        """One array per layer."""
+        try:
+            return [np.zeros(shape, np.float32) for _ in range(self._entry.layers)]
+        except MemoryError as error:
+            raise ResourceError("no memory for a larger KV cache; use a shorter prompt or fewer tokens") from error
+
+
+def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences share from their start."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length

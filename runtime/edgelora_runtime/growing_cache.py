@@ -1,0 +1,80 @@
+"""The KV cache of graphs that write past and new positions, one behind the other, into another tensor at each step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_runtime.cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.binding import Binding
+    from edgelora_runtime.manifest import ModelEntry
+
+    Floats = NDArray[np.float32]
+
+
+class GrowingCache(KVCache):
+    """Two sets of flat buffers, float32 (kv_heads * capacity * head_size): a step reads one, writes the other, and they swap.
+
+    The start of a buffer, seen as (1, kv_heads, positions, head_size), is what the graph reads or writes: no step allocates.
+    """
+
+    def __init__(self, entry: ModelEntry) -> None:
+        super().__init__(entry)
+        self._past: list[Floats] = []  # keys of all layers, then values
+        self._present: list[Floats] = []
+        self._held = 0  # positions in the past buffers; tokens may be fewer after a rewind
+        names = [f"{index}.{kind}" for kind in ("key", "value") for index in range(entry.layers)]
+        self._names = [(f"past_key_values.{name}", f"present.{name}") for name in names]
+
+    @property
+    def capacity(self) -> int:
+        return len(self._past[0]) // (self._entry.kv_heads * self._entry.head_size) if self._past else 0
+
+    def reserve(self, positions: int) -> None:
+        if positions <= self.capacity:
+            return
+        shape = (self._entry.kv_heads * self._next_capacity(positions) * self._entry.head_size,)
+        past, present = (self._allocate(shape) + self._allocate(shape) for _ in range(2))
+        for new, old in zip(past, self._past, strict=False):
+            self._view(new, self._held)[:] = self._view(old, self._held)
+        self._past, self._present = past, present
+
+    def bind(self, binding: Binding, count: int, keep: int) -> None:
+        self.reserve(len(self.tokens) + count)
+        self._cut()
+        past, present = (self._shape(length) for length in (self._held, self._held + count))
+        buffers = zip(self._past, self._present, strict=True)
+        for (past_name, present_name), (read, written) in zip(self._names, buffers, strict=True):
+            binding.input(past_name, read, past)
+            binding.output(present_name, written, present)
+        if self.logits.shape[1] != keep:
+            self.logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
+        binding.output("logits", self.logits)
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        super().extend(tokens)
+        self._past, self._present = self._present, self._past
+        self._held = len(self.tokens)
+
+    def _cut(self) -> None:
+        """Drops the positions of tokens that were forgotten; heads then move together, so this is a copy."""
+        length = len(self.tokens)
+        if length == self._held:
+            return
+        for old, new in zip(self._past, self._present, strict=True):
+            self._view(new, length)[:] = self._view(old, self._held)[:, :, :length]
+        self._past, self._present, self._held = self._present, self._past, length
+
+    def _shape(self, positions: int) -> tuple[int, ...]:
+        return (1, self._entry.kv_heads, positions, self._entry.head_size)
+
+    def _view(self, buffer: Floats, positions: int) -> Floats:
+        shape = self._shape(positions)
+        return buffer[: int(np.prod(shape))].reshape(shape)
