@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.scores import exact_match, main_score, slot_f1
-from edgelora_runtime.errors import InputError
 from edgelora_runtime.cache import shared_prefix
+from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
