@@ -192,8 +192,6 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
         reasons.append("use_dora is set: DoRA rescales the base's weights, so its change is not a sum")
     if config.get("modules_to_save"):
         reasons.append(f"modules_to_save is {config['modules_to_save']}: whole layers cannot be added up")
-    if config.get("fan_in_fan_out"):
-        reasons.append("fan_in_fan_out is set: weights of transposed layers are not supported")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         reasons.append("it trains biases, which are not supported")
     reasons += [f"{key} is set: that is not a plain sum on a linear layer" for key in _OTHER_KINDS if config.get(key)]

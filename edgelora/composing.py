@@ -86,6 +86,7 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
+        "fan_in_fan_out": bool(first.config.get("fan_in_fan_out")),  # of the base's layers: PEFT sets it for GPT-2's
     }
 
 

@@ -257,12 +257,16 @@ def _save_adapter(model: Any, folder: Path) -> None:
 def _round_to_int4(model: Any) -> None:
     """Puts every linear weight and the embedding on the grid that export writes, in place."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
+    embedding = model.get_input_embeddings()
     done: set[int] = set()  # a tied head is the embedding's own tensor
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding) and module.weight.data_ptr() not in done:
-            rounded = quantize_rtn(module.weight.detach().float().cpu().numpy()).dequantize()
-            module.weight.data.copy_(torch.from_numpy(rounded))
+        linear = isinstance(module, torch.nn.Linear | Conv1D)
+        if (linear or module is embedding) and module.weight.data_ptr() not in done:
+            # Conv1D, GPT-2's linear layer, holds its weight as (K, N).
+            weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            weight.copy_(torch.from_numpy(quantize_rtn(weight.float().cpu().numpy()).dequantize()))
             done.add(module.weight.data_ptr())
 
 

@@ -21,6 +21,7 @@ from edgelora_runtime.manifest import (
     BaseEntry,
     FileEntry,
     GraphEntry,
+    LiveSlots,
     Manifest,
     ModelEntry,
     QuantizationEntry,
@@ -63,42 +64,64 @@ def build_bundle(
     """
     decoder = read_decoder(base.config, context_length)
     _check(variants, decoder, live_adapters)
-    if default_variant is None:
-        default_variant = variants[0].name
     with staged_folder(output, marker=MANIFEST) as folder:
-        _copy_texts(base, folder)
+        copy_texts(base, folder)
         files = {name: _write_adapter(folder, name, decoder, adapter) for name, adapter in live_adapters.items()}
         stored = _store_weights(base, decoder, variants, folder, quantization, on_progress)
         graphs = _write_graphs(decoder, variants, stored, folder, live_adapters)
-        manifest = Manifest(
-            created_by=f"edgelora {__version__}",
-            default_variant=default_variant,
-            base=BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256),
-            model=_describe_model(base, decoder),
-            quantization=QuantizationEntry(
-                quantization.bits, quantization.block_size, quantization.symmetric, quantization.method
-            ),
+        slots = [live_slots(linear) for linear in decoder.linears if linear.name in _live_names(decoder, live_adapters)]
+        return write_manifest(
+            folder,
+            base,
+            _describe_model(base, decoder),
+            variants,
+            graphs,
+            quantization=quantization,
             adapters={name: AdapterEntry(entry.sha256, entry.rank, files.get(name)) for name, entry in adapters.items()},
-            live_slots=tuple(
-                live_slots(linear) for linear in decoder.linears if linear.name in _live_names(decoder, live_adapters)
-            ),
-            variants={
-                variant.name: VariantEntry(
-                    kind="merged" if variant.live is None else "live",
-                    mix=dict(variant.mix),
-                    method=variant.method,
-                    graphs={TARGET: graphs[variant.name]},
-                    live=dict(variant.live or {}),
-                )
-                for variant in variants
-            },
-            files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())},
+            slots=slots,
+            default_variant=default_variant,
         )
-        write_file(folder / MANIFEST, [manifest.dump()])
+
+
+def write_manifest(
+    folder: Path,
+    base: Base,
+    model: ModelEntry,
+    variants: Sequence[Variant],
+    graphs: Mapping[str, GraphEntry],
+    *,
+    quantization: Quantization,
+    adapters: Mapping[str, AdapterEntry],
+    slots: Sequence[LiveSlots] = (),
+    default_variant: str | None = None,
+) -> Manifest:
+    """Describes the files of a folder that is complete but for its manifest; graphs by variant."""
+    manifest = Manifest(
+        created_by=f"edgelora {__version__}",
+        default_variant=variants[0].name if default_variant is None else default_variant,
+        base=BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256),
+        model=model,
+        quantization=QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method),
+        adapters=dict(adapters),
+        live_slots=tuple(slots),
+        variants={
+            variant.name: VariantEntry(
+                kind="merged" if variant.live is None else "live",
+                mix=dict(variant.mix),
+                method=variant.method,
+                graphs={TARGET: graphs[variant.name]},
+                live=dict(variant.live or {}),
+            )
+            for variant in variants
+        },
+        files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())},
+    )
+    write_file(folder / MANIFEST, [manifest.dump()])
     return manifest
 
 
-def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping[str, LowRank]) -> None:
+def check_names(variants: Sequence[Variant]) -> None:
+    """Refuses a bundle without variants, and names that cannot be a variant's or would be one file's."""
     if not variants:
         raise InputError("the recipe names no variant; add at least [variants.base] with mix = {}")
     seen: set[str] = set()
@@ -108,6 +131,11 @@ def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping
         if variant.name.lower() in seen:
             raise InputError(f"variant {variant.name!r} stands twice; two names must differ in more than case, so rename one")
         seen.add(variant.name.lower())
+
+
+def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping[str, LowRank]) -> None:
+    check_names(variants)
+    for variant in variants:
         if variant.delta is not None:
             check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
     for name, adapter in live_adapters.items():
@@ -117,7 +145,7 @@ def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping
         raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
 
 
-def _copy_texts(base: Base, folder: Path) -> None:
+def copy_texts(base: Base, folder: Path) -> None:
     """Copies the tokenizer and the configs; a chat template inside tokenizer_config.json gets its own file."""
     if not (base.folder / TOKENIZER).is_file():
         raise InputError(f"base {base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
@@ -203,11 +231,11 @@ def _describe_model(base: Base, decoder: Decoder) -> ModelEntry:
         head_size=decoder.head_size,
         vocab_size=decoder.vocab_size,
         context_length=decoder.context_length,
-        eos_token_ids=_end_tokens(base),
+        eos_token_ids=end_tokens(base),
     )
 
 
-def _end_tokens(base: Base) -> tuple[int, ...]:
+def end_tokens(base: Base) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's where it has some, else config.json's."""
     path = base.folder / "generation_config.json"
     generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}

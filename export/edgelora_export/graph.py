@@ -43,7 +43,7 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
     def last_positions(value: ir.Value) -> ir.Value:
         return b.op("Slice", value, from_end, b.constant("end", [_END]), b.constant("axis_1", [1]))
 
-    residual = Residual(b, _embed(b, decoder, input_ids), decoder.norm_epsilon)
+    residual = Residual(b, embed_tokens(b, input_ids, decoder.vocab_size, decoder.hidden_size), decoder.norm_epsilon)
     caches: list[ir.Value] = []
     presents: list[ir.Value] = []
     cache_shape = (1, decoder.kv_heads, "M", decoder.head_size)
@@ -85,26 +85,26 @@ def _read_positions(b: GraphBuilder, mask: ir.Value, decoder: Decoder) -> Positi
     )
 
 
-def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
-    grid = b.source.grid("embedding")
+def embed_tokens(b: GraphBuilder, input_ids: ir.Value, rows: int, columns: int, name: str = "embedding") -> ir.Value:
+    """The rows of a matrix (rows, columns) that the ids (1, S) name."""
+    grid = b.source.grid(name)
     if grid is None:
-        return b.op("Gather", b.weight("embedding"), input_ids, axis=0)
-    rows = decoder.vocab_size
-    row_bytes = grid.row_bytes(decoder.hidden_size)
+        return b.op("Gather", b.weight(name), input_ids, axis=0)
+    row_bytes = grid.row_bytes(columns)
     embedded = b.op(
         "GatherBlockQuantized",
-        b.weight("embedding.rows", tensor="embedding.codes", shape=(rows, row_bytes)),
+        b.weight(f"{name}.rows", tensor=f"{name}.codes", shape=(rows, row_bytes)),
         input_ids,
-        b.weight("embedding.row_scales", tensor="embedding.scales"),
-        packed_zeros(b, "embedding"),
+        b.weight(f"{name}.row_scales", tensor=f"{name}.scales"),
+        packed_zeros(b, name),
         domain=CONTRIB,
         bits=grid.bits,
         block_size=grid.block_size,
         gather_axis=0,
         quantize_axis=1,
     )
-    if decoder.hidden_size % grid.block_size == 0:
+    if columns % grid.block_size == 0:
         return embedded
     # The op knows nothing of the columns that fill up the last block.
-    ends = b.constant("hidden_size", [decoder.hidden_size])
+    ends = b.constant("hidden_size", [columns])
     return b.op("Slice", embedded, b.constant("index_0", [0]), ends, b.constant("axis_2", [2]))

@@ -107,6 +107,13 @@ class GraphBuilder:
             self._loaded[name] = self.source.value(name, tensor, shape)
         return self._loaded[name]
 
+    def splice(self, graph: ir.Graph) -> None:
+        """Moves what was made into an existing graph whose values it reads, in an order in which it runs."""
+        graph.extend(self._tape.nodes)
+        for value in (*self._tape.initializers, *self._loaded.values()):
+            graph.register_initializer(value)
+        graph.sort()
+
     def finish(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
         initializers = [value for value in (*self._tape.initializers, *self._loaded.values()) if value.const_value is not None]
         graph = ir.Graph(

@@ -86,7 +86,6 @@ def copy(tiny_adapters: dict[str, Path], tmp_path: Path, **config: Any) -> Path:
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "whole layers": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "transposed": ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     "biases": ({"bias": "all"}, "biases"),
     "lora bias": ({"lora_bias": True}, "biases"),
     "pissa": ({"init_lora_weights": "pissa"}, "pissa"),

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {"llama": read_llama}
 
 
+def native_types() -> list[str]:
+    """The model_type of every architecture that has a native graph."""
+    return sorted(_READERS)
+
+
 def read_decoder(config: dict[str, Any], context_length: int | None = None) -> Decoder:
     """The decoder that a Hugging Face config describes.
 

@@ -1,0 +1,151 @@
+"""Builds a bundle from a traced decoder: each distinct weight stored once, one rewritten graph per variant."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from edgelora_export.build import TARGET, check_names, copy_texts, end_tokens, write_manifest
+from edgelora_export.optimum_front import digest
+from edgelora_export.publish import staged_folder, write_file
+from edgelora_export.store import Weights, store_rounded
+from edgelora_export.traced_graph import find_lookups, find_products, mapped_blobs, rewrite_graph
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import MANIFEST, GraphEntry, ModelEntry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from edgelora_export.base import Base
+    from edgelora_export.optimum_front import TracedDecoder
+    from edgelora_export.traced_graph import Matrix
+    from edgelora_export.variants import Quantization, Variant
+    from edgelora_runtime.manifest import AdapterEntry, Manifest
+
+
+def check_traceable(variants: Sequence[Variant], quantization: Quantization) -> None:
+    """Refuses, before any work is done, what a traced graph cannot be made to do."""
+    check_names(variants)
+    if live := [variant.name for variant in variants if variant.live is not None]:
+        raise InputError(
+            f"variants {', '.join(live)} are live: a graph that Optimum traced has no inputs for adapters; use kind = 'merged'"
+        )
+    if quantization.method not in ("rtn", "none"):
+        raise InputError(f"quantization method {quantization.method!r} is for native graphs; for this base use rtn")
+
+
+class TracedMatrices:
+    """The matrices of a traced decoder that products multiply by, and whose they are.
+
+    names: by initializer, the name that the matrix has in the bundle: its first owner's in the checkpoint, so that tied
+    ones are one. shapes: (N, K) by module, for the linear layers that a delta can change. embedding: the initializer that
+    the tokens look up, None if the graph does that in another way.
+    """
+
+    def __init__(self, traced: TracedDecoder) -> None:
+        self.names: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self.embedding: str | None = None
+        self._matrices: dict[str, Matrix] = {}
+        for index, (_, matrix) in enumerate(find_products(traced.graph.graph)):
+            values = matrix.read()
+            owners = traced.modules.get(digest(values), [])
+            name = owners[0] if owners else f"products.{index}"
+            self._add(matrix, name)
+            # Equal weights are one tensor in the graph: which product is whose cannot be told, and need not be unchanged.
+            if len(owners) == 1 and owners[0] in traced.linears:
+                self.shapes[name] = (values.shape[0], values.shape[1])
+        for _, matrix in find_lookups(traced.graph.graph):
+            if not matrix.transposed and digest(matrix.read()) == traced.embedding:
+                self.embedding = matrix.initializer.name
+                self._add(matrix, traced.modules[traced.embedding][0])
+
+    def _add(self, matrix: Matrix, name: str) -> None:
+        self.names[str(matrix.initializer.name)] = name
+        self._matrices.setdefault(name, matrix)
+
+    def __iter__(self) -> Iterator[tuple[str, Matrix]]:
+        return iter(self._matrices.items())
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+
+def build_traced_bundle(
+    base: Base,
+    traced: TracedDecoder,
+    matrices: TracedMatrices,
+    variants: Sequence[Variant],
+    output: Path,
+    *,
+    quantization: Quantization,
+    adapters: Mapping[str, AdapterEntry],
+    default_variant: str | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> Manifest:
+    """Writes the bundle folder in one step, as build_bundle does, from a graph that Optimum traced.
+
+    Raises InputError for variants and modules that cannot be built, ResourceError for a full disk.
+    """
+    check_traceable(variants, quantization)
+    for variant in variants:
+        if variant.delta is not None and (unknown := sorted(variant.delta.modules - matrices.shapes.keys())):
+            shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+            raise InputError(
+                f"variant {variant.name} changes {shown}, which are no linear layers with weights of their own in this "
+                f"{traced.architecture}"
+            )
+    with staged_folder(output, marker=MANIFEST) as folder:
+        copy_texts(base, folder)
+        stored = _store_weights(matrices, variants, folder, quantization, on_progress)
+        graphs = {}
+        for variant in variants:
+            model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
+            file = f"{variant.name}.{TARGET}.onnx"
+            write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
+            graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
+        return write_manifest(
+            folder,
+            base,
+            ModelEntry(
+                architecture=traced.architecture,
+                hidden_size=traced.hidden_size,
+                layers=traced.sizes.layers,
+                kv_heads=traced.sizes.kv_heads,
+                head_size=traced.sizes.head_size,
+                vocab_size=traced.sizes.vocab_size,
+                context_length=traced.context_length,
+                eos_token_ids=end_tokens(base),
+                cache="growing",
+            ),
+            variants,
+            graphs,
+            quantization=quantization,
+            adapters=adapters,
+            default_variant=default_variant,
+        )
+
+
+def _store_weights(
+    matrices: TracedMatrices,
+    variants: Sequence[Variant],
+    folder: Path,
+    quantization: Quantization,
+    on_progress: Callable[[int, int, str], None],
+) -> dict[str, Weights]:
+    """The weights of each variant: the base's, with ΔW added where the variant has one."""
+    stored = {variant.name: Weights() for variant in variants}
+    for done, (name, matrix) in enumerate(matrices):
+        on_progress(done, len(matrices), name)
+        weight = matrix.read()
+        bare: Weights | None = None
+        for variant in variants:
+            if variant.delta is not None and name in variant.delta.modules:
+                stored[variant.name].take(store_rounded(folder, name, weight + variant.delta.dense(name), quantization))
+            else:
+                bare = bare or store_rounded(folder, name, weight, quantization)
+                stored[variant.name].take(bare)
+    on_progress(len(matrices), len(matrices), "graphs")
+    return stored
