@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from edgelora_runtime.manifest import AdapterEntry, Manifest
 
 
+_PREFIX = "matrix/"
+
+
 def check_traceable(variants: Sequence[Variant], quantization: Quantization) -> None:
     """Refuses, before any work is done, what a traced graph cannot be made to do."""
     check_names(variants)
@@ -39,9 +42,10 @@ def check_traceable(variants: Sequence[Variant], quantization: Quantization) -> 
 class TracedMatrices:
     """The matrices of a traced decoder that products multiply by, and whose they are.
 
-    names: by initializer, the name that the matrix has in the bundle: its first owner's in the checkpoint, so that tied
-    ones are one. shapes: (N, K) by module, for the linear layers that a delta can change. embedding: the initializer that
-    the tokens look up, None if the graph does that in another way.
+    names: by initializer, the name that the matrix has in the bundle: of its first owner in the checkpoint, so that tied
+    ones are one, behind a prefix that no name in the graph has. shapes: (N, K) by module, for the linear layers that a delta
+    can change. embedding: the initializer that the tokens look up, None if the graph does that in another way. Iterates over
+    (owner, matrix).
     """
 
     def __init__(self, traced: TracedDecoder) -> None:
@@ -54,7 +58,7 @@ class TracedMatrices:
             owners = traced.modules.get(digest(values), [])
             name = owners[0] if owners else f"products.{index}"
             self._add(matrix, name)
-            # Equal weights are one tensor in the graph: which product is whose cannot be told, and need not be unchanged.
+            # Equal weights are one tensor in a traced graph: which product is whose cannot be told.
             if len(owners) == 1 and owners[0] in traced.linears:
                 self.shapes[name] = (values.shape[0], values.shape[1])
         for _, matrix in find_lookups(traced.graph.graph):
@@ -63,7 +67,7 @@ class TracedMatrices:
                 self._add(matrix, traced.modules[traced.embedding][0])
 
     def _add(self, matrix: Matrix, name: str) -> None:
-        self.names[str(matrix.initializer.name)] = name
+        self.names[str(matrix.initializer.name)] = _PREFIX + name
         self._matrices.setdefault(name, matrix)
 
     def __iter__(self) -> Iterator[tuple[str, Matrix]]:
@@ -143,9 +147,9 @@ def _store_weights(
         bare: Weights | None = None
         for variant in variants:
             if variant.delta is not None and name in variant.delta.modules:
-                stored[variant.name].take(store_rounded(folder, name, weight + variant.delta.dense(name), quantization))
+                stored[variant.name].take(store_rounded(folder, _PREFIX + name, weight + variant.delta.dense(name), quantization))
             else:
-                bare = bare or store_rounded(folder, name, weight, quantization)
+                bare = bare or store_rounded(folder, _PREFIX + name, weight, quantization)
                 stored[variant.name].take(bare)
     on_progress(len(matrices), len(matrices), "graphs")
     return stored
