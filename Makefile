@@ -1,10 +1,14 @@
-# The one entry point: make demo | test | test-all | lint | bench. Each sets up .venv first; a second run is quick.
+# The one entry point: make demo | test | test-all | test-optimum | lint | bench. Each sets up .venv first; a second run is quick.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint format bench clean
+# The optimum extra needs an older transformers, so the exports of its tests run in an environment of their own.
+OPTIMUM_VENV  := .venv-optimum
+OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
+
+.PHONY: demo test test-all test-optimum lint format bench clean
 
 demo: $(STAMP)
 	$(BIN)/edgelora demo
@@ -12,8 +16,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP)
+test-all: $(STAMP) $(OPTIMUM_STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+test-optimum: $(STAMP) $(OPTIMUM_STAMP)
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_optimum.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -36,5 +43,11 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(STAMP)
 
+$(OPTIMUM_STAMP): pyproject.toml
+	test -x $(OPTIMUM_VENV)/bin/python || $(PYTHON) -m venv $(OPTIMUM_VENV)
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --editable '.[optimum]'
+	touch $(OPTIMUM_STAMP)
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo
+	rm -rf $(VENV) $(OPTIMUM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _TASK = "text-generation-with-past"
 _UNBOUNDED_CONTEXT = 2048  # tokens; for models that have no position table and state no length
-_PACKAGES = ("torch", "transformers", "optimum")
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,11 @@ def trace_decoder(base: Base, context_length: int | None = None) -> Iterator[Tra
     Raises InputError where Optimum is not installed, or does not know the model.
     """
     architecture = str(base.config.get("model_type"))
-    if missing := [name for name in _PACKAGES if find_spec(name) is None]:
+    if not _is_installed():
         raise InputError(
-            f"model_type {architecture!r} has no native graph here (those that have: {', '.join(native_types())}), and "
-            f"{', '.join(missing)}, through which others are exported, is not installed; run: pip install 'edgelora[optimum]', "
-            "in an environment of its own: it needs an older transformers than edgelora[train]"
+            f"model_type {architecture!r} has no native graph here (those that have: {', '.join(native_types())}), and optimum, "
+            "through which others are exported, is not installed; run: pip install 'edgelora[optimum]', in an environment of its "
+            "own: it needs an older transformers than edgelora[train]"
         )
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
         with _quiet():
@@ -96,6 +95,13 @@ def digest(weight: Floats) -> str:
     return hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()
 
 
+def _is_installed() -> bool:
+    try:
+        return find_spec("optimum.exporters.onnx") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def _load(base: Base) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
@@ -108,9 +114,9 @@ def _load(base: Base) -> Any:
 
 
 def _write_graph(model: Any, folder: Path, architecture: str) -> None:
-    from optimum.exporters.onnx import onnx_export_from_model
-
     try:
+        from optimum.exporters.onnx import onnx_export_from_model
+
         # Post-processing would only merge tied weights, which blobs do by content.
         onnx_export_from_model(model, folder, task=_TASK, do_validation=False, no_post_process=True)
     except Exception as error:  # it passes on what torch, onnx and its own registries raise

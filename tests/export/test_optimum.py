@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from edgelora.exporting import export
-from edgelora.training import TrainConfig, train
+from edgelora.training import TrainConfig, _round_to_int4, train
 from edgelora_export.int4 import quantize_rtn
 from edgelora_runtime import Bundle, InputError, Runtime
 from edgelora_runtime.model import Model
@@ -152,6 +152,14 @@ def test_int4_export_gives_the_logits_of_the_rounded_weights(name: str, tmp_path
     assert np.abs(found - expected).mean() < 0.06 * expected.std()
     assert np.abs(found - expected).mean() < 0.4 * np.abs(exact - expected).mean()
     assert (bundle / "base.cpu.onnx").stat().st_size < GRAPH_LIMIT
+
+
+def test_training_on_int4_rounds_transposed_layers_as_export_does(tmp_path: Path) -> None:
+    ours, expected = (make_base(tmp_path / "base", *MODELS["gpt2"]) for _ in range(2))
+    _round_to_int4(ours)
+    round_weights(expected)
+    for (name, found), (_, wanted) in zip(ours.named_parameters(), expected.named_parameters(), strict=True):
+        assert torch.equal(found, wanted), name
 
 
 ANSWERS = {"the cat": " sat on the mat", "a day": " in the sun", "one two": " three four", "and the": " moon"}
