@@ -22,6 +22,7 @@ from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle
 from edgelora_export.traced_graph import prepare_traced, read_sizes
 from edgelora_export.variants import Quantization, Variant
 from edgelora_runtime import InputError, Runtime
+from edgelora_runtime.model import Model
 from tests.tiny import make_tokenizer, random_tokens
 
 if TYPE_CHECKING:
@@ -142,24 +143,30 @@ def build(traced: Traced, output: Path, variants: list[Variant], **quantization:
     return build_traced_bundle(traced.base, traced.decoder, matrices, variants, output, quantization=grid, adapters={})
 
 
-def expected_logits(traced: Traced, tokens: list[int], weights: Mapping[str, Floats] = {}) -> Floats:
-    """Logits (T, V) of the graph as it was written, all tokens at once; weights given here take the place of its own."""
+def expected_logits(
+    traced: Traced, tokens: list[int], weights: Mapping[str, Floats] | None = None, *, chunk: int | None = None
+) -> Floats:
+    """Logits (T, V) of the graph as it was written, `chunk` tokens at a time; weights given here take the place of its own."""
     proto = onnx.ModelProto()
     proto.CopyFrom(traced.proto)
     for tensor in proto.graph.initializer:
-        if tensor.name in weights:
+        if weights is not None and tensor.name in weights:
             tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(weights[tensor.name]), tensor.name))
     session = ort.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    empty = np.zeros((1, 2, 0, 16), np.float32)
-    feeds = {
-        "input_ids": np.array([tokens]),
-        "attention_mask": np.ones((1, len(tokens)), np.int64),
-        "position_ids": np.arange(len(tokens))[None],
-        "past_key_values.0.key": empty,
-        "past_key_values.0.value": empty,
-    }
-    logits: Floats = session.run(["logits"], feeds)[0][0]
-    return logits
+    key = value = np.zeros((1, 2, 0, 16), np.float32)
+    rows = []
+    for start in range(0, len(tokens), chunk or len(tokens)):
+        stop = min(start + (chunk or len(tokens)), len(tokens))
+        feeds = {
+            "input_ids": np.array([tokens[start:stop]]),
+            "attention_mask": np.ones((1, stop), np.int64),
+            "position_ids": np.arange(start, stop)[None],
+            "past_key_values.0.key": key,
+            "past_key_values.0.value": value,
+        }
+        logits, key, value = session.run(["logits", "present.0.key", "present.0.value"], feeds)
+        rows.append(logits[0])
+    return np.concatenate(rows)
 
 
 def run_bundle(bundle: Path, tokens: list[int], variant: str = "base") -> Floats:
@@ -167,7 +174,6 @@ def run_bundle(bundle: Path, tokens: list[int], variant: str = "base") -> Floats
         return runtime.logits(tokens, variant=variant)
 
 
-# A step's mean is over the keys so far, so only a whole prompt read at once has the graph's own logits at every position.
 @pytest.mark.parametrize("head", HEADS)
 def test_float32_bundle_computes_what_the_graph_computed(head: str, tmp_path: Path) -> None:
     traced = make_traced(tmp_path / "base", head)
@@ -186,6 +192,18 @@ def test_last_positions_alone_get_logits(head: str, tmp_path: Path) -> None:
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
         found = runtime.generate(tokens, max_tokens=1, variant="base").tokens
     assert list(found) == [int(expected_logits(traced, tokens)[-1].argmax())]
+
+
+@pytest.mark.parametrize("chunk", [1, 7])
+def test_positions_go_on_where_the_cache_ends(chunk: int, tmp_path: Path) -> None:
+    traced = make_traced(tmp_path / "base", next(iter(HEADS)))
+    manifest = build(traced, tmp_path / "bundle", [Variant("base")])
+    tokens = random_tokens(20)
+    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    cache = model.new_cache()
+    parts = [tokens[start : start + chunk] for start in range(0, 20, chunk)]
+    found = np.concatenate([model.read(cache, part, keep=len(part)).copy() for part in parts])
+    assert np.abs(found - expected_logits(traced, tokens, chunk=chunk)).max() < 1e-4
 
 
 @pytest.mark.parametrize("grid", [{"bits": 4}, {"bits": 4, "block_size": 64, "symmetric": False}, {"bits": 8}], ids=str)
