@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from peft import LoraConfig, PeftModel
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from edgelora.adapters import CONFIG, Adapter, Provenance, read_provenance, write_provenance
 from edgelora.composing import compose
@@ -152,3 +153,31 @@ def test_other_shapes_are_refused(tiny_adapters: dict[str, Path], tmp_path: Path
 def test_nothing_to_compose_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least one"):
         compose({}, tmp_path / "m")
+
+
+def test_adapters_of_transposed_layers_mix_as_others_do(tmp_path: Path) -> None:
+    """GPT-2 holds its weights as (K, N); PEFT then says fan_in_fan_out, and ΔW (N, K) is B·A all the same."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make_model() -> Any:
+        torch.manual_seed(0)
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+        return model.eval()
+
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        lora = LoraConfig(r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
+        get_peft_model(make_model(), lora).save_pretrained(str(tmp_path / name))
+    compose({"one": (tmp_path / "one", 0.6), "two": (tmp_path / "two", -0.4)}, tmp_path / "mixed")
+
+    def deltas(folder: Path) -> dict[str, Any]:
+        model = PeftModel.from_pretrained(make_model(), str(folder))
+        layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+        return {name.removeprefix("base_model.model."): layer.get_delta_weight("default") for name, layer in layers.items()}
+
+    one, two, mixed = (deltas(tmp_path / name) for name in ("one", "two", "mixed"))
+    assert set(mixed) == {"transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_fc"}
+    adapter = Adapter.open(tmp_path / "one")
+    for module, delta in mixed.items():
+        assert torch.allclose(delta, 0.6 * one[module] - 0.4 * two[module], atol=1e-6)
+        assert np.abs(adapter.dense(module) - one[module].detach().numpy().T).max() < 1e-6
