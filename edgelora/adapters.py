@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,8 @@ class Provenance:
     """Where an adapter comes from.
 
     base_sha256: edgelora_export.base.Base.sha256 of the base. base_quantization: nf4, int4 or none while training.
-    data_sha256: of the training file. init: how A and B began; "composed" for a mix.
+    data_sha256: of the training file. data_file: where it lies, seen from the adapter's folder; "" where nobody knows.
+    init: how A and B began; "composed" for a mix.
     """
 
     base_name: str
@@ -60,6 +61,7 @@ class Provenance:
     alpha: float
     steps: int
     learning_rate: float
+    data_file: str = ""
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
@@ -72,10 +74,10 @@ def read_provenance(folder: Path) -> Provenance | None:
     if not (folder / PROVENANCE).is_file():
         return None
     value = read_json(folder / PROVENANCE, "train writes it")
-    names = [field.name for field in fields(Provenance)]
-    if absent := [name for name in names if name not in value]:
+    known = fields(Provenance)
+    if absent := [field.name for field in known if field.name not in value and field.default is MISSING]:
         raise InputError(f"{folder / PROVENANCE} lacks {', '.join(absent)}; train the adapter again or delete the file")
-    return Provenance(**{name: value[name] for name in names})
+    return Provenance(**{field.name: value[field.name] for field in known if field.name in value})
 
 
 @dataclass(frozen=True)

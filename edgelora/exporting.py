@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.adapters import Adapter, check_same_base
+from edgelora.calibration_data import find_sources, gather_calibration
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe, read_recipe
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
+from edgelora_export.calibration import Calibration
 from edgelora_export.variants import Variant
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import AdapterEntry
+from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from tokenizers import Tokenizer as RustTokenizer
 
     from edgelora_export.decoder import Decoder
     from edgelora_runtime.manifest import Manifest
@@ -26,10 +33,13 @@ def export(
     recipe: Recipe | Path | str,
     output: Path | str,
     *,
+    calibration: Path | str | None = None,
+    gate: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Builds the bundle of a recipe, given as a file or as a Recipe; returns its manifest.
 
+    calibration: general text or rows, and gate: the policy; each in place of the recipe's.
     As soon as one variant is live, all adapters of the recipe go along as factors, for mixes at request time.
     Raises InputError for a recipe, base or adapter that cannot be used, ResourceError for a full disk; the output folder
     is then as it was.
@@ -39,25 +49,61 @@ def export(
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
-    _check_shapes(adapters, read_decoder(base.config, recipe.context_length))
+    decoder = read_decoder(base.config, recipe.context_length)
+    _check_shapes(adapters, decoder)
+    judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
+    sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
     return build_bundle(
         base,
-        [_plan_variant(name, variant, adapters) for name, variant in recipe.variants.items()],
+        [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
         Path(output),
         quantization=recipe.quantization,
         adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
-        live_adapters=adapters if any(variant.kind == "live" for variant in recipe.variants.values()) else {},
+        live_adapters=adapters,
+        base_calibration=sets.of(adapters),
+        gate=None if judged.policy == "off" else judged,
         default_variant=recipe.default,
         context_length=recipe.context_length,
         on_progress=on_progress,
     )
 
 
-def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
-    if recipe.kind == "live":
-        return Variant(name, recipe.mix, recipe.method, live=recipe.mix)
-    delta = Mix(adapters, recipe.mix, recipe.method, recipe.density) if recipe.mix else None
-    return Variant(name, recipe.mix, recipe.method, delta)
+class _Calibrations:
+    """Calibration sets by the adapters that they are for; each is gathered once."""
+
+    def __init__(self, base: Base, adapters: Mapping[str, Adapter], general: Path | None, decoder: Decoder) -> None:
+        self._base, self._adapters, self._general = base, adapters, general
+        self._widest = max(linear.columns for linear in decoder.linears)
+        self._sets: dict[frozenset[str], Calibration] = {}
+
+    def of(self, names: Iterable[str]) -> Calibration:
+        """The set for a mix of these adapters."""
+        key = frozenset(names)
+        if key not in self._sets:
+            files, _ = find_sources({name: adapter for name, adapter in self._adapters.items() if name in key}, self._general)
+            self._sets[key] = gather_calibration(files, self._encode, widest=self._widest) if files else Calibration()
+        return self._sets[key]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    @cached_property
+    def _tokenizer(self) -> RustTokenizer:
+        path = self._base.folder / TOKENIZER
+        if not path.is_file():
+            raise InputError(f"base {self._base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
+        return load_tokenizer(path.read_bytes())
+
+
+def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapter], sets: _Calibrations) -> Variant:
+    return Variant(
+        name,
+        recipe.mix,
+        recipe.method,
+        delta=Mix(adapters, recipe.mix, recipe.method, recipe.density) if recipe.mix else None,
+        live=recipe.mix if recipe.kind == "live" else None,
+        calibration=sets.of(recipe.mix),
+    )
 
 
 def _check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:

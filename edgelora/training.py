@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import time
 import warnings
 from dataclasses import dataclass, fields
@@ -130,6 +131,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             alpha=config.alpha,
             steps=int(result.global_step),
             learning_rate=config.lr,
+            data_file=_relative(config.data, config.output),
         )
         write_provenance(folder, provenance)
     return TrainReport(config.output, len(rows), provenance.steps, float(result.training_loss), seconds, base.sha256)
@@ -294,3 +296,11 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if data_bars:
             datasets.enable_progress_bars()
+
+
+def _relative(file: Path, folder: Path) -> str:
+    """A file's path seen from a folder; the whole path where no relative one exists, as between drives."""
+    try:
+        return Path(os.path.relpath(file, folder)).as_posix()
+    except ValueError:
+        return str(file.resolve())

@@ -124,6 +124,11 @@ class Layer:
     def linears(self) -> tuple[Linear, ...]:
         return (self.qkv, self.output, self.gate_up, self.down)
 
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """All norms, in the order of the graph."""
+        return (self.attention_norm, self.mlp_norm)
+
 
 @dataclass(frozen=True)
 class Decoder:
@@ -162,5 +167,4 @@ class Decoder:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms, in the order of the graph."""
-        each = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-        return (*each, self.final_norm)
+        return (*(norm for layer in self.layers for norm in layer.norms), self.final_norm)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
 _BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
+_ROWS = 4096  # of a weight whose outputs are computed at once
 _DOUBLE_LIMIT = 4096  # columns up to which float64 costs neither time nor memory worth naming
 
 
@@ -79,10 +80,14 @@ def quantize_gptq(
     return BlockQuantized(packed, np.ascontiguousarray(scales.T), packed_zeros, bits, block_size, columns)
 
 
-def output_error(matrix: BlockQuantized, weight: Floats, moments: Floats) -> float:
-    """‖X(Q − W)ᵀ‖² on the inputs whose second moments (K, K) are given."""
-    difference = matrix.dequantize() - weight
-    return float(np.einsum("nk,nk->", difference @ moments, difference, dtype=np.float64))
+def output_error(difference: Floats, inputs: Floats) -> float:
+    """‖X·Eᵀ‖² of a weight's error E (N, K) on inputs X (T, K)."""
+    return float(
+        sum(
+            np.square(inputs @ rows.T).sum(dtype=np.float64)
+            for rows in np.split(difference, range(_ROWS, len(difference), _ROWS))
+        )
+    )
 
 
 def _inverse_factor(moments: Floats) -> Floats:

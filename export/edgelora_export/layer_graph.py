@@ -43,11 +43,14 @@ def build_layer_graph(decoder: Decoder, index: int) -> tuple[ir.Model, dict[str,
 
 
 def build_head_graph(decoder: Decoder) -> tuple[ir.Model, dict[str, str]]:
-    """The final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), and the weight inputs."""
+    """The final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), and the weight inputs.
+
+    V is as many rows of the head as are fed.
+    """
     weights = InputWeights("")
     b = GraphBuilder(weights)
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
     logits = read_logits(b, decoder, Residual(b, hidden, decoder.norm_epsilon))
-    describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", decoder.vocab_size))
+    describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
     model = b.finish([hidden, *weights.inputs.values()], [logits])
     return model, {name: str(value.name) for name, value in weights.inputs.items()}

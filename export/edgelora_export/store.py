@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+_ROWS = 4096  # of a matrix read at once
+
 
 @dataclass
 class Weights:
@@ -33,6 +35,11 @@ class Weights:
 
     def __or__(self, other: Weights) -> Weights:
         return Weights(self.tensors | other.tensors, self.grids | other.grids)
+
+    def only(self, product: str) -> Weights:
+        """What belongs to one product."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
+        return Weights(tensors, {name: grid for name, grid in self.grids.items() if name == product})
 
     def take(self, other: Weights) -> None:
         """Adds the other's, in place of one's own where names agree."""
@@ -46,9 +53,9 @@ def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quant
     tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
     biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
     weights = Weights(tensors | (write_blob(folder, biases) if biases else {}))
-    weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization))
+    weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization.grid("embedding")))
     if not decoder.tied:
-        weights.take(store_rounded(folder, "head", base.tensor(decoder.head), quantization))
+        weights.take(store_rounded(folder, "head", base.tensor(decoder.head), quantization.grid("head")))
     return weights
 
 
@@ -65,6 +72,16 @@ def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
             weight += delta.dense(part.module)
         rows.append(part.pad_columns(part.pad_rows(weight)))
     return np.concatenate(rows)
+
+
+def read_rows(base: Base, name: str, rows: NDArray[np.int64]) -> Floats:
+    """Rows (R, K) of a matrix of the base, in ascending order, without holding the matrix."""
+    chunks = [
+        base.rows(name, int(first), int(last) + 1)[chunk - first]
+        for chunk in np.split(rows, np.flatnonzero(np.diff(rows // _ROWS)) + 1)
+        for first, last in [(chunk[0], chunk[-1])]
+    ]
+    return np.concatenate(chunks)
 
 
 def read_bias(base: Base, linear: Linear) -> Floats:
@@ -85,12 +102,11 @@ def check_modules(decoder: Decoder, modules: Iterable[str], owner: str) -> None:
         raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
 
 
-def store_rounded(folder: Path, name: str, weight: Floats, quantization: Quantization) -> Weights:
-    """Stores a weight (N, K) rounded to nearest, or as itself where nothing is quantized."""
-    if quantization.bits == 32:
+def store_rounded(folder: Path, name: str, weight: Floats, grid: Grid | None) -> Weights:
+    """Stores a weight (N, K) rounded to nearest on a grid, or as it is where there is none."""
+    if grid is None:
         return Weights(write_blob(folder, {name: weight}))
-    grid = quantization.grid
-    return store_matrix(folder, name, quantize_rtn(weight, bits=grid.bits, block_size=grid.block_size, symmetric=grid.symmetric))
+    return store_matrix(folder, name, quantize_rtn(weight, **asdict(grid)))
 
 
 def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> Weights:
@@ -101,13 +117,13 @@ def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> Weights:
     return Weights(write_blob(folder, tensors), {name: matrix.grid})
 
 
-def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> Floats:
-    """The float32 (N, columns) weight that the stored product stands for."""
+def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> BlockQuantized | Floats:
+    """What was stored of a product: inverse of store_matrix, or the float32 (N, columns) weight where it is not quantized."""
     grid = weights.grids.get(name)
     if grid is None:
         return read_stored(folder, weights.tensors[name])
     zeros = weights.tensors.get(f"{name}.zero_points")
-    matrix = BlockQuantized(
+    return BlockQuantized(
         read_stored(folder, weights.tensors[f"{name}.codes"]),
         read_stored(folder, weights.tensors[f"{name}.scales"]),
         None if zeros is None else read_stored(folder, zeros),
@@ -115,4 +131,3 @@ def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> Floa
         grid.block_size,
         columns,
     )
-    return matrix.dequantize()
