@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
     from edgelora_export.decoder import Decoder
+    from edgelora_export.gate import Gate
     from edgelora_runtime.manifest import Manifest
 
 
@@ -36,6 +37,7 @@ def export(
     calibration: Path | str | None = None,
     gate: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
     """Builds the bundle of a recipe, given as a file or as a Recipe; returns its manifest.
 
@@ -53,6 +55,7 @@ def export(
     _check_shapes(adapters, decoder)
     judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
     sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
+    _check_data(recipe, judged, sets, on_note)
     return build_bundle(
         base,
         [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
@@ -66,6 +69,21 @@ def export(
         context_length=recipe.context_length,
         on_progress=on_progress,
     )
+
+
+def _check_data(recipe: Recipe, gate: Gate, sets: _Calibrations, on_note: Callable[[str], None]) -> None:
+    """Says what is done without data that cannot be found; refuses where a gate is to fail and could not."""
+    blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
+    if blind and gate.policy == "fail":
+        raise InputError(
+            f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
+            "edgelora.json says; give --calibration FILE.jsonl"
+        )
+    if blind:
+        on_note(
+            f"{', '.join(blind)}: no calibration data, so weights are rounded to nearest and nothing is measured; "
+            "give --calibration FILE.jsonl"
+        )
 
 
 class _Calibrations:

@@ -72,18 +72,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
                     wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
         return taken
 
-    top = take(
-        value,
-        "",
-        base=str,
-        adapters=dict,
-        quantization=dict,
-        variants=dict,
-        default=str,
-        context_length=int,
-        calibration=str,
-        gate=dict,
-    )
+    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict}
+    top = take(value, "", base=str, default=str, context_length=int, calibration=str, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
@@ -107,10 +97,10 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float))
         wrong += _check_variant(taken, where, top.get("adapters", {}))
         variants[name] = taken
-    quantization = take(
-        top.get("quantization", {}), "quantization.", bits=int, block_size=int, symmetric=bool, method=str, int8=list
-    )
-    gate = take(top.get("gate", {}), "gate.", policy=str, retention=(int, float), max_kl=(int, float), min_top1=(int, float))
+    grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
+    quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
+    number = (int, float)
+    gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is no variant of the recipe")
     try:

@@ -10,6 +10,7 @@ import time
 import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters import CONFIG, Provenance, write_provenance
@@ -22,7 +23,6 @@ from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 QUANTS = ("nf4", "int4", "none")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")

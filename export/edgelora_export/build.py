@@ -10,7 +10,7 @@ from edgelora_export.calibration import Calibration
 from edgelora_export.draft import Draft
 from edgelora_export.gate import Gate, judge
 from edgelora_export.publish import staged_folder, write_file
-from edgelora_export.store import check_modules, store_shared
+from edgelora_export.store import check_modules
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -64,7 +64,6 @@ def build_bundle(
             adapters=adapters,
             factors=live_adapters,
             base_calibration=base_calibration or Calibration(),
-            shared=store_shared(base, decoder, folder, quantization),
         )
         draft.on_layer = _count_layers(draft, on_progress)
         draft.store_weights()

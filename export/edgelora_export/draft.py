@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from edgelora_export.embeddings import store_embeddings
 from edgelora_export.graph import build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import write_file
 from edgelora_export.quantizing import store_products
-from edgelora_export.store import Weights, read_linear, store_rounded, touches
+from edgelora_export.store import Weights, read_linear, store_norms, store_rounded, touches
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
@@ -48,7 +49,8 @@ class Draft:
     """What `folder` holds so far.
 
     variants, in the bundle's order, may change: a merged one becomes live, products get more bits. adapters: what the
-    manifest says of each. factors: the adapters that a live variant may use. base_calibration: what the bare base is quantized on.
+    manifest says of each. factors: the adapters that a live variant may use. base_calibration: what
+    the bare base is quantized on.
     """
 
     base: Base
@@ -60,8 +62,8 @@ class Draft:
     adapters: Mapping[str, AdapterEntry]
     factors: Mapping[str, LowRank]
     base_calibration: Calibration
-    shared: Weights
     on_layer: Callable[[str, int], None] = lambda variant, index: None
+    shared: Weights | None = None
     bare: Weights | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
     fidelity: dict[str, FidelityEntry] = field(default_factory=dict)
@@ -76,6 +78,18 @@ class Draft:
 
     def store_weights(self) -> None:
         """Stores what no variant has stored yet; to be called again after a variant changed."""
+        if self.shared is None:
+            self.shared = store_norms(self.base, self.decoder, self.folder) | store_embeddings(
+                self.base,
+                self.decoder,
+                self.folder,
+                self.quantization,
+                [
+                    (None, self.base_calibration),
+                    *((item.delta, item.calibration) for item in self.variants.values() if item.delta),
+                ],
+                on_layer=lambda index: self.on_layer("embedding", index),
+            )
         if self.bare is None and self.needs_bare:
             self.bare = store_products(
                 self.base,

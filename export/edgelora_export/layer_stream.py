@@ -74,6 +74,12 @@ class LayerStream:
                 on_input(linear, tapped[0])
         return after
 
+    def normed(self, base: Base, hidden: Floats) -> Floats:
+        """Final hidden states (T, H) as the head takes them."""
+        mean = np.square(hidden).mean(axis=1, keepdims=True)
+        normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
+        return normed * base.tensor(self._decoder.final_norm.tensor)
+
     def logits(self, base: Base, hidden: Floats) -> Floats:
         """What the float base's head makes of final hidden states (T, H): float32 (T, V)."""
         decoder = self._decoder

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgelora_export.base import Base
     from edgelora_export.decoder import Decoder, Linear
-    from edgelora_export.variants import Delta, Quantization
+    from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
 
@@ -47,16 +47,12 @@ class Weights:
         self.grids.update(other.grids)
 
 
-def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quantization) -> Weights:
-    """What no adapter of ours changes: embedding, head, norms, biases, rotary tables."""
+def store_norms(base: Base, decoder: Decoder, folder: Path) -> Weights:
+    """Norms, biases and rotary tables, which all variants share."""
     tensors = write_blob(folder, {norm.name: base.tensor(norm.tensor) for norm in decoder.norms})
     tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
     biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
-    weights = Weights(tensors | (write_blob(folder, biases) if biases else {}))
-    weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization.grid("embedding")))
-    if not decoder.tied:
-        weights.take(store_rounded(folder, "head", base.tensor(decoder.head), quantization.grid("head")))
-    return weights
+    return Weights(tensors | (write_blob(folder, biases) if biases else {}))
 
 
 def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
