@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
     from edgelora_export.decoder import Decoder
-    from edgelora_export.gate import Gate
     from edgelora_runtime.manifest import Manifest
 
 
@@ -55,8 +54,13 @@ def export(
     _check_shapes(adapters, decoder)
     judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
     sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
-    _check_data(recipe, judged, sets, on_note)
-    return build_bundle(
+    blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
+    if blind and judged.policy == "fail":
+        raise InputError(
+            f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
+            "edgelora.json says; give --calibration FILE.jsonl"
+        )
+    manifest = build_bundle(
         base,
         [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
         Path(output),
@@ -69,21 +73,12 @@ def export(
         context_length=recipe.context_length,
         on_progress=on_progress,
     )
-
-
-def _check_data(recipe: Recipe, gate: Gate, sets: _Calibrations, on_note: Callable[[str], None]) -> None:
-    """Says what is done without data that cannot be found; refuses where a gate is to fail and could not."""
-    blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
-    if blind and gate.policy == "fail":
-        raise InputError(
-            f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
-            "edgelora.json says; give --calibration FILE.jsonl"
-        )
-    if blind:
+    if blind and recipe.quantization.bits != 32:
         on_note(
             f"{', '.join(blind)}: no calibration data, so weights are rounded to nearest and nothing is measured; "
             "give --calibration FILE.jsonl"
         )
+    return manifest
 
 
 class _Calibrations:
