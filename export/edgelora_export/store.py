@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
-    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.decoder import Decoder, Linear, Norm
     from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
@@ -42,8 +42,8 @@ class Weights:
 
 def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quantization) -> Weights:
     """What no adapter of ours changes: embedding, head, norms, biases, rotary tables."""
-    tensors = write_blob(folder, {norm.name: base.tensor(norm.tensor) for norm in decoder.norms})
-    tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
+    tensors = write_blob(folder, {norm.name: read_norm(base, norm) for norm in decoder.norms})
+    tensors |= write_blob(folder, dict(decoder.rotary_tables))
     biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
     weights = Weights(tensors | (write_blob(folder, biases) if biases else {}))
     weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization))
@@ -70,6 +70,11 @@ def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
 def read_bias(base: Base, linear: Linear) -> Floats:
     """One product's bias (N,)."""
     return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
+
+
+def read_norm(base: Base, norm: Norm) -> Floats:
+    """One norm's weight as the graph multiplies with it."""
+    return norm.lay_out(base.tensor(norm.tensor))
 
 
 def touches(delta: Delta | None, linear: Linear) -> bool:

@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
     from edgelora_export.decoder import Decoder
 
-_READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {"llama": read_llama}
+_READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
+    "llama": read_llama,
+}
 
 
 def read_decoder(config: dict[str, Any], context_length: int | None = None) -> Decoder:
     """The decoder that a Hugging Face config describes.
 
-    context_length: positions that the bundle can hold; None for the model's own, at most 32768.
+    context_length: positions that the bundle can hold; None for the model's own, at most 32768, or the original one of long RoPE.
     Raises InputError for an architecture or a setting that the builder cannot express.
     """
     kind = config.get("model_type")
