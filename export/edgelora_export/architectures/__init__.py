@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.architectures.llama import read_llama
+from edgelora_export.architectures.mistral import read_mistral
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "llama": read_llama,
+    "mistral": read_mistral,
 }
 
 
