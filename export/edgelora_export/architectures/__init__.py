@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora_export.architectures.llama import read_llama
 from edgelora_export.architectures.mistral import read_mistral
+from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "llama": read_llama,
     "mistral": read_mistral,
+    "qwen2": read_qwen2,
+    "qwen3": read_qwen3,
 }
 
 
