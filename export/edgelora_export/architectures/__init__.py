@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora_export.architectures.llama import read_llama
 from edgelora_export.architectures.mistral import read_mistral
 from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
+from edgelora_export.architectures.smollm3 import read_smollm3
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "mistral": read_mistral,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
+    "smollm3": read_smollm3,
 }
 
 
