@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
 from edgelora_export.architectures.mistral import read_mistral
 from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from edgelora_export.decoder import Decoder
 
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
+    "granite": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
     "qwen2": read_qwen2,
