@@ -8,6 +8,7 @@ from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
 from edgelora_export.architectures.mistral import read_mistral
 from edgelora_export.architectures.olmo2 import read_olmo2
+from edgelora_export.architectures.phi3 import read_phi3
 from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
 from edgelora_export.architectures.smollm3 import read_smollm3
 from edgelora_runtime.errors import InputError
@@ -22,6 +23,7 @@ _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "llama": read_llama,
     "mistral": read_mistral,
     "olmo2": read_olmo2,
+    "phi3": read_phi3,
     "qwen2": read_qwen2,
     "qwen3": read_qwen3,
     "smollm3": read_smollm3,
