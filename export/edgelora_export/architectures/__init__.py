@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgelora_export.architectures.gemma import read_gemma2, read_gemma3
 from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
 from edgelora_export.architectures.mistral import read_mistral
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from edgelora_export.decoder import Decoder
 
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
+    "gemma2": read_gemma2,
+    "gemma3_text": read_gemma3,
     "granite": read_granite,
     "llama": read_llama,
     "mistral": read_mistral,
