@@ -17,17 +17,32 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope settings of a config, in transformers 5's form, whichever version wrote it."""
+    """The rope settings of a config, in transformers 5's form, whichever version wrote it; InputError for other kinds."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
-    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rope["partial_rotary_factor"] is None:
+        rope["partial_rotary_factor"] = 1.0
     if rope["rope_type"] == "longrope":
         longest = config["max_position_embeddings"]
         original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", longest)
         rope["original_max_position_embeddings"] = original
         rope["factor"] = rope.get("factor") or longest / original
+    kind = rope["rope_type"]
+    if kind not in _NEEDED:
+        raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
+    if absent := [key for key in _NEEDED[kind] if key not in rope]:
+        raise InputError(f"the rope settings in config.json are {kind} and lack {', '.join(absent)}")
     return rope
 
 
@@ -38,7 +53,7 @@ def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length
     factor of its own, from one list for contexts of the original length and another for longer ones
     (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py,
     _compute_llama3_parameters and _compute_longrope_parameters).
-    Raises InputError for another kind.
+    Raises InputError where longrope's lists are of another length.
     """
     exponents = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
     frequencies: Floats = (1.0 / np.float32(rope["rope_theta"]) ** exponents).astype(np.float32)
@@ -55,13 +70,12 @@ def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length
         smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
         scaled: Floats = ((1 - smooth) * frequencies / factor + smooth * frequencies).astype(np.float32)
         return scaled
-    if kind == "longrope":
-        which = "long_factor" if context_length > rope["original_max_position_embeddings"] else "short_factor"
-        factors = np.array(rope[which], np.float32)
-        if factors.shape != frequencies.shape:
-            raise InputError(f"{which} in config.json has {factors.size} entries; heads turn in {frequencies.size} pairs")
-        return frequencies / factors
-    raise InputError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3, longrope")
+    assert kind == "longrope"
+    which = "long_factor" if context_length > rope["original_max_position_embeddings"] else "short_factor"
+    factors = np.array(rope[which], np.float32)
+    if factors.shape != frequencies.shape:
+        raise InputError(f"{which} in config.json has {factors.size} entries; heads turn in {frequencies.size} pairs")
+    return frequencies / factors
 
 
 def attention_factor(rope: Mapping[str, Any]) -> float:

@@ -57,14 +57,8 @@ class Sizes:
         return HeadPadding(self.heads, self.head_size, self.padded, 0)
 
 
-def read_sizes(
-    config: Mapping[str, Any],
-    context_length: int | None,
-    *,
-    default_context: int = CONTEXT_LIMIT,
-    rotary_share: float = 1.0,
-) -> Sizes:
-    """The sizes that a config states; see read_decoder for context_length, of which default_context bounds the default.
+def read_sizes(config: Mapping[str, Any], context_length: int | None, *, rotary_share: float = 1.0) -> Sizes:
+    """The sizes that a config states; see read_decoder for context_length.
 
     rotary_share: the part of each head that turns. Raises InputError for sizes that are absent or impossible.
     """
@@ -76,7 +70,7 @@ def read_sizes(
     if size % 2 or rotary % 2:
         raise InputError(f"heads of {size} entries, of which {rotary} turn: both must be even")
     longest = config["max_position_embeddings"]
-    context = min(longest, default_context) if context_length is None else context_length
+    context = _default_context(config) if context_length is None else context_length
     if not 0 < context <= longest:
         raise InputError(f"context_length = {context}: the model has positions 1 to {longest}")
     return Sizes(
@@ -90,6 +84,17 @@ def read_sizes(
         layers=config["num_hidden_layers"],
         context_length=context,
     )
+
+
+def _default_context(config: Mapping[str, Any]) -> int:
+    """The model's own context up to a bound.
+
+    Long RoPE has other frequencies in texts longer than the original context, and a bundle has one table: its context_length
+    decides. Adapters are trained on texts that are not, so the default is the length at which what they learned holds.
+    """
+    rope = read_rope(config)
+    bound = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else CONTEXT_LIMIT
+    return min(int(config["max_position_embeddings"]), int(bound), CONTEXT_LIMIT)
 
 
 def make_norm(index: int, name: str, tensor: str, *, offset: float = 0.0, heads: HeadPadding | None = None) -> Norm:

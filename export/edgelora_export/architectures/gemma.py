@@ -38,7 +38,7 @@ def read_gemma2(config: dict[str, Any], context_length: int | None) -> Decoder:
     windows = read_windows(config, [index % 2 == 0 for index in range(sizes.layers)])
     layers = [_make_layer(config, sizes, index, window) for index, window in enumerate(windows)]
     decoder = make_decoder("gemma2", config, sizes, layers, activation="hidden_activation")
-    return _finish(decoder, config)
+    return replace(_finish(decoder, config), attention_cap=config["attn_logit_softcapping"])
 
 
 def read_gemma3(config: dict[str, Any], context_length: int | None) -> Decoder:
@@ -84,7 +84,6 @@ def _finish(decoder: Decoder, config: dict[str, Any]) -> Decoder:
     return replace(
         decoder,
         attention_scale=config["query_pre_attn_scalar"] ** -0.5,
-        attention_cap=config.get("attn_logit_softcapping"),
         logits_cap=config.get("final_logit_softcapping"),
         embedding_multiplier=decoder.hidden_size**0.5,
         final_norm=replace(decoder.final_norm, offset=_OFFSET),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.architectures.dense import CONTEXT_LIMIT, Sizes, make_decoder, make_layer, read_sizes
+from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, read_sizes
 from edgelora_export.decoder import Part
 from edgelora_export.rope import read_rope
 
@@ -25,18 +25,12 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_phi3(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a Phi3ForCausalLM config; see read_decoder.
-
-    transformers turns with long_factor where a text is longer than the original context, and with short_factor where not. A
-    bundle has one table, so its context_length decides: by default the original one, at which adapters are trained, too.
-    """
+    """The Decoder of a Phi3ForCausalLM config; see read_decoder."""
     config = _DEFAULTS | config
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     if rope.get("rope_type", rope.get("type")) in ("su", "yarn"):  # early configs' names for it, as transformers has it
         config["rope_parameters"] = rope | {"rope_type": "longrope"}
-    rope = read_rope(config)
-    original = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else CONTEXT_LIMIT
-    sizes = read_sizes(config, context_length, default_context=original, rotary_share=rope["partial_rotary_factor"])
+    sizes = read_sizes(config, context_length, rotary_share=read_rope(config)["partial_rotary_factor"])
     layers = [
         replace(_fuse(make_layer(sizes, index), sizes, index), window=config["sliding_window"]) for index in range(sizes.layers)
     ]
