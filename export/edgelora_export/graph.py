@@ -35,7 +35,7 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
         type=ir.TensorType(ir.DataType.INT64),
         const_value=ir.tensor(np.zeros(1, np.int64), name="logits_to_keep"),
     )
-    positions = _read_positions(b, mask, decoder)
+    positions = _read_positions(b, mask)
     inputs = LiveInputs(decoder, live)
     # -0 slices from the start: no positions asked for means all of them, as in transformers' logits_to_keep.
     from_end = b.op("Neg", keep)
@@ -66,26 +66,30 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
 
 
 def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
-    """The final norm and the head."""
+    """The final norm, the head, and the logits' soft cap."""
     head = "embedding" if decoder.tied else "head"
-    return multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size)
+    logits = multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size)
+    if decoder.logits_cap is None:
+        return logits
+    cap = b.scalar(decoder.logits_cap)
+    return b.op("Mul", b.op("Tanh", b.op("Div", logits, cap)), cap)
 
 
-def _read_positions(b: GraphBuilder, mask: ir.Value, decoder: Decoder) -> Positions:
+def _read_positions(b: GraphBuilder, mask: ir.Value) -> Positions:
     """Positions derived once from the attention mask."""
     length = b.op("ReduceSum", mask, b.constant("axis_1", [1]), keepdims=0)
     last = b.op("Cast", b.op("Sub", length, b.constant("one", [1])), to=ir.DataType.INT32)
     total = b.op("Gather", b.op("Shape", mask), b.constant("index_1", 1), axis=0)
-    half = (decoder.context_length, decoder.head_size // 2)
-    return Positions(
-        last,
-        b.op("Cast", total, to=ir.DataType.INT32),
-        b.weight("rotary.cos", shape=half),
-        b.weight("rotary.sin", shape=half),
-    )
+    return Positions(last, b.op("Cast", total, to=ir.DataType.INT32))
 
 
 def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
+    """The embedding's rows of the tokens, scaled where the model does so."""
+    rows = _gather_rows(b, decoder, input_ids)
+    return rows if decoder.embedding_multiplier == 1.0 else b.op("Mul", rows, b.scalar(decoder.embedding_multiplier))
+
+
+def _gather_rows(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
     grid = b.source.grid("embedding")
     if grid is None:
         return b.op("Gather", b.weight("embedding"), input_ids, axis=0)

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.store import read_bias, read_linear, read_rows
+from edgelora_export.store import read_bias, read_linear, read_norm, read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +29,14 @@ _HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a 
 def embed(base: Base, decoder: Decoder, samples: Sequence[Sample]) -> list[Floats]:
     """The hidden states (T, H) that enter the first layer of the float base, per sample."""
     tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
-    rows = read_rows(base, decoder.embedding, tokens)
+    rows = read_rows(base, decoder.embedding, tokens) * np.float32(decoder.embedding_multiplier)
     return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
 
 
 def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) -> dict[str, Floats]:
     """One layer's weights in float32, by their names in the whole graph; a delta is added to the products that it touches."""
     layer = decoder.layers[index]
-    weights = {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin}
-    weights |= {norm.name: base.tensor(norm.tensor) for norm in layer.norms}
+    weights = {**decoder.rotary_tables, **{norm.name: read_norm(base, norm) for norm in layer.norms}}
     for linear in layer.linears:
         weights[linear.name] = read_linear(base, linear, delta)
         if linear.bias:
@@ -78,7 +77,7 @@ class LayerStream:
         """Final hidden states (T, H) as the head takes them."""
         mean = np.square(hidden).mean(axis=1, keepdims=True)
         normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
-        return normed * base.tensor(self._decoder.final_norm.tensor)
+        return normed * read_norm(base, self._decoder.final_norm)
 
     def logits(self, base: Base, hidden: Floats) -> Floats:
         """What the float base's head makes of final hidden states (T, H): float32 (T, V)."""
@@ -86,7 +85,7 @@ class LayerStream:
         model, names = build_head_graph(decoder)
         session = self._session(model)
         head = "embedding" if decoder.tied else "head"
-        norm = base.tensor(decoder.final_norm.tensor)
+        norm = read_norm(base, decoder.final_norm)
         parts = []
         for start in range(0, decoder.vocab_size, _HEAD_ROWS):
             rows = read_rows(base, decoder.head, np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size)))

@@ -110,7 +110,8 @@ class _QuantizedStream:
         stored = load_matrix(self._folder, "embedding", self._weights, self._decoder.hidden_size)
         if not isinstance(stored, BlockQuantized):
             return embed(self._base, self._decoder, samples)
-        return [stored.rows(np.array(sample.tokens)).dequantize() for sample in samples]
+        scale = np.float32(self._decoder.embedding_multiplier)
+        return [stored.rows(np.array(sample.tokens)).dequantize() * scale for sample in samples]
 
 
 def _quantize(weight: Floats, grid: Grid, moments: Floats, held_out: Floats | None) -> BlockQuantized:

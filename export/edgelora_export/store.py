@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
-    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.decoder import Decoder, Linear, Norm
     from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
@@ -49,8 +49,8 @@ class Weights:
 
 def store_norms(base: Base, decoder: Decoder, folder: Path) -> Weights:
     """Norms, biases and rotary tables, which all variants share."""
-    tensors = write_blob(folder, {norm.name: base.tensor(norm.tensor) for norm in decoder.norms})
-    tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
+    tensors = write_blob(folder, {norm.name: read_norm(base, norm) for norm in decoder.norms})
+    tensors |= write_blob(folder, dict(decoder.rotary_tables))
     biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
     return Weights(tensors | (write_blob(folder, biases) if biases else {}))
 
@@ -83,6 +83,11 @@ def read_rows(base: Base, name: str, rows: NDArray[np.int64]) -> Floats:
 def read_bias(base: Base, linear: Linear) -> Floats:
     """One product's bias (N,)."""
     return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
+
+
+def read_norm(base: Base, norm: Norm) -> Floats:
+    """One norm's weight as the graph multiplies with it."""
+    return norm.lay_out(base.tensor(norm.tensor))
 
 
 def touches(delta: Delta | None, linear: Linear) -> bool:
