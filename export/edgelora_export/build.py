@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from edgelora_export.architectures import read_decoder
+from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import Grid, build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import staged_folder, write_file
@@ -70,6 +71,7 @@ def build_bundle(
         files = {name: _write_adapter(folder, name, decoder, adapter) for name, adapter in live_adapters.items()}
         stored = _store_weights(base, decoder, variants, folder, quantization, on_progress)
         graphs = _write_graphs(decoder, variants, stored, folder, quantization, live_adapters)
+        _write_genai_config(base, decoder, graphs[default_variant].file, folder)
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
             default_variant=default_variant,
@@ -195,6 +197,13 @@ def _write_graphs(
     return entries
 
 
+def _write_genai_config(base: Base, decoder: Decoder, graph: str, folder: Path) -> None:
+    """For a merged default variant: a live one without the factors, which onnxruntime-genai does not feed, is the bare base."""
+    if graph != LIVE_GRAPH:
+        settings = {**base.config, **_generation_settings(base)}
+        write_file(folder / GENAI_CONFIG, [pack_genai_config(decoder, graph, settings=settings, end_tokens=_end_tokens(base))])
+
+
 def _describe_model(base: Base, decoder: Decoder) -> ModelEntry:
     return ModelEntry(
         architecture=decoder.architecture,
@@ -210,11 +219,15 @@ def _describe_model(base: Base, decoder: Decoder) -> ModelEntry:
 
 def _end_tokens(base: Base) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's where it has some, else config.json's."""
-    path = base.folder / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    ids = generation.get("eos_token_id")
+    ids = _generation_settings(base).get("eos_token_id")
     if ids is None:
         ids = base.config.get("eos_token_id")
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _generation_settings(base: Base) -> dict[str, Any]:
+    path = base.folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if value is not None}
