@@ -27,7 +27,7 @@ def peer_python(name: str, packages: Sequence[str]) -> Path:
     if not (folder / "installed").is_file():
         venv.create(folder, with_pip=True, clear=True)
         for package in packages:  # one by one: a torch that is there keeps pip from fetching another
-            command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package]
+            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package]
             done = subprocess.run(command, capture_output=True, text=True)
             if any(sign in done.stderr for sign in _NO_NETWORK):
                 pytest.skip(f"no network to install {package} for the {name} environment")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GENAI = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0")
+OPTIMUM = ("torch==2.13.0", "transformers==4.57.6", "onnxruntime==1.32.0", "optimum-onnx==0.1.0")
 PROMPTS = ("the cat", "a day in the sun, and", "one")
 COUNT = 24
 
@@ -43,6 +44,22 @@ for prompt in request["prompts"]:
 print(json.dumps(written))
 """
 
+# Nothing beyond the graph's name is passed; generate() runs on Optimum's own KV cache.
+OPTIMUM_SCRIPT = """
+import json, sys
+import torch
+from optimum.onnxruntime import ORTModelForCausalLM
+request = json.load(sys.stdin)
+model = ORTModelForCausalLM.from_pretrained(request["folder"], file_name=request["graph"], local_files_only=True)
+assert model.use_cache
+written = []
+for prompt in request["prompts"]:
+    ids = torch.tensor([prompt])
+    whole = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=request["count"], do_sample=False)
+    written.append(whole[0, len(prompt):].tolist())
+print(json.dumps(written))
+"""
+
 
 def export_two(base: Path, adapter: Path, output: Path) -> Path:
     variants = {"base": VariantRecipe({}), "tuned": VariantRecipe({"a": 1.0})}
@@ -62,17 +79,21 @@ def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
     return next((tokens[:place] for place, token in enumerate(tokens) if token in ends), tokens)
 
 
-def check_genai(bundle: Path) -> None:
-    python = peer_python("genai", GENAI)
+def check_peer(bundle: Path, python: Path, script: str, graphs: dict[str, str | None]) -> None:
+    """graphs: what the peer is told to open, per variant."""
     ends = tuple(json.loads((bundle / "bundle.json").read_bytes())["model"]["eos_token_ids"])
     seen = []
-    for variant, graph in (("base", None), ("tuned", "tuned.cpu.onnx")):
+    for variant, graph in graphs.items():
         prompts, ours = our_tokens(bundle, variant)
         request = {"folder": str(bundle), "graph": graph, "prompts": prompts, "count": COUNT}
-        theirs = [until_end(tokens, ends) for tokens in run_peer(python, GENAI_SCRIPT, request)]
+        theirs = [until_end(tokens, ends) for tokens in run_peer(python, script, request)]
         assert theirs == ours
         seen.append(ours)
     assert seen[0] != seen[1], "the adapter should matter"
+
+
+def check_genai(bundle: Path) -> None:
+    check_peer(bundle, peer_python("genai", GENAI), GENAI_SCRIPT, {"base": None, "tuned": "tuned.cpu.onnx"})
 
 
 @pytest.mark.parametrize("shape", [{}, {"tie_word_embeddings": True, "head_dim": 20}], ids=["plain", "tied, padded heads"])
@@ -87,6 +108,15 @@ def test_onnxruntime_genai_writes_our_tokens(shape: dict[str, Any], tmp_path: Pa
 def test_onnxruntime_genai_writes_our_tokens_on_a_real_base(models_folder: Path, tmp_path: Path) -> None:
     make_adapter(models_folder / "pocket", tmp_path / "adapter")
     check_genai(export_two(models_folder / "pocket", tmp_path / "adapter", tmp_path / "bundle"))
+
+
+@pytest.mark.slow
+def test_optimum_writes_our_tokens(tmp_path: Path) -> None:
+    make_base(tmp_path / "base")
+    make_adapter(tmp_path / "base", tmp_path / "adapter", size=0.2)
+    bundle = export_two(tmp_path / "base", tmp_path / "adapter", tmp_path / "bundle")
+    graphs: dict[str, str | None] = {"base": "base.cpu.onnx", "tuned": "tuned.cpu.onnx"}
+    check_peer(bundle, peer_python("optimum", OPTIMUM), OPTIMUM_SCRIPT, graphs)
 
 
 def test_genai_config_names_what_the_graph_has(bundle4: Path) -> None:
