@@ -12,7 +12,7 @@ from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import Grid, build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import staged_folder, write_file
-from edgelora_export.store import Tensors, check_modules, store_linear, store_shared, touches
+from edgelora_export.store import Tensors, check_modules, store_ends, store_linear, store_shared, touches, touches_ends
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.errors import InputError
@@ -111,7 +111,7 @@ def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping
             raise InputError(f"variant {variant.name!r} stands twice; two names must differ in more than case, so rename one")
         seen.add(variant.name.lower())
         if variant.delta is not None:
-            check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
+            check_modules(decoder, variant.delta.modules, f"variant {variant.name}", ends=True)
     for name, adapter in live_adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
     folded = [name.lower() for name in live_adapters]
@@ -151,8 +151,13 @@ def _store_weights(
     linears = list(decoder.linears)
     total = len(linears) + 1
     on_progress(0, total, "embedding")
-    shared = store_shared(base, decoder, folder, quantization)
+    shared = store_shared(base, decoder, folder)
+    if len(merged) < len(variants) or not all(touches_ends(variant.delta, decoder) for variant in merged):
+        shared |= store_ends(base, decoder, None, folder, quantization)
     stored = {name: dict(shared) for name in ("", *(variant.name for variant in merged))}
+    for variant in merged:
+        if touches_ends(variant.delta, decoder):
+            stored[variant.name] |= store_ends(base, decoder, variant.delta, folder, quantization)
     for done, linear in enumerate(linears, start=1):
         on_progress(done, total, linear.name)
         # The bare product is needed unless every variant is merged and changes it.
