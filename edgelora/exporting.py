@@ -39,7 +39,7 @@ def export(
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
-    _check_shapes(adapters, read_decoder(base.config, recipe.context_length))
+    check_shapes(adapters, read_decoder(base.config, recipe.context_length))
     return build_bundle(
         base,
         [_plan_variant(name, variant, adapters) for name, variant in recipe.variants.items()],
@@ -80,7 +80,7 @@ def _why_not_live(adapter: Adapter) -> str:
     return ""
 
 
-def _check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
+def check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
     """Refuses adapters whose matrices do not fit the base's, all of them in one message."""
     fitting = {part.module: (part.out_features, part.in_features) for linear in decoder.linears for part in linear.parts}
     for tensor in (decoder.embedding, decoder.head):
