@@ -122,10 +122,11 @@ def test_live_variants_are_refused_with_the_reason(
     export(Recipe(str(tiny_base), adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
 
 
+@pytest.mark.parametrize("method", ["linear", "ties"])
 @pytest.mark.parametrize("name", [*FROM_BASE, "embedding"])
-def test_compose_refuses_what_it_cannot_write(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_compose_refuses_what_it_cannot_write(name: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="export"):
-        compose({"a": (folders[name], 1.0)}, tmp_path / "out")
+        compose({"a": (folders[name], 1.0)}, tmp_path / "out", method=method)
     assert not (tmp_path / "out").exists()
 
 

@@ -32,7 +32,8 @@ def by_peft(base: Path, adapter: Path) -> Any:
 def test_transformers_loads_pefts_logits(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
     report = merge_into(str(tiny_base), {"a": (tiny_adapters["patterns"], 1.0)}, tmp_path / "merged")
     assert report.modules == 14
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    found: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    found.eval()
     expected = torch_logits(by_peft(tiny_base, tiny_adapters["patterns"]), TOKENS)
     assert np.abs(torch_logits(found, TOKENS) - expected).max() <= 1e-4
     assert np.abs(torch_logits(load_base(tiny_base), TOKENS) - expected).max() > 0.1
