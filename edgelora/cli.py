@@ -144,12 +144,38 @@ def compose(
     adapter: Annotated[
         list[str], typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter, or for the merged checkpoint.")],
     method: Annotated[str, typer.Option(help="linear or ties.")] = "linear",
     density: Annotated[float, typer.Option(help="Share of each delta's entries that ties keeps.")] = 0.2,
+    merge_into: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Add the mix to this base, and save a plain Hugging Face checkpoint.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own without it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Mix adapters into one, without retraining."""
+    if merge_into is not None:
+        from edgelora.merging import merge_into as run_merge
+
+        with show_progress("merging") as on_progress:
+            merged = run_merge(
+                merge_into,
+                _parse_adapters(adapter),
+                output,
+                method=method,
+                density=density,
+                dtype=dtype,
+                on_progress=on_progress,
+            )
+        if json:
+            print_json(merged)
+        else:
+            print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
+        return
+    if dtype is not None:
+        raise UsageError("--dtype goes with --merge-into")
     from edgelora.composing import compose as run_composition
 
     with show_progress("composing") as on_progress:

@@ -51,7 +51,7 @@ def export(
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
     decoder = read_decoder(base.config, recipe.context_length)
-    _check_shapes(adapters, decoder)
+    check_shapes(adapters, decoder)
     judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
     sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
@@ -66,7 +66,7 @@ def export(
         Path(output),
         quantization=recipe.quantization,
         adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
-        live_adapters=adapters,
+        live_adapters=_choose_live(recipe, adapters),
         base_calibration=sets.of(adapters),
         gate=None if judged.policy == "off" else judged,
         default_variant=recipe.default,
@@ -119,9 +119,29 @@ def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapt
     )
 
 
-def _check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
+def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters that can be applied as factors; refuses live variants of the others, with the reason."""
+    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
+    for name, variant in recipe.variants.items():
+        if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
+            raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
+    return {name: adapter for name, adapter in adapters.items() if name not in reasons}
+
+
+def _why_not_live(adapter: Adapter) -> str:
+    for module in adapter.modules:
+        if reason := adapter.in_terms_of_base(module):
+            return f"{module} is {reason}, no sum of products"
+        if adapter.is_embedding(module) or module == "lm_head":
+            return f"{module} is outside of the decoder's layers, which alone have live inputs"
+    return ""
+
+
+def check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
     """Refuses adapters whose matrices do not fit the base's, all of them in one message."""
     fitting = {part.module: (part.out_features, part.in_features) for linear in decoder.linears for part in linear.parts}
+    for tensor in (decoder.embedding, decoder.head):
+        fitting[tensor.removesuffix(".weight")] = (decoder.vocab_size, decoder.hidden_size)
     wrong = [
         f"{module} is {rows}x{columns} in {name}, {fitting[module][0]}x{fitting[module][1]} in the base"
         for name, adapter in adapters.items()

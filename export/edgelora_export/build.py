@@ -100,7 +100,7 @@ def _check(
             raise InputError(f"variant {variant.name!r} stands twice; two names must differ in more than case, so rename one")
         seen.add(variant.name.lower())
         if variant.delta is not None:
-            check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
+            check_modules(decoder, variant.delta.modules, f"variant {variant.name}", ends=True)
     for name, adapter in live_adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
     folded = [name.lower() for name in live_adapters]

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from edgelora_export.embeddings import store_embeddings
+from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import write_file
 from edgelora_export.quantizing import store_products
-from edgelora_export.store import Weights, read_linear, store_norms, store_rounded, touches
+from edgelora_export.store import Weights, read_end, read_linear, store_ends, store_norms, store_rounded, touches, touches_ends
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
@@ -103,11 +104,14 @@ class Draft:
             )
         for name, variant in self.variants.items():
             if name not in self.weights and variant.live is None and variant.delta is not None:
+                shared = self.shared
+                if touches_ends(variant.delta, self.decoder):
+                    shared |= store_ends(self.base, self.decoder, variant.delta, self.folder, self.quantization)
                 self.weights[name] = store_products(
                     self.base,
                     self.decoder,
                     variant.delta,
-                    self.shared,
+                    shared,
                     self.folder,
                     self.quantization,
                     bare=self.bare,
@@ -123,7 +127,7 @@ class Draft:
             if product in linears:
                 weight = read_linear(self.base, linears[product], self.variants[name].delta)
             else:
-                weight = self.base.tensor(self.decoder.embedding if product == "embedding" else self.decoder.head)
+                weight = read_end(self.base, self.decoder, product, self.variants[name].delta)
             self.weights[name].take(store_rounded(self.folder, product, weight, quantization.grid(product)))
 
     def make_live(self, name: str) -> None:
@@ -142,6 +146,7 @@ class Draft:
         """Writes graphs and manifest of what is stored, and removes the files that nothing uses any more."""
         graphs = self._write_graphs()
         files = self._write_adapters()
+        self._write_genai_config(graphs[self.default_variant].file)
         used = {blob for entry in graphs.values() for blob in entry.blobs} | {entry.file for entry in graphs.values()}
         for path in self.folder.iterdir():
             if path.suffix in (_BLOB, ".onnx") and path.name not in used:
@@ -194,6 +199,15 @@ class Draft:
                 write_file(self.folder / file, [pack_live_adapter(self.decoder, self.factors[name])])
         return files
 
+    def _write_genai_config(self, graph: str) -> None:
+        """For a merged default variant: a live one is the bare base for a reader that feeds no factors."""
+        if graph == LIVE_GRAPH:
+            (self.folder / GENAI_CONFIG).unlink(missing_ok=True)
+            return
+        settings = {**self.base.config, **_generation_settings(self.base)}
+        ends = _end_tokens(self.base)
+        write_file(self.folder / GENAI_CONFIG, [pack_genai_config(self.decoder, graph, settings=settings, end_tokens=ends)])
+
     def _write_graphs(self) -> dict[str, GraphEntry]:
         entries: dict[str, GraphEntry] = {}
         written: dict[str, GraphEntry] = {}
@@ -229,11 +243,15 @@ def _describe_model(base: Base, decoder: Decoder) -> ModelEntry:
 
 def _end_tokens(base: Base) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's where it has some, else config.json's."""
-    path = base.folder / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    ids = generation.get("eos_token_id")
+    ids = _generation_settings(base).get("eos_token_id")
     if ids is None:
         ids = base.config.get("eos_token_id")
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def _generation_settings(base: Base) -> dict[str, Any]:
+    path = base.folder / "generation_config.json"
+    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if value is not None}

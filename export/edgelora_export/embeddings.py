@@ -56,7 +56,7 @@ def store_embeddings(
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     for delta, calibration in lanes:
-        fit, unseen = (embed(base, decoder, samples) for samples in (calibration.fit, calibration.held_out))
+        fit, unseen = (embed(base, decoder, samples, delta) for samples in (calibration.fit, calibration.held_out))
         for index in range(len(decoder.layers)):
             on_layer(index)
             layer = read_layer(base, decoder, index, delta)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgelora_export.calibration import Sample
     from edgelora_export.decoder import Linear
     from edgelora_export.draft import Draft
+    from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
@@ -33,6 +34,7 @@ class Teacher:
     """The unmerged adapter on the float base, and the bare float base: final hidden states (T, H) per sample."""
 
     samples: Sequence[Sample]
+    delta: Delta | None
     adapted: list[Floats]
     bare: list[Floats]
     products: dict[str, ProductFidelity]
@@ -65,7 +67,7 @@ def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambd
     samples = variant.calibration.held_out if variant.delta is not None else draft.base_calibration.held_out
     stream = LayerStream(decoder)
     bare = embed(draft.base, decoder, samples)
-    adapted = bare
+    adapted = embed(draft.base, decoder, samples, variant.delta) if variant.delta is not None else bare
     products: dict[str, ProductFidelity] = {}
     for index, layer in enumerate(decoder.layers):
         on_layer(index)
@@ -86,7 +88,7 @@ def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambd
             if variant.live is None and touches(variant.delta, linear):
                 seen = np.concatenate(inputs.pop(linear.name))
                 products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], changed[linear.name], seen)
-    return Teacher(samples, adapted, bare, products)
+    return Teacher(samples, variant.delta, adapted, bare, products)
 
 
 def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Floats]) -> Comparison:
@@ -98,18 +100,18 @@ def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Fl
     for group in _group(teacher.samples):
         rows = [slice(teacher.samples[item].start - 1, len(teacher.samples[item].tokens) - 1) for item in group]
 
-        def heads(hidden: list[Floats], group: list[int] = group, rows: list[slice] = rows) -> Floats:
+        def heads(hidden: list[Floats], delta: Delta | None, group: list[int] = group, rows: list[slice] = rows) -> Doubles:
             chosen = [hidden[item][part] for item, part in zip(group, rows, strict=True)]
-            return stream.logits(draft.base, np.concatenate(chosen))
+            return log_softmax(stream.logits(draft.base, np.concatenate(chosen), delta))
 
         targets = np.concatenate([teacher.samples[item].tokens[teacher.samples[item].start :] for item in group])
-        wanted = log_softmax(heads(teacher.adapted))
+        wanted = heads(teacher.adapted, teacher.delta)
         found = log_softmax(
             np.concatenate([logits(teacher.samples[item].tokens[:-1])[part] for item, part in zip(group, rows, strict=True)])
         )
         divergences.append(_divergence(wanted, found))
-        if teacher.adapted is not teacher.bare:
-            moved.append(_divergence(wanted, log_softmax(heads(teacher.bare))))
+        if teacher.delta is not None:
+            moved.append(_divergence(wanted, heads(teacher.bare, None)))
         agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
         places = np.arange(len(targets))
         nats -= float(found[places, targets].sum())

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.store import read_bias, read_linear, read_norm, read_rows
+from edgelora_export.store import read_bias, read_end, read_linear, read_norm, read_rows, touches_ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 _HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a gigabyte
 
 
-def embed(base: Base, decoder: Decoder, samples: Sequence[Sample]) -> list[Floats]:
-    """The hidden states (T, H) that enter the first layer of the float base, per sample."""
+def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
+    """The hidden states (T, H) that enter the first layer of the float base with a delta added, per sample."""
     tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
-    rows = read_rows(base, decoder.embedding, tokens) * np.float32(decoder.embedding_multiplier)
+    changed = touches_ends(delta, decoder)
+    rows = read_end(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
+    rows = rows * np.float32(decoder.embedding_multiplier)
     return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
 
 
@@ -79,16 +81,18 @@ class LayerStream:
         normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
         return normed * read_norm(base, self._decoder.final_norm)
 
-    def logits(self, base: Base, hidden: Floats) -> Floats:
-        """What the float base's head makes of final hidden states (T, H): float32 (T, V)."""
+    def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
+        """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
         decoder = self._decoder
         model, names = build_head_graph(decoder)
         session = self._session(model)
         head = "embedding" if decoder.tied else "head"
         norm = read_norm(base, decoder.final_norm)
+        changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
         parts = []
         for start in range(0, decoder.vocab_size, _HEAD_ROWS):
-            rows = read_rows(base, decoder.head, np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size)))
+            wanted = np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size))
+            rows = read_rows(base, decoder.head, wanted) if changed is None else changed[wanted]
             weights = {head: rows, decoder.final_norm.name: norm}
             feeds = {short: weights[name] for name, short in names.items()}
             parts.append(session.run([LOGITS], feeds | {HIDDEN: hidden[None]})[0][0])

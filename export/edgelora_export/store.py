@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from edgelora_export.base import Base
     from edgelora_export.decoder import Decoder, Linear, Norm
-    from edgelora_export.variants import Delta
+    from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
 
@@ -65,7 +65,7 @@ def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
                 f"{part.module}.weight has shape {weight.shape}; config.json means {(part.out_features, part.in_features)}"
             )
         if delta is not None and part.module in delta.modules:
-            weight += delta.dense(part.module)
+            weight = weight + delta.dense(part.module, weight)
         rows.append(part.pad_columns(part.pad_rows(weight)))
     return np.concatenate(rows)
 
@@ -90,14 +90,48 @@ def read_norm(base: Base, norm: Norm) -> Floats:
     return norm.lay_out(base.tensor(norm.tensor))
 
 
+def store_ends(base: Base, decoder: Decoder, delta: Delta | None, folder: Path, quantization: Quantization) -> Weights:
+    """The embedding, and the head where it is not the same tensor, with a delta added, rounded to nearest."""
+    weights = Weights()
+    for name in _end_modules(decoder):
+        weights.take(store_rounded(folder, name, read_end(base, decoder, name, delta), quantization.grid(name)))
+    return weights
+
+
+def read_end(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Floats:
+    """The weight (V, H) of the `embedding` or the `head`, with a delta added where it has one for it."""
+    module = _end_modules(decoder)[name]
+    weight = base.tensor(f"{module}.weight")
+    return weight + delta.dense(module, weight) if delta is not None and module in delta.modules else weight
+
+
+def touches_ends(delta: Delta | None, decoder: Decoder) -> bool:
+    """Whether a delta changes the embedding or the head."""
+    return delta is not None and not delta.modules.isdisjoint(_end_modules(decoder).values())
+
+
+def _end_modules(decoder: Decoder) -> dict[str, str]:
+    """Checkpoint modules of the embedding and, unless tied to it, of the head."""
+    ends = {"embedding": decoder.embedding} if decoder.tied else {"embedding": decoder.embedding, "head": decoder.head}
+    return {name: tensor.removesuffix(".weight") for name, tensor in ends.items()}
+
+
 def touches(delta: Delta | None, linear: Linear) -> bool:
     """Whether a delta changes any part of a product."""
     return delta is not None and not delta.modules.isdisjoint(linear.modules)
 
 
-def check_modules(decoder: Decoder, modules: Iterable[str], owner: str) -> None:
-    """Refuses modules that are no linear layer of the decoder, all of them in one message."""
+def check_modules(decoder: Decoder, modules: Iterable[str], owner: str, *, ends: bool = False) -> None:
+    """Refuses modules that are no linear layer of the decoder, nor, with `ends`, its embedding or head, in one message."""
     known = {module for linear in decoder.linears for module in linear.modules}
+    if ends:
+        tied = set(modules) & {_end_modules(decoder)["embedding"], "lm_head"}
+        if decoder.tied and tied:
+            raise InputError(
+                f"{owner} changes {', '.join(sorted(tied))}, and this base ties its head to its embedding: whether one or both "
+                "should change is not known; untie them (tie_word_embeddings) and train the adapter on that base"
+            )
+        known |= set(_end_modules(decoder).values())
     if unknown := sorted(set(modules) - known):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")

@@ -22,14 +22,14 @@ METHODS = ("gptq", "rtn", "none")
 
 
 class Delta(Protocol):
-    """A change to a base's weights, computed module by module."""
+    """A change to a base's weights, computed module by module; it may depend on them."""
 
     @property
     def modules(self) -> Set[str]:
-        """Names of the linear layers that it changes, as in the checkpoint, without '.weight'."""
+        """Names of the linear layers and embeddings that it changes, as in the checkpoint, without '.weight'."""
 
-    def dense(self, module: str) -> Floats:
-        """ΔW of one module, float32 (N, K)."""
+    def dense(self, module: str, weight: Floats) -> Floats:
+        """ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K)."""
 
 
 class LowRank(Protocol):
