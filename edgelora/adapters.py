@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from edgelora.adapter_kinds import base_init, initial_product, rescale_rows, unsupported
 from edgelora_export.files import read_json
 from edgelora_runtime.errors import InputError
 
@@ -27,18 +28,13 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PROVENANCE = "edgelora.json"
-# Settings of PEFT under which an adapter does something else than to add scale · B · A, always, to one linear layer.
-_OTHER_KINDS = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "target_parameters",
-    "trainable_token_indices",
-    "use_bdlora",
-    "use_qalora",
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>.+?)\.(?P<kind>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)"
 )
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING_FACTORS = ("lora_embedding_B", "lora_embedding_A")  # an embedding's ΔW is (B·A) transposed, so they change places
+_MAGNITUDE = "lora_magnitude_vector"
+_WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, in place of the base's
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,8 @@ class Provenance:
     """Where an adapter comes from.
 
     base_sha256: edgelora_export.base.Base.sha256 of the base. base_quantization: nf4, int4 or none while training.
-    data_sha256: of the training file. init: how A and B began; "composed" for a mix.
+    data_sha256: of the training file. data_file: where it lies, seen from the adapter's folder; "" where nobody knows.
+    init: how A and B began; "composed" for a mix.
     """
 
     base_name: str
@@ -60,6 +57,7 @@ class Provenance:
     alpha: float
     steps: int
     learning_rate: float
+    data_file: str = ""
 
 
 def write_provenance(folder: Path, provenance: Provenance) -> None:
@@ -72,39 +70,41 @@ def read_provenance(folder: Path) -> Provenance | None:
     if not (folder / PROVENANCE).is_file():
         return None
     value = read_json(folder / PROVENANCE, "train writes it")
-    names = [field.name for field in fields(Provenance)]
-    if absent := [name for name in names if name not in value]:
+    known = fields(Provenance)
+    if absent := [field.name for field in known if field.name not in value and field.default is MISSING]:
         raise InputError(f"{folder / PROVENANCE} lacks {', '.join(absent)}; train the adapter again or delete the file")
-    return Provenance(**{name: value[name] for name in names})
+    return Provenance(**{field.name: value[field.name] for field in known if field.name in value})
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened PEFT LoRA adapter: ΔW = scale · B · A for each module that it targets.
+    """An opened PEFT LoRA adapter: ΔW = scale · B · A for each module that it targets, or what its kind makes of it.
 
-    Satisfies edgelora_export's Delta and LowRank.
+    Satisfies edgelora_export's Delta, and LowRank where in_terms_of_base is empty.
+    shapes: per module (N, K, r); r is 0 where the layer is saved whole. kinds: which tensors the file has of a module.
     """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     provenance: Provenance | None
-    shapes: Mapping[str, tuple[int, int, int]]  # per module (N, K, r)
+    shapes: Mapping[str, tuple[int, int, int]]
+    kinds: Mapping[str, frozenset[str]]
 
     @classmethod
     def open(cls, folder: Path | str, name: str | None = None) -> Adapter:
         """Opens a folder with adapter_config.json and adapter_model.safetensors.
 
-        Raises InputError for a folder that is no LoRA adapter, and for kinds whose ΔW is not scale · B · A.
+        Raises InputError for a folder that is no LoRA adapter, and for kinds whose ΔW it and the base do not give.
         """
         folder = Path(folder)
         label = name or folder.name
         if not folder.is_dir():
             raise InputError(f"adapter {label}: {folder} is not a folder; give a PEFT adapter's")
         config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
-        if reasons := _unsupported(config):
+        if reasons := unsupported(config):
             raise InputError(f"adapter {label}: {'; '.join(reasons)}")
-        return cls(label, folder, config, read_provenance(folder), _read_shapes(folder / WEIGHTS, label))
+        return cls(label, folder, config, read_provenance(folder), *_read_shapes(folder / WEIGHTS, label, config))
 
     @property
     def modules(self) -> Set[str]:
@@ -124,18 +124,59 @@ class Adapter:
         alpha = self.config["lora_alpha"] if key is None else patterns[key]
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
+    def in_terms_of_base(self, module: str) -> str:
+        """Why a module's ΔW is no product of the stored factors alone; empty where it is."""
+        kinds = self.kinds[module]
+        if not kinds.isdisjoint(_WHOLE):
+            return "a whole layer that it saves"
+        if _MAGNITUDE in kinds:
+            return "DoRA"
+        return base_init(self.config) or ""
+
+    def is_embedding(self, module: str) -> bool:
+        return not self.kinds[module].isdisjoint(_EMBEDDING_FACTORS)
+
     def factors(self, module: str) -> tuple[Floats, Floats]:
         """A float32 (r, K), and B float32 (N, r) with the scale folded in."""
-        with safe_open(self.folder / WEIGHTS, framework="numpy") as file:
-            a, b = (file.get_tensor(f"base_model.model.{module}.lora_{factor}.weight").astype(np.float32) for factor in "AB")
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise InputError(f"adapter {self.name}: {module} holds NaN or infinity; its training diverged")
+        if reason := self.in_terms_of_base(module):
+            raise InputError(f"adapter {self.name}: {module} is {reason}, no product of two factors; export it merged")
+        return self._factors(module)
+
+    def dense(self, module: str, weight: Floats | None = None) -> Floats:
+        """ΔW float32 (N, K); weight is the base's, (N, K), which modules with in_terms_of_base need."""
+        reason = self.in_terms_of_base(module)
+        if not reason:
+            a, b = self._factors(module)
+            return b @ a
+        if weight is None:
+            raise InputError(
+                f"adapter {self.name}: {module} is {reason}, whose change depends on the base's weights; "
+                "use it in a merged variant of edgelora export, which has them"
+            )
+        kinds = self.kinds[module]
+        changed = next((self._tensor(module, kind) for kind in _WHOLE if kind in kinds), weight)
+        if self.shapes[module][2]:
+            if init := base_init(self.config):
+                changed = changed - initial_product(init, weight, self.shapes[module][2], self.scale(module))
+            a, b = self._factors(module)
+            changed = changed + b @ a
+        if _MAGNITUDE in kinds:
+            changed = rescale_rows(changed, self._tensor(module, _MAGNITUDE).reshape(-1))
+        return changed - weight
+
+    def _factors(self, module: str) -> tuple[Floats, Floats]:
+        if self.is_embedding(module):
+            a, b = (self._tensor(module, kind).T for kind in _EMBEDDING_FACTORS)
+        else:
+            a, b = (self._tensor(module, kind) for kind in _FACTORS)
         return a, b * np.float32(self.scale(module))
 
-    def dense(self, module: str) -> Floats:
-        """ΔW float32 (N, K)."""
-        a, b = self.factors(module)
-        return b @ a
+    def _tensor(self, module: str, kind: str) -> Floats:
+        with safe_open(self.folder / WEIGHTS, framework="numpy") as file:
+            values: Floats = file.get_tensor(f"base_model.model.{module}.{kind}").astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"adapter {self.name}: {module} holds NaN or infinity; its training diverged")
+        return values
 
     @cached_property
     def sha256(self) -> str:
@@ -181,30 +222,10 @@ def _name_base(provenance: Provenance) -> str:
     return f"{provenance.base_name} ({provenance.base_sha256[:12]})"
 
 
-def _unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Why an adapter's ΔW is not scale · B · A on an unchanged base, one reason per setting."""
-    reasons = []
-    if config.get("peft_type") != "LORA":
-        reasons.append(f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be mixed")
-    elif not isinstance(config.get("lora_alpha"), int | float):
-        reasons.append(f"lora_alpha is {config.get('lora_alpha')!r}, not a number")
-    if config.get("use_dora"):
-        reasons.append("use_dora is set: DoRA rescales the base's weights, so its change is not a sum")
-    if config.get("modules_to_save"):
-        reasons.append(f"modules_to_save is {config['modules_to_save']}: whole layers cannot be added up")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        reasons.append("it trains biases, which are not supported")
-    reasons += [f"{key} is set: that is not a plain sum on a linear layer" for key in _OTHER_KINDS if config.get(key)]
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        reasons.append(
-            f"init_lora_weights is {init!r}, which changes the base; save it converted to plain LoRA "
-            "(PEFT's path_initial_model_for_weight_conversion)"
-        )
-    return reasons
-
-
-def _read_shapes(path: Path, label: str) -> dict[str, tuple[int, int, int]]:
+def _read_shapes(
+    path: Path, label: str, config: Mapping[str, Any]
+) -> tuple[dict[str, tuple[int, int, int]], dict[str, frozenset[str]]]:
+    """(N, K, r) per module, and which tensors the file has of each."""
     if not path.is_file():
         raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not read, save as safetensors")
     try:
@@ -212,20 +233,47 @@ def _read_shapes(path: Path, label: str) -> dict[str, tuple[int, int, int]]:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"adapter {label}: {path} is not a readable safetensors file ({error})") from error
-    matches = {key: _KEY.fullmatch(key) for key in found}
-    if odd := sorted(key for key, match in matches.items() if match is None):
+    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
+    odd = []
+    for key, shape in found.items():
+        match = _KEY.fullmatch(key)
+        if match is None or (match["kind"] == _MAGNITUDE and not config.get("use_dora")) or not _is_matrix(match["kind"], shape):
+            odd.append(key)
+        else:
+            tensors.setdefault(match["module"], {})[match["kind"]] = shape
+    if odd:
         raise InputError(
-            f"adapter {label}: {', '.join(odd[:3])} is no LoRA factor of a linear layer; such tensors are not supported"
+            f"adapter {label}: {', '.join(sorted(odd)[:3])} is no LoRA factor of a linear layer or an embedding, "
+            "nor the weight of one saved whole; such tensors are not supported"
         )
-    modules = sorted({match["module"] for match in matches.values() if match is not None})
-    shapes = {}
-    for module in modules:
-        a, b = (found.get(f"base_model.model.{module}.lora_{factor}.weight") for factor in "AB")
-        if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-            raise InputError(
-                f"adapter {label}: the factors of {module} have shapes {a} and {b}; they should be (r, K) and (N, r)"
-            )
-        shapes[module] = (b[0], a[1], a[0])
-    if not shapes:
+    if not tensors:
         raise InputError(f"adapter {label}: {path} holds no LoRA factors")
-    return shapes
+    whole = [module for module, kinds in tensors.items() if not kinds.keys().isdisjoint(_WHOLE)]
+    names = config.get("modules_to_save") or ()
+    if lost := [name for name in names if not any(f".{module}".endswith(f".{name}") for module in whole)]:
+        raise InputError(f"adapter {label}: modules_to_save names {', '.join(lost)}, of which {path.name} has no weight")
+    shapes = {module: _read_shape(module, tensors[module], label, config) for module in sorted(tensors)}
+    return shapes, {module: frozenset(tensors[module]) for module in shapes}
+
+
+def _is_matrix(kind: str, shape: tuple[int, ...]) -> bool:
+    return kind == _MAGNITUDE or kind not in _WHOLE or len(shape) == 2
+
+
+def _read_shape(
+    module: str, tensors: Mapping[str, tuple[int, ...]], label: str, config: Mapping[str, Any]
+) -> tuple[int, int, int]:
+    embedding = any(kind in tensors for kind in _EMBEDDING_FACTORS)
+    whole = next((tensors[kind] for kind in _WHOLE if kind in tensors), None)
+    a, b = (tensors.get(kind) for kind in (_EMBEDDING_FACTORS if embedding else _FACTORS))
+    if whole is not None and a is None and b is None:
+        return whole[0], whole[1], 0
+    if a is not None and b is not None and embedding:
+        a, b = a[::-1], b[::-1]
+    if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise InputError(f"adapter {label}: the factors of {module} have shapes {a} and {b}; they should be (r, K) and (N, r)")
+    if config.get("use_dora") and (embedding or int(np.prod(tensors.get(_MAGNITUDE, (0,)))) != b[0]):
+        raise InputError(f"adapter {label}: use_dora is set, but {module} has no magnitude per output of a linear layer")
+    if whole not in (None, (b[0], a[1])):
+        raise InputError(f"adapter {label}: {module} is saved as {whole}, its factors make {(b[0], a[1])}")
+    return b[0], a[1], a[0]

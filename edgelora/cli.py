@@ -144,12 +144,38 @@ def compose(
     adapter: Annotated[
         list[str], typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter, or for the merged checkpoint.")],
     method: Annotated[str, typer.Option(help="linear or ties.")] = "linear",
     density: Annotated[float, typer.Option(help="Share of each delta's entries that ties keeps.")] = 0.2,
+    merge_into: Annotated[
+        str | None, typer.Option(metavar="BASE", help="Add the mix to this base, and save a plain Hugging Face checkpoint.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own without it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Mix adapters into one, without retraining."""
+    if merge_into is not None:
+        from edgelora.merging import merge_into as run_merge
+
+        with show_progress("merging") as on_progress:
+            merged = run_merge(
+                merge_into,
+                _parse_adapters(adapter),
+                output,
+                method=method,
+                density=density,
+                dtype=dtype,
+                on_progress=on_progress,
+            )
+        if json:
+            print_json(merged)
+        else:
+            print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
+        return
+    if dtype is not None:
+        raise UsageError("--dtype goes with --merge-into")
     from edgelora.composing import compose as run_composition
 
     with show_progress("composing") as on_progress:
@@ -169,15 +195,30 @@ def compose(
 def export(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Base, adapters and the mixes that become variants.")],
     output: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines of {"text": …} or rows to quantize and judge on, beside the adapters\' training data.'),
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option(help="For a variant that loses its adapter: repair (the recipe's default), fail, live; or off."),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a picture per variant: what each layer keeps.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compile a recipe's mixes into a bundle of ONNX variants."""
+    """Compile a recipe's mixes into a bundle of ONNX variants, and check what each keeps of its adapters."""
     import edgelora
     from edgelora_runtime import Bundle
 
     with show_progress("exporting") as on_progress:
-        edgelora.export(recipe, output, on_progress=on_progress)
-    _show_bundle(Bundle.open(output), json)
+        edgelora.export(recipe, output, calibration=calibration, gate=gate, on_progress=on_progress, on_note=print_note)
+    opened = Bundle.open(output)
+    if report is not None:
+        from edgelora.fidelity_report import write_reports
+
+        for path in write_reports(opened.manifest, report):
+            print_note(f"{path}")
+    _show_bundle(opened, json)
 
 
 @app.command()
@@ -376,6 +417,24 @@ def _show_bundle(bundle: Bundle, as_json: bool) -> None:
         for item in described.variants
     ]
     print_table("", ["variant", "kind", "mix", "method", "bytes", "of its own"], rows)
+    fidelity = {name: entry.fidelity for name, entry in manifest.variants.items() if entry.fidelity is not None}
+    if fidelity:
+        columns = ["variant", "gate", "adapter kept", "KL mean", "KL p99", "top-1", "perplexity", "of the float model", "int8"]
+        rows = [
+            [
+                name,
+                found.outcome,
+                "–" if found.retention is None else f"{found.retention:.3f}",
+                f"{found.kl_mean:.2g}",
+                f"{found.kl_p99:.2g}",
+                f"{found.top1:.3f}",
+                f"{found.perplexity:.2f}",
+                f"{found.teacher_perplexity:.2f}",
+                str(len(manifest.variants[name].int8)),
+            ]
+            for name, found in fidelity.items()
+        ]
+        print_table("", columns, rows)
     print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
 
 

@@ -49,6 +49,8 @@ def compose(
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
     opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density)
+    if wrong := sorted({module for adapter in opened.values() for module in adapter.modules if adapter.is_embedding(module)}):
+        raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
     tensors: dict[str, NDArray[np.generic]] = {}
     ranks: dict[str, int] = {}
     largest_error = 0.0

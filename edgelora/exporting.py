@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.adapters import Adapter, check_same_base
+from edgelora.calibration_data import find_sources, gather_calibration
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe, read_recipe
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
+from edgelora_export.calibration import Calibration
 from edgelora_export.optimum_front import trace_decoder
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
 from edgelora_export.variants import Variant
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import AdapterEntry
+from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping
 
+    from tokenizers import Tokenizer as RustTokenizer
+
+    from edgelora_export.decoder import Decoder
+    from edgelora_export.gate import Gate
     from edgelora_runtime.manifest import Manifest
 
 
@@ -27,10 +36,14 @@ def export(
     recipe: Recipe | Path | str,
     output: Path | str,
     *,
+    calibration: Path | str | None = None,
+    gate: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
     """Builds the bundle of a recipe, given as a file or as a Recipe; returns its manifest.
 
+    calibration: general text or rows, and gate: the policy; each in place of the recipe's.
     As soon as one variant is live, all adapters of the recipe go along as factors, for mixes at request time.
     Raises InputError for a recipe, base or adapter that cannot be used, ResourceError for a full disk; the output folder
     is then as it was.
@@ -40,61 +53,151 @@ def export(
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
-    variants = [_plan_variant(name, variant, adapters) for name, variant in recipe.variants.items()]
+    judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
     if base.config.get("model_type") not in native_types():
-        return _export_traced(recipe, base, variants, adapters, Path(output), on_progress)
+        return _export_traced(recipe, base, adapters, Path(output), judged, on_progress, on_note)
     decoder = read_decoder(base.config, recipe.context_length)
-    parts = [part for linear in decoder.linears for part in linear.parts]
-    _check_shapes(adapters, {part.module: (part.out_features, part.in_features) for part in parts})
-    return build_bundle(
+    check_shapes(adapters, decoder)
+    sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
+    blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
+    if blind and judged.policy == "fail":
+        raise InputError(
+            f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
+            "edgelora.json says; give --calibration FILE.jsonl"
+        )
+    manifest = build_bundle(
         base,
-        variants,
+        [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
         Path(output),
         quantization=recipe.quantization,
         adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
-        live_adapters=adapters if any(variant.kind == "live" for variant in recipe.variants.values()) else {},
+        live_adapters=_choose_live(recipe, adapters),
+        base_calibration=sets.of(adapters),
+        gate=None if judged.policy == "off" else judged,
         default_variant=recipe.default,
         context_length=recipe.context_length,
         on_progress=on_progress,
     )
+    if blind and recipe.quantization.bits != 32:
+        on_note(
+            f"{', '.join(blind)}: no calibration data, so weights are rounded to nearest and nothing is measured; "
+            "give --calibration FILE.jsonl"
+        )
+    return manifest
 
 
 def _export_traced(
     recipe: Recipe,
     base: Base,
-    variants: Sequence[Variant],
     adapters: Mapping[str, Adapter],
     output: Path,
+    gate: Gate,
     on_progress: Callable[[int, int, str], None],
+    on_note: Callable[[str], None],
 ) -> Manifest:
-    """A base without a native graph, through Optimum."""
-    check_traceable(variants, recipe.quantization)
+    """A base without a native graph, through Optimum: rounded to nearest, not judged."""
+    if gate.policy == "fail":
+        raise InputError(
+            f"--gate fail: a {base.config.get('model_type')} is exported through Optimum, whose variants are not judged"
+        )
+    quantization = replace(recipe.quantization, method="rtn") if recipe.quantization.bits != 32 else recipe.quantization
+    variants = [
+        Variant(
+            name,
+            variant.mix,
+            variant.method,
+            delta=Mix(adapters, variant.mix, variant.method, variant.density) if variant.mix else None,
+            live=variant.mix if variant.kind == "live" else None,
+        )
+        for name, variant in recipe.variants.items()
+    ]
+    check_traceable(variants, quantization)
     on_progress(0, 1, "tracing")
     with trace_decoder(base, recipe.context_length) as traced:
         matrices = TracedMatrices(traced)
-        _check_shapes(adapters, matrices.shapes)
-        return build_traced_bundle(
+        _compare_shapes(adapters, matrices.shapes)
+        manifest = build_traced_bundle(
             base,
             traced,
             matrices,
             variants,
             output,
-            quantization=recipe.quantization,
+            quantization=quantization,
             adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
             default_variant=recipe.default,
             on_progress=on_progress,
         )
+    if quantization.bits != 32:
+        on_note("exported through Optimum: weights are rounded to nearest and nothing is measured")
+    return manifest
 
 
-def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
-    if recipe.kind == "live":
-        return Variant(name, recipe.mix, recipe.method, live=recipe.mix)
-    delta = Mix(adapters, recipe.mix, recipe.method, recipe.density) if recipe.mix else None
-    return Variant(name, recipe.mix, recipe.method, delta)
+class _Calibrations:
+    """Calibration sets by the adapters that they are for; each is gathered once."""
+
+    def __init__(self, base: Base, adapters: Mapping[str, Adapter], general: Path | None, decoder: Decoder) -> None:
+        self._base, self._adapters, self._general = base, adapters, general
+        self._widest = max(linear.columns for linear in decoder.linears)
+        self._sets: dict[frozenset[str], Calibration] = {}
+
+    def of(self, names: Iterable[str]) -> Calibration:
+        """The set for a mix of these adapters."""
+        key = frozenset(names)
+        if key not in self._sets:
+            files, _ = find_sources({name: adapter for name, adapter in self._adapters.items() if name in key}, self._general)
+            self._sets[key] = gather_calibration(files, self._encode, widest=self._widest) if files else Calibration()
+        return self._sets[key]
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text).ids)
+
+    @cached_property
+    def _tokenizer(self) -> RustTokenizer:
+        path = self._base.folder / TOKENIZER
+        if not path.is_file():
+            raise InputError(f"base {self._base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
+        return load_tokenizer(path.read_bytes())
 
 
-def _check_shapes(adapters: Mapping[str, Adapter], fitting: Mapping[str, tuple[int, int]]) -> None:
-    """Refuses adapters whose matrices do not fit the base's, (N, K) by module, all of them in one message."""
+def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapter], sets: _Calibrations) -> Variant:
+    return Variant(
+        name,
+        recipe.mix,
+        recipe.method,
+        delta=Mix(adapters, recipe.mix, recipe.method, recipe.density) if recipe.mix else None,
+        live=recipe.mix if recipe.kind == "live" else None,
+        calibration=sets.of(recipe.mix),
+    )
+
+
+def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters that can be applied as factors; refuses live variants of the others, with the reason."""
+    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
+    for name, variant in recipe.variants.items():
+        if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
+            raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
+    return {name: adapter for name, adapter in adapters.items() if name not in reasons}
+
+
+def _why_not_live(adapter: Adapter) -> str:
+    for module in adapter.modules:
+        if reason := adapter.in_terms_of_base(module):
+            return f"{module} is {reason}, no sum of products"
+        if adapter.is_embedding(module) or module == "lm_head":
+            return f"{module} is outside of the decoder's layers, which alone have live inputs"
+    return ""
+
+
+def check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
+    """Refuses adapters whose matrices do not fit the base's, all of them in one message."""
+    fitting = {part.module: (part.out_features, part.in_features) for linear in decoder.linears for part in linear.parts}
+    for tensor in (decoder.embedding, decoder.head):
+        fitting[tensor.removesuffix(".weight")] = (decoder.vocab_size, decoder.hidden_size)
+    _compare_shapes(adapters, fitting)
+
+
+def _compare_shapes(adapters: Mapping[str, Adapter], fitting: Mapping[str, tuple[int, int]]) -> None:
+    """The same for the shapes (N, K) that a base's modules have."""
     wrong = [
         f"{module} is {rows}x{columns} in {name}, {fitting[module][0]}x{fitting[module][1]} in the base"
         for name, adapter in adapters.items()

@@ -57,10 +57,10 @@ class Mix:
         """The rank that holds a linear mix exactly: the sum of its adapters'."""
         return sum(adapter.shapes[module][2] for adapter, _ in self._parts(module))
 
-    def dense(self, module: str) -> Floats:
-        """ΔW float32 (N, K) of the whole mix."""
+    def dense(self, module: str, weight: Floats | None = None) -> Floats:
+        """ΔW float32 (N, K) of the whole mix; weight is the base's, which some kinds of adapters need."""
         parts = self._parts(module)
-        deltas, weights = [adapter.dense(module) for adapter, _ in parts], [weight for _, weight in parts]
+        deltas, weights = [adapter.dense(module, weight) for adapter, _ in parts], [share for _, share in parts]
         if self.method == "ties":
             return ties(deltas, weights, density=self.density)
         return linear(deltas, weights)

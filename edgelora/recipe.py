@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import METHODS
 from edgelora_export.files import read_toml
+from edgelora_export.gate import Gate
 from edgelora_export.variants import Quantization
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import check_variant_name
@@ -35,7 +36,8 @@ class Recipe:
     """A bundle to be made.
 
     base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
-    the first. context_length: positions that the bundle holds, None for the model's own up to a bound.
+    the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
+    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep.
     """
 
     base: str
@@ -44,6 +46,8 @@ class Recipe:
     quantization: Quantization = field(default_factory=Quantization)
     default: str | None = None
     context_length: int | None = None
+    calibration: Path | None = None
+    gate: Gate = field(default_factory=Gate)
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -68,7 +72,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
                     wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
         return taken
 
-    top = take(value, "", base=str, adapters=dict, quantization=dict, variants=dict, default=str, context_length=int)
+    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict}
+    top = take(value, "", base=str, default=str, context_length=int, calibration=str, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
@@ -92,13 +97,23 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float))
         wrong += _check_variant(taken, where, top.get("adapters", {}))
         variants[name] = taken
-    quantization = take(top.get("quantization", {}), "quantization.", bits=int, block_size=int, symmetric=bool, method=str)
+    grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
+    quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
+    number = (int, float)
+    gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is no variant of the recipe")
     try:
-        grid = Quantization(**quantization)
+        patterns = quantization.pop("int8", [])
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise InputError(f"int8 = {patterns!r} is no list of names")
+        grid = Quantization(**quantization, int8=tuple(patterns))
     except InputError as error:
         wrong.append(f"quantization: {error}")
+    try:
+        checked = Gate(**gate)
+    except InputError as error:
+        wrong.append(str(error))
     if wrong:
         raise InputError(f"{label}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
     base = folder / top["base"]
@@ -109,6 +124,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         quantization=grid,
         default=top.get("default"),
         context_length=top.get("context_length"),
+        calibration=folder / top["calibration"] if "calibration" in top else None,
+        gate=checked,
     )
 
 

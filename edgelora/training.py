@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 import time
 import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters import CONFIG, Provenance, write_provenance
@@ -21,7 +23,6 @@ from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 QUANTS = ("nf4", "int4", "none")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -130,6 +131,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             alpha=config.alpha,
             steps=int(result.global_step),
             learning_rate=config.lr,
+            data_file=_relative(config.data, config.output),
         )
         write_provenance(folder, provenance)
     return TrainReport(config.output, len(rows), provenance.steps, float(result.training_loss), seconds, base.sha256)
@@ -298,3 +300,11 @@ def quiet_libraries() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if data_bars:
             datasets.enable_progress_bars()
+
+
+def _relative(file: Path, folder: Path) -> str:
+    """A file's path seen from a folder; the whole path where no relative one exists, as between drives."""
+    try:
+        return Path(os.path.relpath(file, folder)).as_posix()
+    except ValueError:
+        return str(file.resolve())

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
@@ -62,8 +62,8 @@ def make_tokenizer() -> Any:
     )
 
 
-def make_base(folder: Path, *, seed: int = 0, **settings: Any) -> Any:
-    """Saves a random Llama with its tokenizer, and returns it. Weights are large enough to make the logits differ."""
+def make_base(folder: Path, *, seed: int = 0, config_class: Any = LlamaConfig, **settings: Any) -> Any:
+    """Saves a random Llama, or another model, with its tokenizer, and returns it. Its weights make the logits differ."""
     shape = {
         "vocab_size": 300,
         "hidden_size": 64,
@@ -78,7 +78,8 @@ def make_base(folder: Path, *, seed: int = 0, **settings: Any) -> Any:
         "tie_word_embeddings": False,
     }
     torch.manual_seed(seed)
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**shape, **settings}))
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config_class(**{**shape, **settings}))
     model = model.float().eval()
     with torch.no_grad():  # transformers starts biases at 0 and norms at 1, which would hide their absence
         for name, parameter in model.named_parameters():
@@ -105,7 +106,7 @@ def make_adapter(base: Path, folder: Path, *, seed: int = 1, size: float = 0.05,
 
 def load_base(folder: Path) -> Any:
     """The base in float32, as transformers loads it. Any: transformers' own annotations don't survive strict checking."""
-    model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.eval()
 
 

@@ -80,6 +80,13 @@ class Base:
             raise InputError(f"tensor {name} of base {self.folder} holds NaN or infinity; the checkpoint is broken")
         return values
 
+    def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        """Some rows of a matrix as float32, read without the others."""
+        self._check_name(name)
+        with safe_open(self.shards[name], framework="numpy") as file:
+            part: NDArray[Any] = file.get_slice(name)[start:stop]
+        return part.astype(np.float32)
+
     @cached_property
     def sha256(self) -> str:
         """Identity of the weights: SHA-256 over name, dtype, shape and bytes of each tensor, whatever the sharding."""
@@ -91,11 +98,14 @@ class Base:
         return digest.hexdigest()
 
     def _raw(self, name: str) -> NDArray[Any]:
-        if name not in self.shards:
-            raise InputError(f"base {self.folder} has no tensor {name}; is it of the architecture that config.json says?")
+        self._check_name(name)
         with safe_open(self.shards[name], framework="numpy") as file:
             values: NDArray[Any] = file.get_tensor(name)
         return values
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.shards:
+            raise InputError(f"base {self.folder} has no tensor {name}; is it of the architecture that config.json says?")
 
 
 def _tensor_names(path: Path) -> list[str]:

@@ -40,8 +40,10 @@ class Residual:
             self._sum, self._update = self._b.op("Add", self._sum, self._update), None
         return self._sum
 
-    def normed(self, norm: Norm) -> ir.Value:
-        """The sum, normalized."""
+    def normed(self, norm: Norm | None) -> ir.Value:
+        """The sum, normalized; as it is where there is no norm."""
+        if norm is None:
+            return self.total()
         if self._update is None:
             return normalize(self._b, self._sum, norm, self._epsilon)
         normed, _, _, self._sum = self._b.ops(
@@ -51,7 +53,7 @@ class Residual:
             self._b.weight(norm.name),
             count=4,
             domain=CONTRIB,
-            epsilon=self._epsilon,
+            epsilon=norm.epsilon(self._epsilon),
         )
         self._update = None
         return normed
@@ -66,13 +68,10 @@ class Positions:
     """What GroupQueryAttention wants to know of positions.
 
     last: int32 (1,), index of the last position. total: int32 scalar, positions in all.
-    cos, sin: float32 (context_length, head_size / 2).
     """
 
     last: ir.Value
     total: ir.Value
-    cos: ir.Value
-    sin: ir.Value
 
 
 @dataclass(frozen=True)
@@ -104,37 +103,81 @@ def add_block(
         taps[linear.name] = x
         return multiply_linear(b, linear, x, live)
 
-    packed = multiply(layer.qkv, residual.normed(layer.attention_norm))
-    attended, key, value = b.ops(
+    query, key, value = _separate_heads(b, decoder, layer, multiply(layer.qkv, residual.normed(layer.attention_norm)))
+    settings: dict[str, float] = {}
+    if layer.window is not None:
+        settings["local_window_size"] = layer.window
+    if decoder.attention_cap is not None:
+        settings["softcap"] = decoder.attention_cap
+    attended, new_key, new_value = b.ops(
         "GroupQueryAttention",
-        packed,
-        None,
-        None,
+        query,
+        key,
+        value,
         *past,
         positions.last,
         positions.total,
-        positions.cos,
-        positions.sin,
+        *(() if layer.rotary is None else (b.weight(f"{layer.rotary}.cos"), b.weight(f"{layer.rotary}.sin"))),
         count=3,
         domain=CONTRIB,
         num_heads=decoder.heads,
         kv_num_heads=decoder.kv_heads,
-        do_rotary=1,
+        do_rotary=int(layer.rotary is not None),
         scale=decoder.attention_scale,
+        **settings,
     )
     if select is not None:
         attended = select(attended)
         residual.keep(select)
-    residual.add(multiply(layer.output, attended))
+    residual.add(_post_norm(b, decoder, layer.attention_post_norm, multiply(layer.output, attended)))
     gate, up = b.ops("Split", multiply(layer.gate_up, residual.normed(layer.mlp_norm)), count=2, axis=-1, num_outputs=2)
-    activated = b.op("Mul", b.op("Mul", gate, b.op("Sigmoid", gate)), up)
-    residual.add(multiply(layer.down, activated))
-    return Block(key, value, taps)
+    activated = b.op("Mul", activate(b, decoder.activation, gate), up)
+    residual.add(_post_norm(b, decoder, layer.mlp_post_norm, multiply(layer.down, activated)))
+    return Block(new_key, new_value, taps)
+
+
+def activate(b: GraphBuilder, kind: str, x: ir.Value) -> ir.Value:
+    """The gate's activation."""
+    if kind == "silu":
+        return b.op("Mul", x, b.op("Sigmoid", x))
+    assert kind == "gelu_pytorch_tanh"
+    return b.op("Gelu", x, approximate="tanh")
+
+
+def _separate_heads(
+    b: GraphBuilder, decoder: Decoder, layer: Layer, packed: ir.Value
+) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+    """What GroupQueryAttention takes: queries, keys and values in one, or apart where norms stand between."""
+    if layer.query_norm is None or layer.key_norm is None:
+        return packed, None, None
+    kv_size = decoder.kv_heads * decoder.head_size
+    sizes = b.constant("qkv.sizes", [decoder.heads * decoder.head_size, kv_size, kv_size])
+    query, key, value = b.ops("Split", packed, sizes, count=3, axis=-1)
+    return (
+        _normalize_heads(b, decoder, layer.query_norm, query),
+        _normalize_heads(b, decoder, layer.key_norm, key),
+        value,
+    )
+
+
+def _normalize_heads(b: GraphBuilder, decoder: Decoder, norm: Norm, x: ir.Value) -> ir.Value:
+    """X (1, S, heads * head_size), normalized head by head, or all heads together where the norm's weight is as wide."""
+    assert norm.heads is not None
+    if norm.heads.heads > 1:
+        return normalize(b, x, norm, decoder.norm_epsilon)
+    apart = b.op("Reshape", x, b.constant("heads.apart", [0, 0, -1, decoder.head_size]))
+    normed = normalize(b, apart, norm, decoder.norm_epsilon)
+    return b.op("Reshape", normed, b.constant("heads.together", [0, 0, -1]))
+
+
+def _post_norm(b: GraphBuilder, decoder: Decoder, norm: Norm | None, update: ir.Value) -> ir.Value:
+    """An update of the residual, normalized where the model does so."""
+    return update if norm is None else normalize(b, update, norm, decoder.norm_epsilon)
 
 
 def normalize(b: GraphBuilder, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
     """X over its root mean square along the last axis, times the norm's weight."""
-    return b.op("SimplifiedLayerNormalization", x, b.weight(norm.name), axis=-1, epsilon=epsilon)
+    return b.op("SimplifiedLayerNormalization", x, b.weight(norm.name), axis=-1, epsilon=norm.epsilon(epsilon))
 
 
 def multiply_linear(b: GraphBuilder, linear: Linear, x: ir.Value, live: LiveInputs | None) -> ir.Value:

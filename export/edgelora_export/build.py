@@ -1,33 +1,18 @@
-"""Builds a bundle: streams the base product by product, writes each distinct weight once, then graphs, then the manifest."""
+"""Builds a bundle: streams the base layer by layer, writes each distinct weight once, judges the variants, publishes."""
 
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgelora_export.architectures import read_decoder
-from edgelora_export.graph import build_graph
-from edgelora_export.live import live_slots, pack_live_adapter
+from edgelora_export.calibration import Calibration
+from edgelora_export.draft import Draft
+from edgelora_export.gate import Gate, judge
 from edgelora_export.publish import staged_folder, write_file
-from edgelora_export.store import Weights, check_modules, read_linear, store_rounded, store_shared, touches
-from edgelora_runtime._version import __version__
-from edgelora_runtime.bundle import hash_file
+from edgelora_export.store import check_modules
 from edgelora_runtime.errors import InputError
-from edgelora_runtime.manifest import (
-    MANIFEST,
-    AdapterEntry,
-    BaseEntry,
-    FileEntry,
-    GraphEntry,
-    LiveSlots,
-    Manifest,
-    ModelEntry,
-    QuantizationEntry,
-    VariantEntry,
-    check_variant_name,
-)
+from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
@@ -38,8 +23,6 @@ if TYPE_CHECKING:
     from edgelora_export.decoder import Decoder
     from edgelora_export.variants import LowRank, Quantization, Variant
 
-TARGET = "cpu"
-LIVE_GRAPH = f"live.{TARGET}.onnx"  # one graph serves all live variants; no variant may be called live
 _COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", "generation_config.json")
 
 
@@ -51,73 +34,57 @@ def build_bundle(
     quantization: Quantization,
     adapters: Mapping[str, AdapterEntry],
     live_adapters: Mapping[str, LowRank],
+    base_calibration: Calibration | None = None,
+    gate: Gate | None = None,
     default_variant: str | None = None,
     context_length: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
 
-    adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for the
-    names that live variants use. context_length: see read_decoder. on_progress(done, total, what) is called per product.
-    Peak memory is about four times the largest weight in float32, or the embedding.
-    Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk.
+    adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for live
+    variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
+    variants must keep of their adapters; None measures nothing. context_length: see read_decoder.
+    on_progress(done, total, what) is called per layer.
+    Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
+    where a variant does not pass the gate.
     """
     decoder = read_decoder(base.config, context_length)
-    _check(variants, decoder, live_adapters)
+    _check(variants, decoder, quantization, live_adapters)
     with staged_folder(output, marker=MANIFEST) as folder:
         copy_texts(base, folder)
-        files = {name: _write_adapter(folder, name, decoder, adapter) for name, adapter in live_adapters.items()}
-        stored = _store_weights(base, decoder, variants, folder, quantization, on_progress)
-        graphs = _write_graphs(decoder, variants, stored, folder, live_adapters)
-        slots = [live_slots(linear) for linear in decoder.linears if linear.name in _live_names(decoder, live_adapters)]
-        return write_manifest(
-            folder,
-            base,
-            _describe_model(base, decoder),
-            variants,
-            graphs,
+        on_progress(0, 1, "embedding")
+        draft = Draft(
+            base=base,
+            decoder=decoder,
+            folder=folder,
+            default_variant=variants[0].name if default_variant is None else default_variant,
             quantization=quantization,
-            adapters={name: AdapterEntry(entry.sha256, entry.rank, files.get(name)) for name, entry in adapters.items()},
-            slots=slots,
-            default_variant=default_variant,
+            variants={variant.name: variant for variant in variants},
+            adapters=adapters,
+            factors=live_adapters,
+            base_calibration=base_calibration or Calibration(),
         )
-
-
-def write_manifest(
-    folder: Path,
-    base: Base,
-    model: ModelEntry,
-    variants: Sequence[Variant],
-    graphs: Mapping[str, GraphEntry],
-    *,
-    quantization: Quantization,
-    adapters: Mapping[str, AdapterEntry],
-    slots: Sequence[LiveSlots] = (),
-    default_variant: str | None = None,
-) -> Manifest:
-    """Describes the files of a folder that is complete but for its manifest; graphs by variant."""
-    manifest = Manifest(
-        created_by=f"edgelora {__version__}",
-        default_variant=variants[0].name if default_variant is None else default_variant,
-        base=BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256),
-        model=model,
-        quantization=QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method),
-        adapters=dict(adapters),
-        live_slots=tuple(slots),
-        variants={
-            variant.name: VariantEntry(
-                kind="merged" if variant.live is None else "live",
-                mix=dict(variant.mix),
-                method=variant.method,
-                graphs={TARGET: graphs[variant.name]},
-                live=dict(variant.live or {}),
-            )
-            for variant in variants
-        },
-        files={path.name: FileEntry(path.stat().st_size, hash_file(path)) for path in sorted(folder.iterdir())},
-    )
-    write_file(folder / MANIFEST, [manifest.dump()])
+        draft.on_layer = _count_layers(draft, on_progress)
+        draft.store_weights()
+        manifest = draft.write()
+        if gate is not None:
+            manifest = judge(draft, gate, on_progress)
     return manifest
+
+
+def _count_layers(draft: Draft, on_progress: Callable[[int, int, str], None]) -> Callable[[str, int], None]:
+    """Progress over the layers of all variants that have weights of their own."""
+    lanes = [name for name, variant in draft.variants.items() if variant.live is None and variant.delta is not None]
+    if draft.needs_bare:
+        lanes.insert(0, "")
+    layers = len(draft.decoder.layers)
+
+    def report(name: str, index: int) -> None:
+        lane = lanes.index(name) if name in lanes else 0
+        on_progress(lane * layers + index, len(lanes) * layers, f"{name or 'base'}, layer {index + 1} of {layers}")
+
+    return report
 
 
 def check_names(variants: Sequence[Variant]) -> None:
@@ -133,16 +100,21 @@ def check_names(variants: Sequence[Variant]) -> None:
         seen.add(variant.name.lower())
 
 
-def _check(variants: Sequence[Variant], decoder: Decoder, live_adapters: Mapping[str, LowRank]) -> None:
+def _check(
+    variants: Sequence[Variant], decoder: Decoder, quantization: Quantization, live_adapters: Mapping[str, LowRank]
+) -> None:
     check_names(variants)
     for variant in variants:
         if variant.delta is not None:
-            check_modules(decoder, variant.delta.modules, f"variant {variant.name}")
+            check_modules(decoder, variant.delta.modules, f"variant {variant.name}", ends=True)
     for name, adapter in live_adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
     folded = [name.lower() for name in live_adapters]
     if twice := sorted({name for name in live_adapters if folded.count(name.lower()) > 1}):
         raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
+    products = [linear.name for linear in decoder.linears] + ["embedding"] + ([] if decoder.tied else ["head"])
+    if idle := quantization.idle_patterns(products):
+        raise InputError(f"int8 = {', '.join(idle)}: no product is called so; there are {products[0]} … and {products[-1]}")
 
 
 def copy_texts(base: Base, folder: Path) -> None:
@@ -156,92 +128,3 @@ def copy_texts(base: Base, folder: Path) -> None:
         template = json.loads((folder / TOKENIZER_CONFIG).read_bytes()).get("chat_template")
         if isinstance(template, str):
             write_file(folder / CHAT_TEMPLATE, [template.encode()])
-
-
-def _write_adapter(folder: Path, name: str, decoder: Decoder, adapter: LowRank) -> str:
-    file = f"{name}.adapter.safetensors"
-    write_file(folder / file, [pack_live_adapter(decoder, adapter)])
-    return file
-
-
-def _store_weights(
-    base: Base,
-    decoder: Decoder,
-    variants: Sequence[Variant],
-    folder: Path,
-    quantization: Quantization,
-    on_progress: Callable[[int, int, str], None],
-) -> dict[str, Weights]:
-    """Weights of each merged variant, and under "" those of the bare base that live variants run on."""
-    merged = [variant for variant in variants if variant.live is None]
-    linears = list(decoder.linears)
-    total = len(linears) + 1
-    on_progress(0, total, "embedding")
-    shared = store_shared(base, decoder, folder, quantization)
-    stored = {name: Weights() | shared for name in ("", *(variant.name for variant in merged))}
-    for done, linear in enumerate(linears, start=1):
-        on_progress(done, total, linear.name)
-        # The bare product is needed unless every variant is merged and changes it.
-        if len(merged) < len(variants) or not all(touches(variant.delta, linear) for variant in merged):
-            bare = store_rounded(folder, linear.name, read_linear(base, linear, None), quantization)
-            stored[""].take(bare)
-        for variant in merged:
-            if touches(variant.delta, linear):
-                weight = read_linear(base, linear, variant.delta)
-                stored[variant.name].take(store_rounded(folder, linear.name, weight, quantization))
-            else:
-                stored[variant.name].take(bare)
-    on_progress(total, total, "graphs")
-    return stored
-
-
-def _live_names(decoder: Decoder, live_adapters: Mapping[str, LowRank]) -> frozenset[str]:
-    modules = frozenset[str]().union(*(adapter.modules for adapter in live_adapters.values()))
-    return frozenset(linear.name for linear in decoder.linears if not modules.isdisjoint(linear.modules))
-
-
-def _write_graphs(
-    decoder: Decoder,
-    variants: Sequence[Variant],
-    stored: Mapping[str, Weights],
-    folder: Path,
-    live_adapters: Mapping[str, LowRank],
-) -> dict[str, GraphEntry]:
-    entries: dict[str, GraphEntry] = {}
-    written: dict[str, GraphEntry] = {}
-    for variant in variants:
-        live = variant.live is not None
-        file = LIVE_GRAPH if live else f"{variant.name}.{TARGET}.onnx"
-        if file not in written:
-            weights = stored["" if live else variant.name]
-            slots = _live_names(decoder, live_adapters) if live else frozenset[str]()
-            model = build_graph(decoder, weights, folder, live=slots)
-            write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-            written[file] = GraphEntry(file, tuple(sorted({tensor.location for tensor in weights.tensors.values()})))
-        entries[variant.name] = written[file]
-    return entries
-
-
-def _describe_model(base: Base, decoder: Decoder) -> ModelEntry:
-    return ModelEntry(
-        architecture=decoder.architecture,
-        hidden_size=decoder.hidden_size,
-        layers=len(decoder.layers),
-        kv_heads=decoder.kv_heads,
-        head_size=decoder.head_size,
-        vocab_size=decoder.vocab_size,
-        context_length=decoder.context_length,
-        eos_token_ids=end_tokens(base),
-    )
-
-
-def end_tokens(base: Base) -> tuple[int, ...]:
-    """The ids that end a text: generation_config.json's where it has some, else config.json's."""
-    path = base.folder / "generation_config.json"
-    generation: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
-    ids = generation.get("eos_token_id")
-    if ids is None:
-        ids = base.config.get("eos_token_id")
-    if ids is None:
-        return ()
-    return tuple(ids) if isinstance(ids, list) else (ids,)

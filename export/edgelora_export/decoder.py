@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from numpy.typing import NDArray
 
@@ -19,28 +20,38 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a mul
 
 @dataclass(frozen=True)
 class HeadPadding:
-    """Widens each head with zeros to a size that GroupQueryAttention takes; attention is unchanged by it.
+    """Lays heads out as GroupQueryAttention takes them: what turns in front of each half, and wide enough with zeros.
 
-    A rotary head is two halves that turn against each other, so its zeros go behind each half; a value head gets them
-    at its end.
+    Attention is unchanged by it, as long as queries and keys are laid out alike, and values as the output's columns.
+    size: entries of a head in the checkpoint. padded: in the graph. rotary: how many of the first entries turn, 0 in a
+    value head. Those are two halves that turn against each other, and the graph's rotation pairs the halves of the whole
+    head; so what does not turn goes half behind each, and zeros behind that. A value head gets its zeros at its end.
     """
 
     heads: int
     size: int
     padded: int
-    rotary: bool
+    rotary: int
 
     def apply(self, array: Floats, axis: int) -> Floats:
-        """Pads the axis that is (heads * size) long to (heads * padded); the identity where the sizes agree."""
-        if self.size == self.padded:
+        """Lays out the axis that is (heads * size) long as (heads * padded); the identity where nothing moves."""
+        if self.size == self.padded and self.rotary in (0, self.size):
             return array
         moved = np.moveaxis(array, axis, 0)
         rest = moved.shape[1:]
-        parts = 2 if self.rotary else 1
-        halves = moved.reshape(self.heads, parts, self.size // parts, *rest)
-        wide = np.zeros((self.heads, parts, self.padded // parts, *rest), array.dtype)
-        wide[:, :, : self.size // parts] = halves
+        wide = np.zeros((self.heads, self.padded, *rest), array.dtype)
+        wide[:, self._places()] = moved.reshape(self.heads, self.size, *rest)
         return np.ascontiguousarray(np.moveaxis(wide.reshape(self.heads * self.padded, *rest), 0, axis))
+
+    def _places(self) -> NDArray[np.intp]:
+        """Where each entry of a head goes, (size,)."""
+        if self.rotary == 0:
+            return np.arange(self.size)
+        turning, still = self.rotary // 2, (self.size - self.rotary) // 2
+        half = self.padded // 2
+        first = np.arange(turning)
+        rest = np.arange(turning, turning + still)
+        return np.concatenate([first, half + first, rest, half + rest])
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,19 @@ class Part:
     """One linear layer of the checkpoint, as it enters a product.
 
     module: its name there, e.g. model.layers.0.self_attn.q_proj. out_features and in_features: as in the checkpoint.
+    rows: the layouts of its outputs, one after the other, where they are heads. columns: that of its inputs.
     """
 
     module: str
     out_features: int
     in_features: int
-    rows: HeadPadding | None = None
+    rows: tuple[HeadPadding, ...] = ()
     columns: HeadPadding | None = None
 
     @property
     def graph_rows(self) -> int:
         """Outputs in the graph, head padding included."""
-        return self.out_features if self.rows is None else self.rows.heads * self.rows.padded
+        return sum(heads.heads * heads.padded for heads in self.rows) if self.rows else self.out_features
 
     @property
     def graph_columns(self) -> int:
@@ -68,7 +80,11 @@ class Part:
 
     def pad_rows(self, array: Floats) -> Floats:
         """Pads the output axis (the first) of a weight, a bias or a LoRA B."""
-        return array if self.rows is None else self.rows.apply(array, 0)
+        if not self.rows:
+            return array
+        ends = np.cumsum([heads.heads * heads.size for heads in self.rows])[:-1]
+        pieces = [heads.apply(piece, 0) for heads, piece in zip(self.rows, np.split(array, ends), strict=True)]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def pad_columns(self, array: Floats) -> Floats:
         """Pads the input axis (the last) of a weight or a LoRA A."""
@@ -103,26 +119,70 @@ class Linear:
 
 @dataclass(frozen=True)
 class Norm:
-    """One root-mean-square norm. name: the initializer, e.g. layers.0.attention.norm. tensor: its weight in the checkpoint."""
+    """One root-mean-square norm.
+
+    name: the initializer, e.g. layers.0.attention.norm. tensor: its weight in the checkpoint. offset and scale: the graph
+    multiplies with (weight + offset) * scale. heads: the layout of its entries, where they are heads'.
+    """
 
     name: str
     tensor: str
+    offset: float = 0.0
+    scale: float = 1.0
+    heads: HeadPadding | None = None
+
+    def lay_out(self, weight: Floats) -> Floats:
+        """The weight as the graph has it, from the checkpoint's."""
+        folded: Floats = ((weight + np.float32(self.offset)) * np.float32(self.scale * math.sqrt(self._filled))).astype(
+            np.float32
+        )
+        return folded if self.heads is None else self.heads.apply(folded, 0)
+
+    def epsilon(self, epsilon: float) -> float:
+        """The graph's epsilon, from the model's."""
+        return epsilon * self._filled
+
+    @property
+    def _filled(self) -> float:
+        """The share of entries that are not padding.
+
+        The graph's mean runs over the padding, too, and is smaller by this share f. So is its epsilon, and the weight makes
+        up for the root: x / sqrt(mean + e) = sqrt(f) * x / sqrt(f * mean + f * e).
+        """
+        return 1.0 if self.heads is None else self.heads.size / self.heads.padded
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block: pre-norm attention and pre-norm gated MLP, each around a residual."""
+    """One transformer block: attention and gated MLP, each around a residual, with a norm before it, after it, or both.
 
-    attention_norm: Norm
+    query_norm, key_norm: of each head where they have one head, else of all heads together.
+    rotary: the prefix of its rotary table's name, None where positions do not turn its heads.
+    window: how many positions it sees, its own included; None for all.
+    """
+
+    attention_norm: Norm | None
     qkv: Linear
     output: Linear
-    mlp_norm: Norm
+    mlp_norm: Norm | None
     gate_up: Linear
     down: Linear
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    attention_post_norm: Norm | None = None
+    mlp_post_norm: Norm | None = None
+    rotary: str | None = "rotary"
+    window: int | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
         return (self.qkv, self.output, self.gate_up, self.down)
+
+    @property
+    def norms(self) -> tuple[Norm, ...]:
+        """Its norms, in the order of the graph."""
+        before, after = (self.attention_norm, self.query_norm, self.key_norm, self.attention_post_norm), self.mlp_post_norm
+        return tuple(norm for norm in (*before, self.mlp_norm, after) if norm is not None)
 
 
 @dataclass(frozen=True)
@@ -130,7 +190,10 @@ class Decoder:
     """A decoder-only model.
 
     head_size: as the graph has it (padded); attention_scale belongs to the unpadded one.
-    rotary_cos, rotary_sin: float32 (context_length, head_size / 2).
+    attention_cap: scores s become cap * tanh(s / cap); logits_cap: so do the logits. None for neither.
+    rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin.
+    embedding_multiplier: of the embedding's rows, before the first block; the head has none, even where it is tied.
+    activation: of the MLP's gate, by its name in config.json.
     head: the checkpoint tensor of the output projection; the embedding's own where they are tied.
     """
 
@@ -143,12 +206,15 @@ class Decoder:
     norm_epsilon: float
     vocab_size: int
     context_length: int
-    rotary_cos: Floats
-    rotary_sin: Floats
+    rotary_tables: Mapping[str, Floats]
     embedding: str
     layers: tuple[Layer, ...]
     final_norm: Norm
     head: str
+    activation: str = "silu"
+    embedding_multiplier: float = 1.0
+    attention_cap: float | None = None
+    logits_cap: float | None = None
 
     @property
     def tied(self) -> bool:
@@ -162,5 +228,4 @@ class Decoder:
     @property
     def norms(self) -> tuple[Norm, ...]:
         """All norms, in the order of the graph."""
-        each = [norm for layer in self.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-        return (*each, self.final_norm)
+        return (*(norm for layer in self.layers for norm in layer.norms), self.final_norm)

@@ -21,17 +21,24 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
 _BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
+_ROWS = 8192  # of a weight at once; bounds the memory that a head of 128k rows needs
 _DOUBLE_LIMIT = 4096  # columns up to which float64 costs neither time nor memory worth naming
 
 
 def quantize_gptq(
-    weight: Floats, moments: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True
+    weight: Floats,
+    moments: Floats,
+    *,
+    bits: int = 4,
+    block_size: int = 32,
+    symmetric: bool = True,
+    damping: float = DAMPING,
 ) -> BlockQuantized:
     """Quantizes a weight so that its products with inputs like the calibration's change least.
 
     weight: float32 (N, K), finite. moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K); any positive factor is
-    as good. Inputs that are always 0 are rounded like RTN does. Raises InputError for an impossible grid, for NaN or
-    infinity, and for moments that belong to another width.
+    as good. damping: added to the moments' diagonal, in units of its mean. Inputs that are always 0 are rounded like RTN does.
+    Raises InputError for an impossible grid, for NaN or infinity, and for moments that belong to another width.
     """
     check_grid(bits, block_size)
     rows, columns = weight.shape
@@ -39,14 +46,27 @@ def quantize_gptq(
         raise InputError(f"moments have shape {moments.shape}; a weight of {columns} columns needs ({columns}, {columns})")
     if not (np.isfinite(weight).all() and np.isfinite(moments).all()):
         raise InputError("the weight or its calibration inputs hold NaN or infinity; check the base and the adapters")
+    factor, importance = _inverse_factor(moments, damping), np.diag(moments)
+    parts = [
+        _quantize_rows(weight[start : start + _ROWS], factor, importance, bits, block_size, symmetric)
+        for start in range(0, rows, _ROWS)
+    ]
+    codes, scales, zeros = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return BlockQuantized(codes, scales, None if symmetric else zeros, bits, block_size, columns)
+
+
+def _quantize_rows(
+    weight: Floats, factor: Floats, importance: Floats, bits: int, block_size: int, symmetric: bool
+) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8]]:
+    """Packed codes, scales and packed zero points of some rows; rows know nothing of each other."""
+    rows, columns = weight.shape
     blocks = -(-columns // block_size)
     width = blocks * block_size
     # The weight lies transposed: a column is then one contiguous row, and an update one product.
     left = np.zeros((width, rows), np.float32)
     left[:columns] = weight.T
-    importance = np.zeros(width, np.float32)
-    importance[:columns] = np.diag(moments)
-    factor = _inverse_factor(moments)
+    padded = np.zeros(width, np.float32)
+    padded[:columns] = importance
     top = (1 << bits) - 1
     codes = np.empty((width, rows), np.uint8)
     scales, zeros = np.empty((blocks, rows), np.float32), np.empty((blocks, rows), np.uint8)
@@ -57,7 +77,7 @@ def quantize_gptq(
         for first in range(start, stop, block_size):
             block = first // block_size
             last = first + block_size
-            scale, zero = search_grid(left[first:last].T, importance[first:last], bits=bits, symmetric=symmetric)
+            scale, zero = search_grid(left[first:last].T, padded[first:last], bits=bits, symmetric=symmetric)
             scales[block], zeros[block] = scale, zero
             inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
             for column in range(first, last):
@@ -75,17 +95,20 @@ def quantize_gptq(
         if stop < columns:
             left[stop:columns] -= factor[start:stop, stop:].T @ errors
     packed = pack_codes(np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size), bits)
-    packed_zeros = None if symmetric else pack_codes(np.ascontiguousarray(zeros.T), bits)
-    return BlockQuantized(packed, np.ascontiguousarray(scales.T), packed_zeros, bits, block_size, columns)
+    return packed, np.ascontiguousarray(scales.T), pack_codes(np.ascontiguousarray(zeros.T), bits)
 
 
-def output_error(matrix: BlockQuantized, weight: Floats, moments: Floats) -> float:
-    """‖X(Q − W)ᵀ‖² on the inputs whose second moments (K, K) are given."""
-    difference = matrix.dequantize() - weight
-    return float(np.einsum("nk,nk->", difference @ moments, difference, dtype=np.float64))
+def output_error(difference: Floats, inputs: Floats) -> float:
+    """‖X·Eᵀ‖² of a weight's error E (N, K) on inputs X (T, K)."""
+    return float(
+        sum(
+            np.square(inputs @ rows.T).sum(dtype=np.float64)
+            for rows in np.split(difference, range(_ROWS, len(difference), _ROWS))
+        )
+    )
 
 
-def _inverse_factor(moments: Floats) -> Floats:
+def _inverse_factor(moments: Floats, damping: float) -> Floats:
     """Upper U with UᵀU = (moments + damping)⁻¹, float32 (K, K), without ever forming the inverse.
 
     Reversing rows and columns turns the Cholesky factor L of the moments into an upper R with R·Rᵀ = moments: U = R⁻¹.
@@ -98,9 +121,9 @@ def _inverse_factor(moments: Floats) -> Floats:
     diagonal = matrix.diagonal()
     diagonal[diagonal <= 0] = 1  # inputs that are always 0: nothing to answer for, nothing to answer with
     mean = float(diagonal.mean())
-    for damping in (DAMPING, 0.1, 1.0):
+    for share in (damping, 10 * damping, 100 * damping):
         damped = matrix.clone()
-        damped.diagonal().add_(damping * mean)
+        damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             break

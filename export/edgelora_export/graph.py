@@ -35,7 +35,7 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
         type=ir.TensorType(ir.DataType.INT64),
         const_value=ir.tensor(np.zeros(1, np.int64), name="logits_to_keep"),
     )
-    positions = _read_positions(b, mask, decoder)
+    positions = _read_positions(b, mask)
     inputs = LiveInputs(decoder, live)
     # -0 slices from the start: no positions asked for means all of them, as in transformers' logits_to_keep.
     from_end = b.op("Neg", keep)
@@ -43,7 +43,7 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
     def last_positions(value: ir.Value) -> ir.Value:
         return b.op("Slice", value, from_end, b.constant("end", [_END]), b.constant("axis_1", [1]))
 
-    residual = Residual(b, embed_tokens(b, input_ids, decoder.vocab_size, decoder.hidden_size), decoder.norm_epsilon)
+    residual = Residual(b, _embed(b, decoder, input_ids), decoder.norm_epsilon)
     caches: list[ir.Value] = []
     presents: list[ir.Value] = []
     cache_shape = (1, decoder.kv_heads, "M", decoder.head_size)
@@ -66,26 +66,30 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
 
 
 def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
-    """The final norm and the head."""
+    """The final norm, the head, and the logits' soft cap."""
     head = "embedding" if decoder.tied else "head"
-    return multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size)
+    logits = multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size)
+    if decoder.logits_cap is None:
+        return logits
+    cap = b.scalar(decoder.logits_cap)
+    return b.op("Mul", b.op("Tanh", b.op("Div", logits, cap)), cap)
 
 
-def _read_positions(b: GraphBuilder, mask: ir.Value, decoder: Decoder) -> Positions:
+def _read_positions(b: GraphBuilder, mask: ir.Value) -> Positions:
     """Positions derived once from the attention mask."""
     length = b.op("ReduceSum", mask, b.constant("axis_1", [1]), keepdims=0)
     last = b.op("Cast", b.op("Sub", length, b.constant("one", [1])), to=ir.DataType.INT32)
     total = b.op("Gather", b.op("Shape", mask), b.constant("index_1", 1), axis=0)
-    half = (decoder.context_length, decoder.head_size // 2)
-    return Positions(
-        last,
-        b.op("Cast", total, to=ir.DataType.INT32),
-        b.weight("rotary.cos", shape=half),
-        b.weight("rotary.sin", shape=half),
-    )
+    return Positions(last, b.op("Cast", total, to=ir.DataType.INT32))
 
 
-def embed_tokens(b: GraphBuilder, input_ids: ir.Value, rows: int, columns: int, name: str = "embedding") -> ir.Value:
+def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
+    """The embedding's rows of the tokens, scaled where the model does so."""
+    rows = gather_rows(b, input_ids, decoder.vocab_size, decoder.hidden_size)
+    return rows if decoder.embedding_multiplier == 1.0 else b.op("Mul", rows, b.scalar(decoder.embedding_multiplier))
+
+
+def gather_rows(b: GraphBuilder, input_ids: ir.Value, rows: int, columns: int, name: str = "embedding") -> ir.Value:
     """The rows of a matrix (rows, columns) that the ids (1, S) name."""
     grid = b.source.grid(name)
     if grid is None:

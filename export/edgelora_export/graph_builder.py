@@ -87,7 +87,9 @@ class GraphBuilder:
         self._tape = ir.tape.Tape()
         self._loaded: dict[str, ir.Value] = {}
 
-    def op(self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | Sequence[int]) -> ir.Value:
+    def op(
+        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int]
+    ) -> ir.Value:
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
     def ops(
@@ -99,6 +101,13 @@ class GraphBuilder:
         """An int64 initializer held in the graph."""
         if name not in self._loaded:
             self._loaded[name] = self._tape.initializer(ir.tensor(np.array(values, np.int64), name=name))
+        return self._loaded[name]
+
+    def scalar(self, value: float) -> ir.Value:
+        """A float32 initializer held in the graph."""
+        name = f"scalar.{value!r}"
+        if name not in self._loaded:
+            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(value, np.float32), name=name))
         return self._loaded[name]
 
     def weight(self, name: str, *, tensor: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:

@@ -65,6 +65,18 @@ class BlockQuantized:
     def grid(self) -> Grid:
         return Grid(self.bits, self.block_size, self.zero_points is None)
 
+    def rows(self, chosen: NDArray[np.int64]) -> BlockQuantized:
+        """Some rows of the weight."""
+        zeros = None if self.zero_points is None else self.zero_points[chosen]
+        return BlockQuantized(self.codes[chosen], self.scales[chosen], zeros, self.bits, self.block_size, self.columns)
+
+    def share_changed(self, other: BlockQuantized) -> float:
+        """The share of codes that differ between two weights on one grid, the padding of tail blocks left out."""
+        codes = [
+            unpack_codes(matrix.codes, self.bits).reshape(len(self.codes), -1)[:, : self.columns] for matrix in (self, other)
+        ]
+        return float(np.mean(codes[0] != codes[1]))
+
     def dequantize(self) -> Floats:
         """The float32 (N, K) matrix that these codes stand for."""
         rows, blocks = self.scales.shape

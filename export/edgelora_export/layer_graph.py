@@ -19,7 +19,8 @@ HIDDEN, HIDDEN_OUT, LOGITS = "hidden", "hidden_out", "logits"
 def build_layer_graph(decoder: Decoder, index: int) -> tuple[ir.Model, dict[str, str], tuple[str, ...]]:
     """One block in float32, from position 0 on: the graph, its weight inputs, and its outputs that tap the products.
 
-    The graph maps `hidden` (1, S, H) to `hidden_out` (1, S, H). The weight inputs: by the weight's name in the whole graph, the
+    The graph maps `hidden` (1, S, H) to `hidden_out` (1, S, H); the first block's `hidden` is the embedding's rows times
+    decoder.embedding_multiplier. The weight inputs: by the weight's name in the whole graph, the
     input's. The taps: for each product of the layer, in its order, the output that gives its input (1, S, K).
     """
     layer = decoder.layers[index]
@@ -28,7 +29,7 @@ def build_layer_graph(decoder: Decoder, index: int) -> tuple[ir.Model, dict[str,
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
     length = b.op("Cast", b.op("Gather", b.op("Shape", hidden), b.constant("index_1", [1]), axis=0), to=ir.DataType.INT32)
     last = b.op("Cast", b.op("Sub", b.op("Cast", length, to=ir.DataType.INT64), b.constant("one", [1])), to=ir.DataType.INT32)
-    positions = Positions(last, b.op("Squeeze", length), b.weight("rotary.cos"), b.weight("rotary.sin"))
+    positions = Positions(last, b.op("Squeeze", length))
     residual = Residual(b, hidden, decoder.norm_epsilon)
     block = add_block(b, decoder, layer, residual, (None, None), positions)
     out = residual.total()
@@ -43,11 +44,14 @@ def build_layer_graph(decoder: Decoder, index: int) -> tuple[ir.Model, dict[str,
 
 
 def build_head_graph(decoder: Decoder) -> tuple[ir.Model, dict[str, str]]:
-    """The final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), and the weight inputs."""
+    """The final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), and the weight inputs.
+
+    V is as many rows of the head as are fed.
+    """
     weights = InputWeights("")
     b = GraphBuilder(weights)
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
     logits = read_logits(b, decoder, Residual(b, hidden, decoder.norm_epsilon))
-    describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", decoder.vocab_size))
+    describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
     model = b.finish([hidden, *weights.inputs.values()], [logits])
     return model, {name: str(value.name) for name, value in weights.inputs.items()}

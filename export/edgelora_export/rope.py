@@ -1,4 +1,4 @@
-"""Rotary position tables from a model's config: the default form, `linear` and `llama3` scaling."""
+"""Rotary position tables from a model's config: the default form, `linear`, `llama3` and `longrope` scaling."""
 
 from __future__ import annotations
 
@@ -10,27 +10,52 @@ import numpy as np
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
 
 
-def read_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The rope settings of a config, in transformers 5's form, whichever version wrote it."""
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rope settings of a config, in transformers 5's form, whichever version wrote it; InputError for other kinds."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    rope.setdefault("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if rope["partial_rotary_factor"] is None:
+        rope["partial_rotary_factor"] = 1.0
+    if rope["rope_type"] == "longrope":
+        longest = config["max_position_embeddings"]
+        original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings", longest)
+        rope["original_max_position_embeddings"] = original
+        rope["factor"] = rope.get("factor") or longest / original
+    kind = rope["rope_type"]
+    if kind not in _NEEDED:
+        raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
+    if absent := [key for key in _NEEDED[kind] if key not in rope]:
+        raise InputError(f"the rope settings in config.json are {kind} and lack {', '.join(absent)}")
     return rope
 
 
-def rotary_frequencies(rope: dict[str, Any], head_size: int) -> Floats:
-    """Angle per position for each rotary pair, float32 (head_size / 2,), in radians.
+def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length: int) -> Floats:
+    """Angle per position for each rotary pair, float32 (rotary_size / 2,), in radians.
 
-    llama3: Llama 3.1's smooth interpolation between kept and divided frequencies
-    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py, _compute_llama3_parameters).
-    Raises InputError for another kind.
+    llama3: Llama 3.1's smooth interpolation between kept and divided frequencies; longrope: each frequency divided by a
+    factor of its own, from one list for contexts of the original length and another for longer ones
+    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py,
+    _compute_llama3_parameters and _compute_longrope_parameters).
+    Raises InputError where longrope's lists are of another length.
     """
-    exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
+    exponents = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
     frequencies: Floats = (1.0 / np.float32(rope["rope_theta"]) ** exponents).astype(np.float32)
     kind = rope["rope_type"]
     if kind == "default":
@@ -45,12 +70,28 @@ def rotary_frequencies(rope: dict[str, Any], head_size: int) -> Floats:
         smooth = np.clip((original / wavelengths - low) / (high - low), 0.0, 1.0)
         scaled: Floats = ((1 - smooth) * frequencies / factor + smooth * frequencies).astype(np.float32)
         return scaled
-    raise InputError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    assert kind == "longrope"
+    which = "long_factor" if context_length > rope["original_max_position_embeddings"] else "short_factor"
+    factors = np.array(rope[which], np.float32)
+    if factors.shape != frequencies.shape:
+        raise InputError(f"{which} in config.json has {factors.size} entries; heads turn in {frequencies.size} pairs")
+    return frequencies / factors
 
 
-def rotary_tables(frequencies: Floats, context_length: int, padded_head_size: int) -> tuple[Floats, Floats]:
-    """Cosines and sines, each float32 (context_length, padded_head_size / 2); padding pairs do not turn."""
+def attention_factor(rope: Mapping[str, Any]) -> float:
+    """What longrope multiplies cosines and sines with; 1 for the other kinds (_compute_longrope_parameters, as above)."""
+    if rope["rope_type"] != "longrope":
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    factor = rope["factor"]
+    return math.sqrt(1 + math.log(factor) / math.log(rope["original_max_position_embeddings"])) if factor > 1 else 1.0
+
+
+def rotary_tables(rope: Mapping[str, Any], rotary_size: int, context_length: int, padded_head_size: int) -> tuple[Floats, Floats]:
+    """Cosines and sines, each float32 (context_length, padded_head_size / 2); the pairs behind the rotary ones do not turn."""
+    frequencies = rotary_frequencies(rope, rotary_size, context_length)
     angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None, :]
-    pad = padded_head_size // 2 - frequencies.size
-    angles = np.pad(angles, ((0, 0), (0, pad)))
-    return np.cos(angles), np.sin(angles)
+    behind = ((0, 0), (0, padded_head_size // 2 - frequencies.size))
+    factor = np.float32(attention_factor(rope))
+    return np.pad(np.cos(angles) * factor, behind, constant_values=1), np.pad(np.sin(angles) * factor, behind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
-    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.decoder import Decoder, Linear, Norm
     from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
+
+_ROWS = 4096  # of a matrix read at once
 
 
 @dataclass
@@ -34,22 +36,23 @@ class Weights:
     def __or__(self, other: Weights) -> Weights:
         return Weights(self.tensors | other.tensors, self.grids | other.grids)
 
+    def only(self, product: str) -> Weights:
+        """What belongs to one product."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
+        return Weights(tensors, {name: grid for name, grid in self.grids.items() if name == product})
+
     def take(self, other: Weights) -> None:
         """Adds the other's, in place of one's own where names agree."""
         self.tensors.update(other.tensors)
         self.grids.update(other.grids)
 
 
-def store_shared(base: Base, decoder: Decoder, folder: Path, quantization: Quantization) -> Weights:
-    """What no adapter of ours changes: embedding, head, norms, biases, rotary tables."""
-    tensors = write_blob(folder, {norm.name: base.tensor(norm.tensor) for norm in decoder.norms})
-    tensors |= write_blob(folder, {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin})
+def store_norms(base: Base, decoder: Decoder, folder: Path) -> Weights:
+    """Norms, biases and rotary tables, which all variants share."""
+    tensors = write_blob(folder, {norm.name: read_norm(base, norm) for norm in decoder.norms})
+    tensors |= write_blob(folder, dict(decoder.rotary_tables))
     biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
-    weights = Weights(tensors | (write_blob(folder, biases) if biases else {}))
-    weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), quantization))
-    if not decoder.tied:
-        weights.take(store_rounded(folder, "head", base.tensor(decoder.head), quantization))
-    return weights
+    return Weights(tensors | (write_blob(folder, biases) if biases else {}))
 
 
 def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
@@ -62,9 +65,19 @@ def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
                 f"{part.module}.weight has shape {weight.shape}; config.json means {(part.out_features, part.in_features)}"
             )
         if delta is not None and part.module in delta.modules:
-            weight += delta.dense(part.module)
+            weight = weight + delta.dense(part.module, weight)
         rows.append(part.pad_columns(part.pad_rows(weight)))
     return np.concatenate(rows)
+
+
+def read_rows(base: Base, name: str, rows: NDArray[np.int64]) -> Floats:
+    """Rows (R, K) of a matrix of the base, in ascending order, without holding the matrix."""
+    chunks = [
+        base.rows(name, int(first), int(last) + 1)[chunk - first]
+        for chunk in np.split(rows, np.flatnonzero(np.diff(rows // _ROWS)) + 1)
+        for first, last in [(chunk[0], chunk[-1])]
+    ]
+    return np.concatenate(chunks)
 
 
 def read_bias(base: Base, linear: Linear) -> Floats:
@@ -72,25 +85,63 @@ def read_bias(base: Base, linear: Linear) -> Floats:
     return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
 
 
+def read_norm(base: Base, norm: Norm) -> Floats:
+    """One norm's weight as the graph multiplies with it."""
+    return norm.lay_out(base.tensor(norm.tensor))
+
+
+def store_ends(base: Base, decoder: Decoder, delta: Delta | None, folder: Path, quantization: Quantization) -> Weights:
+    """The embedding, and the head where it is not the same tensor, with a delta added, rounded to nearest."""
+    weights = Weights()
+    for name in _end_modules(decoder):
+        weights.take(store_rounded(folder, name, read_end(base, decoder, name, delta), quantization.grid(name)))
+    return weights
+
+
+def read_end(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Floats:
+    """The weight (V, H) of the `embedding` or the `head`, with a delta added where it has one for it."""
+    module = _end_modules(decoder)[name]
+    weight = base.tensor(f"{module}.weight")
+    return weight + delta.dense(module, weight) if delta is not None and module in delta.modules else weight
+
+
+def touches_ends(delta: Delta | None, decoder: Decoder) -> bool:
+    """Whether a delta changes the embedding or the head."""
+    return delta is not None and not delta.modules.isdisjoint(_end_modules(decoder).values())
+
+
+def _end_modules(decoder: Decoder) -> dict[str, str]:
+    """Checkpoint modules of the embedding and, unless tied to it, of the head."""
+    ends = {"embedding": decoder.embedding} if decoder.tied else {"embedding": decoder.embedding, "head": decoder.head}
+    return {name: tensor.removesuffix(".weight") for name, tensor in ends.items()}
+
+
 def touches(delta: Delta | None, linear: Linear) -> bool:
     """Whether a delta changes any part of a product."""
     return delta is not None and not delta.modules.isdisjoint(linear.modules)
 
 
-def check_modules(decoder: Decoder, modules: Iterable[str], owner: str) -> None:
-    """Refuses modules that are no linear layer of the decoder, all of them in one message."""
+def check_modules(decoder: Decoder, modules: Iterable[str], owner: str, *, ends: bool = False) -> None:
+    """Refuses modules that are no linear layer of the decoder, nor, with `ends`, its embedding or head, in one message."""
     known = {module for linear in decoder.linears for module in linear.modules}
+    if ends:
+        tied = set(modules) & {_end_modules(decoder)["embedding"], "lm_head"}
+        if decoder.tied and tied:
+            raise InputError(
+                f"{owner} changes {', '.join(sorted(tied))}, and this base ties its head to its embedding: whether one or both "
+                "should change is not known; untie them (tie_word_embeddings) and train the adapter on that base"
+            )
+        known |= set(_end_modules(decoder).values())
     if unknown := sorted(set(modules) - known):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
 
 
-def store_rounded(folder: Path, name: str, weight: Floats, quantization: Quantization) -> Weights:
-    """Stores a weight (N, K) rounded to nearest, or as itself where nothing is quantized."""
-    if quantization.bits == 32:
+def store_rounded(folder: Path, name: str, weight: Floats, grid: Grid | None) -> Weights:
+    """Stores a weight (N, K) rounded to nearest on a grid, or as it is where there is none."""
+    if grid is None:
         return Weights(write_blob(folder, {name: weight}))
-    grid = quantization.grid
-    return store_matrix(folder, name, quantize_rtn(weight, bits=grid.bits, block_size=grid.block_size, symmetric=grid.symmetric))
+    return store_matrix(folder, name, quantize_rtn(weight, **asdict(grid)))
 
 
 def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> Weights:
@@ -101,13 +152,13 @@ def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> Weights:
     return Weights(write_blob(folder, tensors), {name: matrix.grid})
 
 
-def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> Floats:
-    """The float32 (N, columns) weight that the stored product stands for."""
+def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> BlockQuantized | Floats:
+    """What was stored of a product: inverse of store_matrix, or the float32 (N, columns) weight where it is not quantized."""
     grid = weights.grids.get(name)
     if grid is None:
         return read_stored(folder, weights.tensors[name])
     zeros = weights.tensors.get(f"{name}.zero_points")
-    matrix = BlockQuantized(
+    return BlockQuantized(
         read_stored(folder, weights.tensors[f"{name}.codes"]),
         read_stored(folder, weights.tensors[f"{name}.scales"]),
         None if zeros is None else read_stored(folder, zeros),
@@ -115,4 +166,3 @@ def load_matrix(folder: Path, name: str, weights: Weights, columns: int) -> Floa
         grid.block_size,
         columns,
     )
-    return matrix.dequantize()

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgelora_export.build import TARGET, check_names, copy_texts, end_tokens, write_manifest
+from edgelora_export.build import check_names, copy_texts
+from edgelora_export.draft import TARGET, describe_base, describe_file, end_tokens
 from edgelora_export.optimum_front import digest
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_export.store import Weights, store_rounded
 from edgelora_export.traced_graph import find_lookups, find_products, mapped_blobs, rewrite_graph
+from edgelora_runtime._version import __version__
 from edgelora_runtime.errors import InputError
-from edgelora_runtime.manifest import MANIFEST, GraphEntry, ModelEntry
+from edgelora_runtime.manifest import MANIFEST, GraphEntry, Manifest, ModelEntry, QuantizationEntry, VariantEntry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from edgelora_export.optimum_front import TracedDecoder
     from edgelora_export.traced_graph import Matrix
     from edgelora_export.variants import Quantization, Variant
-    from edgelora_runtime.manifest import AdapterEntry, Manifest
+    from edgelora_runtime.manifest import AdapterEntry
 
 
 _PREFIX = "matrix/"
@@ -110,10 +112,11 @@ def build_traced_bundle(
             file = f"{variant.name}.{TARGET}.onnx"
             write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
             graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
-        return write_manifest(
-            folder,
-            base,
-            ModelEntry(
+        manifest = Manifest(
+            created_by=f"edgelora {__version__}",
+            default_variant=variants[0].name if default_variant is None else default_variant,
+            base=describe_base(base),
+            model=ModelEntry(
                 architecture=traced.architecture,
                 hidden_size=traced.hidden_size,
                 layers=traced.sizes.layers,
@@ -124,12 +127,19 @@ def build_traced_bundle(
                 eos_token_ids=end_tokens(base),
                 cache="growing",
             ),
-            variants,
-            graphs,
-            quantization=quantization,
-            adapters=adapters,
-            default_variant=default_variant,
+            quantization=QuantizationEntry(
+                quantization.bits, quantization.block_size, quantization.symmetric, quantization.method
+            ),
+            adapters=dict(adapters),
+            live_slots=(),
+            variants={
+                variant.name: VariantEntry("merged", dict(variant.mix), variant.method, {TARGET: graphs[variant.name]})
+                for variant in variants
+            },
+            files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
         )
+        write_file(folder / MANIFEST, [manifest.dump()])
+    return manifest
 
 
 def _store_weights(
@@ -143,13 +153,13 @@ def _store_weights(
     stored = {variant.name: Weights() for variant in variants}
     for done, (name, matrix) in enumerate(matrices):
         on_progress(done, len(matrices), name)
-        weight = matrix.read()
+        weight, grid = matrix.read(), quantization.grid(name)
         bare: Weights | None = None
         for variant in variants:
             if variant.delta is not None and name in variant.delta.modules:
-                stored[variant.name].take(store_rounded(folder, _PREFIX + name, weight + variant.delta.dense(name), quantization))
+                stored[variant.name].take(store_rounded(folder, _PREFIX + name, weight + variant.delta.dense(name, weight), grid))
             else:
-                bare = bare or store_rounded(folder, _PREFIX + name, weight, quantization)
+                bare = bare or store_rounded(folder, _PREFIX + name, weight, grid)
                 stored[variant.name].take(bare)
     on_progress(len(matrices), len(matrices), "graphs")
     return stored

@@ -17,7 +17,7 @@ from onnx_ir.passes.common import (
 
 from edgelora_export.blobs import write_blob
 from edgelora_export.block import multiply_matrix
-from edgelora_export.graph import embed_tokens
+from edgelora_export.graph import gather_rows
 from edgelora_export.graph_builder import BlobWeights, GraphBuilder
 from edgelora_export.store import Weights
 from edgelora_runtime.errors import InputError
@@ -127,7 +127,7 @@ def rewrite_graph(
         ids = node.inputs[1]
         if embedding is not None and matrix.initializer.name == embedding and not matrix.transposed and ids is not None:
             rows, columns = matrix.read().shape
-            _replace(node, embed_tokens(b, ids, rows, columns, name=products[embedding]))
+            _replace(node, gather_rows(b, ids, rows, columns, name=products[embedding]))
             replaced.append(node)
     _keep_last_positions(graph, b)
     for node, matrix in find_products(graph):

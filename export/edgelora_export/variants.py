@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Protocol
 
+from edgelora_export.calibration import Calibration
 from edgelora_export.int4 import Grid, check_grid
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Iterable, Mapping, Set
 
     import numpy as np
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
 
+METHODS = ("gptq", "rtn", "none")
+
 
 class Delta(Protocol):
-    """A change to a base's weights, computed module by module."""
+    """A change to a base's weights, computed module by module; it may depend on them."""
 
     @property
     def modules(self) -> Set[str]:
-        """Names of the linear layers that it changes, as in the checkpoint, without '.weight'."""
+        """Names of the linear layers and embeddings that it changes, as in the checkpoint, without '.weight'."""
 
-    def dense(self, module: str) -> Floats:
-        """ΔW of one module, float32 (N, K)."""
+    def dense(self, module: str, weight: Floats) -> Floats:
+        """ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K)."""
 
 
 class LowRank(Protocol):
@@ -43,36 +47,50 @@ class Quantization:
     """How a bundle's weights are stored.
 
     bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale. symmetric: without zero points.
-    method: rtn (rounding to nearest, the step of each block chosen by squared error), or none, which goes with 32 bits.
+    method: gptq (codes that make up for each other's errors on calibration inputs), rtn (rounding to nearest, the step of
+    each block chosen by squared error), or none, which goes with 32 bits. int8: patterns (fnmatch) of the products that get
+    8 bits whatever the rest has: layers.0.*, *.mlp.down, embedding, head.
     """
 
     bits: int = 4
     block_size: int = 32
     symmetric: bool = True
-    method: str = "rtn"
+    method: str = "gptq"
+    int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bits == 32:
-            if self.method != "none":
-                object.__setattr__(self, "method", "none")
+        if self.method not in METHODS:
+            raise InputError(f"quantization method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.bits == 32 or self.method == "none":
+            object.__setattr__(self, "bits", 32)
+            object.__setattr__(self, "method", "none")
             return
         check_grid(self.bits, self.block_size)
-        if self.method != "rtn":
-            raise InputError(f"quantization method {self.method!r}: use rtn, or bits = 32 for no quantization")
 
-    @property
-    def grid(self) -> Grid:
-        """The grid of every product; not to be asked at 32 bits."""
-        assert self.bits != 32
-        return Grid(self.bits, self.block_size, self.symmetric)
+    def grid(self, product: str) -> Grid | None:
+        """The grid of a product, the embedding or the head; None for float32."""
+        if self.bits == 32:
+            return None
+        raised = any(fnmatchcase(product, pattern) for pattern in self.int8)
+        return Grid(8 if raised else self.bits, self.block_size, self.symmetric)
+
+    def idle_patterns(self, products: Iterable[str]) -> list[str]:
+        """Patterns of int8 that mean no product."""
+        products = list(products)
+        return [pattern for pattern in self.int8 if not any(fnmatchcase(product, pattern) for product in products)]
+
+    def raise_to_int8(self, products: Iterable[str]) -> Quantization:
+        """The same with more products in 8 bits."""
+        return replace(self, int8=(*self.int8, *products))
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant to build: merged if it has a delta or no live weights, live if it has some.
+    """One variant to build: live if it has live weights, else merged.
 
-    mix and method are recorded in the manifest; delta and live say what is done.
+    mix and method are recorded in the manifest. delta: what the mix adds to the base, None for the bare base.
     live: weight per live adapter of the bundle, or None for a merged variant.
+    calibration: what its weights are quantized on, and what it is judged on.
     """
 
     name: str
@@ -80,3 +98,4 @@ class Variant:
     method: str = "linear"
     delta: Delta | None = None
     live: Mapping[str, float] | None = None
+    calibration: Calibration = field(default_factory=Calibration)

@@ -100,14 +100,63 @@ class GraphEntry:
 
 
 @dataclass(frozen=True)
+class CalibrationEntry:
+    """What a variant's weights were quantized on. sources: SHA-256 by file name; tokens of them in all."""
+
+    sources: dict[str, str]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ProductFidelity:
+    """One product of a merged variant against the float weight W + Δ that it stands for.
+
+    retention: ⟨Q(W + Δ) - Q(W), Δ⟩ / ‖Δ‖². codes_changed: share that differs from the bare base's. noise: error of the
+    product's outputs on held-out inputs, over the size of what Δ adds to them.
+    """
+
+    bits: int
+    retention: float
+    codes_changed: float
+    noise: float
+
+
+@dataclass(frozen=True)
+class FidelityEntry:
+    """A variant as onnxruntime runs it, against its unmerged adapter on the float base, on held-out tokens.
+
+    outcome: passed, repaired (products raised to 8 bits) or live (turned or meant to be live), or measured for a bare base.
+    kl_mean, kl_p99: KL(teacher ‖ variant), nats per token. adapter_kl: KL(teacher ‖ bare float base).
+    retention: 1 - kl_mean / adapter_kl, None without an adapter. top1: share of tokens with the same likeliest token.
+    """
+
+    outcome: Literal["measured", "passed", "repaired", "live"]
+    tokens: int
+    kl_mean: float
+    kl_p99: float
+    adapter_kl: float
+    retention: float | None
+    top1: float
+    perplexity: float
+    teacher_perplexity: float
+    products: dict[str, ProductFidelity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class VariantEntry:
-    """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu)."""
+    """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu).
+
+    calibration: None where weights were rounded to nearest. int8: products that have 8 bits in a bundle of 4.
+    """
 
     kind: Literal["merged", "live"]
     mix: dict[str, float]
     method: str
     graphs: dict[str, GraphEntry]
     live: dict[str, float] = field(default_factory=dict)
+    calibration: CalibrationEntry | None = None
+    int8: tuple[str, ...] = ()
+    fidelity: FidelityEntry | None = None
 
 
 @dataclass(frozen=True)

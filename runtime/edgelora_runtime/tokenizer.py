@@ -30,7 +30,7 @@ class Tokenizer:
     """A bundle's tokenizer.json together with its chat template."""
 
     def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = _load(bundle.read(TOKENIZER))
+        self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
         config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
         self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
         source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT) if bundle.has(CHAT_TEMPLATE) else None
@@ -115,7 +115,8 @@ class IncrementalDecoder:
         return self._tokenizer.decode(window[: self._read - self._window]), self._tokenizer.decode(window)
 
 
-def _load(raw: bytes) -> RustTokenizer:
+def load_tokenizer(raw: bytes) -> RustTokenizer:
+    """The tokenizer of a tokenizer.json's bytes; IntegrityError where they are none."""
     try:
         return RustTokenizer.from_str(raw.decode())
     except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is no Exception

@@ -51,7 +51,7 @@ def test_a_good_recipe() -> None:
             "clinic": VariantRecipe({"sql": 0.6, "medical": -0.6}, "merged", "ties", 0.3),
             "sql-live": VariantRecipe({"sql": 1.0}, "live"),
         },
-        quantization=Quantization(8, 64, symmetric=False),
+        quantization=Quantization(8, 64, symmetric=False, method="rtn"),
         default="clinic",
         context_length=2048,
     )
@@ -59,7 +59,7 @@ def test_a_good_recipe() -> None:
 
 def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
-    assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="rtn"))
+    assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
     assert parse('base = "m"\n[variants.base]\n').variants == {"base": VariantRecipe({})}
 
 

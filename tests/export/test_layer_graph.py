@@ -12,7 +12,7 @@ import torch
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base import Base
 from edgelora_export.layer_graph import HIDDEN, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.store import read_linear
+from edgelora_export.store import read_linear, read_norm
 from tests.tiny import load_base, random_tokens
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def test_layers_one_by_one_give_transformers_hidden_states(tiny_base: Path) -> N
     model = load_base(tiny_base)
     with torch.no_grad():
         expected = model(torch.tensor([tokens]), output_hidden_states=True)
-    norms = {norm.name: base.tensor(norm.tensor) for norm in decoder.norms}
-    weights = {"rotary.cos": decoder.rotary_cos, "rotary.sin": decoder.rotary_sin, **norms}
+    norms = {norm.name: read_norm(base, norm) for norm in decoder.norms}
+    weights = {**decoder.rotary_tables, **norms}
     weights |= {linear.name: read_linear(base, linear, None) for linear in decoder.linears}
     weights["head"] = base.tensor(decoder.head)
     hidden = base.tensor(decoder.embedding)[tokens][None]

@@ -133,7 +133,7 @@ class Change:
     def modules(self) -> Set[str]:
         return self.deltas.keys()
 
-    def dense(self, module: str) -> Floats:
+    def dense(self, module: str, weight: Floats) -> Floats:
         return self.deltas[module]
 
 

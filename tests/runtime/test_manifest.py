@@ -317,7 +317,7 @@ def test_later_minor_version_is_read_and_its_news_skipped() -> None:
     value = json.loads(example().dump())
     value["version"] = "1.7"
     value["router"] = {"file": "router.onnx"}
-    value["variants"]["m"]["fidelity"] = 0.99
+    value["variants"]["m"]["speed"] = 0.99
     value["files"]["tokenizer.json"]["mime"] = "application/json"
     assert parse_manifest(json.dumps(value).encode()) == example()
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgelora_export.architectures.gemma import read_gemma2, read_gemma3
+from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
+from edgelora_export.architectures.mistral import read_mistral
+from edgelora_export.architectures.olmo2 import read_olmo2
+from edgelora_export.architectures.phi3 import read_phi3
+from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
+from edgelora_export.architectures.smollm3 import read_smollm3
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -12,7 +19,18 @@ if TYPE_CHECKING:
 
     from edgelora_export.decoder import Decoder
 
-_READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {"llama": read_llama}
+_READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
+    "gemma2": read_gemma2,
+    "gemma3_text": read_gemma3,
+    "granite": read_granite,
+    "llama": read_llama,
+    "mistral": read_mistral,
+    "olmo2": read_olmo2,
+    "phi3": read_phi3,
+    "qwen2": read_qwen2,
+    "qwen3": read_qwen3,
+    "smollm3": read_smollm3,
+}
 
 
 def native_types() -> list[str]:
@@ -23,7 +41,7 @@ def native_types() -> list[str]:
 def read_decoder(config: dict[str, Any], context_length: int | None = None) -> Decoder:
     """The decoder that a Hugging Face config describes.
 
-    context_length: positions that the bundle can hold; None for the model's own, at most 32768.
+    context_length: positions that the bundle can hold; None for the model's own, at most 32768, or the original one of long RoPE.
     Raises InputError for an architecture or a setting that the builder cannot express.
     """
     kind = config.get("model_type")

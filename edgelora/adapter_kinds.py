@@ -1,0 +1,76 @@
+"""Kinds of LoRA adapters whose ΔW depends on the base's weight: DoRA, PiSSA, OLoRA, whole saved layers. Arrays to arrays."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float32]
+
+# Settings of PEFT under which an adapter does something else than to change weights, always, of the layers that it names.
+_OTHER_KINDS = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_qalora",
+)
+_FROM_BASE = ("pissa", "olora")  # inits that are functions of the base's weight, and so can be computed again
+_SPELLED = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+
+
+def base_init(config: Mapping[str, Any]) -> str | None:
+    """The init that took its factors out of the base, "pissa" or "olora"; None where the base stayed as it was."""
+    init = config.get("init_lora_weights", True)
+    return init.lower() if isinstance(init, str) and init.lower() in _FROM_BASE else None
+
+
+def unsupported(config: Mapping[str, Any]) -> list[str]:
+    """Why an adapter's ΔW cannot be computed from it and the base, one reason per setting."""
+    reasons = []
+    if config.get("peft_type") != "LORA":
+        reasons.append(f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be mixed")
+    elif not isinstance(config.get("lora_alpha"), int | float):
+        reasons.append(f"lora_alpha is {config.get('lora_alpha')!r}, not a number")
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        reasons.append("it trains biases, which are not supported")
+    reasons += [f"{key} is set: that is not a plain sum on a linear layer" for key in _OTHER_KINDS if config.get(key)]
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and _SPELLED.match(init.lower()) and base_init(config) is None:
+        why = "by a random decomposition" if init.lower().startswith("pissa_niter") else "by data or a quantizer that it lacks"
+        reasons.append(
+            f"init_lora_weights is {init!r}, which changes the base {why}; save it converted to plain LoRA "
+            "(PEFT's path_initial_model_for_weight_conversion)"
+        )
+    return reasons
+
+
+def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Floats:
+    """What PEFT took out of a base's weight (N, K) when it initialized the factors.
+
+    pissa: the best matrix of the rank (arXiv 2404.02948). olora: scale times the first columns of Q by the first rows of R
+    (arXiv 2406.01775). Signs of singular vectors and of Q's columns, which libraries choose, cancel in the product.
+    """
+    if kind == "pissa":
+        u, s, vt = np.linalg.svd(weight, full_matrices=False)
+        product: Floats = (u[:, :rank] * s[:rank]) @ vt[:rank]
+    else:
+        q, r = np.linalg.qr(weight)
+        product = np.float32(scale) * (q[:, :rank] @ r[:rank])
+    return product
+
+
+def rescale_rows(weight: Floats, magnitude: Floats) -> Floats:
+    """DoRA: each row of W + ΔW brought to its trained norm, magnitude (N,) (arXiv 2402.09353, equation 5)."""
+    rescaled: Floats = weight * (magnitude / np.linalg.norm(weight, axis=1))[:, None]
+    return rescaled

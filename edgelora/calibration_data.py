@@ -1,0 +1,115 @@
+"""What variants are quantized and judged on: rows that their adapters were trained on, and general text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from typing import TYPE_CHECKING
+
+from edgelora.rows import Row, read_rows
+from edgelora_export.calibration import Calibration, Sample
+from edgelora_runtime.cache import shared_prefix
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from edgelora.adapters import Adapter
+
+    Encode = Callable[[str], list[int]]
+
+LONGEST = 512  # tokens of one sample; the rest is left out
+LEAST_TOKENS = 16384  # to quantize on, as far as the data go; wider models need twice their widest input
+HELD_OUT_TOKENS = 2048  # to judge on
+_HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are
+
+
+def find_training_data(adapter: Adapter) -> Path | None:
+    """The file that an adapter was trained on, if edgelora.json says where and it is still the same; else None."""
+    provenance = adapter.provenance
+    if provenance is None or not provenance.data_file:
+        return None
+    path = adapter.folder / provenance.data_file
+    if not path.is_file() or hash_data(path) != provenance.data_sha256:
+        return None
+    return path
+
+
+def hash_data(path: Path) -> str:
+    """SHA-256 of a data file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def gather_calibration(files: Sequence[Path], encode: Encode, *, widest: int, seed: int = 0) -> Calibration:
+    """Samples from data files, in turn from each, shuffled; a part of each is held out.
+
+    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; the
+    second moments of fewer than twice as many tokens mislead GPTQ.
+    """
+    budget = max(LEAST_TOKENS, 2 * widest)
+    piles = [_shuffle(path, seed) for path in dict.fromkeys(files)]
+    fit: list[Sample] = []
+    held_out: list[Sample] = []
+    fit_tokens = held_out_tokens = 0
+    for place in range(max(map(len, piles), default=0)):
+        for pile in piles:
+            if place >= len(pile) or (sample := _encode(pile[place], encode)) is None:
+                continue
+            if place % _HELD_OUT_SHARE == 0 and held_out_tokens < HELD_OUT_TOKENS:
+                held_out.append(sample)
+                held_out_tokens += len(sample.tokens)
+            elif fit_tokens < budget:
+                fit.append(sample)
+                fit_tokens += len(sample.tokens)
+        if fit_tokens >= budget and held_out_tokens >= HELD_OUT_TOKENS:
+            break
+    sources = {_label(path, files): hash_data(path) for path in dict.fromkeys(files)}
+    return Calibration(tuple(fit), tuple(held_out), sources)
+
+
+def _label(path: Path, files: Sequence[Path]) -> str:
+    """A file's name, with its folder's before it where two files share one."""
+    names = [other.name for other in dict.fromkeys(files)]
+    label = path.name if names.count(path.name) == 1 else f"{path.resolve().parent.name}/{path.name}"
+    return "".join(filter(str.isprintable, label))
+
+
+def _shuffle(path: Path, seed: int) -> list[Row | str]:
+    """A file's rows or texts, in an order that its content and the seed decide."""
+    items: list[Row | str] = [*_read_texts(path)] or [*read_rows(path)]
+    random.Random(f"{seed} {len(items)}").shuffle(items)  # noqa: S311  (not for secrets)
+    return items
+
+
+def _read_texts(path: Path) -> list[str]:
+    """The texts of a file of {"text": …}; none where its first line is something else."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        values = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
+        return []  # read_rows says what is wrong with it
+    if not values or not isinstance(values[0], dict) or "text" not in values[0]:
+        return []
+    if wrong := [n for n, value in enumerate(values, 1) if not isinstance(value, dict) or not isinstance(value.get("text"), str)]:
+        raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, as the first one is')
+    return [value["text"] for value in values]
+
+
+def _encode(item: Row | str, encode: Encode) -> Sample | None:
+    """A row or text as tokens; None where nothing is left to predict."""
+    if isinstance(item, str):
+        tokens = encode(item)[:LONGEST]
+        return Sample(tuple(tokens)) if len(tokens) > 1 else None
+    whole = encode(item.prompt + item.completion)
+    start = max(1, shared_prefix(encode(item.prompt), whole))
+    tokens = whole[:LONGEST]
+    return Sample(tuple(tokens), start) if start < len(tokens) else None
+
+
+def find_sources(adapters: Mapping[str, Adapter], general: Path | None) -> tuple[list[Path], list[str]]:
+    """Data files of some adapters and the general one; and the adapters whose data are not to be found."""
+    found = {name: find_training_data(adapter) for name, adapter in adapters.items()}
+    files = [path for path in found.values() if path is not None]
+    return [*files, *([general] if general else [])], [name for name, path in found.items() if path is None]

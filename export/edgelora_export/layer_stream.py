@@ -1,0 +1,108 @@
+"""Runs a decoder layer by layer in float32, on weights that are read one layer at a time and then forgotten."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
+from edgelora_export.store import read_bias, read_end, read_linear, read_norm, read_rows, touches_ends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_export.base import Base
+    from edgelora_export.calibration import Sample
+    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.variants import Delta
+
+    Floats = NDArray[np.float32]
+
+_HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a gigabyte
+
+
+def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
+    """The hidden states (T, H) that enter the first layer of the float base with a delta added, per sample."""
+    tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
+    changed = touches_ends(delta, decoder)
+    rows = read_end(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
+    rows = rows * np.float32(decoder.embedding_multiplier)
+    return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
+
+
+def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) -> dict[str, Floats]:
+    """One layer's weights in float32, by their names in the whole graph; a delta is added to the products that it touches."""
+    layer = decoder.layers[index]
+    weights = {**decoder.rotary_tables, **{norm.name: read_norm(base, norm) for norm in layer.norms}}
+    for linear in layer.linears:
+        weights[linear.name] = read_linear(base, linear, delta)
+        if linear.bias:
+            weights[f"{linear.name}.bias"] = read_bias(base, linear)
+    return weights
+
+
+class LayerStream:
+    """The sessions that run layers: one for each kind of layer, whatever their number."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, Floats],
+        hidden: Sequence[Floats],
+        on_input: Callable[[Linear, Floats], None] = lambda linear, inputs: None,
+    ) -> list[Floats]:
+        """Takes hidden states (T, H), one array a sequence, through one layer.
+
+        weights: see read_layer. on_input(product, inputs (T, K)) is called for each product and sequence.
+        """
+        model, names, taps = build_layer_graph(self._decoder, index)
+        session = self._session(model)
+        fixed = {short: weights[name] for name, short in names.items()}
+        after: list[Floats] = []
+        for states in hidden:
+            out, *inputs = session.run([HIDDEN_OUT, *taps], fixed | {HIDDEN: states[None]})
+            after.append(out[0])
+            for linear, tapped in zip(self._decoder.layers[index].linears, inputs, strict=True):
+                on_input(linear, tapped[0])
+        return after
+
+    def normed(self, base: Base, hidden: Floats) -> Floats:
+        """Final hidden states (T, H) as the head takes them."""
+        mean = np.square(hidden).mean(axis=1, keepdims=True)
+        normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
+        return normed * read_norm(base, self._decoder.final_norm)
+
+    def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
+        """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
+        decoder = self._decoder
+        model, names = build_head_graph(decoder)
+        session = self._session(model)
+        head = "embedding" if decoder.tied else "head"
+        norm = read_norm(base, decoder.final_norm)
+        changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
+        parts = []
+        for start in range(0, decoder.vocab_size, _HEAD_ROWS):
+            wanted = np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size))
+            rows = read_rows(base, decoder.head, wanted) if changed is None else changed[wanted]
+            weights = {head: rows, decoder.final_norm.name: norm}
+            feeds = {short: weights[name] for name, short in names.items()}
+            parts.append(session.run([LOGITS], feeds | {HIDDEN: hidden[None]})[0][0])
+        return np.concatenate(parts, axis=1)
+
+    def _session(self, model: ir.Model) -> ort.InferenceSession:
+        raw = ir.serde.serialize_model(model).SerializeToString()
+        if raw not in self._sessions:
+            options = ort.SessionOptions()
+            options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs
+            options.log_severity_level = 3
+            self._sessions[raw] = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        return self._sessions[raw]

@@ -1,0 +1,123 @@
+"""Quantizes the products of one variant, layer after layer: rounded to nearest, or by GPTQ on inputs from the layers before."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_export.calibration import Moments
+from edgelora_export.gptq import output_error, quantize_gptq
+from edgelora_export.int4 import BlockQuantized, quantize_rtn
+from edgelora_export.layer_stream import LayerStream, embed, read_layer
+from edgelora_export.store import Weights, load_matrix, read_linear, store_matrix, store_rounded, touches
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora_export.base import Base
+    from edgelora_export.calibration import Calibration, Sample
+    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.int4 import Grid
+    from edgelora_export.variants import Delta, Quantization
+
+    Floats = NDArray[np.float32]
+
+
+def store_products(
+    base: Base,
+    decoder: Decoder,
+    delta: Delta | None,
+    shared: Weights,
+    folder: Path,
+    quantization: Quantization,
+    *,
+    bare: Weights | None = None,
+    calibration: Calibration | None = None,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> Weights:
+    """The weights of a variant: `shared` and every product of the base with the delta added.
+
+    bare: the bare base's weights, whose products are taken over where the delta touches nothing. calibration: what GPTQ is
+    given to see; without it, and for method rtn, weights are rounded to nearest.
+    """
+    weights = Weights() | shared
+    stream = None
+    if calibration is not None and calibration.fit and quantization.method == "gptq":
+        stream = _QuantizedStream(base, decoder, calibration, weights, folder)
+    for index, layer in enumerate(decoder.layers):
+        on_layer(index)
+        own = [linear for linear in layer.linears if bare is None or touches(delta, linear)]
+        for linear in layer.linears:
+            if bare is not None and linear not in own:
+                weights.take(bare.only(linear.name))
+        if stream is not None:
+            stream.quantize_layer(index, delta, own, quantization)
+            continue
+        for linear in own:
+            weight = read_linear(base, linear, delta)
+            weights.take(store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
+    return weights
+
+
+class _QuantizedStream:
+    """Calibration sequences on their way through the layers, each of which is quantized before they pass it."""
+
+    def __init__(self, base: Base, decoder: Decoder, calibration: Calibration, weights: Weights, folder: Path) -> None:
+        self._base, self._decoder, self._weights, self._folder = base, decoder, weights, folder
+        self._stream = LayerStream(decoder)
+        self._fit = self._embed(calibration.fit)
+        self._held_out = self._embed(calibration.held_out)
+
+    def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization) -> None:
+        """Stores the products `own` of a layer, and takes the sequences through the layer as it is stored."""
+        layer = self._decoder.layers[index]
+        running = read_layer(self._base, self._decoder, index, delta)
+        moments = {linear.name: Moments(linear.columns) for linear in own}
+        held_out: dict[str, list[Floats]] = {linear.name: [] for linear in own}
+
+        def observe(linear: Linear, inputs: Floats) -> None:
+            if linear.name in moments:
+                moments[linear.name].add(inputs)
+
+        def keep(linear: Linear, inputs: Floats) -> None:
+            if linear.name in held_out:
+                held_out[linear.name].append(inputs)
+
+        if own:
+            self._stream.run(index, running, self._fit, observe)
+            self._stream.run(index, running, self._held_out, keep)
+        for linear in own:
+            grid = quantization.grid(linear.name)
+            assert grid is not None  # gptq goes with quantized products alone
+            seen, unseen = moments.pop(linear.name).total(), held_out.pop(linear.name)
+            matrix = _quantize(running[linear.name], grid, seen, np.concatenate(unseen) if unseen else None)
+            self._weights.take(store_matrix(self._folder, linear.name, matrix))
+        if index + 1 == len(self._decoder.layers):
+            return
+        for linear in layer.linears:
+            stored = load_matrix(self._folder, linear.name, self._weights, linear.columns)
+            running[linear.name] = stored.dequantize() if isinstance(stored, BlockQuantized) else stored
+        self._fit = self._stream.run(index, running, self._fit)
+        self._held_out = self._stream.run(index, running, self._held_out)
+
+    def _embed(self, samples: Sequence[Sample]) -> list[Floats]:
+        """The hidden states (T, H) that enter the first layer, from the embedding as it is stored."""
+        stored = load_matrix(self._folder, "embedding", self._weights, self._decoder.hidden_size)
+        if not isinstance(stored, BlockQuantized):
+            return embed(self._base, self._decoder, samples)
+        scale = np.float32(self._decoder.embedding_multiplier)
+        return [stored.rows(np.array(sample.tokens)).dequantize() * scale for sample in samples]
+
+
+def _quantize(weight: Floats, grid: Grid, moments: Floats, held_out: Floats | None) -> BlockQuantized:
+    """GPTQ, or rounding to nearest where that serves inputs (T, K) better that GPTQ has not seen."""
+    compensated = quantize_gptq(weight, moments, **asdict(grid))
+    if held_out is None:
+        return compensated
+    rounded = quantize_rtn(weight, **asdict(grid))
+    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, held_out))
