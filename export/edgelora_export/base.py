@@ -75,17 +75,13 @@ class Base:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32, in the shape that the checkpoint has; InputError if absent or not finite."""
-        values = self._raw(name).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise InputError(f"tensor {name} of base {self.folder} holds NaN or infinity; the checkpoint is broken")
-        return values
+        return self._as_float(name, self._raw(name))
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Some rows of a matrix as float32, read without the others."""
         self._check_name(name)
         with safe_open(self.shards[name], framework="numpy") as file:
-            part: NDArray[Any] = file.get_slice(name)[start:stop]
-        return part.astype(np.float32)
+            return self._as_float(name, file.get_slice(name)[start:stop])
 
     @cached_property
     def sha256(self) -> str:
@@ -101,6 +97,12 @@ class Base:
         self._check_name(name)
         with safe_open(self.shards[name], framework="numpy") as file:
             values: NDArray[Any] = file.get_tensor(name)
+        return values
+
+    def _as_float(self, name: str, raw: NDArray[Any]) -> NDArray[np.float32]:
+        values = raw.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise InputError(f"tensor {name} of base {self.folder} holds NaN or infinity; the checkpoint is broken")
         return values
 
     def _check_name(self, name: str) -> None:

@@ -14,7 +14,7 @@ from edgelora_export.graph import build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.publish import write_file
 from edgelora_export.quantizing import store_products
-from edgelora_export.store import Weights, read_end, read_linear, store_ends, store_norms, store_rounded, touches, touches_ends
+from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
@@ -124,11 +124,12 @@ class Draft:
         quantization = self.quantization.raise_to_int8(products)
         linears = {linear.name: linear for linear in self.decoder.linears}
         for product in products:
+            delta, grid = self.variants[name].delta, quantization.grid(product)
             if product in linears:
-                weight = read_linear(self.base, linears[product], self.variants[name].delta)
+                stored = store_rounded(self.folder, product, read_linear(self.base, linears[product], delta), grid)
             else:
-                weight = read_end(self.base, self.decoder, product, self.variants[name].delta)
-            self.weights[name].take(store_rounded(self.folder, product, weight, quantization.grid(product)))
+                stored = store_end(self.base, self.decoder, product, delta, self.folder, grid)
+            self.weights[name].take(stored)
 
     def make_live(self, name: str) -> None:
         """Gives up a merged variant's weights, and runs its mix beside the bare base's."""

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora_export.calibration import Moments
-from edgelora_export.gptq import DAMPING, output_error, quantize_gptq
-from edgelora_export.int4 import quantize_rtn
+from edgelora_export.gptq import DAMPING, Compensator, output_error
+from edgelora_export.int4 import quantize_rtn, stack_rows
 from edgelora_export.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.store import Weights, store_matrix, store_rounded
+from edgelora_export.store import Weights, read_end_rows, store_end, store_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -44,15 +44,14 @@ def store_embeddings(
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
     them together, by GPTQ if the method says so.
     """
-    grid = quantization.grid("embedding")
+    name = "embedding" if decoder.tied else "head"
+    grid = quantization.grid(name)
     weights = Weights()
     if not decoder.tied:
-        weights.take(store_rounded(folder, "embedding", base.tensor(decoder.embedding), grid))
-        grid = quantization.grid("head")
-    name, matrix = "embedding" if decoder.tied else "head", base.tensor(decoder.head)
+        weights.take(store_end(base, decoder, "embedding", None, folder, quantization.grid("embedding")))
     lanes = [lane for lane in lanes if lane[1].fit]
     if grid is None or quantization.method != "gptq" or not lanes:
-        return weights | store_rounded(folder, name, matrix, grid)
+        return weights | store_end(base, decoder, name, None, folder, grid)
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     for delta, calibration in lanes:
@@ -64,9 +63,11 @@ def store_embeddings(
         for states in fit:
             moments.add(stream.normed(base, states))
         held_out += [stream.normed(base, states) for states in unseen]
-    best = quantize_gptq(matrix, moments.total(), **asdict(grid), damping=TIED_DAMPING if decoder.tied else DAMPING)
-    if held_out:
-        inputs = np.concatenate(held_out)
-        rounded = quantize_rtn(matrix, **asdict(grid))
-        best = min((best, rounded), key=lambda candidate: output_error(candidate.dequantize() - matrix, inputs))
-    return weights | store_matrix(folder, name, best)
+    compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
+    inputs = np.concatenate(held_out) if held_out else np.zeros((0, decoder.hidden_size), np.float32)
+    parts = []
+    for rows in read_end_rows(base, decoder, name, None):
+        candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))
+        errors = [output_error(candidate.dequantize() - rows, inputs) for candidate in candidates]
+        parts.append(candidates[int(np.argmin(errors))])
+    return weights | store_matrix(folder, name, stack_rows(parts))

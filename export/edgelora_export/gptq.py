@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.int4 import BlockQuantized, check_grid, pack_codes, search_grid
+from edgelora_export.int4 import BlockQuantized, check_grid, pack_codes, search_grid, stack_rows
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,31 +34,46 @@ def quantize_gptq(
     symmetric: bool = True,
     damping: float = DAMPING,
 ) -> BlockQuantized:
-    """Quantizes a weight so that its products with inputs like the calibration's change least.
+    """Quantizes a weight so that its products with inputs like the calibration's change least; see Compensator."""
+    return Compensator(moments, damping).quantize(weight, bits=bits, block_size=block_size, symmetric=symmetric)
 
-    weight: float32 (N, K), finite. moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K); any positive factor is
-    as good. damping: added to the moments' diagonal, in units of its mean. Inputs that are always 0 are rounded like RTN does.
-    Raises InputError for an impossible grid, for NaN or infinity, and for moments that belong to another width.
+
+class Compensator:
+    """What GPTQ knows of the inputs; rows of one weight can be quantized with it one part after the other.
+
+    moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K); any positive factor is as good. damping: added to the
+    moments' diagonal, in units of its mean. Raises InputError for NaN or infinity.
     """
-    check_grid(bits, block_size)
-    rows, columns = weight.shape
-    if moments.shape != (columns, columns):
-        raise InputError(f"moments have shape {moments.shape}; a weight of {columns} columns needs ({columns}, {columns})")
-    if not (np.isfinite(weight).all() and np.isfinite(moments).all()):
-        raise InputError("the weight or its calibration inputs hold NaN or infinity; check the base and the adapters")
-    factor, importance = _inverse_factor(moments, damping), np.diag(moments)
-    parts = [
-        _quantize_rows(weight[start : start + _ROWS], factor, importance, bits, block_size, symmetric)
-        for start in range(0, rows, _ROWS)
-    ]
-    codes, scales, zeros = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return BlockQuantized(codes, scales, None if symmetric else zeros, bits, block_size, columns)
+
+    def __init__(self, moments: Floats, damping: float = DAMPING) -> None:
+        if not np.isfinite(moments).all():
+            raise InputError("the calibration inputs hold NaN or infinity; check the base and the adapters")
+        self._importance = np.diag(moments).copy()
+        self._factor = _inverse_factor(moments, damping)
+
+    def quantize(self, weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True) -> BlockQuantized:
+        """The weight float32 (N, K) on the grid. Inputs that are always 0 are rounded like RTN does.
+
+        Raises InputError for an impossible grid, for NaN or infinity, and for moments that belong to another width.
+        """
+        check_grid(bits, block_size)
+        columns = weight.shape[1]
+        if columns != len(self._factor):
+            width = len(self._factor)
+            raise InputError(f"moments have shape ({width}, {width}); a weight of {columns} columns needs ({columns}, {columns})")
+        if not np.isfinite(weight).all():
+            raise InputError("the weight holds NaN or infinity; check the base and the adapters")
+        parts = [
+            _quantize_rows(weight[start : start + _ROWS], self._factor, self._importance, bits, block_size, symmetric)
+            for start in range(0, len(weight), _ROWS)
+        ]
+        return stack_rows(parts)
 
 
 def _quantize_rows(
     weight: Floats, factor: Floats, importance: Floats, bits: int, block_size: int, symmetric: bool
-) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8]]:
-    """Packed codes, scales and packed zero points of some rows; rows know nothing of each other."""
+) -> BlockQuantized:
+    """Quantizes some rows; rows know nothing of each other."""
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
     width = blocks * block_size
@@ -95,7 +110,8 @@ def _quantize_rows(
         if stop < columns:
             left[stop:columns] -= factor[start:stop, stop:].T @ errors
     packed = pack_codes(np.ascontiguousarray(codes.T).reshape(rows, blocks, block_size), bits)
-    return packed, np.ascontiguousarray(scales.T), pack_codes(np.ascontiguousarray(zeros.T), bits)
+    packed_zeros = None if symmetric else pack_codes(np.ascontiguousarray(zeros.T), bits)
+    return BlockQuantized(packed, np.ascontiguousarray(scales.T), packed_zeros, bits, block_size, columns)
 
 
 def output_error(difference: Floats, inputs: Floats) -> float:
@@ -121,15 +137,16 @@ def _inverse_factor(moments: Floats, damping: float) -> Floats:
     diagonal = matrix.diagonal()
     diagonal[diagonal <= 0] = 1  # inputs that are always 0: nothing to answer for, nothing to answer with
     mean = float(diagonal.mean())
+    added = 0.0
     for share in (damping, 10 * damping, 100 * damping):
-        damped = matrix.clone()
-        damped.diagonal().add_(share * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.add_((share - added) * mean)
+        added = share
+        lower, failed = torch.linalg.cholesky_ex(matrix)
         if not failed:
             break
     else:
         raise InputError("the calibration inputs' second moments are not positive; give more or other calibration rows")
-    del damped, matrix
+    del matrix, diagonal
     inverse = torch.linalg.solve_triangular(lower, torch.eye(columns, dtype=kind), upper=False)
     # R = reversed L, so R⁻¹ = reversed L⁻¹.
     return np.ascontiguousarray(inverse.numpy()[::-1, ::-1], np.float32)

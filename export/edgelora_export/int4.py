@@ -15,6 +15,8 @@ import numpy as np
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
@@ -87,6 +89,20 @@ class BlockQuantized:
             zero = unpack_codes(self.zero_points, self.bits)[:, :blocks, None].astype(np.float32)
         weight = (codes - zero) * self.scales[:, :, None]
         return np.ascontiguousarray(weight.reshape(rows, -1)[:, : self.columns])
+
+
+def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
+    """One weight from parts that hold its rows one after the other, all on one grid."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    zeros = (
+        None
+        if first.zero_points is None
+        else np.concatenate([part.zero_points for part in parts if part.zero_points is not None])
+    )
+    codes, scales = np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
+    return BlockQuantized(codes, scales, zeros, first.bits, first.block_size, first.columns)
 
 
 def pack_codes(codes: Codes, bits: int) -> Codes:

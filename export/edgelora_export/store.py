@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_export.blobs import StoredTensor, read_stored, write_blob
-from edgelora_export.int4 import BlockQuantized, Grid, quantize_rtn
+from edgelora_export.int4 import BlockQuantized, Grid, quantize_rtn, stack_rows
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_ROWS = 4096  # of a matrix read at once
+_ROWS = 8192  # of a matrix read at once
 
 
 @dataclass
@@ -93,24 +93,41 @@ def read_norm(base: Base, norm: Norm) -> Floats:
 def store_ends(base: Base, decoder: Decoder, delta: Delta | None, folder: Path, quantization: Quantization) -> Weights:
     """The embedding, and the head where it is not the same tensor, with a delta added, rounded to nearest."""
     weights = Weights()
-    for name in _end_modules(decoder):
-        weights.take(store_rounded(folder, name, read_end(base, decoder, name, delta), quantization.grid(name)))
+    for name in end_modules(decoder):
+        weights.take(store_end(base, decoder, name, delta, folder, quantization.grid(name)))
     return weights
 
 
+def store_end(base: Base, decoder: Decoder, name: str, delta: Delta | None, folder: Path, grid: Grid | None) -> Weights:
+    """The `embedding` or the `head` with a delta added, rounded to nearest a part at a time, or as it is without a grid."""
+    if grid is None:
+        return Weights(write_blob(folder, {name: read_end(base, decoder, name, delta)}))
+    parts = [quantize_rtn(rows, **asdict(grid)) for rows in read_end_rows(base, decoder, name, delta)]
+    return store_matrix(folder, name, stack_rows(parts))
+
+
+def read_end_rows(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Iterator[Floats]:
+    """The weight (V, H) of the `embedding` or the `head`, with a delta added where it has one for it, some rows at a time."""
+    if touches_ends(delta, decoder):
+        yield read_end(base, decoder, name, delta)
+        return
+    for start in range(0, decoder.vocab_size, _ROWS):
+        yield base.rows(f"{end_modules(decoder)[name]}.weight", start, min(start + _ROWS, decoder.vocab_size))
+
+
 def read_end(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Floats:
-    """The weight (V, H) of the `embedding` or the `head`, with a delta added where it has one for it."""
-    module = _end_modules(decoder)[name]
+    """The whole weight (V, H) of the `embedding` or the `head`, with a delta added where it has one for it."""
+    module = end_modules(decoder)[name]
     weight = base.tensor(f"{module}.weight")
     return weight + delta.dense(module, weight) if delta is not None and module in delta.modules else weight
 
 
 def touches_ends(delta: Delta | None, decoder: Decoder) -> bool:
     """Whether a delta changes the embedding or the head."""
-    return delta is not None and not delta.modules.isdisjoint(_end_modules(decoder).values())
+    return delta is not None and not delta.modules.isdisjoint(end_modules(decoder).values())
 
 
-def _end_modules(decoder: Decoder) -> dict[str, str]:
+def end_modules(decoder: Decoder) -> dict[str, str]:
     """Checkpoint modules of the embedding and, unless tied to it, of the head."""
     ends = {"embedding": decoder.embedding} if decoder.tied else {"embedding": decoder.embedding, "head": decoder.head}
     return {name: tensor.removesuffix(".weight") for name, tensor in ends.items()}
@@ -125,13 +142,13 @@ def check_modules(decoder: Decoder, modules: Iterable[str], owner: str, *, ends:
     """Refuses modules that are no linear layer of the decoder, nor, with `ends`, its embedding or head, in one message."""
     known = {module for linear in decoder.linears for module in linear.modules}
     if ends:
-        tied = set(modules) & {_end_modules(decoder)["embedding"], "lm_head"}
+        tied = set(modules) & {end_modules(decoder)["embedding"], "lm_head"}
         if decoder.tied and tied:
             raise InputError(
                 f"{owner} changes {', '.join(sorted(tied))}, and this base ties its head to its embedding: whether one or both "
                 "should change is not known; untie them (tie_word_embeddings) and train the adapter on that base"
             )
-        known |= set(_end_modules(decoder).values())
+        known |= set(end_modules(decoder).values())
     if unknown := sorted(set(modules) - known):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
         raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
