@@ -12,6 +12,7 @@ calibrated or chosen on: KL(PEFT ‖ arm) in nats per token of the completions, 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 from functools import partial
@@ -154,8 +155,10 @@ def load_peer(base: Path, adapter: Path, folder: Path, peer: Path) -> Logits:
         command = [str(peer), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built)]
         subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")], check=True, capture_output=True)
     session = ort.InferenceSession(built / "model.onnx", providers=["CPUExecutionProvider"])
+    # The builder leaves the cache's last dimension a name, so it is read from the configuration it writes.
+    head_size = json.loads((built / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
     empty = {
-        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        value.name: np.zeros((1, value.shape[1], 0, head_size), np.float32)
         for value in session.get_inputs()
         if value.name.startswith("past_key_values")
     }
