@@ -9,6 +9,7 @@ from edgelora_export.architectures import read_decoder
 from edgelora_export.calibration import Calibration
 from edgelora_export.draft import Draft
 from edgelora_export.gate import Gate, judge
+from edgelora_export.merge_base import choose_merge_base
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_export.store import check_modules
 from edgelora_runtime.errors import InputError
@@ -53,6 +54,10 @@ def build_bundle(
     _check(variants, decoder, quantization, live_adapters)
     with staged_folder(output, marker=MANIFEST) as folder:
         copy_texts(base, folder)
+        settled = {}
+        for done, variant in enumerate(variants):
+            on_progress(done, len(variants), f"choosing the base of {variant.name}")
+            settled[variant.name] = choose_merge_base(base, decoder, variant)
         on_progress(0, 1, "embedding")
         draft = Draft(
             base=base,
@@ -60,14 +65,14 @@ def build_bundle(
             folder=folder,
             default_variant=variants[0].name if default_variant is None else default_variant,
             quantization=quantization,
-            variants={variant.name: variant for variant in variants},
+            variants=settled,
             adapters=adapters,
             factors=live_adapters,
             base_calibration=base_calibration or Calibration(),
         )
         draft.on_layer = _count_layers(draft, on_progress)
         draft.store_weights()
-        manifest = draft.write()
+        manifest = draft.write(final=gate is None)
         if gate is not None:
             manifest = judge(draft, gate, on_progress)
     return manifest
