@@ -10,7 +10,7 @@ import numpy as np
 from edgelora_export.calibration import Moments
 from edgelora_export.gptq import DAMPING, Compensator, output_error
 from edgelora_export.int4 import quantize_rtn, stack_rows
-from edgelora_export.layer_stream import LayerStream, embed, read_layer
+from edgelora_export.layer_stream import LayerStream
 from edgelora_export.store import Weights, read_end_rows, store_end, store_matrix
 
 if TYPE_CHECKING:
@@ -52,19 +52,15 @@ def store_embeddings(
     lanes = [lane for lane in lanes if lane[1].fit]
     if grid is None or quantization.method != "gptq" or not lanes:
         return weights | store_end(base, decoder, name, None, folder, grid)
-    moments, held_out = Moments(decoder.hidden_size), []
+    moments, unseen = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     for delta, calibration in lanes:
-        fit, unseen = (embed(base, decoder, samples, delta) for samples in (calibration.fit, calibration.held_out))
-        for index in range(len(decoder.layers)):
-            on_layer(index)
-            layer = read_layer(base, decoder, index, delta)
-            fit, unseen = stream.run(index, layer, fit), stream.run(index, layer, unseen)
-        for states in fit:
-            moments.add(stream.normed(base, states))
-        held_out += [stream.normed(base, states) for states in unseen]
+        states = stream.final_states(base, (*calibration.fit, *calibration.unseen), delta, on_layer)
+        for item in states[: len(calibration.fit)]:
+            moments.add(stream.normed(base, item))
+        unseen += [stream.normed(base, item) for item in states[len(calibration.fit) :]]
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
-    inputs = np.concatenate(held_out) if held_out else np.zeros((0, decoder.hidden_size), np.float32)
+    inputs = np.concatenate(unseen) if unseen else np.zeros((0, decoder.hidden_size), np.float32)
     parts = []
     for rows in read_end_rows(base, decoder, name, None):
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))

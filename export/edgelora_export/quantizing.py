@@ -71,31 +71,31 @@ class _QuantizedStream:
         self._base, self._decoder, self._weights, self._folder = base, decoder, weights, folder
         self._stream = LayerStream(decoder)
         self._fit = self._embed(calibration.fit)
-        self._held_out = self._embed(calibration.held_out)
+        self._unseen = self._embed(calibration.unseen)
 
     def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization) -> None:
         """Stores the products `own` of a layer, and takes the sequences through the layer as it is stored."""
         layer = self._decoder.layers[index]
         running = read_layer(self._base, self._decoder, index, delta)
         moments = {linear.name: Moments(linear.columns) for linear in own}
-        held_out: dict[str, list[Floats]] = {linear.name: [] for linear in own}
+        unseen: dict[str, list[Floats]] = {linear.name: [] for linear in own}
 
         def observe(linear: Linear, inputs: Floats) -> None:
             if linear.name in moments:
                 moments[linear.name].add(inputs)
 
         def keep(linear: Linear, inputs: Floats) -> None:
-            if linear.name in held_out:
-                held_out[linear.name].append(inputs)
+            if linear.name in unseen:
+                unseen[linear.name].append(inputs)
 
         if own:
             self._stream.run(index, running, self._fit, observe)
-            self._stream.run(index, running, self._held_out, keep)
+            self._stream.run(index, running, self._unseen, keep)
         for linear in own:
             grid = quantization.grid(linear.name)
             assert grid is not None  # gptq goes with quantized products alone
-            seen, unseen = moments.pop(linear.name).total(), held_out.pop(linear.name)
-            matrix = _quantize(running[linear.name], grid, seen, np.concatenate(unseen) if unseen else None)
+            seen, others = moments.pop(linear.name).total(), unseen.pop(linear.name)
+            matrix = _quantize(running[linear.name], grid, seen, np.concatenate(others) if others else None)
             self._weights.take(store_matrix(self._folder, linear.name, matrix))
         if index + 1 == len(self._decoder.layers):
             return
@@ -103,7 +103,7 @@ class _QuantizedStream:
             stored = load_matrix(self._folder, linear.name, self._weights, linear.columns)
             running[linear.name] = stored.dequantize() if isinstance(stored, BlockQuantized) else stored
         self._fit = self._stream.run(index, running, self._fit)
-        self._held_out = self._stream.run(index, running, self._held_out)
+        self._unseen = self._stream.run(index, running, self._unseen)
 
     def _embed(self, samples: Sequence[Sample]) -> list[Floats]:
         """The hidden states (T, H) that enter the first layer, from the embedding as it is stored."""
@@ -114,10 +114,10 @@ class _QuantizedStream:
         return [stored.rows(np.array(sample.tokens)).dequantize() * scale for sample in samples]
 
 
-def _quantize(weight: Floats, grid: Grid, moments: Floats, held_out: Floats | None) -> BlockQuantized:
+def _quantize(weight: Floats, grid: Grid, moments: Floats, unseen: Floats | None) -> BlockQuantized:
     """GPTQ, or rounding to nearest where that serves inputs (T, K) better that GPTQ has not seen."""
     compensated = quantize_gptq(weight, moments, **asdict(grid))
-    if held_out is None:
+    if unseen is None:
         return compensated
     rounded = quantize_rtn(weight, **asdict(grid))
-    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, held_out))
+    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, unseen))
