@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.calibration import Moments
+from edgelora_export.calibration import Moments, take_share
 from edgelora_export.gptq import DAMPING, Compensator, output_error
 from edgelora_export.int4 import quantize_rtn, stack_rows
 from edgelora_export.layer_stream import LayerStream, embed, read_layer
@@ -42,7 +42,7 @@ def store_embeddings(
     """The embedding, and the head where it is not the embedding's own.
 
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
-    them together, by GPTQ if the method says so.
+    them together, by GPTQ if the method says so. Each gives its share of the tokens, so that more variants take no longer.
     """
     name = "embedding" if decoder.tied else "head"
     grid = quantization.grid(name)
@@ -55,7 +55,8 @@ def store_embeddings(
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     for delta, calibration in lanes:
-        fit, unseen = (embed(base, decoder, samples, delta) for samples in (calibration.fit, calibration.held_out))
+        shares = (take_share(samples, len(lanes)) for samples in (calibration.fit, calibration.held_out))
+        fit, unseen = (embed(base, decoder, samples, delta) for samples in shares)
         for index in range(len(decoder.layers)):
             on_layer(index)
             layer = read_layer(base, decoder, index, delta)

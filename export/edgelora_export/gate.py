@@ -132,7 +132,7 @@ def _why_not_live(draft: Draft, variant: Variant) -> str | None:
 
 def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
     with Runtime(draft.folder) as runtime:
-        return compare(draft, teacher, lambda tokens: runtime.logits(tokens, variant=name))
+        return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
 
 
 def _by_noise(teacher: Teacher) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,16 +13,17 @@ from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_g
 from edgelora_export.store import read_bias, read_end, read_linear, read_norm, read_rows, touches_ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Sample
-    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.decoder import Decoder
     from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
+    OnInput = Callable[[Floats], object]
 
 _HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a gigabyte
 
@@ -58,22 +60,41 @@ class LayerStream:
         index: int,
         weights: Mapping[str, Floats],
         hidden: Sequence[Floats],
-        on_input: Callable[[Linear, Floats], None] = lambda linear, inputs: None,
+        on_input: Mapping[str, OnInput] = MappingProxyType({}),
     ) -> list[Floats]:
         """Takes hidden states (T, H), one array a sequence, through one layer.
 
-        weights: see read_layer. on_input(product, inputs (T, K)) is called for each product and sequence.
+        weights: see read_layer. on_input: by product, what is called with its inputs (T, K) of each sequence.
         """
-        model, names, taps = build_layer_graph(self._decoder, index)
-        session = self._session(model)
-        fixed = {short: weights[name] for name, short in names.items()}
-        after: list[Floats] = []
+        return [found[HIDDEN_OUT] for found in self._fetch(index, weights, hidden, on_input, (HIDDEN_OUT,))]
+
+    def observe(
+        self, index: int, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> None:
+        """The same for the inputs of these products alone: nothing behind them is computed."""
+        for _ in self._fetch(index, weights, hidden, on_input):
+            pass
+
+    def _fetch(
+        self,
+        index: int,
+        weights: Mapping[str, Floats],
+        hidden: Sequence[Floats],
+        on_input: Mapping[str, OnInput],
+        outputs: Sequence[str] = (),
+    ) -> Iterator[dict[str, Floats]]:
+        """Runs what on_input and these outputs need of one layer, sequence by sequence; yields the outputs."""
+        graph = build_layer_graph(self._decoder, index)
+        session = self._session(graph.model)
+        fixed = {short: weights[name] for name, short in graph.weights.items()}
+        options = ort.RunOptions()
+        options.only_execute_path_to_fetches = True
+        wanted = [*outputs, *(graph.taps[product] for product in on_input)]
         for states in hidden:
-            out, *inputs = session.run([HIDDEN_OUT, *taps], fixed | {HIDDEN: states[None]})
-            after.append(out[0])
-            for linear, tapped in zip(self._decoder.layers[index].linears, inputs, strict=True):
-                on_input(linear, tapped[0])
-        return after
+            found = [value[0] for value in session.run(wanted, fixed | {HIDDEN: states[None]}, options)]
+            for callback, inputs in zip(on_input.values(), found[len(outputs) :], strict=True):
+                callback(inputs)
+            yield dict(zip(outputs, found, strict=False))
 
     def normed(self, base: Base, hidden: Floats) -> Floats:
         """Final hidden states (T, H) as the head takes them."""
@@ -84,8 +105,8 @@ class LayerStream:
     def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
         """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
         decoder = self._decoder
-        model, names = build_head_graph(decoder)
-        session = self._session(model)
+        graph = build_head_graph(decoder)
+        session = self._session(graph.model)
         head = "embedding" if decoder.tied else "head"
         norm = read_norm(base, decoder.final_norm)
         changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
@@ -94,7 +115,7 @@ class LayerStream:
             wanted = np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size))
             rows = read_rows(base, decoder.head, wanted) if changed is None else changed[wanted]
             weights = {head: rows, decoder.final_norm.name: norm}
-            feeds = {short: weights[name] for name, short in names.items()}
+            feeds = {short: weights[name] for name, short in graph.weights.items()}
             parts.append(session.run([LOGITS], feeds | {HIDDEN: hidden[None]})[0][0])
         return np.concatenate(parts, axis=1)
 
@@ -104,5 +125,6 @@ class LayerStream:
             options = ort.SessionOptions()
             options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs
             options.log_severity_level = 3
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # numpy needs the cores between calls
             self._sessions[raw] = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
         return self._sessions[raw]

@@ -79,18 +79,9 @@ class _QuantizedStream:
         running = read_layer(self._base, self._decoder, index, delta)
         moments = {linear.name: Moments(linear.columns) for linear in own}
         held_out: dict[str, list[Floats]] = {linear.name: [] for linear in own}
-
-        def observe(linear: Linear, inputs: Floats) -> None:
-            if linear.name in moments:
-                moments[linear.name].add(inputs)
-
-        def keep(linear: Linear, inputs: Floats) -> None:
-            if linear.name in held_out:
-                held_out[linear.name].append(inputs)
-
         if own:
-            self._stream.run(index, running, self._fit, observe)
-            self._stream.run(index, running, self._held_out, keep)
+            self._stream.observe(index, running, self._fit, {name: sums.add for name, sums in moments.items()})
+            self._stream.observe(index, running, self._held_out, {name: seen.append for name, seen in held_out.items()})
         for linear in own:
             grid = quantization.grid(linear.name)
             assert grid is not None  # gptq goes with quantized products alone
