@@ -216,7 +216,7 @@ def write_checkpoint(shape: Shape, cache: Path) -> Path:
 
 
 def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequence[str], *, rank: int, seed: int) -> Path:
-    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values; written unless it is there already."""
+    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values, written unless it is there."""
     if folder.exists():
         return folder
     generator = np.random.default_rng(seed)

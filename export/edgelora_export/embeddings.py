@@ -11,7 +11,8 @@ from edgelora_export.calibration import Moments, take_share
 from edgelora_export.gptq import DAMPING, Compensator, output_error
 from edgelora_export.int4 import quantize_rtn, stack_rows
 from edgelora_export.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.store import Weights, read_end_rows, store_end, store_matrix
+from edgelora_export.quantizing import compensates
+from edgelora_export.store import Weights, end_modules, read_end_rows, store_end, store_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from edgelora_export.base import Base
     from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
+    from edgelora_export.int4 import BlockQuantized, Grid
+    from edgelora_export.journal import Lane
     from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
@@ -37,21 +40,37 @@ def store_embeddings(
     folder: Path,
     quantization: Quantization,
     lanes: Sequence[tuple[Delta | None, Calibration]],
+    finished: Lane,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> Weights:
     """The embedding, and the head where it is not the embedding's own.
 
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
     them together, by GPTQ if the method says so. Each gives its share of the tokens, so that more variants take no longer.
+    finished: what an earlier run has stored of it.
     """
-    name = "embedding" if decoder.tied else "head"
-    grid = quantization.grid(name)
     weights = Weights()
-    if not decoder.tied:
-        weights.take(store_end(base, decoder, "embedding", None, folder, quantization.grid("embedding")))
-    lanes = [lane for lane in lanes if lane[1].fit]
-    if grid is None or quantization.method != "gptq" or not lanes:
-        return weights | store_end(base, decoder, name, None, folder, grid)
+    for name in end_modules(decoder):
+        stored = finished.find(name)
+        if stored is None:
+            grid, seen = quantization.grid(name), [lane for lane in lanes if compensates(quantization, lane[1])]
+            if grid is not None and seen and name == decoder.head_product:
+                matrix = _compensate(base, decoder, grid, seen, on_layer)
+                stored = finished.note(name, store_matrix(folder, name, matrix))
+            else:
+                stored = finished.note(name, store_end(base, decoder, name, None, folder, grid))
+        weights.take(stored)
+    return weights
+
+
+def _compensate(
+    base: Base,
+    decoder: Decoder,
+    grid: Grid,
+    lanes: Sequence[tuple[Delta | None, Calibration]],
+    on_layer: Callable[[int], None],
+) -> BlockQuantized:
+    """The head, quantized on the final states that each lane's float model has on its share of its calibration tokens."""
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     for delta, calibration in lanes:
@@ -67,8 +86,8 @@ def store_embeddings(
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
     inputs = np.concatenate(held_out) if held_out else np.zeros((0, decoder.hidden_size), np.float32)
     parts = []
-    for rows in read_end_rows(base, decoder, name, None):
+    for rows in read_end_rows(base, decoder, decoder.head_product, None):
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))
         errors = [output_error(candidate.dequantize() - rows, inputs) for candidate in candidates]
         parts.append(candidates[int(np.argmin(errors))])
-    return weights | store_matrix(folder, name, stack_rows(parts))
+    return stack_rows(parts)

@@ -67,11 +67,6 @@ class InputWeights:
         self._prefix = prefix
         self.inputs: dict[str, ir.Value] = {}  # by the weight's full name
 
-    @property
-    def names(self) -> dict[str, str]:
-        """The input's name by the weight's full name."""
-        return {name: str(value.name) for name, value in self.inputs.items()}
-
     def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:  # noqa: ARG002
         value = ir.Value(name=name.removeprefix(self._prefix), type=ir.TensorType(ir.DataType.FLOAT))
         self.inputs[name] = value

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from edgelora_export.block import Positions, Residual, add_block
 from edgelora_export.graph import read_logits
 from edgelora_export.graph_builder import GraphBuilder, InputWeights, describe, graph_input
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from edgelora_export.decoder import Decoder
 
@@ -32,10 +33,11 @@ class WeightlessGraph:
     taps: Mapping[str, str] = field(default_factory=dict)
 
 
-def build_layer_graph(decoder: Decoder, index: int) -> WeightlessGraph:
+def build_layer_graph(decoder: Decoder, index: int, tapped: Collection[str] = (), *, whole: bool = True) -> WeightlessGraph:
     """One block in float32, from position 0 on: `hidden` (1, S, H) to `hidden_out` (1, S, H).
 
-    The first block's `hidden` is the embedding's rows times decoder.embedding_multiplier.
+    The first block's `hidden` is the embedding's rows times decoder.embedding_multiplier. tapped: the products that have
+    taps. whole: False leaves out `hidden_out` and all that no tap needs.
     """
     layer = decoder.layers[index]
     weights = InputWeights(f"layers.{index}.")
@@ -48,14 +50,19 @@ def build_layer_graph(decoder: Decoder, index: int) -> WeightlessGraph:
     block = add_block(b, decoder, layer, residual, (None, None), positions)
     out = residual.total()
     describe(out, HIDDEN_OUT, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
-    taps = []
+    taps = {product: b.op("Identity", block.taps[product]) for product in tapped}
     for place, linear in enumerate(layer.linears):
-        tap = b.op("Identity", block.taps[linear.name])
-        describe(tap, f"tap.{place}", ir.DataType.FLOAT, (1, "S", linear.columns))
-        taps.append(tap)
-    model = b.finish([hidden, *weights.inputs.values()], [out, *taps])
-    named = {linear.name: str(tap.name) for linear, tap in zip(layer.linears, taps, strict=True)}
-    return WeightlessGraph(model, weights.names, named)
+        if linear.name in taps:
+            describe(taps[linear.name], f"tap.{place}", ir.DataType.FLOAT, (1, "S", linear.columns))
+    outputs = [*([out] if whole else []), *taps.values()]
+    model = b.finish([hidden, *weights.inputs.values()], outputs)
+    if not whole:
+        RemoveUnusedNodesPass()(model)
+        for value in [value for value in model.graph.inputs if not value.uses()]:
+            model.graph.inputs.remove(value)
+    kept = set(model.graph.inputs)
+    names = {name: str(value.name) for name, value in weights.inputs.items() if value in kept}
+    return WeightlessGraph(model, names, {product: str(tap.name) for product, tap in taps.items()})
 
 
 def build_head_graph(decoder: Decoder) -> WeightlessGraph:
@@ -65,4 +72,5 @@ def build_head_graph(decoder: Decoder) -> WeightlessGraph:
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
     logits = read_logits(b, decoder, Residual(b, hidden, decoder.norm_epsilon))
     describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
-    return WeightlessGraph(b.finish([hidden, *weights.inputs.values()], [logits]), weights.names)
+    model = b.finish([hidden, *weights.inputs.values()], [logits])
+    return WeightlessGraph(model, {name: str(value.name) for name, value in weights.inputs.items()})

@@ -13,13 +13,14 @@ from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_g
 from edgelora_export.store import read_bias, read_end, read_linear, read_norm, read_rows, touches_ends
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Sample
     from edgelora_export.decoder import Decoder
+    from edgelora_export.layer_graph import WeightlessGraph
     from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
@@ -66,35 +67,29 @@ class LayerStream:
 
         weights: see read_layer. on_input: by product, what is called with its inputs (T, K) of each sequence.
         """
-        return [found[HIDDEN_OUT] for found in self._fetch(index, weights, hidden, on_input, (HIDDEN_OUT,))]
+        return self._run(build_layer_graph(self._decoder, index, on_input), weights, hidden, on_input)
 
     def observe(
         self, index: int, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
     ) -> None:
         """The same for the inputs of these products alone: nothing behind them is computed."""
-        for _ in self._fetch(index, weights, hidden, on_input):
-            pass
+        self._run(build_layer_graph(self._decoder, index, on_input, whole=False), weights, hidden, on_input)
 
-    def _fetch(
-        self,
-        index: int,
-        weights: Mapping[str, Floats],
-        hidden: Sequence[Floats],
-        on_input: Mapping[str, OnInput],
-        outputs: Sequence[str] = (),
-    ) -> Iterator[dict[str, Floats]]:
-        """Runs what on_input and these outputs need of one layer, sequence by sequence; yields the outputs."""
-        graph = build_layer_graph(self._decoder, index)
+    def _run(
+        self, graph: WeightlessGraph, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> list[Floats]:
+        """What the graph makes of each sequence, if it is whole; its taps go to on_input."""
         session = self._session(graph.model)
         fixed = {short: weights[name] for name, short in graph.weights.items()}
-        options = ort.RunOptions()
-        options.only_execute_path_to_fetches = True
-        wanted = [*outputs, *(graph.taps[product] for product in on_input)]
+        outputs = [str(value.name) for value in graph.model.graph.outputs]
+        after: list[Floats] = []
         for states in hidden:
-            found = [value[0] for value in session.run(wanted, fixed | {HIDDEN: states[None]}, options)]
-            for callback, inputs in zip(on_input.values(), found[len(outputs) :], strict=True):
-                callback(inputs)
-            yield dict(zip(outputs, found, strict=False))
+            found = dict(zip(outputs, session.run(outputs, fixed | {HIDDEN: states[None]}), strict=True))
+            for product, callback in on_input.items():
+                callback(found[graph.taps[product]][0])
+            if HIDDEN_OUT in found:
+                after.append(found[HIDDEN_OUT][0])
+        return after
 
     def normed(self, base: Base, hidden: Floats) -> Floats:
         """Final hidden states (T, H) as the head takes them."""
@@ -107,7 +102,7 @@ class LayerStream:
         decoder = self._decoder
         graph = build_head_graph(decoder)
         session = self._session(graph.model)
-        head = "embedding" if decoder.tied else "head"
+        head = decoder.head_product
         norm = read_norm(base, decoder.final_norm)
         changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
         parts = []

@@ -215,7 +215,7 @@ def test_layers_one_by_one_give_transformers_hidden_states(config_class: Any, se
     hidden = base.tensor(decoder.embedding)[TOKENS][None] * np.float32(decoder.embedding_multiplier)
     for index, layer in enumerate(decoder.layers):
         np.testing.assert_allclose(hidden * unit, expected.hidden_states[index].numpy(), atol=TOLERANCE)
-        graph = build_layer_graph(decoder, index)
+        graph = build_layer_graph(decoder, index, [linear.name for linear in layer.linears])
         hidden, *taps = run(graph.model, {HIDDEN: hidden} | {name: weights[full] for full, name in graph.weights.items()})
         assert [tap.shape[-1] for tap in taps] == [linear.columns for linear in layer.linears]
     graph = build_head_graph(decoder)
