@@ -41,7 +41,7 @@ class Calibration:
         return sum(len(sample.tokens) for sample in self.fit)
 
 
-def take_share(samples: Sequence[Sample], parts: int) -> Sequence[Sample]:
+def take_share(samples: Sequence[Sample], parts: float) -> Sequence[Sample]:
     """The first samples that together have 1 / parts of all their tokens, at least one of them."""
     ends = np.cumsum([len(sample.tokens) for sample in samples])
     return samples[: 1 + int(np.searchsorted(ends, ends[-1] / parts))] if len(samples) else samples

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 # A tied matrix is read both ways: as the head, whose outputs GPTQ keeps, and row by row as the embedding, which plain rounding
 # serves best. Damping goes from the one to the other; figures are in docs/log.md.
 TIED_DAMPING = 1.0
+# Numbers in the final states that the head is quantized on: every variant's whole calibration set in a small model, and in a
+# large one about four states for each column, however many variants there are.
+_STATES = 1 << 25
 
 
 def store_embeddings(
@@ -46,7 +49,7 @@ def store_embeddings(
     """The embedding, and the head where it is not the embedding's own.
 
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
-    them together, by GPTQ if the method says so. Each gives its share of the tokens, so that more variants take no longer.
+    them together, by GPTQ if the method says so.
     finished: what an earlier run has stored of it.
     """
     weights = Weights()
@@ -73,8 +76,9 @@ def _compensate(
     """The head, quantized on the final states that each lane's float model has on its share of its calibration tokens."""
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
+    parts = max(1.0, sum(calibration.fit_tokens for _, calibration in lanes) * decoder.hidden_size / _STATES)
     for delta, calibration in lanes:
-        shares = (take_share(samples, len(lanes)) for samples in (calibration.fit, calibration.held_out))
+        shares = (take_share(samples, parts) for samples in (calibration.fit, calibration.held_out))
         fit, unseen = (embed(base, decoder, samples, delta) for samples in shares)
         for index in range(len(decoder.layers)):
             on_layer(index)
@@ -85,9 +89,9 @@ def _compensate(
         held_out += [stream.normed(base, states) for states in unseen]
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
     inputs = np.concatenate(held_out) if held_out else np.zeros((0, decoder.hidden_size), np.float32)
-    parts = []
+    matrices = []
     for rows in read_end_rows(base, decoder, decoder.head_product, None):
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))
         errors = [output_error(candidate.dequantize() - rows, inputs) for candidate in candidates]
-        parts.append(candidates[int(np.argmin(errors))])
-    return stack_rows(parts)
+        matrices.append(candidates[int(np.argmin(errors))])
+    return stack_rows(matrices)
