@@ -43,7 +43,8 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
     batch = max(_BATCH, size)
     for start in [*range(0, columns, batch)] * sweeps:
         stop = min(start + batch, columns)
-        near = moments[start:stop, start:stop] + np.float32(damping) * np.eye(stop - start, dtype=np.float32)
+        near = moments[start:stop, start:stop].copy()
+        near[np.diag_indices(stop - start)] += damping
         # The error's gradient, kept true for this batch alone.
         slope = moments[start:stop] @ errors + damping * errors[start:stop]
         for first in range(start, stop, size):
