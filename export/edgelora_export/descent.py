@@ -46,7 +46,8 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
         near = moments[start:stop, start:stop].copy()
         near[np.diag_indices(stop - start)] += damping
         # The error's gradient, kept true for this batch alone.
-        slope = moments[start:stop] @ errors + damping * errors[start:stop]
+        slope: Floats = moments[start:stop] @ errors
+        slope += damping * errors[start:stop]
         for first in range(start, stop, size):
             block, last = first // size, min(first + size, stop)
             inside, behind = slice(first - start, last - start), slice(last - start, stop - start)
