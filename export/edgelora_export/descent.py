@@ -38,7 +38,7 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
     if matrix.zero_points is not None:
         zeros[:] = unpack_codes(matrix.zero_points, matrix.bits)[:, :blocks].T
     codes = unpack_codes(matrix.codes, matrix.bits).reshape(rows, -1).copy()  # 8-bit codes are the matrix's own
-    levels = codes.T[:columns] - np.repeat(zeros, size, axis=0)[:columns]
+    levels = np.ascontiguousarray(codes.T[:columns]) - np.repeat(zeros, size, axis=0)[:columns]
     errors = wanted - levels * np.repeat(scales, size, axis=0)[:columns]
     batch = max(_BATCH, size)
     for start in [*range(0, columns, batch)] * sweeps:
