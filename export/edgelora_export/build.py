@@ -11,6 +11,7 @@ from edgelora_export.draft import Draft
 from edgelora_export.gate import Gate, judge
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_export.store import check_modules
+from edgelora_export.targets import CPU, check_targets
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -38,17 +39,20 @@ def build_bundle(
     gate: Gate | None = None,
     default_variant: str | None = None,
     context_length: int | None = None,
+    targets: Sequence[str] = (CPU.name,),
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
 
     adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for live
     variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
-    variants must keep of their adapters; None measures nothing. context_length: see read_decoder.
+    variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
+    variant gets a graph for, see targets.py; cpu must be among them.
     on_progress(done, total, what) is called per layer.
     Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
     where a variant does not pass the gate.
     """
+    check_targets(targets)
     decoder = read_decoder(base.config, context_length)
     _check(variants, decoder, quantization, live_adapters)
     with staged_folder(output, marker=MANIFEST) as folder:
@@ -64,6 +68,7 @@ def build_bundle(
             adapters=adapters,
             factors=live_adapters,
             base_calibration=base_calibration or Calibration(),
+            targets=targets,
         )
         draft.on_layer = _count_layers(draft, on_progress)
         draft.store_weights()

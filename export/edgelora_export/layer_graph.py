@@ -30,7 +30,7 @@ def build_layer_graph(decoder: Decoder, index: int) -> tuple[ir.Model, dict[str,
     length = b.op("Cast", b.op("Gather", b.op("Shape", hidden), b.constant("index_1", [1]), axis=0), to=ir.DataType.INT32)
     last = b.op("Cast", b.op("Sub", b.op("Cast", length, to=ir.DataType.INT64), b.constant("one", [1])), to=ir.DataType.INT32)
     positions = Positions(last, b.op("Squeeze", length))
-    residual = Residual(b, hidden, decoder.norm_epsilon)
+    residual = Residual(b, decoder, hidden)
     block = add_block(b, decoder, layer, residual, (None, None), positions)
     out = residual.total()
     describe(out, HIDDEN_OUT, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
@@ -51,7 +51,7 @@ def build_head_graph(decoder: Decoder) -> tuple[ir.Model, dict[str, str]]:
     weights = InputWeights("")
     b = GraphBuilder(weights)
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
-    logits = read_logits(b, decoder, Residual(b, hidden, decoder.norm_epsilon))
+    logits = read_logits(b, decoder, Residual(b, decoder, hidden))
     describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
     model = b.finish([hidden, *weights.inputs.values()], [logits])
     return model, {name: str(value.name) for name, value in weights.inputs.items()}
