@@ -195,10 +195,8 @@ def multiply_linear(b: GraphBuilder, linear: Linear, x: ir.Value, live: LiveInpu
 def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
     """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
     grid = b.source.grid(name)
-    if grid is None and b.target.fused_matmul:
-        return b.op("FusedMatMul", x, b.weight(name), domain=CONTRIB, transB=1)
     if grid is None:
-        return b.op("MatMul", x, b.op("Transpose", b.weight(name), perm=(1, 0)))
+        return b.multiply_transposed(x, b.weight(name))
     codes = b.weight(f"{name}.codes")
     return b.op(
         "MatMulNBits",

@@ -71,8 +71,8 @@ def build_graph(
 
 def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
     """The final norm, the head, and the logits' soft cap: float32 from there on, as samplers take them."""
-    head = "embedding" if decoder.tied else "head"
-    logits = b.widen(multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size))
+    normed = residual.normed(decoder.final_norm)
+    logits = b.widen(multiply_matrix(b, decoder.head_product, normed, decoder.hidden_size, decoder.vocab_size))
     if decoder.logits_cap is None:
         return logits
     cap = b.scalar(decoder.logits_cap, ir.DataType.FLOAT)  # near the cap fp16 would make neighbours equal

@@ -114,6 +114,12 @@ class GraphBuilder:
     ) -> Sequence[ir.Value]:
         return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
 
+    def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        """X (1, S, K) times a float matrix (N, K), transposed."""
+        if self.target.fused_matmul:
+            return self.op("FusedMatMul", x, matrix, domain=CONTRIB, transB=1)
+        return self.op("MatMul", x, self.op("Transpose", matrix, perm=(1, 0)))
+
     def constant(self, name: str, values: int | list[int]) -> ir.Value:
         """An int64 initializer held in the graph."""
         if name not in self._loaded:

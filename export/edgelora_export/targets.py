@@ -18,8 +18,8 @@ class Target:
     """One way to build a graph.
 
     name: in file names and the manifest. float_type: of activations, scales and the KV cache; logits are always float32.
-    accuracy_level: MatMulNBits' own. fused_matmul: whether FusedMatMul has a kernel there; it multiplies with a float weight as
-    it is stored, where MatMul needs it transposed at load.
+    accuracy_level: MatMulNBits' own. fused_matmul: whether FusedMatMul has a kernel there; it multiplies with a float matrix as
+    it is stored, where MatMul needs it transposed: a weight at load, a live adapter's A in every step.
     """
 
     name: str
