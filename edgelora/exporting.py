@@ -17,6 +17,7 @@ from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.calibration import Calibration
 from edgelora_export.optimum_front import trace_decoder
+from edgelora_export.targets import CPU
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
 from edgelora_export.variants import Variant
 from edgelora_runtime._version import __version__
@@ -80,6 +81,7 @@ def export(
             gate=None if judged.policy == "off" else judged,
             default_variant=recipe.default,
             context_length=recipe.context_length,
+            targets=recipe.targets,
             plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(sets.of(v.mix) for v in recipe.variants.values())]),
             on_progress=on_progress,
         )
@@ -113,6 +115,10 @@ def _export_traced(
     if gate.policy == "fail":
         raise InputError(
             f"--gate fail: a {base.config.get('model_type')} is exported through Optimum, whose variants are not judged"
+        )
+    if recipe.targets != (CPU.name,):
+        raise InputError(
+            f"targets = {list(recipe.targets)}: a {base.config.get('model_type')} is exported through Optimum, for cpu alone"
         )
     quantization = replace(recipe.quantization, method="rtn") if recipe.quantization.bits != 32 else recipe.quantization
     variants = [

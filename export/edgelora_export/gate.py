@@ -138,7 +138,7 @@ def _why_not_live(draft: Draft, variant: Variant) -> str | None:
 
 
 def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
-    with Runtime(draft.folder) as runtime:
+    with Runtime(draft.folder, provider="cpu") as runtime:
         return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
 
 

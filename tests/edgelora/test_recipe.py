@@ -15,6 +15,7 @@ GOOD = """\
 base = "some/model"
 default = "clinic"
 context_length = 2048
+targets = ["cpu", "gpu"]
 [adapters]
 sql = "adapters/sql"
 medical = "/elsewhere/medical"
@@ -54,12 +55,14 @@ def test_a_good_recipe() -> None:
         quantization=Quantization(8, 64, symmetric=False, method="rtn"),
         default="clinic",
         context_length=2048,
+        targets=("cpu", "gpu"),
     )
 
 
 def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
     assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
+    assert recipe.targets == ("cpu",)
     assert parse('base = "m"\n[variants.base]\n').variants == {"base": VariantRecipe({})}
 
 
@@ -105,6 +108,10 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "symmetric as a number": (GOOD.replace("symmetric = false", "symmetric = 0"), "symmetric = 0"),
     "unknown quantization method": (GOOD.replace('method = "rtn"', 'method = "awq"'), "awq"),
     "unknown default": (GOOD.replace('default = "clinic"', 'default = "x"'), "default = 'x'"),
+    "targets as text": (GOOD.replace('["cpu", "gpu"]', '"gpu"'), "targets = 'gpu' has the wrong type"),
+    "targets without cpu": (GOOD.replace('["cpu", "gpu"]', '["gpu"]'), "targets = ['gpu']: use cpu and gpu"),
+    "unknown target": (GOOD.replace('"gpu"', '"npu"'), "'npu'"),
+    "target that is no name": (GOOD.replace('"gpu"', "[1]"), "targets = ['cpu', [1]]"),
     "context as text": (GOOD.replace("context_length = 2048", 'context_length = "2048"'), "context_length"),
 }
 

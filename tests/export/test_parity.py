@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgelora_export import block
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
+from edgelora_export.targets import TARGETS
 from edgelora_runtime import Runtime
 from edgelora_runtime.model import PREFILL_CHUNK, Model
 from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
@@ -242,7 +243,7 @@ def test_quantized_export_gives_logits_of_the_dequantized_weights(
     """
     theirs = make_base(tmp_path / "base", **shape)
     export_base(tmp_path / "base", tmp_path / "shipped", **grid)
-    monkeypatch.setattr(block, "INT32_ACTIVATIONS", 1)
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], accuracy_level=1))
     export_base(tmp_path / "base", tmp_path / "exact", **grid)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
