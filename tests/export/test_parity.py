@@ -281,4 +281,8 @@ def test_int4_prefill_and_decode_agree(bundle4: Path) -> None:
     tokens = random_tokens(40)
     model = Model(bundle4 / "base.cpu.onnx", manifest.model, threads=1)
     whole = model.read(model.new_cache(), tokens, keep=len(tokens)).copy()
-    assert np.abs(stepwise(model, tokens) - whole[2:]).max() <= 0.02 * whole.std()
+    apart = stepwise(model, tokens) - whole[2:]
+    # One row and many rows have kernels of their own, which round activations alike on some CPUs and not on others: with AVX2
+    # alone single logits differ by 7% of the spread where the mean square says 0.5%.
+    assert np.sqrt(np.square(apart).mean()) <= 0.01 * whole.std()
+    assert np.abs(apart).max() <= 0.2 * whole.std()
