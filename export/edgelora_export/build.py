@@ -10,6 +10,7 @@ from edgelora_export.calibration import Calibration
 from edgelora_export.draft import Draft
 from edgelora_export.gate import Gate, judge, judged
 from edgelora_export.journal import Journal
+from edgelora_export.merge_base import choose_merge_base
 from edgelora_export.progress import Progress
 from edgelora_export.publish import journal_of, staged_folder, write_file
 from edgelora_export.store import check_modules
@@ -79,8 +80,11 @@ def build_bundle(
         draft.expect_progress()
         if gate is not None:
             draft.progress.expect(len(judged(draft)))
+        for name, variant in draft.variants.items():
+            draft.progress.show(f"choosing the base of {name}")
+            draft.variants[name] = choose_merge_base(base, decoder, variant)
         draft.store_weights()
-        manifest = draft.write() if gate is None else judge(draft, gate)
+        manifest = draft.write(final=True) if gate is None else judge(draft, gate)
         draft.progress.finish("written")
     return manifest
 

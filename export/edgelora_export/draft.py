@@ -96,7 +96,7 @@ class Draft:
                 self.quantization,
                 [
                     (None, self.base_calibration),
-                    *((item.delta, item.calibration) for item in self.variants.values() if item.delta),
+                    *((item.change, item.calibration) for item in self.variants.values() if item.change),
                 ],
                 self.journal.lane(""),
                 on_layer=self.progress.through("embedding"),
@@ -116,16 +116,16 @@ class Draft:
         for name, variant in self.variants.items():
             if name not in self.weights and variant.live is None and variant.delta is not None:
                 shared = self.shared
-                if touches_ends(variant.delta, self.decoder):
-                    shared |= store_ends(self.base, self.decoder, variant.delta, self.folder, self.quantization)
+                if touches_ends(variant.change, self.decoder):
+                    shared |= store_ends(self.base, self.decoder, variant.change, self.folder, self.quantization)
                 self.weights[name] = store_products(
                     self.base,
                     self.decoder,
-                    variant.delta,
+                    variant.change,
                     shared,
                     self.folder,
                     self.quantization,
-                    self.journal.lane(name),
+                    self.journal.lane(f"{name}, {variant.merge_base} base"),  # the gate may have changed the base
                     bare=self.bare,
                     calibration=variant.calibration,
                     on_layer=self.progress.through(name, self._cost(variant.calibration)),
@@ -150,17 +150,25 @@ class Draft:
         quantization = self.quantization.raise_to_int8(products)
         linears = {linear.name: linear for linear in self.decoder.linears}
         for product in products:
-            delta, grid = self.variants[name].delta, quantization.grid(product)
+            delta, grid = self.variants[name].change, quantization.grid(product)
             if product in linears:
                 stored = store_rounded(self.folder, product, read_linear(self.base, linears[product], delta), grid)
             else:
                 stored = store_end(self.base, self.decoder, product, delta, self.folder, grid)
             self.weights[name].take(stored)
 
+    def merge_into_float(self, name: str) -> None:
+        """Merges a variant anew, into the float base."""
+        self._replace(replace(self.variants[name], merge_base="float"))
+
     def make_live(self, name: str) -> None:
         """Gives up a merged variant's weights, and runs its mix beside the bare base's."""
-        self.variants[name] = replace(self.variants[name], live=self.variants[name].mix)
-        del self.weights[name]
+        variant = self.variants[name]
+        self._replace(replace(variant, live=variant.mix, merge_base="float", merge_losses={}))
+
+    def _replace(self, variant: Variant) -> None:
+        self.variants[variant.name] = variant
+        del self.weights[variant.name]
         self.store_weights()
 
     def weights_of(self, name: str) -> Weights:
@@ -169,12 +177,18 @@ class Draft:
         assert weights is not None
         return weights
 
-    def write(self) -> Manifest:
-        """Writes graphs and manifest of what is stored, and removes the files that nothing uses any more."""
+    def write(self, *, final: bool) -> Manifest:
+        """Writes graphs and manifest of what is stored, and removes the files that nothing uses any more.
+
+        Unless it is final, the base's own stay: a variant that is made live may need them again.
+        """
         graphs = self._write_graphs()
         files = self._write_adapters()
         self._write_genai_config(graphs[self.default_variant][CPU.name].file)
         used = {file for entries in graphs.values() for entry in entries.values() for file in (entry.file, *entry.blobs)}
+        if not final:
+            for weights in (self.shared, self.bare):
+                used |= weights.blobs if weights is not None else set()
         for path in self.folder.iterdir():
             if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
@@ -206,6 +220,8 @@ class Draft:
             live=dict(variant.live or {}),
             calibration=CalibrationEntry(dict(calibration.sources), calibration.fit_tokens) if calibration.fit else None,
             int8=tuple(name for name, grid in grids.items() if grid.bits == 8 and self.quantization.bits == 4),
+            merge_base=variant.trained.quantization if variant.trained and variant.merge_base == "trained" else "float",
+            merge_losses=dict(variant.merge_losses),
             fidelity=self.fidelity.get(variant.name),
         )
 
@@ -252,7 +268,7 @@ class Draft:
         model = build_graph(self.decoder, weights, self.folder, live=live, target=target)
         file = f"{stem}.{name}.onnx"
         write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-        return GraphEntry(file, tuple(sorted({tensor.location for tensor in weights.tensors.values()})))
+        return GraphEntry(file, tuple(sorted(weights.blobs)))
 
 
 def describe_file(path: Path) -> FileEntry:
