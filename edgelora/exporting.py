@@ -12,6 +12,7 @@ from edgelora.calibration_data import find_sources, gather_calibration
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe, read_recipe
 from edgelora_export.architectures import native_types, read_decoder
+from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.calibration import Calibration
@@ -45,11 +46,13 @@ def export(
 
     calibration: general text or rows, and gate: the policy; each in place of the recipe's.
     As soon as one variant is live, all adapters of the recipe go along as factors, for mixes at request time.
-    Raises InputError for a recipe, base or adapter that cannot be used, ResourceError for a full disk; the output folder
-    is then as it was.
+    Raises InputError for a recipe, base or adapter that cannot be used, MissingExtraError for method auto-round without its
+    package, ResourceError for a full disk; the output folder is then as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
+    if recipe.quantization.method == "auto-round":
+        require_auto_round()
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)

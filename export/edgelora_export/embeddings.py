@@ -42,7 +42,7 @@ def store_embeddings(
     """The embedding, and the head where it is not the embedding's own.
 
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
-    them together, by GPTQ if the method says so.
+    them together, by GPTQ if the method is a calibrated one.
     """
     name = "embedding" if decoder.tied else "head"
     grid = quantization.grid(name)
@@ -50,7 +50,7 @@ def store_embeddings(
     if not decoder.tied:
         weights.take(store_end(base, decoder, "embedding", None, folder, quantization.grid("embedding")))
     lanes = [lane for lane in lanes if lane[1].fit]
-    if grid is None or quantization.method != "gptq" or not lanes:
+    if grid is None or not quantization.calibrated or not lanes:
         return weights | store_end(base, decoder, name, None, folder, grid)
     moments, held_out = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)

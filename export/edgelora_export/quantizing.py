@@ -1,4 +1,4 @@
-"""Quantizes the products of one variant, layer after layer: rounded to nearest, or by GPTQ on inputs from the layers before."""
+"""Quantizes the products of one variant: rounded to nearest, by GPTQ layer after layer, or by auto-round all at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.auto_round_backend import tune_products
 from edgelora_export.calibration import Moments
 from edgelora_export.gptq import output_error, quantize_gptq
 from edgelora_export.int4 import BlockQuantized, quantize_rtn
@@ -14,7 +15,7 @@ from edgelora_export.layer_stream import LayerStream, embed, read_layer
 from edgelora_export.store import Weights, load_matrix, read_linear, store_matrix, store_rounded, touches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -42,13 +43,17 @@ def store_products(
 ) -> Weights:
     """The weights of a variant: `shared` and every product of the base with the delta added.
 
-    bare: the bare base's weights, whose products are taken over where the delta touches nothing. calibration: what GPTQ is
-    given to see; without it, and for method rtn, weights are rounded to nearest.
+    bare: the bare base's weights, whose products are taken over where the delta touches nothing. calibration: what GPTQ
+    or auto-round is given to see; without it, and for method rtn, weights are rounded to nearest.
     """
     weights = Weights() | shared
     stream = None
+    tuned: Mapping[str, BlockQuantized] = {}
     if calibration is not None and calibration.fit and quantization.method == "gptq":
         stream = _QuantizedStream(base, decoder, calibration, weights, folder)
+    if calibration is not None and calibration.fit and quantization.method == "auto-round":
+        changed = [linear for linear in decoder.linears if bare is None or touches(delta, linear)]
+        tuned = tune_products(base, decoder, delta, changed, quantization, calibration.fit, on_layer)
     for index, layer in enumerate(decoder.layers):
         on_layer(index)
         own = [linear for linear in layer.linears if bare is None or touches(delta, linear)]
@@ -59,6 +64,9 @@ def store_products(
             stream.quantize_layer(index, delta, own, quantization)
             continue
         for linear in own:
+            if linear.name in tuned:
+                weights.take(store_matrix(folder, linear.name, tuned[linear.name]))
+                continue
             weight = read_linear(base, linear, delta)
             weights.take(store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
     return weights
