@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 BITS = 4  # what is learned; products with 8 bits have nothing to gain
 ITERATIONS = 200  # the package's default, and the paper's
 _BATCH = 8  # sequences in an iteration, as there
+_KEPT = 0.98  # of all tokens: sequences are cut where this is left, because all are filled up to the longest
 _OFF_GRID = 1e-3  # steps by which float32 may miss a whole number of them; measured 1e-6
 
 
@@ -62,8 +63,9 @@ def tune_products(
     wanted = [linear for linear in linears if quantization.grid(linear.name) == grid]
     model = _load_merged(base, decoder, delta)
     learned = {part.module: _lay_out(model, part) for linear in wanted for part in linear.parts}
-    _keep_positions(model, decoder, max(len(sample.tokens) for sample in samples), on_layer)
-    model = _learn(model, base, set(learned.values()), quantization, samples)
+    rows = _even_out(samples)
+    _keep_positions(model, decoder, len(rows[0]), on_layer)
+    model = _learn(model, base, set(learned.values()), quantization, rows)
     tuned = {}
     for linear in wanted:
         modules = [model.get_submodule(learned[part.module]) for part in linear.parts]
@@ -160,15 +162,24 @@ def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callabl
         block.register_forward_pre_hook(restore, with_kwargs=True)
 
 
-def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, samples: Sequence[Sample]) -> Any:
+def _even_out(samples: Sequence[Sample]) -> list[list[int]]:
+    """Sequences of one length: the longest are cut, the others filled up with their last token.
+
+    auto-round takes such an end for padding and leaves it out of its loss.
+    """
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    left = (np.minimum(lengths, length).sum() / lengths.sum() for length in range(1, lengths.max() + 1))
+    longest = next(length for length, share in enumerate(left, 1) if share >= _KEPT)
+    cut = [sample.tokens[:longest] for sample in samples]
+    return [[*tokens, *tokens[-1:] * (longest - len(tokens))] for tokens in cut]
+
+
+def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, rows: Sequence[Sequence[int]]) -> Any:
     """Runs auto-round over a model, of which it is to touch the layers `learned`; the model, with what it found as weights."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in learned]
-    longest = max(len(sample.tokens) for sample in samples)
-    # Sequences of one length, filled up with their last token, which auto-round takes for padding and leaves out of its loss.
-    rows = [torch.tensor([[*sample.tokens, *sample.tokens[-1:] * (longest - len(sample.tokens))]]) for sample in samples]
     try:
         with quiet_libraries():
             from auto_round import AutoRound
@@ -183,8 +194,8 @@ def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization
                 data_type="int",
                 scale_dtype="fp32",
                 layer_config={name: {"bits": 16} for name in others},
-                dataset=rows,
-                seqlen=longest,
+                dataset=[torch.tensor([tokens]) for tokens in rows],
+                seqlen=len(rows[0]),
                 nsamples=len(rows),
                 batch_size=_BATCH,
                 iters=ITERATIONS,

@@ -143,6 +143,18 @@ def test_each_layer_keeps_its_own_positions_and_mask(tmp_path: Path) -> None:
     assert called == list(range(len(layers)))
 
 
+def test_sequences_of_one_length_lose_few_tokens() -> None:
+    lengths = [*range(2, 40), 300]
+    samples = [Sample(tuple(random_tokens(length, seed=length))) for length in lengths]
+    rows = auto_round_backend._even_out(samples)
+    assert len({len(row) for row in rows}) == 1
+    kept = [min(length, len(rows[0])) for length in lengths]
+    assert 0.98 * sum(lengths) <= sum(kept) < 0.99 * sum(lengths)
+    for sample, row, count in zip(samples, rows, kept, strict=True):
+        assert tuple(row[:count]) == sample.tokens[:count]
+        assert set(row[count:]) <= {sample.tokens[-1]}
+
+
 def build(base: Path, adapter: Path, output: Path, **settings: Any) -> Manifest:
     tuned = Adapter.open(adapter)
     return build_bundle(
