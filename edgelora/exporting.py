@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,13 @@ from edgelora_export.calibration import Calibration
 from edgelora_export.optimum_front import trace_decoder
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
 from edgelora_export.variants import Variant
+from edgelora_runtime._version import __version__
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import AdapterEntry
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -68,25 +70,37 @@ def export(
             f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
             "edgelora.json says; give --calibration FILE.jsonl"
         )
-    manifest = build_bundle(
-        base,
-        [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
-        Path(output),
-        quantization=recipe.quantization,
-        adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
-        live_adapters=_choose_live(recipe, adapters),
-        base_calibration=sets.of(adapters),
-        gate=None if judged.policy == "off" else judged,
-        default_variant=recipe.default,
-        context_length=recipe.context_length,
-        on_progress=on_progress,
-    )
+    entries = {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()}
+    try:
+        manifest = build_bundle(
+            base,
+            [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
+            Path(output),
+            quantization=recipe.quantization,
+            adapters=entries,
+            live_adapters=_choose_live(recipe, adapters),
+            base_calibration=sets.of(adapters),
+            gate=None if judged.policy == "off" else judged,
+            default_variant=recipe.default,
+            context_length=recipe.context_length,
+            plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(sets.of(v.mix) for v in recipe.variants.values())]),
+            on_progress=on_progress,
+        )
+    except KeyboardInterrupt:
+        on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
+        raise
     if blind and recipe.quantization.bits != 32:
         on_note(
             f"{', '.join(blind)}: no calibration data, so weights are rounded to nearest and nothing is measured; "
             "give --calibration FILE.jsonl"
         )
     return manifest
+
+
+def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
+    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    parts = (__version__, base.sha256, recipe.quantization, dict(recipe.variants), dict(adapters), calibrations)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _export_traced(

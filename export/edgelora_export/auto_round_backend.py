@@ -53,7 +53,7 @@ def tune_products(
 ) -> dict[str, BlockQuantized]:
     """What auto-round makes of some products of the base with a delta added, by their names; see read_codes.
 
-    samples: what it learns on, at least one. on_layer(index) is called before each layer. All other products stay in
+    samples: what it learns on, at least one. on_layer(index) is called once for each layer, before it. All other products stay in
     float32 while it learns. Products that it leaves alone are absent from the result: those of 8 bits, and those with a
     number of inputs or outputs that is no multiple of 32.
     Raises MissingExtraError without the package, InputError where it fails, IntegrityError for weights off the grid.
@@ -61,6 +61,8 @@ def tune_products(
     require_auto_round()
     grid = Grid(BITS, quantization.block_size, quantization.symmetric)
     wanted = [linear for linear in linears if quantization.grid(linear.name) == grid]
+    if not wanted:
+        return {}
     model = _load_merged(base, decoder, delta)
     learned = {part.module: _lay_out(model, part) for linear in wanted for part in linear.parts}
     rows = _even_out(samples)
@@ -153,12 +155,15 @@ def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callabl
         model.base_model(torch.zeros((1, length), dtype=torch.int64), use_cache=False)
     for hook in hooks:
         hook.remove()
-    for index, block in enumerate(blocks):
+    begun: set[Any] = set()
 
-        def restore(block: Any, args: Any, kwargs: dict[str, Any], index: int = index) -> tuple[Any, dict[str, Any]]:
-            on_layer(index)
-            return args, kwargs | own[block]
+    def restore(block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if block not in begun:
+            on_layer(len(begun))
+            begun.add(block)
+        return args, kwargs | own[block]
 
+    for block in blocks:
         block.register_forward_pre_hook(restore, with_kwargs=True)
 
 

@@ -221,6 +221,11 @@ class Decoder:
         return self.head == self.embedding
 
     @property
+    def head_product(self) -> str:
+        """The name of the matrix that makes the logits."""
+        return "embedding" if self.tied else "head"
+
+    @property
     def linears(self) -> Iterator[Linear]:
         for layer in self.layers:
             yield from layer.linears

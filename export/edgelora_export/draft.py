@@ -12,8 +12,9 @@ from edgelora_export.embeddings import store_embeddings
 from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import build_graph
 from edgelora_export.live import live_slots, pack_live_adapter
-from edgelora_export.publish import write_file
-from edgelora_export.quantizing import store_products
+from edgelora_export.progress import COMPENSATED
+from edgelora_export.publish import BLOB, write_file
+from edgelora_export.quantizing import compensates, store_products
 from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
@@ -32,17 +33,18 @@ from edgelora_runtime.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
+    from edgelora_export.journal import Journal
+    from edgelora_export.progress import Progress
     from edgelora_export.variants import LowRank, Quantization, Variant
 
 TARGET = "cpu"
 LIVE_GRAPH = f"live.{TARGET}.onnx"  # one graph serves all live variants; no variant may be called live
-_BLOB = ".bin"
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Draft:
 
     variants, in the bundle's order, may change: a merged one becomes live, products get more bits. adapters: what the
     manifest says of each. factors: the adapters that a live variant may use. base_calibration: what
-    the bare base is quantized on.
+    the bare base is quantized on. journal: what is finished of the products of variants as they were planned.
     """
 
     base: Base
@@ -63,7 +65,8 @@ class Draft:
     adapters: Mapping[str, AdapterEntry]
     factors: Mapping[str, LowRank]
     base_calibration: Calibration
-    on_layer: Callable[[str, int], None] = lambda variant, index: None
+    progress: Progress
+    journal: Journal
     shared: Weights | None = None
     bare: Weights | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
@@ -89,7 +92,8 @@ class Draft:
                     (None, self.base_calibration),
                     *((item.delta, item.calibration) for item in self.variants.values() if item.delta),
                 ],
-                on_layer=lambda index: self.on_layer("embedding", index),
+                self.journal.lane(""),
+                on_layer=self.progress.through("embedding"),
             )
         if self.bare is None and self.needs_bare:
             self.bare = store_products(
@@ -99,8 +103,9 @@ class Draft:
                 self.shared,
                 self.folder,
                 self.quantization,
+                self.journal.lane(""),
                 calibration=self.base_calibration,
-                on_layer=lambda index: self.on_layer("", index),
+                on_layer=self.progress.through("base", self._cost(self.base_calibration)),
             )
         for name, variant in self.variants.items():
             if name not in self.weights and variant.live is None and variant.delta is not None:
@@ -114,10 +119,25 @@ class Draft:
                     shared,
                     self.folder,
                     self.quantization,
+                    self.journal.lane(name),
                     bare=self.bare,
                     calibration=variant.calibration,
-                    on_layer=lambda index, name=name: self.on_layer(name, index),  # type: ignore[misc]
+                    on_layer=self.progress.through(name, self._cost(variant.calibration)),
                 )
+
+    def expect_progress(self) -> None:
+        """Tells the progress what store_weights has before it."""
+        seen = [self.base_calibration, *(variant.calibration for variant in self.variants.values() if variant.delta is not None)]
+        if self.shared is None:
+            self.progress.expect(sum(compensates(self.quantization, calibration) for calibration in seen))
+        if self.bare is None and self.needs_bare:
+            self.progress.expect(1, self._cost(self.base_calibration))
+        for name, variant in self.variants.items():
+            if name not in self.weights and variant.live is None and variant.delta is not None:
+                self.progress.expect(1, self._cost(variant.calibration))
+
+    def _cost(self, calibration: Calibration) -> int:
+        return COMPENSATED if compensates(self.quantization, calibration) else 1
 
     def raise_to_int8(self, name: str, products: Collection[str]) -> None:
         """Stores some of a merged variant's products anew, in 8 bits. Other variants keep theirs."""
@@ -150,7 +170,7 @@ class Draft:
         self._write_genai_config(graphs[self.default_variant].file)
         used = {blob for entry in graphs.values() for blob in entry.blobs} | {entry.file for entry in graphs.values()}
         for path in self.folder.iterdir():
-            if path.suffix in (_BLOB, ".onnx") and path.name not in used:
+            if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
         live = self._live_products()
         manifest = Manifest(
@@ -226,7 +246,7 @@ class Draft:
 
 def describe_file(path: Path) -> FileEntry:
     """Size and hash of a file; a blob's name is its hash."""
-    return FileEntry(path.stat().st_size, path.stem if path.suffix == _BLOB else hash_file(path))
+    return FileEntry(path.stat().st_size, path.stem if path.suffix == BLOB else hash_file(path))
 
 
 def describe_base(base: Base) -> BaseEntry:

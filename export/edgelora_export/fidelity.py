@@ -14,7 +14,7 @@ from edgelora_export.store import load_matrix, touches
 from edgelora_runtime.manifest import ProductFidelity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-_TOGETHER = 256  # positions whose teacher logits are computed at once
+_LOGITS_BYTES = 1 << 26  # of one float64 array of logits, several of which are alive at once
 
 
 @dataclass(frozen=True)
@@ -72,50 +72,41 @@ def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambd
     for index, layer in enumerate(decoder.layers):
         on_layer(index)
         plain = read_layer(draft.base, decoder, index, None)
-        inputs: dict[str, list[Floats]] = {linear.name: [] for linear in layer.linears}
-
-        def keep(linear: Linear, tapped: Floats, inputs: dict[str, list[Floats]] = inputs) -> None:
-            inputs[linear.name].append(tapped)
-
         if variant.delta is None:
             bare = stream.run(index, plain, bare)
             adapted = bare
             continue
         changed = read_layer(draft.base, decoder, index, variant.delta)
-        adapted = stream.run(index, changed, adapted, keep)
+        own = [linear for linear in layer.linears if variant.live is None and touches(variant.delta, linear)]
+        inputs: dict[str, list[Floats]] = {linear.name: [] for linear in own}
+        adapted = stream.run(index, changed, adapted, {product: seen.append for product, seen in inputs.items()})
         bare = stream.run(index, plain, bare)
-        for linear in layer.linears:
-            if variant.live is None and touches(variant.delta, linear):
-                seen = np.concatenate(inputs.pop(linear.name))
-                products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], changed[linear.name], seen)
+        for linear in own:
+            seen = np.concatenate(inputs.pop(linear.name))
+            products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], changed[linear.name], seen)
     return Teacher(samples, variant.delta, adapted, bare, products)
 
 
-def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Floats]) -> Comparison:
-    """Compares a variant's logits, given by a function from token ids to float32 (T, V), with its teacher's."""
+def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int], int], Iterator[Floats]]) -> Comparison:
+    """Compares a variant with its teacher.
+
+    logits: from token ids and a number of positions, the variant's logits float32 (P, V) of that many at a time.
+    """
     stream = LayerStream(draft.decoder)
     divergences: list[Doubles] = []
     moved: list[Doubles] = []
     agreed, nats, teacher_nats = 0, 0.0, 0.0
-    for group in _group(teacher.samples):
-        rows = [slice(teacher.samples[item].start - 1, len(teacher.samples[item].tokens) - 1) for item in group]
-
-        def heads(hidden: list[Floats], delta: Delta | None, group: list[int] = group, rows: list[slice] = rows) -> Doubles:
-            chosen = [hidden[item][part] for item, part in zip(group, rows, strict=True)]
-            return log_softmax(stream.logits(draft.base, np.concatenate(chosen), delta))
-
-        targets = np.concatenate([teacher.samples[item].tokens[teacher.samples[item].start :] for item in group])
-        wanted = heads(teacher.adapted, teacher.delta)
-        found = log_softmax(
-            np.concatenate([logits(teacher.samples[item].tokens[:-1])[part] for item, part in zip(group, rows, strict=True)])
-        )
+    for rows in _gather_rows(teacher, logits, max(1, _LOGITS_BYTES // (8 * draft.decoder.vocab_size))):
+        wanted = log_softmax(stream.logits(draft.base, rows.adapted, teacher.delta))
+        found = log_softmax(rows.found)
         divergences.append(_divergence(wanted, found))
-        if teacher.delta is not None:
-            moved.append(_divergence(wanted, heads(teacher.bare, None)))
         agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
-        places = np.arange(len(targets))
-        nats -= float(found[places, targets].sum())
-        teacher_nats -= float(wanted[places, targets].sum())
+        places = np.arange(len(rows.targets))
+        nats -= float(found[places, rows.targets].sum())
+        teacher_nats -= float(wanted[places, rows.targets].sum())
+        if teacher.delta is not None:
+            del found
+            moved.append(_divergence(wanted, log_softmax(stream.logits(draft.base, rows.bare))))
     divergence = np.concatenate(divergences)
     tokens = len(divergence)
     return Comparison(
@@ -127,6 +118,44 @@ def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Fl
         perplexity=float(np.exp(min(nats / tokens, 700.0))),
         teacher_perplexity=float(np.exp(min(teacher_nats / tokens, 700.0))),
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Predictions that count.
+
+    adapted, bare: final hidden states (P, H), as in Teacher. targets: the tokens that follow, (P,). found: logits (P, V).
+    """
+
+    adapted: Floats
+    bare: Floats
+    targets: NDArray[np.int64]
+    found: Floats
+
+
+def _gather_rows(teacher: Teacher, logits: Callable[[Sequence[int], int], Iterator[Floats]], positions: int) -> Iterator[_Rows]:
+    """The predictions that count, in batches of about so many, across samples: each batch reads the whole head once."""
+    waiting: list[_Rows] = []
+
+    def join() -> _Rows:
+        joined = [np.concatenate([getattr(rows, name) for rows in waiting]) for name in ("adapted", "bare", "targets", "found")]
+        waiting.clear()
+        return _Rows(*joined)
+
+    for place, sample in enumerate(teacher.samples):
+        start = 0
+        for found in logits(sample.tokens[:-1], positions):
+            stop = start + len(found)
+            first = max(sample.start - 1, start)
+            if first < stop:
+                part, targets = slice(first, stop), np.array(sample.tokens[first + 1 : stop + 1])
+                counted = found[first - start :].copy()
+                waiting.append(_Rows(teacher.adapted[place][part], teacher.bare[place][part], targets, counted))
+            start = stop
+            if sum(len(rows.targets) for rows in waiting) >= positions:
+                yield join()
+    if waiting:
+        yield join()
 
 
 def log_softmax(logits: Floats) -> Doubles:
@@ -141,19 +170,6 @@ def _divergence(wanted: Doubles, found: Doubles) -> Doubles:
     """KL(wanted ‖ found) per row, in nats."""
     divergence: Doubles = (np.exp(wanted) * (wanted - found)).sum(axis=1)
     return divergence
-
-
-def _group(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples, gathered until their predictions fill a batch."""
-    groups: list[list[int]] = [[]]
-    size = 0
-    for item, sample in enumerate(samples):
-        size += len(sample.tokens) - sample.start
-        groups[-1].append(item)
-        if size >= _TOGETHER and item + 1 < len(samples):
-            groups.append([])
-            size = 0
-    return groups
 
 
 def _compare_product(draft: Draft, name: str, linear: Linear, plain: Floats, changed: Floats, inputs: Floats) -> ProductFidelity:

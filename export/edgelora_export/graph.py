@@ -67,8 +67,9 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
 
 def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
     """The final norm, the head, and the logits' soft cap."""
-    head = "embedding" if decoder.tied else "head"
-    logits = multiply_matrix(b, head, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size)
+    logits = multiply_matrix(
+        b, decoder.head_product, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size
+    )
     if decoder.logits_cap is None:
         return logits
     cap = b.scalar(decoder.logits_cap)

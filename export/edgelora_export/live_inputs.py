@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from edgelora_export.graph_builder import graph_input
+from edgelora_export.graph_builder import CONTRIB, graph_input
 from edgelora_export.live import live_slots
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class LiveInputs:
                 count = len(linear.parts)
                 # Each product has a rank of its own: onnxruntime lets tensors whose symbolic shapes agree share a buffer.
                 rank = f"{linear.name}.R"
-                self._a[linear.name] = _input_of_rank_0(slots.a, (linear.columns, f"{count} {rank}" if count > 1 else rank))
+                self._a[linear.name] = _input_of_rank_0(slots.a, (f"{count} {rank}" if count > 1 else rank, linear.columns))
                 self._b[linear.name] = [
                     _input_of_rank_0(name, (rank, part.graph_rows)) for name, part in zip(slots.b, linear.parts, strict=True)
                 ]
@@ -43,9 +43,10 @@ class LiveInputs:
         return [value for name, a in self._a.items() for value in (a, *self._b[name])]
 
     def add(self, b: GraphBuilder, linear: Linear, x: ir.Value, y: ir.Value) -> ir.Value:
-        """Y + x·A·B, one A for all the parts, one B for each."""
+        """Y + B·A·x, one A for all the parts, one B for each."""
         count = len(linear.parts)
-        down = b.op("MatMul", x, self._a[linear.name])
+        # A lies as it is stored: threads then read whole rows. With (K, r) one token took 0.4 ms longer at 1.2B.
+        down = b.op("FusedMatMul", x, self._a[linear.name], domain=CONTRIB, transB=1)
         downs = b.ops("Split", down, count=count, axis=-1, num_outputs=count) if count > 1 else [down]
         ups = [b.op("MatMul", part, up) for part, up in zip(downs, self._b[linear.name], strict=True)]
         return b.op("Add", y, b.op("Concat", *ups, axis=-1) if count > 1 else ups[0])

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 METHODS = ("gptq", "auto-round", "rtn", "none")
-_CALIBRATED = ("gptq", "auto-round")
 
 
 class Delta(Protocol):
@@ -70,11 +69,6 @@ class Quantization:
         check_grid(self.bits, self.block_size)
         if self.method == "auto-round" and self.bits != 4:
             raise InputError(f"quantization method 'auto-round' has 4 bits, not {self.bits}; use gptq or rtn")
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether codes depend on calibration inputs."""
-        return self.method in _CALIBRATED
 
     def grid(self, product: str) -> Grid | None:
         """The grid of a product, the embedding or the head; None for float32."""

@@ -41,7 +41,7 @@ def read_factors(raw: bytes, name: str) -> Factors:
 def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> dict[str, Floats]:
     """The LoRA inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
 
-    Returns for each product A, float32 (K, parts * R), and per part B, float32 (R, N). Parts of unequal rank are filled
+    Returns for each product A, float32 (parts * R, K), and per part B, float32 (R, N). Parts of unequal rank are filled
     up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
     """
     inputs: dict[str, Floats] = {}
@@ -55,13 +55,13 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) 
                 if a.shape != (len(a), slot.columns) or b.shape != (rows, len(a)):
                     raise IntegrityError(f"an adapter's factors for {module} have shapes {a.shape} and {b.shape}")
         rank = max(sum(len(a) for a, _, _ in factors) for factors in parts)
-        stacked_a = np.zeros((slot.columns, len(parts) * rank), np.float32)
+        stacked_a = np.zeros((len(parts) * rank, slot.columns), np.float32)
         for index, (factors, name, rows) in enumerate(zip(parts, slot.b, slot.rows, strict=True)):
             stacked_b = np.zeros((rank, rows), np.float32)
             start = 0
             for a, b, weight in factors:
                 stop = start + len(a)
-                stacked_a[:, index * rank + start : index * rank + stop] = a.T
+                stacked_a[index * rank + start : index * rank + stop] = a
                 stacked_b[start:stop] = b.T
                 stacked_b[start:stop] *= np.float32(weight)
                 start = stop

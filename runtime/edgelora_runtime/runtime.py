@@ -23,7 +23,7 @@ from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -179,11 +179,31 @@ class Runtime:
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Logits at every position, float32 (T, V), from an empty KV cache."""
+        found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)
+        done = 0
+        for chunk in self.iterate_logits(token_ids, variant=variant, mix=mix):
+            found[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        return found
+
+    def iterate_logits(
+        self,
+        token_ids: Sequence[int],
+        *,
+        variant: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        positions: int = PREFILL_CHUNK,
+    ) -> Iterator[Floats]:
+        """The same at most so many positions at a time, where memory is short; each array is overwritten by the next."""
+        if positions < 1:
+            raise UsageError(f"positions = {positions}: use 1 or more")
+        step = min(positions, PREFILL_CHUNK)
         tokens = self._check_tokens(token_ids)
         model, live, _ = self._prepare(self._choose(variant, mix))
         cache = model.new_cache()
-        chunks = [tokens[start : start + PREFILL_CHUNK] for start in range(0, len(tokens), PREFILL_CHUNK)]
-        return np.concatenate([model.read(cache, chunk, live=live, keep=len(chunk)).copy() for chunk in chunks])
+        for start in range(0, len(tokens), step):
+            chunk = tokens[start : start + step]
+            yield model.read(cache, chunk, live=live, keep=len(chunk))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens that a prompt comes to."""
