@@ -14,6 +14,7 @@ from edgelora.mix import Mix
 from edgelora.recipe import Recipe, read_recipe
 from edgelora.trained_base import find_quantization, read_trained_base
 from edgelora_export.architectures import native_types, read_decoder
+from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.optimum_front import trace_decoder
@@ -49,11 +50,13 @@ def export(
 
     calibration: general text or rows, and gate: the policy; each in place of the recipe's.
     As soon as one variant is live, all adapters of the recipe go along as factors, for mixes at request time.
-    Raises InputError for a recipe, base or adapter that cannot be used, ResourceError for a full disk; the output folder
-    is then as it was.
+    Raises InputError for a recipe, base or adapter that cannot be used, MissingExtraError for method auto-round without its
+    package, ResourceError for a full disk; the output folder is then as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
+    if recipe.quantization.method == "auto-round":
+        require_auto_round()
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
@@ -64,7 +67,7 @@ def export(
     check_shapes(adapters, decoder)
     quantization = recipe.quantization
     general = Path(calibration) if calibration else recipe.calibration
-    sets = _Calibrations(base, adapters, general, decoder, own_text=quantization.method == "gptq")
+    sets = _Calibrations(base, adapters, general, decoder, own_text=quantization.calibrated)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
     if blind and judged.policy == "fail":
         raise InputError(
@@ -93,7 +96,7 @@ def export(
         on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
         raise
     if blind and quantization.bits != 32:
-        how = "quantized on general text alone" if quantization.method == "gptq" else "rounded to nearest"
+        how = "quantized on general text alone" if quantization.calibrated else "rounded to nearest"
         on_note(
             f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
             "measured; give --calibration FILE.jsonl"

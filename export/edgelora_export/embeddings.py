@@ -49,7 +49,7 @@ def store_embeddings(
     """The embedding, and the head where it is not the embedding's own.
 
     lanes: the deltas of all variants with what each is calibrated on; the head is quantized for the final states of all of
-    them together, by GPTQ if the method says so.
+    them together, by GPTQ if the method is a calibrated one.
     finished: what an earlier run has stored of it.
     """
     weights = Weights()

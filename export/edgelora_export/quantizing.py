@@ -1,4 +1,4 @@
-"""Quantizes the products of one variant, layer after layer: rounded to nearest, or by GPTQ on inputs from the layers before."""
+"""Quantizes the products of one variant: rounded to nearest, by GPTQ layer after layer, or by auto-round all at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.auto_round_backend import tune_products
 from edgelora_export.calibration import Moments
 from edgelora_export.gptq import output_error, quantize_gptq
 from edgelora_export.int4 import BlockQuantized, quantize_rtn
@@ -14,7 +15,7 @@ from edgelora_export.layer_stream import LayerStream, embed, read_layer
 from edgelora_export.store import Weights, load_matrix, read_linear, store_matrix, store_rounded, touches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -45,15 +46,21 @@ def store_products(
     """The weights of a variant: `shared` and every product of the base with the delta added.
 
     finished: the products that an earlier run has stored, to which this one adds. bare: the bare base's weights, whose
-    products are taken over where the delta touches nothing. calibration: what GPTQ is given to see; without it, and for
-    method rtn, weights are rounded to nearest.
+    products are taken over where the delta touches nothing. calibration: what GPTQ or auto-round is given to see; without
+    it, and for method rtn, weights are rounded to nearest.
     """
     weights = Weights() | shared
     stream = None
-    if calibration is not None and compensates(quantization, calibration):
+    tuned: Mapping[str, BlockQuantized] = {}
+    if calibration is not None and compensates(quantization, calibration) and quantization.method == "gptq":
         stream = _QuantizedStream(base, decoder, calibration, weights, folder)
+    elif calibration is not None and compensates(quantization, calibration):
+        changed = [linear for linear in decoder.linears if bare is None or touches(delta, linear)]
+        if any(finished.find(linear.name) is None for linear in changed):
+            tuned = tune_products(base, decoder, delta, changed, quantization, calibration.fit, on_layer)
     for index, layer in enumerate(decoder.layers):
-        on_layer(index)
+        if not tuned:  # else each layer has been a step of progress already
+            on_layer(index)
         own = [linear for linear in layer.linears if bare is None or touches(delta, linear)]
         for linear in layer.linears:
             if bare is not None and linear not in own:
@@ -63,6 +70,8 @@ def store_products(
             continue
         for linear in own:
             stored = finished.find(linear.name)
+            if stored is None and linear.name in tuned:
+                stored = finished.note(linear.name, store_matrix(folder, linear.name, tuned[linear.name]))
             if stored is None:
                 weight = read_linear(base, linear, delta)
                 stored = finished.note(linear.name, store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
@@ -71,8 +80,8 @@ def store_products(
 
 
 def compensates(quantization: Quantization, calibration: Calibration) -> bool:
-    """Whether GPTQ has something to quantize on."""
-    return bool(calibration.fit) and quantization.method == "gptq"
+    """Whether codes are to make up for errors, by a method that has something to see them on."""
+    return bool(calibration.fit) and quantization.calibrated
 
 
 class _QuantizedStream:
