@@ -1,4 +1,5 @@
-# The one entry point: make demo | test | test-all | test-optimum | lint | bench. Each sets up .venv first; a second run is quick.
+# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | bench.
+# Each sets up what it needs first; a second run is quick.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +9,11 @@ STAMP  := $(VENV)/.installed
 OPTIMUM_VENV  := .venv-optimum
 OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
 
-.PHONY: demo test test-all test-optimum lint format bench clean
+# auto-round goes with our own packages, but changes transformers where it is imported: its tests run apart from the others.
+AUTO_ROUND_VENV  := .venv-auto-round
+AUTO_ROUND_STAMP := $(AUTO_ROUND_VENV)/.installed
+
+.PHONY: demo test test-all test-optimum test-auto-round lint format bench clean
 
 demo: $(STAMP)
 	$(BIN)/edgelora demo
@@ -16,11 +21,14 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-test-all: $(STAMP) $(OPTIMUM_STAMP)
+test-all: $(STAMP) $(OPTIMUM_STAMP) test-auto-round
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 test-optimum: $(STAMP) $(OPTIMUM_STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_optimum.py
+
+test-auto-round: $(AUTO_ROUND_STAMP)
+	$(AUTO_ROUND_VENV)/bin/python -m pytest tests/export/test_auto_round.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -49,5 +57,11 @@ $(OPTIMUM_STAMP): pyproject.toml
 	$(OPTIMUM_VENV)/bin/python -m pip install --quiet --editable '.[optimum]'
 	touch $(OPTIMUM_STAMP)
 
+$(AUTO_ROUND_STAMP): pyproject.toml
+	test -x $(AUTO_ROUND_VENV)/bin/python || $(PYTHON) -m venv $(AUTO_ROUND_VENV)
+	$(AUTO_ROUND_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(AUTO_ROUND_VENV)/bin/python -m pip install --quiet --editable '.[dev,auto-round]'
+	touch $(AUTO_ROUND_STAMP)
+
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo
+	rm -rf $(VENV) $(OPTIMUM_VENV) $(AUTO_ROUND_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo

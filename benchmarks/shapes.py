@@ -14,13 +14,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from safetensors.numpy import save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 BLOCK = 32  # elements per scale of the int4 grid
 SCALES = np.array([-1.5, -1.25, -1.0, 1.0, 1.25, 1.5], np.float32)  # in weight units; exact in fp16 after any code
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 FIRST_FREE_TOKEN = 258  # 256 bytes, then bos and eos
 
 
@@ -210,3 +213,39 @@ def write_checkpoint(shape: Shape, cache: Path) -> Path:
         (draft / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
     draft.rename(folder)
     return folder
+
+
+def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequence[str], *, rank: int, seed: int) -> Path:
+    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values, written unless it is there."""
+    if folder.exists():
+        return folder
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for name, size in shape.tensors():
+        module = name.removesuffix(".weight")
+        if module.rpartition(".")[2] in modules:
+            for factor, (rows, columns) in {"A": (rank, size[1]), "B": (size[0], rank)}.items():
+                values = shape.weight_unit * generator.standard_normal((rows, columns))
+                tensors[f"base_model.model.{module}.lora_{factor}.weight"] = values.astype(np.float16)
+    draft = folder.with_name(folder.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    config = {
+        "base_model_name_or_path": str(checkpoint),
+        "bias": "none",
+        "lora_alpha": 2 * rank,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": list(modules),
+        "task_type": "CAUSAL_LM",
+    }
+    (draft / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file(tensors, draft / "adapter_model.safetensors")
+    return draft.rename(folder)
+
+
+def write_texts(shape: Shape, path: Path, count: int, words: int = 512) -> Path:
+    """Texts of made-up words, a token each, as JSON lines: something to calibrate on."""
+    lines = (json.dumps({"text": " ".join(f"w{id_}" for id_ in random_prompt(shape, words, seed))}) for seed in range(count))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

@@ -36,6 +36,9 @@ MixOption = Annotated[
     typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores without it.")]
+ProviderOption = Annotated[
+    str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU where there is one and the bundle has graphs for it.")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 
 
@@ -269,13 +272,14 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling; a random one without it.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for each.")] = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora_runtime import Runtime
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, threads=threads) as runtime:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime:
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
@@ -307,13 +311,14 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.chat import run_chat
     from edgelora_runtime import Runtime
 
-    with Runtime(bundle, threads=threads) as runtime:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime:
         turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
     if json:
         print_json({"turns": turns})
@@ -328,6 +333,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     max_tokens: MaxTokensOption = 64,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
@@ -338,7 +344,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
-    with Runtime(bundle, threads=threads) as runtime, show_progress("evaluating") as on_progress:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("evaluating") as on_progress:
         receipt = runtime.switch(variant, mix=_parse_mix(mix))
         scores = run_evaluation(runtime, rows, max_tokens=max_tokens, on_progress=on_progress)
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,17 +14,20 @@ from edgelora.mix import Mix
 from edgelora.recipe import Recipe, read_recipe
 from edgelora.trained_base import find_quantization, read_trained_base
 from edgelora_export.architectures import native_types, read_decoder
+from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.optimum_front import trace_decoder
+from edgelora_export.targets import CPU
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
 from edgelora_export.variants import Variant
+from edgelora_runtime._version import __version__
 from edgelora_runtime.errors import InputError, MissingExtraError
 from edgelora_runtime.manifest import AdapterEntry
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -46,11 +50,13 @@ def export(
 
     calibration: general text or rows, and gate: the policy; each in place of the recipe's.
     As soon as one variant is live, all adapters of the recipe go along as factors, for mixes at request time.
-    Raises InputError for a recipe, base or adapter that cannot be used, ResourceError for a full disk; the output folder
-    is then as it was.
+    Raises InputError for a recipe, base or adapter that cannot be used, MissingExtraError for method auto-round without its
+    package, ResourceError for a full disk; the output folder is then as it was.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
+    if recipe.quantization.method == "auto-round":
+        require_auto_round()
     base = Base.find(recipe.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
@@ -61,33 +67,47 @@ def export(
     check_shapes(adapters, decoder)
     quantization = recipe.quantization
     general = Path(calibration) if calibration else recipe.calibration
-    sets = _Calibrations(base, adapters, general, decoder, own_text=quantization.method == "gptq")
+    sets = _Calibrations(base, adapters, general, decoder, own_text=quantization.calibrated)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
     if blind and judged.policy == "fail":
         raise InputError(
             f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
             "edgelora.json says; give --calibration FILE.jsonl"
         )
-    manifest = build_bundle(
-        base,
-        _plan_variants(recipe, adapters, sets, decoder, on_note),
-        Path(output),
-        quantization=quantization,
-        adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
-        live_adapters=_choose_live(recipe, adapters),
-        base_calibration=sets.of(adapters),
-        gate=None if judged.policy == "off" else judged,
-        default_variant=recipe.default,
-        context_length=recipe.context_length,
-        on_progress=on_progress,
-    )
+    variants = _plan_variants(recipe, adapters, sets, decoder, on_note)
+    entries = {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()}
+    try:
+        manifest = build_bundle(
+            base,
+            variants,
+            Path(output),
+            quantization=quantization,
+            adapters=entries,
+            live_adapters=_choose_live(recipe, adapters),
+            base_calibration=sets.of(adapters),
+            gate=None if judged.policy == "off" else judged,
+            default_variant=recipe.default,
+            context_length=recipe.context_length,
+            targets=recipe.targets,
+            plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(variant.calibration for variant in variants)]),
+            on_progress=on_progress,
+        )
+    except KeyboardInterrupt:
+        on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
+        raise
     if blind and quantization.bits != 32:
-        how = "quantized on general text alone" if quantization.method == "gptq" else "rounded to nearest"
+        how = "quantized on general text alone" if quantization.calibrated else "rounded to nearest"
         on_note(
             f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
             "measured; give --calibration FILE.jsonl"
         )
     return manifest
+
+
+def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
+    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    parts = (__version__, base.sha256, recipe.quantization, dict(recipe.variants), dict(adapters), calibrations)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _export_traced(
@@ -103,6 +123,10 @@ def _export_traced(
     if gate.policy == "fail":
         raise InputError(
             f"--gate fail: a {base.config.get('model_type')} is exported through Optimum, whose variants are not judged"
+        )
+    if recipe.targets != (CPU.name,):
+        raise InputError(
+            f"targets = {list(recipe.targets)}: a {base.config.get('model_type')} is exported through Optimum, for cpu alone"
         )
     if "trained" in {recipe.merge_base, *(variant.merge_base for variant in recipe.variants.values())}:
         raise InputError("merge_base = 'trained': what is exported through Optimum is merged into the float base; use 'float'")

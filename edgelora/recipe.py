@@ -11,6 +11,7 @@ from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import METHODS
 from edgelora_export.files import read_toml
 from edgelora_export.gate import Gate
+from edgelora_export.targets import CPU, check_targets
 from edgelora_export.variants import MERGE_BASES, Quantization
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import check_variant_name
@@ -41,8 +42,9 @@ class Recipe:
 
     base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
     the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
-    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. merge_base: what
-    merged variants are merged into: float, trained (the base as their adapters' training held it), or auto, the better.
+    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
+    each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
+    base as their adapters' training held it), or auto, the better.
     """
 
     base: str
@@ -53,6 +55,7 @@ class Recipe:
     context_length: int | None = None
     calibration: Path | None = None
     gate: Gate = field(default_factory=Gate)
+    targets: tuple[str, ...] = (CPU.name,)
     merge_base: str = "auto"
 
 
@@ -79,7 +82,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         return taken
 
     tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict}
-    top = take(value, "", base=str, default=str, context_length=int, calibration=str, merge_base=str, **tables)
+    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str}
+    top = take(value, "", base=str, default=str, **keys, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
@@ -121,6 +125,11 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         checked = Gate(**gate)
     except InputError as error:
         wrong.append(str(error))
+    targets = top.get("targets", [CPU.name])
+    try:
+        check_targets(targets)
+    except InputError as error:
+        wrong.append(str(error))
     if wrong:
         raise InputError(f"{label}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
     base = folder / top["base"]
@@ -133,6 +142,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         context_length=top.get("context_length"),
         calibration=folder / top["calibration"] if "calibration" in top else None,
         gate=checked,
+        targets=tuple(targets),
         merge_base=top.get("merge_base", "auto"),
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.publish import write_file
+from edgelora_export.publish import BLOB, write_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,7 +46,7 @@ def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, Stor
     digest = hashlib.sha256()
     for chunk in chunks:
         digest.update(chunk)
-    location = f"{digest.hexdigest()}.bin"
+    location = f"{digest.hexdigest()}{BLOB}"
     if not (folder / location).exists():
         temporary = folder / f"{location}.{os.getpid()}.part"
         write_file(temporary, chunks)

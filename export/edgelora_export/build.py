@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING
 from edgelora_export.architectures import read_decoder
 from edgelora_export.calibration import Calibration
 from edgelora_export.draft import Draft
-from edgelora_export.gate import Gate, judge
+from edgelora_export.gate import Gate, judge, judged
+from edgelora_export.journal import Journal
 from edgelora_export.merge_base import choose_merge_base
-from edgelora_export.publish import staged_folder, write_file
+from edgelora_export.progress import Progress
+from edgelora_export.publish import journal_of, staged_folder, write_file
 from edgelora_export.store import check_modules
+from edgelora_export.targets import CPU, check_targets
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from edgelora_export.base import Base
     from edgelora_export.decoder import Decoder
+    from edgelora_export.progress import OnProgress
     from edgelora_export.variants import LowRank, Quantization, Variant
 
 _COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", "generation_config.json")
@@ -39,57 +43,50 @@ def build_bundle(
     gate: Gate | None = None,
     default_variant: str | None = None,
     context_length: int | None = None,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    targets: Sequence[str] = (CPU.name,),
+    plan: str | None = None,
+    on_progress: OnProgress = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
 
     adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for live
     variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
-    variants must keep of their adapters; None measures nothing. context_length: see read_decoder.
-    on_progress(done, total, what) is called per layer.
+    variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
+    variant gets a graph for, see targets.py; cpu must be among them. plan: one line that two calls share only if they make the
+    same weights; the second then takes over what the first had finished when it was killed. on_progress(done, total, what) is
+    called per layer.
     Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
     where a variant does not pass the gate.
     """
+    check_targets(targets)
     decoder = read_decoder(base.config, context_length)
     _check(variants, decoder, quantization, live_adapters)
-    with staged_folder(output, marker=MANIFEST) as folder:
+    with staged_folder(output, marker=MANIFEST, plan=plan) as folder:
         copy_texts(base, folder)
-        settled = {}
-        for done, variant in enumerate(variants):
-            on_progress(done, len(variants), f"choosing the base of {variant.name}")
-            settled[variant.name] = choose_merge_base(base, decoder, variant)
-        on_progress(0, 1, "embedding")
         draft = Draft(
             base=base,
             decoder=decoder,
             folder=folder,
             default_variant=variants[0].name if default_variant is None else default_variant,
             quantization=quantization,
-            variants=settled,
+            variants={variant.name: variant for variant in variants},
             adapters=adapters,
             factors=live_adapters,
             base_calibration=base_calibration or Calibration(),
+            progress=Progress(on_progress, len(decoder.layers)),
+            journal=Journal(None if plan is None else journal_of(folder), folder),
+            targets=targets,
         )
-        draft.on_layer = _count_layers(draft, on_progress)
-        draft.store_weights()
-        manifest = draft.write(final=gate is None)
+        draft.expect_progress()
         if gate is not None:
-            manifest = judge(draft, gate, on_progress)
+            draft.progress.expect(len(judged(draft)))
+        for name, variant in draft.variants.items():
+            draft.progress.show(f"choosing the base of {name}")
+            draft.variants[name] = choose_merge_base(base, decoder, variant)
+        draft.store_weights()
+        manifest = draft.write(final=True) if gate is None else judge(draft, gate)
+        draft.progress.finish("written")
     return manifest
-
-
-def _count_layers(draft: Draft, on_progress: Callable[[int, int, str], None]) -> Callable[[str, int], None]:
-    """Progress over the layers of all variants that have weights of their own."""
-    lanes = [name for name, variant in draft.variants.items() if variant.live is None and variant.delta is not None]
-    if draft.needs_bare:
-        lanes.insert(0, "")
-    layers = len(draft.decoder.layers)
-
-    def report(name: str, index: int) -> None:
-        lane = lanes.index(name) if name in lanes else 0
-        on_progress(lane * layers + index, len(lanes) * layers, f"{name or 'base'}, layer {index + 1} of {layers}")
-
-    return report
 
 
 def check_names(variants: Sequence[Variant]) -> None:

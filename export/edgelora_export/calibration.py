@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -48,6 +48,12 @@ class Calibration:
     @property
     def fit_tokens(self) -> int:
         return sum(len(sample.tokens) for sample in self.fit)
+
+
+def take_share(samples: Sequence[Sample], parts: float) -> Sequence[Sample]:
+    """The first samples that together have 1 / parts of all their tokens, at least one of them."""
+    ends = np.cumsum([len(sample.tokens) for sample in samples])
+    return samples[: 1 + int(np.searchsorted(ends, ends[-1] / parts))] if len(samples) else samples
 
 
 class Moments:

@@ -11,10 +11,13 @@ import onnx_ir as ir
 from edgelora_export.embeddings import store_embeddings
 from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import build_graph
+from edgelora_export.halves import HalfStore
 from edgelora_export.live import live_slots, pack_live_adapter
-from edgelora_export.publish import write_file
-from edgelora_export.quantizing import store_products
+from edgelora_export.progress import COMPENSATED
+from edgelora_export.publish import BLOB, write_file
+from edgelora_export.quantizing import compensates, store_products
 from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
+from edgelora_export.targets import CPU, TARGETS
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
@@ -32,17 +35,17 @@ from edgelora_runtime.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
+    from edgelora_export.journal import Journal
+    from edgelora_export.progress import Progress
     from edgelora_export.variants import LowRank, Quantization, Variant
 
-TARGET = "cpu"
-LIVE_GRAPH = f"live.{TARGET}.onnx"  # one graph serves all live variants; no variant may be called live
-_BLOB = ".bin"
+_LIVE = "live"  # stem of the one graph that serves all live variants; no variant may be called so
 
 
 @dataclass
@@ -51,7 +54,8 @@ class Draft:
 
     variants, in the bundle's order, may change: a merged one becomes live, products get more bits. adapters: what the
     manifest says of each. factors: the adapters that a live variant may use. base_calibration: what
-    the bare base is quantized on.
+    the bare base is quantized on. journal: what is finished of the products of variants as they were planned. targets: names
+    of what each variant gets a graph for, cpu among them.
     """
 
     base: Base
@@ -63,11 +67,16 @@ class Draft:
     adapters: Mapping[str, AdapterEntry]
     factors: Mapping[str, LowRank]
     base_calibration: Calibration
-    on_layer: Callable[[str, int], None] = lambda variant, index: None
+    progress: Progress
+    journal: Journal
+    targets: Sequence[str] = (CPU.name,)
     shared: Weights | None = None
     bare: Weights | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
     fidelity: dict[str, FidelityEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._halves = HalfStore(self.folder, self.decoder.wide_norms)
 
     @property
     def needs_bare(self) -> bool:
@@ -89,7 +98,8 @@ class Draft:
                     (None, self.base_calibration),
                     *((item.change, item.calibration) for item in self.variants.values() if item.change),
                 ],
-                on_layer=lambda index: self.on_layer("embedding", index),
+                self.journal.lane(""),
+                on_layer=self.progress.through("embedding"),
             )
         if self.bare is None and self.needs_bare:
             self.bare = store_products(
@@ -99,8 +109,9 @@ class Draft:
                 self.shared,
                 self.folder,
                 self.quantization,
+                self.journal.lane(""),
                 calibration=self.base_calibration,
-                on_layer=lambda index: self.on_layer("", index),
+                on_layer=self.progress.through("base", self._cost(self.base_calibration)),
             )
         for name, variant in self.variants.items():
             if name not in self.weights and variant.live is None and variant.delta is not None:
@@ -114,10 +125,25 @@ class Draft:
                     shared,
                     self.folder,
                     self.quantization,
+                    self.journal.lane(f"{name}, {variant.merge_base} base"),  # the gate may have changed the base
                     bare=self.bare,
                     calibration=variant.calibration,
-                    on_layer=lambda index, name=name: self.on_layer(name, index),  # type: ignore[misc]
+                    on_layer=self.progress.through(name, self._cost(variant.calibration)),
                 )
+
+    def expect_progress(self) -> None:
+        """Tells the progress what store_weights has before it."""
+        seen = [self.base_calibration, *(variant.calibration for variant in self.variants.values() if variant.delta is not None)]
+        if self.shared is None:
+            self.progress.expect(sum(compensates(self.quantization, calibration) for calibration in seen))
+        if self.bare is None and self.needs_bare:
+            self.progress.expect(1, self._cost(self.base_calibration))
+        for name, variant in self.variants.items():
+            if name not in self.weights and variant.live is None and variant.delta is not None:
+                self.progress.expect(1, self._cost(variant.calibration))
+
+    def _cost(self, calibration: Calibration) -> int:
+        return COMPENSATED if compensates(self.quantization, calibration) else 1
 
     def raise_to_int8(self, name: str, products: Collection[str]) -> None:
         """Stores some of a merged variant's products anew, in 8 bits. Other variants keep theirs."""
@@ -158,13 +184,13 @@ class Draft:
         """
         graphs = self._write_graphs()
         files = self._write_adapters()
-        self._write_genai_config(graphs[self.default_variant].file)
-        used = {blob for entry in graphs.values() for blob in entry.blobs} | {entry.file for entry in graphs.values()}
+        self._write_genai_config(graphs[self.default_variant][CPU.name].file)
+        used = {file for entries in graphs.values() for entry in entries.values() for file in (entry.file, *entry.blobs)}
         if not final:
             for weights in (self.shared, self.bare):
                 used |= weights.blobs if weights is not None else set()
         for path in self.folder.iterdir():
-            if path.suffix in (_BLOB, ".onnx") and path.name not in used:
+            if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
         live = self._live_products()
         manifest = Manifest(
@@ -183,14 +209,14 @@ class Draft:
         write_file(self.folder / MANIFEST, [manifest.dump()])
         return manifest
 
-    def _describe_variant(self, variant: Variant, graph: GraphEntry) -> VariantEntry:
+    def _describe_variant(self, variant: Variant, graphs: dict[str, GraphEntry]) -> VariantEntry:
         calibration = self.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
         grids = self.weights_of(variant.name).grids
         return VariantEntry(
             kind="merged" if variant.live is None else "live",
             mix=dict(variant.mix),
             method=variant.method,
-            graphs={TARGET: graph},
+            graphs=graphs,
             live=dict(variant.live or {}),
             calibration=CalibrationEntry(dict(calibration.sources), calibration.fit_tokens) if calibration.fit else None,
             int8=tuple(name for name, grid in grids.items() if grid.bits == 8 and self.quantization.bits == 4),
@@ -218,31 +244,36 @@ class Draft:
 
     def _write_genai_config(self, graph: str) -> None:
         """For a merged default variant: a live one is the bare base for a reader that feeds no factors."""
-        if graph == LIVE_GRAPH:
+        if self.variants[self.default_variant].live is not None:
             (self.folder / GENAI_CONFIG).unlink(missing_ok=True)
             return
         settings = {**self.base.config, **_generation_settings(self.base)}
         ends = end_tokens(self.base)
         write_file(self.folder / GENAI_CONFIG, [pack_genai_config(self.decoder, graph, settings=settings, end_tokens=ends)])
 
-    def _write_graphs(self) -> dict[str, GraphEntry]:
-        entries: dict[str, GraphEntry] = {}
-        written: dict[str, GraphEntry] = {}
+    def _write_graphs(self) -> dict[str, dict[str, GraphEntry]]:
+        """Graphs by variant and target."""
+        written: dict[str, dict[str, GraphEntry]] = {}
         for name, variant in self.variants.items():
-            live = variant.live is not None
-            file = LIVE_GRAPH if live else f"{name}.{TARGET}.onnx"
-            if file not in written:
-                weights = self.weights_of(name)
-                model = build_graph(self.decoder, weights, self.folder, live=self._live_products() if live else frozenset[str]())
-                write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-                written[file] = GraphEntry(file, tuple(sorted(weights.blobs)))
-            entries[name] = written[file]
-        return entries
+            stem = name if variant.live is None else _LIVE
+            if stem not in written:
+                live = frozenset[str]() if variant.live is None else self._live_products()
+                written[stem] = {target: self._write_graph(stem, self.weights_of(name), live, target) for target in self.targets}
+        return {name: written[name if variant.live is None else _LIVE] for name, variant in self.variants.items()}
+
+    def _write_graph(self, stem: str, weights: Weights, live: frozenset[str], name: str) -> GraphEntry:
+        target = TARGETS[name]
+        if target.float_type != CPU.float_type:
+            weights = self._halves.halve(weights)
+        model = build_graph(self.decoder, weights, self.folder, live=live, target=target)
+        file = f"{stem}.{name}.onnx"
+        write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
+        return GraphEntry(file, tuple(sorted(weights.blobs)))
 
 
 def describe_file(path: Path) -> FileEntry:
     """Size and hash of a file; a blob's name is its hash."""
-    return FileEntry(path.stat().st_size, path.stem if path.suffix == _BLOB else hash_file(path))
+    return FileEntry(path.stat().st_size, path.stem if path.suffix == BLOB else hash_file(path))
 
 
 def describe_base(base: Base) -> BaseEntry:

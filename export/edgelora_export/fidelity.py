@@ -14,7 +14,7 @@ from edgelora_export.store import load_matrix, read_linear, touches
 from edgelora_runtime.manifest import ProductFidelity
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-_TOGETHER = 256  # positions whose teacher logits are computed at once
+_LOGITS_BYTES = 1 << 26  # of one float64 array of logits, several of which are alive at once
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Comparison:
     trained_kl: float | None
 
 
-def run_teacher(draft: Draft, name: str) -> Teacher:
+def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambda index: None) -> Teacher:
     """Streams a variant's held-out samples through the float base with and without its delta, and through its trained base.
 
     On the way each product of a merged variant is compared with the weight that it stands for.
@@ -81,24 +81,21 @@ def run_teacher(draft: Draft, name: str) -> Teacher:
     samples = variant.calibration.held_out if variant.delta is not None else draft.base_calibration.held_out
     stream = LayerStream(decoder)
     if variant.delta is None:
-        return Teacher(samples, Said(None, stream.final_states(draft.base, samples, None)), None, None, {})
+        return Teacher(samples, Said(None, stream.final_states(draft.base, samples, None, on_layer)), None, None, {})
     bare = embed(draft.base, decoder, samples)
     adapted = embed(draft.base, decoder, samples, variant.delta)
     products: dict[str, ProductFidelity] = {}
     for index, layer in enumerate(decoder.layers):
+        on_layer(index)
         plain = read_layer(draft.base, decoder, index, None)
-        inputs: dict[str, list[Floats]] = {linear.name: [] for linear in layer.linears}
-
-        def keep(linear: Linear, tapped: Floats, inputs: dict[str, list[Floats]] = inputs) -> None:
-            inputs[linear.name].append(tapped)
-
+        own = [linear for linear in layer.linears if variant.live is None and touches(variant.delta, linear)]
+        inputs: dict[str, list[Floats]] = {linear.name: [] for linear in own}
         tuned = read_layer(draft.base, decoder, index, variant.delta)
-        adapted = stream.run(index, tuned, adapted, keep)
+        adapted = stream.run(index, tuned, adapted, {product: seen.append for product, seen in inputs.items()})
         bare = stream.run(index, plain, bare)
-        for linear in layer.linears:
-            if variant.live is None and touches(variant.delta, linear):
-                seen = np.concatenate(inputs.pop(linear.name))
-                products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], tuned[linear.name], seen)
+        for linear in own:
+            seen = np.concatenate(inputs.pop(linear.name))
+            products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], tuned[linear.name], seen)
     trained = None
     if variant.trained is not None:
         unmerged = variant.trained.unmerged
@@ -111,34 +108,34 @@ def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta:
     stream = LayerStream(decoder)
     said = Said(delta, stream.final_states(base, samples, delta))
     nats, tokens = 0.0, 0
-    for group in _group(samples):
-        found, targets = _predict(stream, base, samples, said, group), _targets(samples, group)
-        nats -= float(found[np.arange(len(targets)), targets].sum())
-        tokens += len(targets)
+    for rows in _gather_rows(samples, _say_nothing, decoder.vocab_size):
+        found = _predict(stream, base, said, rows)
+        nats -= float(found[np.arange(len(rows.targets)), rows.targets].sum())
+        tokens += len(rows.targets)
     return nats / tokens
 
 
-def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Floats]) -> Comparison:
-    """Compares a variant's logits, given by a function from token ids to float32 (T, V), with its teacher's."""
+def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int], int], Iterator[Floats]]) -> Comparison:
+    """Compares a variant with its teacher.
+
+    logits: from token ids and a number of positions, the variant's logits float32 (P, V) of that many at a time.
+    """
     stream = LayerStream(draft.decoder)
-    samples = teacher.samples
     divergences: list[Doubles] = []
     moved: list[Doubles] = []
     from_trained: list[Doubles] = []
     agreed, nats, teacher_nats = 0, 0.0, 0.0
-    for group in _group(samples):
-        targets = _targets(samples, group)
-        wanted = _predict(stream, draft.base, samples, teacher.adapted, group)
-        found = log_softmax(np.concatenate([logits(samples[item].tokens[:-1])[_counted(samples[item])] for item in group]))
+    for rows in _gather_rows(teacher.samples, logits, draft.decoder.vocab_size):
+        wanted, found = _predict(stream, draft.base, teacher.adapted, rows), log_softmax(rows.found)
         divergences.append(_divergence(wanted, found))
         if teacher.bare is not None:
-            moved.append(_divergence(wanted, _predict(stream, draft.base, samples, teacher.bare, group)))
+            moved.append(_divergence(wanted, _predict(stream, draft.base, teacher.bare, rows)))
         if teacher.trained is not None:
-            from_trained.append(_divergence(_predict(stream, draft.base, samples, teacher.trained, group), found))
+            from_trained.append(_divergence(_predict(stream, draft.base, teacher.trained, rows), found))
         agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
-        places = np.arange(len(targets))
-        nats -= float(found[places, targets].sum())
-        teacher_nats -= float(wanted[places, targets].sum())
+        places = np.arange(len(rows.targets))
+        nats -= float(found[places, rows.targets].sum())
+        teacher_nats -= float(wanted[places, rows.targets].sum())
     divergence = np.concatenate(divergences)
     tokens = len(divergence)
     return Comparison(
@@ -153,6 +150,54 @@ def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int]], Fl
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Predictions that count: positions (sample, slice), the tokens that follow (P,), and a variant's logits (P, V)."""
+
+    positions: list[tuple[int, slice]]
+    targets: NDArray[np.int64]
+    found: Floats
+
+
+def _gather_rows(
+    samples: Sequence[Sample], logits: Callable[[Sequence[int], int], Iterator[Floats]], vocabulary: int
+) -> Iterator[_Rows]:
+    """The predictions that count, as many at a time as memory has room for: each batch reads the whole head once."""
+    count = max(1, _LOGITS_BYTES // (8 * vocabulary))
+    waiting: list[tuple[tuple[int, slice], NDArray[np.int64], Floats]] = []
+
+    def join() -> _Rows:
+        positions, targets, found = zip(*waiting, strict=True)
+        waiting.clear()
+        return _Rows(list(positions), np.concatenate(targets), np.concatenate(found))
+
+    for place, sample in enumerate(samples):
+        start = 0
+        for found in logits(sample.tokens[:-1], count):
+            stop = start + len(found)
+            first = max(sample.start - 1, start)
+            if first < stop:
+                targets = np.array(sample.tokens[first + 1 : stop + 1], np.int64)
+                waiting.append(((place, slice(first, stop)), targets, found[first - start :].copy()))
+            start = stop
+            if sum(len(targets) for _, targets, _ in waiting) >= count:
+                yield join()
+    if waiting:
+        yield join()
+
+
+def _say_nothing(tokens: Sequence[int], count: int) -> Iterator[Floats]:
+    """Logits of no vocabulary, where no variant is asked."""
+    for start in range(0, len(tokens), count):
+        yield np.empty((min(count, len(tokens) - start), 0), np.float32)
+
+
+def _predict(stream: LayerStream, base: Base, said: Said, rows: _Rows) -> Doubles:
+    """Log probabilities (P, V) of the rows' predictions."""
+    chosen = np.concatenate([said.states[place][part] for place, part in rows.positions])
+    return log_softmax(stream.logits(base, chosen, said.delta))
+
+
 def log_softmax(logits: Floats) -> Doubles:
     """Log probabilities (T, V) in float64."""
     wide = logits.astype(np.float64)
@@ -165,35 +210,6 @@ def _divergence(wanted: Doubles, found: Doubles) -> Doubles:
     """KL(wanted ‖ found) per row, in nats."""
     divergence: Doubles = (np.exp(wanted) * (wanted - found)).sum(axis=1)
     return divergence
-
-
-def _counted(sample: Sample) -> slice:
-    """The positions of a sample whose predictions count."""
-    return slice(sample.start - 1, len(sample.tokens) - 1)
-
-
-def _targets(samples: Sequence[Sample], group: Sequence[int]) -> NDArray[np.int64]:
-    """The tokens that a group's predictions are about."""
-    return np.concatenate([np.array(samples[item].tokens[samples[item].start :], np.int64) for item in group])
-
-
-def _predict(stream: LayerStream, base: Base, samples: Sequence[Sample], said: Said, group: Sequence[int]) -> Doubles:
-    """Log probabilities (T, V) of the predictions of a group that count."""
-    chosen = np.concatenate([said.states[item][_counted(samples[item])] for item in group])
-    return log_softmax(stream.logits(base, chosen, said.delta))
-
-
-def _group(samples: Sequence[Sample]) -> list[list[int]]:
-    """Indices of samples, gathered until their predictions fill a batch."""
-    groups: list[list[int]] = [[]]
-    size = 0
-    for item, sample in enumerate(samples):
-        size += len(sample.tokens) - sample.start
-        groups[-1].append(item)
-        if size >= _TOGETHER and item + 1 < len(samples):
-            groups.append([])
-            size = 0
-    return groups
 
 
 def _compare_product(draft: Draft, name: str, linear: Linear, plain: Floats, tuned: Floats, inputs: Floats) -> ProductFidelity:

@@ -12,7 +12,7 @@ from edgelora_runtime.errors import InputError, IntegrityError
 from edgelora_runtime.manifest import FidelityEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from edgelora_export.draft import Draft
     from edgelora_export.variants import Variant
@@ -68,18 +68,25 @@ def retention(found: Comparison) -> float | None:
     return 1 - found.kl_mean / found.adapter_kl if found.adapter_kl > 0 else None
 
 
-def judge(draft: Draft, gate: Gate, on_progress: Callable[[int, int, str], None]) -> Manifest:
-    """Measures every variant that has held-out samples, mends those that fall short, and writes the figures down.
+def judged(draft: Draft) -> list[str]:
+    """The variants that have held-out samples."""
+    samples = {
+        name: (draft.base_calibration if variant.delta is None else variant.calibration).held_out
+        for name, variant in draft.variants.items()
+    }
+    return [name for name, held_out in samples.items() if held_out]
+
+
+def judge(draft: Draft, gate: Gate) -> Manifest:
+    """Measures every variant that has held-out samples, mends those that fall short, and writes the bundle with the figures.
 
     Raises IntegrityError, naming variants and layers, where the policy is to fail or nothing helps.
     """
+    draft.write(final=False)
     refused: list[str] = []
-    for done, name in enumerate(tuple(draft.variants)):
-        on_progress(done, len(draft.variants), f"checking {name}")
+    for name in judged(draft):
         variant = draft.variants[name]
-        if not (draft.base_calibration if variant.delta is None else variant.calibration).held_out:
-            continue
-        teacher = run_teacher(draft, name)
+        teacher = run_teacher(draft, name, draft.progress.through(f"checking {name}"))
         found = _measure(draft, name, teacher)
         outcome: Outcome = "measured" if variant.live is None else "live"
         if variant.delta is not None and variant.live is None:
@@ -92,7 +99,6 @@ def judge(draft: Draft, gate: Gate, on_progress: Callable[[int, int, str], None]
         draft.fidelity[name] = _describe(found, teacher, outcome)
     if refused:
         raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
-    on_progress(len(draft.variants), len(draft.variants), "checked")
     return draft.write(final=True)
 
 
@@ -106,6 +112,7 @@ def _mend(draft: Draft, name: str, gate: Gate, teacher: Teacher, found: Comparis
             if not gate.shortfalls(found):
                 return "repaired", found, teacher
         for products in _rounds(draft, name, teacher):
+            draft.progress.show(f"repairing {name}, {len(products)} products to 8 bits")
             draft.raise_to_int8(name, products)
             draft.write(final=False)
             found = _measure(draft, name, teacher)
@@ -138,8 +145,8 @@ def _why_not_live(draft: Draft, variant: Variant) -> str | None:
 
 
 def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
-    with Runtime(draft.folder) as runtime:
-        return compare(draft, teacher, lambda tokens: runtime.logits(tokens, variant=name))
+    with Runtime(draft.folder, provider="cpu") as runtime:
+        return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
 
 
 def _by_noise(teacher: Teacher) -> list[str]:

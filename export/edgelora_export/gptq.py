@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.descent import SWEEPS, refine_codes
 from edgelora_export.int4 import BlockQuantized, check_grid, pack_codes, search_grid, stack_rows
 from edgelora_runtime.errors import InputError
 
@@ -33,9 +34,11 @@ def quantize_gptq(
     block_size: int = 32,
     symmetric: bool = True,
     damping: float = DAMPING,
+    sweeps: int = SWEEPS,
 ) -> BlockQuantized:
     """Quantizes a weight so that its products with inputs like the calibration's change least; see Compensator."""
-    return Compensator(moments, damping).quantize(weight, bits=bits, block_size=block_size, symmetric=symmetric)
+    compensator = Compensator(moments, damping)
+    return compensator.quantize(weight, bits=bits, block_size=block_size, symmetric=symmetric, sweeps=sweeps)
 
 
 class Compensator:
@@ -48,12 +51,17 @@ class Compensator:
     def __init__(self, moments: Floats, damping: float = DAMPING) -> None:
         if not np.isfinite(moments).all():
             raise InputError("the calibration inputs hold NaN or infinity; check the base and the adapters")
+        self._moments = moments
         self._importance = np.diag(moments).copy()
+        self._damping = damping * float(np.where(self._importance > 0, self._importance, 1).mean())
         self._factor = _inverse_factor(moments, damping)
 
-    def quantize(self, weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True) -> BlockQuantized:
+    def quantize(
+        self, weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True, sweeps: int = SWEEPS
+    ) -> BlockQuantized:
         """The weight float32 (N, K) on the grid. Inputs that are always 0 are rounded like RTN does.
 
+        sweeps: of the descent that follows (descent.py); 0 is the paper's GPTQ.
         Raises InputError for an impossible grid, for NaN or infinity, and for moments that belong to another width.
         """
         check_grid(bits, block_size)
@@ -63,10 +71,11 @@ class Compensator:
             raise InputError(f"moments have shape ({width}, {width}); a weight of {columns} columns needs ({columns}, {columns})")
         if not np.isfinite(weight).all():
             raise InputError("the weight holds NaN or infinity; check the base and the adapters")
-        parts = [
-            _quantize_rows(weight[start : start + _ROWS], self._factor, self._importance, bits, block_size, symmetric)
-            for start in range(0, len(weight), _ROWS)
-        ]
+        parts = []
+        for start in range(0, len(weight), _ROWS):
+            rows = weight[start : start + _ROWS]
+            matrix = _quantize_rows(rows, self._factor, self._importance, bits, block_size, symmetric)
+            parts.append(refine_codes(rows, matrix, self._moments, self._damping, sweeps))
         return stack_rows(parts)
 
 

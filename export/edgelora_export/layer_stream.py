@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +19,12 @@ if TYPE_CHECKING:
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Sample
-    from edgelora_export.decoder import Decoder, Linear
+    from edgelora_export.decoder import Decoder
+    from edgelora_export.layer_graph import WeightlessGraph
     from edgelora_export.variants import Delta
 
     Floats = NDArray[np.float32]
+    OnInput = Callable[[Floats], object]
 
 _HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a gigabyte
 
@@ -58,21 +61,34 @@ class LayerStream:
         index: int,
         weights: Mapping[str, Floats],
         hidden: Sequence[Floats],
-        on_input: Callable[[Linear, Floats], None] = lambda linear, inputs: None,
+        on_input: Mapping[str, OnInput] = MappingProxyType({}),
     ) -> list[Floats]:
         """Takes hidden states (T, H), one array a sequence, through one layer.
 
-        weights: see read_layer. on_input(product, inputs (T, K)) is called for each product and sequence.
+        weights: see read_layer. on_input: by product, what is called with its inputs (T, K) of each sequence.
         """
-        model, names, taps = build_layer_graph(self._decoder, index)
-        session = self._session(model)
-        fixed = {short: weights[name] for name, short in names.items()}
+        return self._run(build_layer_graph(self._decoder, index, on_input), weights, hidden, on_input)
+
+    def observe(
+        self, index: int, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> None:
+        """The same for the inputs of these products alone: nothing behind them is computed."""
+        self._run(build_layer_graph(self._decoder, index, on_input, whole=False), weights, hidden, on_input)
+
+    def _run(
+        self, graph: WeightlessGraph, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> list[Floats]:
+        """What the graph makes of each sequence, if it is whole; its taps go to on_input."""
+        session = self._session(graph.model)
+        fixed = {short: weights[name] for name, short in graph.weights.items()}
+        outputs = [str(value.name) for value in graph.model.graph.outputs]
         after: list[Floats] = []
         for states in hidden:
-            out, *inputs = session.run([HIDDEN_OUT, *taps], fixed | {HIDDEN: states[None]})
-            after.append(out[0])
-            for linear, tapped in zip(self._decoder.layers[index].linears, inputs, strict=True):
-                on_input(linear, tapped[0])
+            found = dict(zip(outputs, session.run(outputs, fixed | {HIDDEN: states[None]}), strict=True))
+            for product, callback in on_input.items():
+                callback(found[graph.taps[product]][0])
+            if HIDDEN_OUT in found:
+                after.append(found[HIDDEN_OUT][0])
         return after
 
     def final_states(
@@ -94,9 +110,9 @@ class LayerStream:
     def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
         """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
         decoder = self._decoder
-        model, names = build_head_graph(decoder)
-        session = self._session(model)
-        head = "embedding" if decoder.tied else "head"
+        graph = build_head_graph(decoder)
+        session = self._session(graph.model)
+        head = decoder.head_product
         norm = read_norm(base, decoder.final_norm)
         changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
         parts = []
@@ -104,7 +120,7 @@ class LayerStream:
             wanted = np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size))
             rows = read_rows(base, decoder.head, wanted) if changed is None else changed[wanted]
             weights = {head: rows, decoder.final_norm.name: norm}
-            feeds = {short: weights[name] for name, short in names.items()}
+            feeds = {short: weights[name] for name, short in graph.weights.items()}
             parts.append(session.run([LOGITS], feeds | {HIDDEN: hidden[None]})[0][0])
         return np.concatenate(parts, axis=1)
 
@@ -114,5 +130,6 @@ class LayerStream:
             options = ort.SessionOptions()
             options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs
             options.log_severity_level = 3
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # numpy needs the cores between calls
             self._sessions[raw] = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
         return self._sessions[raw]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import tempfile
-import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgelora_export.architectures import native_types
+from edgelora_export.torch_model import first_line, load_model, quiet_libraries
 from edgelora_export.traced_graph import Sizes, prepare_traced, read_sizes
 from edgelora_runtime.errors import InputError
 
@@ -66,8 +65,8 @@ def trace_decoder(base: Base, context_length: int | None = None) -> Iterator[Tra
             "own: it needs an older transformers than edgelora[train]"
         )
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
-        with _quiet():
-            model = _load(base)
+        with quiet_libraries():
+            model = load_model(base)
             longest = _longest_context(model.config)
             if context_length is not None and not 0 < context_length <= longest:
                 raise InputError(f"context_length = {context_length}: the model has positions 1 to {longest}")
@@ -102,17 +101,6 @@ def _is_installed() -> bool:
         return False
 
 
-def _load(base: Base) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load base {base.folder} ({_first_line(error)})") from error
-    return model.eval()
-
-
 def _write_graph(model: Any, folder: Path, architecture: str) -> None:
     try:
         from optimum.exporters.onnx import onnx_export_from_model
@@ -120,7 +108,7 @@ def _write_graph(model: Any, folder: Path, architecture: str) -> None:
         # Post-processing would only merge tied weights, which blobs do by content.
         onnx_export_from_model(model, folder, task=_TASK, do_validation=False, no_post_process=True)
     except Exception as error:  # it passes on what torch, onnx and its own registries raise
-        raise InputError(f"Optimum cannot export model_type {architecture!r} as {_TASK} ({_first_line(error)})") from error
+        raise InputError(f"Optimum cannot export model_type {architecture!r} as {_TASK} ({first_line(error)})") from error
 
 
 def _digest_weights(model: Any) -> tuple[dict[str, list[str]], frozenset[str]]:
@@ -150,20 +138,3 @@ def _longest_context(config: Any) -> int:
         if isinstance(length := getattr(config, key, None), int):
             return length
     return _UNBOUNDED_CONTEXT
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences what torch's tracer, transformers and Optimum have to say, and restores it after."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

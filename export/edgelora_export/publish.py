@@ -18,7 +18,9 @@ from edgelora_runtime.errors import InputError, ResourceError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+BLOB = ".bin"  # ends the name of a blob: <sha256>.bin
 _STAGING = ".edgelora-staging"
+_JOURNAL = ".journal"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -39,22 +41,32 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 @contextmanager
-def staged_folder(target: Path, *, marker: str) -> Iterator[Path]:
-    """Yields an empty folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iterator[Path]:
+    """Yields a folder that becomes `target` when the block ends without an error, and vanishes otherwise.
 
     An existing target is replaced in one step and only if it is empty or holds the file `marker`: anything else is not
     ours to delete. Staging folders that a killed run left beside the target are removed.
+    plan: says what is made, in one line. The folder then has a journal (journal_of) whose first line it is. Both stay
+    when the run is interrupted or killed, and the next run with the same plan gets them: the blobs, and nothing else.
     Raises InputError for a target that is in the way, ResourceError for a full disk.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user chose to place)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())):
         raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
     staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
+    kept = False
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        staging.mkdir()
-        yield staging
+        _clear_leftovers(target, staging, plan)
+        staging.mkdir(exist_ok=True)
+        if plan is not None and not journal_of(staging).exists():
+            write_file(journal_of(staging), [f"{plan}\n".encode()])
+        try:
+            yield staging
+        except (KeyboardInterrupt, SystemExit):
+            kept = plan is not None
+            raise
+        journal_of(staging).unlink(missing_ok=True)
         _flush_folder(staging)
         _replace_folder(staging, target)
         _flush_folder(target.parent)
@@ -63,15 +75,45 @@ def staged_folder(target: Path, *, marker: str) -> Iterator[Path]:
             raise ResourceError(f"no space left on the disk of {target}; free some and run again") from error
         raise
     finally:
-        _remove(staging)
+        if not kept:
+            _remove(staging)
+            journal_of(staging).unlink(missing_ok=True)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes what earlier runs left; one may have had our process id, as every run in a container can."""
-    for leftover in target.parent.glob(f"{glob.escape(f'.{target.name}')}{_STAGING}-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid))):
+def journal_of(staging: Path) -> Path:
+    """The journal of a staging folder; see staged_folder."""
+    return staging.with_name(staging.name + _JOURNAL)
+
+
+def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
+    """Removes what earlier runs left, but for what one of them had finished of the same plan: that gets staging's name."""
+    prefix = f".{target.name}{_STAGING}-"
+    names = {path.name.removesuffix(_JOURNAL) for path in target.parent.glob(f"{glob.escape(prefix)}*")}
+    leftovers = [target.with_name(name) for name in sorted(names) if _is_left_over(name.removeprefix(prefix))]
+    same = next((folder for folder in leftovers if plan is not None and _has_plan(folder, plan)), None)
+    for leftover in leftovers:
+        if leftover != same:
             _remove(leftover)
+            journal_of(leftover).unlink(missing_ok=True)
+    if same is not None:
+        for path in same.iterdir():
+            if path.suffix != BLOB:
+                path.unlink()
+        same.rename(staging)
+        journal_of(same).rename(journal_of(staging))
+
+
+def _is_left_over(pid: str) -> bool:
+    """Whether the process is gone; one may have had our process id, as every run in a container can."""
+    return pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
+
+
+def _has_plan(staging: Path, plan: str) -> bool:
+    """Whether a staging folder was to become what the plan says."""
+    if not (staging.is_dir() and not staging.is_symlink() and journal_of(staging).is_file()):
+        return False
+    with journal_of(staging).open(encoding="utf-8", errors="replace") as file:
+        return file.readline() == f"{plan}\n"
 
 
 def _remove(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Quantizes the products of one variant, layer after layer: rounded to nearest, or by GPTQ on inputs from the layers before."""
+"""Quantizes the products of one variant: rounded to nearest, by GPTQ layer after layer, or by auto-round all at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.auto_round_backend import tune_products
 from edgelora_export.calibration import Moments
 from edgelora_export.gptq import output_error, quantize_gptq
 from edgelora_export.int4 import BlockQuantized, quantize_rtn
@@ -14,7 +15,7 @@ from edgelora_export.layer_stream import LayerStream, embed, read_layer
 from edgelora_export.store import Weights, load_matrix, read_linear, store_matrix, store_rounded, touches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from edgelora_export.calibration import Calibration, Sample
     from edgelora_export.decoder import Decoder, Linear
     from edgelora_export.int4 import Grid
+    from edgelora_export.journal import Lane
     from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
@@ -35,6 +37,7 @@ def store_products(
     shared: Weights,
     folder: Path,
     quantization: Quantization,
+    finished: Lane,
     *,
     bare: Weights | None = None,
     calibration: Calibration | None = None,
@@ -42,26 +45,43 @@ def store_products(
 ) -> Weights:
     """The weights of a variant: `shared` and every product of the base with the delta added.
 
-    bare: the bare base's weights, whose products are taken over where the delta touches nothing. calibration: what GPTQ is
-    given to see; without it, and for method rtn, weights are rounded to nearest.
+    finished: the products that an earlier run has stored, to which this one adds. bare: the bare base's weights, whose
+    products are taken over where the delta touches nothing. calibration: what GPTQ or auto-round is given to see; without
+    it, and for method rtn, weights are rounded to nearest.
     """
     weights = Weights() | shared
     stream = None
-    if calibration is not None and calibration.fit and quantization.method == "gptq":
+    tuned: Mapping[str, BlockQuantized] = {}
+    if calibration is not None and compensates(quantization, calibration) and quantization.method == "gptq":
         stream = _QuantizedStream(base, decoder, calibration, weights, folder)
+    elif calibration is not None and compensates(quantization, calibration):
+        changed = [linear for linear in decoder.linears if bare is None or touches(delta, linear)]
+        if any(finished.find(linear.name) is None for linear in changed):
+            tuned = tune_products(base, decoder, delta, changed, quantization, calibration.fit, on_layer)
     for index, layer in enumerate(decoder.layers):
-        on_layer(index)
+        if not tuned:  # else each layer has been a step of progress already
+            on_layer(index)
         own = [linear for linear in layer.linears if bare is None or touches(delta, linear)]
         for linear in layer.linears:
             if bare is not None and linear not in own:
                 weights.take(bare.only(linear.name))
         if stream is not None:
-            stream.quantize_layer(index, delta, own, quantization)
+            stream.quantize_layer(index, delta, own, quantization, finished)
             continue
         for linear in own:
-            weight = read_linear(base, linear, delta)
-            weights.take(store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
+            stored = finished.find(linear.name)
+            if stored is None and linear.name in tuned:
+                stored = finished.note(linear.name, store_matrix(folder, linear.name, tuned[linear.name]))
+            if stored is None:
+                weight = read_linear(base, linear, delta)
+                stored = finished.note(linear.name, store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
+            weights.take(stored)
     return weights
+
+
+def compensates(quantization: Quantization, calibration: Calibration) -> bool:
+    """Whether codes are to make up for errors, by a method that has something to see them on."""
+    return bool(calibration.fit) and quantization.calibrated
 
 
 class _QuantizedStream:
@@ -73,30 +93,28 @@ class _QuantizedStream:
         self._fit = self._embed(calibration.fit)
         self._unseen = self._embed(calibration.unseen)
 
-    def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization) -> None:
+    def quantize_layer(
+        self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization, finished: Lane
+    ) -> None:
         """Stores the products `own` of a layer, and takes the sequences through the layer as it is stored."""
         layer = self._decoder.layers[index]
         running = read_layer(self._base, self._decoder, index, delta)
-        moments = {linear.name: Moments(linear.columns) for linear in own}
-        unseen: dict[str, list[Floats]] = {linear.name: [] for linear in own}
-
-        def observe(linear: Linear, inputs: Floats) -> None:
-            if linear.name in moments:
-                moments[linear.name].add(inputs)
-
-        def keep(linear: Linear, inputs: Floats) -> None:
-            if linear.name in unseen:
-                unseen[linear.name].append(inputs)
-
-        if own:
-            self._stream.run(index, running, self._fit, observe)
-            self._stream.run(index, running, self._unseen, keep)
-        for linear in own:
+        missing = [linear for linear in own if finished.find(linear.name) is None]
+        moments = {linear.name: Moments(linear.columns) for linear in missing}
+        unseen: dict[str, list[Floats]] = {linear.name: [] for linear in missing}
+        if missing:
+            self._stream.observe(index, running, self._fit, {name: sums.add for name, sums in moments.items()})
+            self._stream.observe(index, running, self._unseen, {name: others.append for name, others in unseen.items()})
+        for linear in missing:
             grid = quantization.grid(linear.name)
             assert grid is not None  # gptq goes with quantized products alone
             seen, others = moments.pop(linear.name).total(), unseen.pop(linear.name)
             matrix = _quantize(running[linear.name], grid, seen, np.concatenate(others) if others else None)
-            self._weights.take(store_matrix(self._folder, linear.name, matrix))
+            finished.note(linear.name, store_matrix(self._folder, linear.name, matrix))
+        for linear in own:
+            done = finished.find(linear.name)
+            assert done is not None
+            self._weights.take(done)
         if index + 1 == len(self._decoder.layers):
             return
         for linear in layer.linears:

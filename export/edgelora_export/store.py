@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
-    from edgelora_export.decoder import Decoder, Linear, Norm
+    from edgelora_export.decoder import Decoder, Linear, Norm, Part
     from edgelora_export.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
@@ -62,17 +62,17 @@ def store_norms(base: Base, decoder: Decoder, folder: Path) -> Weights:
 
 def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
     """One product's weight (N, K), with a delta added where it has one for a part; shapes are checked by check_delta."""
-    rows = []
-    for part in linear.parts:
-        weight = base.tensor(f"{part.module}.weight")
-        if weight.shape != (part.out_features, part.in_features):
-            raise InputError(
-                f"{part.module}.weight has shape {weight.shape}; config.json means {(part.out_features, part.in_features)}"
-            )
-        if delta is not None and part.module in delta.modules:
-            weight = weight + delta.dense(part.module, weight)
-        rows.append(part.pad_columns(part.pad_rows(weight)))
-    return np.concatenate(rows)
+    return np.concatenate([part.pad_columns(part.pad_rows(read_part(base, part, delta))) for part in linear.parts])
+
+
+def read_part(base: Base, part: Part, delta: Delta | None) -> Floats:
+    """One part's weight (N, K) as the checkpoint lays it out, with a delta added where it has one for it."""
+    weight = base.tensor(f"{part.module}.weight")
+    if weight.shape != (part.out_features, part.in_features):
+        raise InputError(
+            f"{part.module}.weight has shape {weight.shape}; config.json means {(part.out_features, part.in_features)}"
+        )
+    return weight + delta.dense(part.module, weight) if delta is not None and part.module in delta.modules else weight
 
 
 def read_rows(base: Base, name: str, rows: NDArray[np.int64]) -> Floats:

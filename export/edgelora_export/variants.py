@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-METHODS = ("gptq", "rtn", "none")
+METHODS = ("gptq", "auto-round", "rtn", "none")
 MERGE_BASES = ("auto", "float", "trained")
 
 
@@ -48,7 +48,8 @@ class Quantization:
     """How a bundle's weights are stored.
 
     bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale. symmetric: without zero points.
-    method: gptq (codes that make up for each other's errors on calibration inputs), rtn (rounding to nearest, the step of
+    method: gptq (codes that make up for each other's errors on calibration inputs), auto-round (4-bit rounding and clipping
+    learned on them, by the package of that name; embedding and head by gptq), rtn (rounding to nearest, the step of
     each block chosen by squared error), or none, which goes with 32 bits. int8: patterns (fnmatch) of the products that get
     8 bits whatever the rest has: layers.0.*, *.mlp.down, embedding, head.
     """
@@ -67,6 +68,13 @@ class Quantization:
             object.__setattr__(self, "method", "none")
             return
         check_grid(self.bits, self.block_size)
+        if self.method == "auto-round" and self.bits != 4:
+            raise InputError(f"quantization method 'auto-round' has 4 bits, not {self.bits}; use gptq or rtn")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at what a model makes of calibration data."""
+        return self.method in ("gptq", "auto-round")
 
     def grid(self, product: str) -> Grid | None:
         """The grid of a product, the embedding or the head; None for float32."""

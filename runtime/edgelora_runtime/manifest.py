@@ -81,7 +81,7 @@ class AdapterEntry:
 class LiveSlots:
     """The LoRA inputs of one product of the live graph.
 
-    a: input of shape (columns, parts * R). b: one input (R, rows[i]) per part. modules: whose factors each part takes.
+    a: input of shape (parts * R, columns). b: one input (R, rows[i]) per part. modules: whose factors each part takes.
     """
 
     a: str

@@ -215,11 +215,11 @@ def test_layers_one_by_one_give_transformers_hidden_states(config_class: Any, se
     hidden = base.tensor(decoder.embedding)[TOKENS][None] * np.float32(decoder.embedding_multiplier)
     for index, layer in enumerate(decoder.layers):
         np.testing.assert_allclose(hidden * unit, expected.hidden_states[index].numpy(), atol=TOLERANCE)
-        graph, names, _ = build_layer_graph(decoder, index)
-        hidden, *taps = run(graph, {HIDDEN: hidden} | {name: weights[full] for full, name in names.items()})
+        graph = build_layer_graph(decoder, index, [linear.name for linear in layer.linears])
+        hidden, *taps = run(graph.model, {HIDDEN: hidden} | {name: weights[full] for full, name in graph.weights.items()})
         assert [tap.shape[-1] for tap in taps] == [linear.columns for linear in layer.linears]
-    graph, names = build_head_graph(decoder)
-    (logits,) = run(graph, {HIDDEN: hidden} | {name: weights[full] for full, name in names.items()})
+    graph = build_head_graph(decoder)
+    (logits,) = run(graph.model, {HIDDEN: hidden} | {name: weights[full] for full, name in graph.weights.items()})
     np.testing.assert_allclose(logits, expected.logits.numpy(), atol=TOLERANCE)
 
 
@@ -233,7 +233,7 @@ def test_layers_of_a_kind_share_one_graph(name: str, tmp_path: Path) -> None:
     config_class, settings = SHAPES[name]
     make(tmp_path / "base", config_class, {**settings, "num_hidden_layers": 4})
     decoder = read_decoder(Base.open(tmp_path / "base").config)
-    graphs = [ir.serde.serialize_model(build_layer_graph(decoder, index)[0]).SerializeToString() for index in range(4)]
+    graphs = [ir.serde.serialize_model(build_layer_graph(decoder, index).model).SerializeToString() for index in range(4)]
     assert graphs[0] == graphs[2] != graphs[1] == graphs[3]
 
 

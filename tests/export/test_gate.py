@@ -10,6 +10,7 @@ import pytest
 from peft import PeftModel
 
 from edgelora.adapters import Adapter
+from edgelora_export import fidelity
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.calibration import Calibration, Sample
@@ -74,8 +75,11 @@ def softmax(logits: Floats) -> Doubles:
     return wide
 
 
-@pytest.mark.parametrize("kind", ["merged", "live"])
-def test_figures_are_those_of_peft_against_the_runtime(tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(("kind", "positions"), [("merged", 1000), ("merged", 7), ("live", 20)])
+def test_figures_are_those_of_peft_against_the_runtime(
+    tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "_LOGITS_BYTES", positions * 8 * 300)  # of the tiny base's 300 tokens
     manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(retention=-100.0), kind=kind)
     found = manifest.variants["tuned"].fidelity
     assert found is not None

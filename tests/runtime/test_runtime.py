@@ -324,6 +324,19 @@ def test_threads_are_token_identical_to_solo_runs(bundle32: Path, alone: list[tu
     assert failures == []
 
 
+@pytest.mark.parametrize("positions", [1, 7, PREFILL_CHUNK, 10 * PREFILL_CHUNK])
+def test_logits_a_few_positions_at_a_time_are_all_of_them(runtime: Runtime, positions: int) -> None:
+    tokens = random_tokens(PREFILL_CHUNK + 20)
+    pieces = [piece.copy() for piece in runtime.iterate_logits(tokens, variant="plain", positions=positions)]
+    assert max(map(len, pieces)) == min(positions, PREFILL_CHUNK)
+    np.testing.assert_allclose(np.concatenate(pieces), runtime.logits(tokens, variant="plain"), atol=1e-4)
+
+
+def test_no_position_at_a_time_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="positions = 0"):
+        next(runtime.iterate_logits([1, 2], positions=0))
+
+
 def test_logits_from_many_threads(runtime: Runtime) -> None:
     texts = [random_tokens(30, seed=seed) for seed in range(6)]
     expected = [runtime.logits(text, variant="base") for text in texts]
@@ -464,7 +477,7 @@ def test_a_bundle_without_a_template_takes_no_messages(bundle_copy: Path) -> Non
             runtime.generate([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"memory_budget": "much"}])
+@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"target": "npu"}, {"threads": 0}, {"memory_budget": "much"}])
 def test_impossible_settings_of_a_runtime(bundle32: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Runtime(bundle32, **arguments)
