@@ -81,7 +81,7 @@ def measure(base: Path, data: Path, folder: Path, seed: int, count: int, peer: P
             print_note(f"training {task}, seed {seed}")
             rows = data / f"{task}.train.jsonl"
             train(TrainConfig(str(base), rows, adapter, lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
-    variants = {task: VariantRecipe({task: 1.0}) for task in TASKS}
+    variants = {task: VariantRecipe({task: 1.0}, merge_base="float") for task in TASKS}  # the teacher's own base
     for method in METHODS:
         print_note(f"exporting with {method}, seed {seed}")
         recipe = Recipe(str(base), adapters, variants, Quantization(method=method), gate=Gate(policy="off"))

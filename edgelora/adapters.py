@@ -41,7 +41,8 @@ _WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, in place of the
 class Provenance:
     """Where an adapter comes from.
 
-    base_sha256: edgelora_export.base.Base.sha256 of the base. base_quantization: nf4, int4 or none while training.
+    base_sha256: edgelora_export.base.Base.sha256 of the base. base_quantization: nf4, int4 or none while training, "mixed"
+    for a mix of adapters that differ in it.
     data_sha256: of the training file. data_file: where it lies, seen from the adapter's folder; "" where nobody knows.
     init: how A and B began; "composed" for a mix.
     """
@@ -104,7 +105,14 @@ class Adapter:
         config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
         if reasons := unsupported(config):
             raise InputError(f"adapter {label}: {'; '.join(reasons)}")
-        return cls(label, folder, config, read_provenance(folder), *_read_shapes(folder / WEIGHTS, label, config))
+        provenance = read_provenance(folder)
+        if (init := base_init(config)) and provenance is not None and provenance.base_quantization != "none":
+            raise InputError(
+                f"adapter {label}: init_lora_weights is {init!r} on a base held as {provenance.base_quantization}: what its "
+                "factors took out of rounded weights cannot be computed exactly; save it converted to plain LoRA "
+                "(PEFT's path_initial_model_for_weight_conversion)"
+            )
+        return cls(label, folder, config, provenance, *_read_shapes(folder / WEIGHTS, label, config))
 
     @property
     def modules(self) -> Set[str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
+from importlib.resources import files as package_files
 from typing import TYPE_CHECKING
 
 from edgelora.rows import Row, read_rows
@@ -13,7 +15,7 @@ from edgelora_runtime.cache import shared_prefix
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from edgelora.adapters import Adapter
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
 LONGEST = 512  # tokens of one sample; the rest is left out
 LEAST_TOKENS = 16384  # to quantize on, as far as the data go; wider models need twice their widest input
 HELD_OUT_TOKENS = 2048  # to judge on
-_HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are
+GENERAL_TEXT = "general_text.jsonl"  # comes with edgelora, so that GPTQ never sees a task's format alone
+GENERAL_SHARE = 0.25  # of all tokens to quantize on, at the most, beside adapters' data
+_HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are; of general text alone, too
 
 
 def find_training_data(adapter: Adapter) -> Path | None:
@@ -42,11 +46,14 @@ def hash_data(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def gather_calibration(files: Sequence[Path], encode: Encode, *, widest: int, seed: int = 0) -> Calibration:
+def gather_calibration(
+    files: Sequence[Path], encode: Encode, *, widest: int, general_share: float = 0.0, seed: int = 0
+) -> Calibration:
     """Samples from data files, in turn from each, shuffled; a part of each is held out.
 
     files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; the
-    second moments of fewer than twice as many tokens mislead GPTQ.
+    second moments of fewer than twice as many tokens mislead GPTQ. general_share: how much of what is quantized on may be
+    edgelora's own general text, on which nothing is ever judged; 1 for all of it.
     """
     budget = max(LEAST_TOKENS, 2 * widest)
     piles = [_shuffle(path, seed) for path in dict.fromkeys(files)]
@@ -66,7 +73,27 @@ def gather_calibration(files: Sequence[Path], encode: Encode, *, widest: int, se
         if fit_tokens >= budget and held_out_tokens >= HELD_OUT_TOKENS:
             break
     sources = {_label(path, files): hash_data(path) for path in dict.fromkeys(files)}
-    return Calibration(tuple(fit), tuple(held_out), sources)
+    spare: list[Sample] = []
+    if general_share > 0:
+        general, sources[f"edgelora/{GENERAL_TEXT}"] = _read_general(encode, seed)
+        if not held_out:
+            count = len(general) // _HELD_OUT_SHARE
+            spare, general = general[:count], general[count:]
+        room = fit_tokens * general_share / (1 - general_share) if general_share < 1 else math.inf
+        for sample in general:
+            if len(sample.tokens) <= room:
+                fit.append(sample)
+                room -= len(sample.tokens)
+    return Calibration(tuple(fit), tuple(held_out), sources, tuple(spare))
+
+
+def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
+    """The general text that comes with edgelora, shuffled, and the SHA-256 of its file."""
+    raw = package_files("edgelora").joinpath(GENERAL_TEXT).read_bytes()
+    texts = [str(json.loads(line)["text"]) for line in raw.splitlines()]
+    random.Random(seed).shuffle(texts)  # noqa: S311  (not for secrets)
+    samples = [sample for text in texts if (sample := _encode(text, encode)) is not None]
+    return samples, hashlib.sha256(raw).hexdigest()
 
 
 def _label(path: Path, files: Sequence[Path]) -> str:
@@ -106,10 +133,3 @@ def _encode(item: Row | str, encode: Encode) -> Sample | None:
     start = max(1, shared_prefix(encode(item.prompt), whole))
     tokens = whole[:LONGEST]
     return Sample(tuple(tokens), start) if start < len(tokens) else None
-
-
-def find_sources(adapters: Mapping[str, Adapter], general: Path | None) -> tuple[list[Path], list[str]]:
-    """Data files of some adapters and the general one; and the adapters whose data are not to be found."""
-    found = {name: find_training_data(adapter) for name, adapter in adapters.items()}
-    files = [path for path in found.values() if path is not None]
-    return [*files, *([general] if general else [])], [name for name, path in found.items() if path is None]

@@ -16,8 +16,6 @@ from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from edgelora_runtime.bundle import Bundle
-
 # Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
@@ -38,6 +36,9 @@ MixOption = Annotated[
     typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each."),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores without it.")]
+ProviderOption = Annotated[
+    str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU where there is one and the bundle has graphs for it.")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 
 
@@ -208,6 +209,7 @@ def export(
 ) -> None:
     """Compile a recipe's mixes into a bundle of ONNX variants, and check what each keeps of its adapters."""
     import edgelora
+    from edgelora.inspection import show_bundle
     from edgelora_runtime import Bundle
 
     with show_progress("exporting") as on_progress:
@@ -218,15 +220,16 @@ def export(
 
         for path in write_reports(opened.manifest, report):
             print_note(f"{path}")
-    _show_bundle(opened, json)
+    show_bundle(opened, json)
 
 
 @app.command()
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Show what a bundle holds: variants, mixes, bytes of each and bytes shared."""
+    """Show what a bundle holds: variants, mixes, bytes of each and bytes shared, and what each keeps of its adapters."""
+    from edgelora.inspection import show_bundle
     from edgelora_runtime import Bundle
 
-    _show_bundle(Bundle.open(bundle), json)
+    show_bundle(Bundle.open(bundle), json)
 
 
 @app.command()
@@ -269,13 +272,14 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling; a random one without it.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for each.")] = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora_runtime import Runtime
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, threads=threads) as runtime:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime:
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
@@ -307,13 +311,14 @@ def chat(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.chat import run_chat
     from edgelora_runtime import Runtime
 
-    with Runtime(bundle, threads=threads) as runtime:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime:
         turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
     if json:
         print_json({"turns": turns})
@@ -328,6 +333,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
     max_tokens: MaxTokensOption = 64,
     threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
@@ -338,7 +344,7 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
-    with Runtime(bundle, threads=threads) as runtime, show_progress("evaluating") as on_progress:
+    with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("evaluating") as on_progress:
         receipt = runtime.switch(variant, mix=_parse_mix(mix))
         scores = run_evaluation(runtime, rows, max_tokens=max_tokens, on_progress=on_progress)
     if json:
@@ -388,54 +394,6 @@ def demo(
         print_json(report)
     else:
         show_report(report)
-
-
-def _show_bundle(bundle: Bundle, as_json: bool) -> None:
-    from edgelora.inspection import describe_bundle
-
-    described = describe_bundle(bundle)
-    if as_json:
-        print_json(described)
-        return
-    manifest, quantization = bundle.manifest, bundle.manifest.quantization
-    grid = (
-        "float32"
-        if quantization.bits == 32
-        else f"int{quantization.bits}, block {quantization.block_size}, {quantization.method}"
-    )
-    base = f"base {manifest.base.name} ({manifest.base.sha256[:12]})"
-    print(f"{bundle.folder}: {manifest.model.architecture}, {manifest.model.layers} layers, {base}, {grid}")
-    rows = [
-        [
-            item.name + (" *" if item.name == manifest.default_variant else ""),
-            item.kind,
-            " + ".join(f"{weight:g} {name}" for name, weight in item.mix.items()) or "–",
-            item.method if item.mix else "–",
-            format_bytes(item.bytes),
-            format_bytes(item.private_bytes),
-        ]
-        for item in described.variants
-    ]
-    print_table("", ["variant", "kind", "mix", "method", "bytes", "of its own"], rows)
-    fidelity = {name: entry.fidelity for name, entry in manifest.variants.items() if entry.fidelity is not None}
-    if fidelity:
-        columns = ["variant", "gate", "adapter kept", "KL mean", "KL p99", "top-1", "perplexity", "of the float model", "int8"]
-        rows = [
-            [
-                name,
-                found.outcome,
-                "–" if found.retention is None else f"{found.retention:.3f}",
-                f"{found.kl_mean:.2g}",
-                f"{found.kl_p99:.2g}",
-                f"{found.top1:.3f}",
-                f"{found.perplexity:.2f}",
-                f"{found.teacher_perplexity:.2f}",
-                str(len(manifest.variants[name].int8)),
-            ]
-            for name, found in fidelity.items()
-        ]
-        print_table("", columns, rows)
-    print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
 
 
 def _parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:

@@ -98,11 +98,12 @@ def _provenance(mix: Mix, rank: int) -> Provenance | None:
     if any(origin is None for origin in origins):
         return None
     first = next(origin for origin in origins if origin is not None)
+    held = {origin.base_quantization for origin in origins if origin is not None}
     recipe = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
     return Provenance(
         base_name=first.base_name,
         base_sha256=first.base_sha256,
-        base_quantization=first.base_quantization,
+        base_quantization=first.base_quantization if len(held) == 1 else "mixed",
         data_sha256="",
         data_rows=0,
         init=f"composed: {mix.method}({recipe})",

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.adapters import Adapter, check_same_base
-from edgelora.calibration_data import find_sources, gather_calibration
+from edgelora.calibration_data import GENERAL_SHARE, find_training_data, gather_calibration
 from edgelora.mix import Mix
-from edgelora.recipe import Recipe, VariantRecipe, read_recipe
+from edgelora.recipe import Recipe, read_recipe
+from edgelora.trained_base import find_quantization, read_trained_base
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
-from edgelora_export.calibration import Calibration
 from edgelora_export.optimum_front import trace_decoder
+from edgelora_export.targets import CPU
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
 from edgelora_export.variants import Variant
 from edgelora_runtime._version import __version__
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, MissingExtraError
 from edgelora_runtime.manifest import AdapterEntry
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer as RustTokenizer
 
+    from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
     from edgelora_export.gate import Gate
     from edgelora_runtime.manifest import Manifest
@@ -63,36 +65,41 @@ def export(
         return _export_traced(recipe, base, adapters, Path(output), judged, on_progress, on_note)
     decoder = read_decoder(base.config, recipe.context_length)
     check_shapes(adapters, decoder)
-    sets = _Calibrations(base, adapters, Path(calibration) if calibration else recipe.calibration, decoder)
+    quantization = recipe.quantization
+    general = Path(calibration) if calibration else recipe.calibration
+    sets = _Calibrations(base, adapters, general, decoder, own_text=quantization.calibrated)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
     if blind and judged.policy == "fail":
         raise InputError(
             f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
             "edgelora.json says; give --calibration FILE.jsonl"
         )
+    variants = _plan_variants(recipe, adapters, sets, decoder, on_note)
     entries = {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()}
     try:
         manifest = build_bundle(
             base,
-            [_plan_variant(name, variant, adapters, sets) for name, variant in recipe.variants.items()],
+            variants,
             Path(output),
-            quantization=recipe.quantization,
+            quantization=quantization,
             adapters=entries,
             live_adapters=_choose_live(recipe, adapters),
             base_calibration=sets.of(adapters),
             gate=None if judged.policy == "off" else judged,
             default_variant=recipe.default,
             context_length=recipe.context_length,
-            plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(sets.of(v.mix) for v in recipe.variants.values())]),
+            targets=recipe.targets,
+            plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(variant.calibration for variant in variants)]),
             on_progress=on_progress,
         )
     except KeyboardInterrupt:
         on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
         raise
-    if blind and recipe.quantization.bits != 32:
+    if blind and quantization.bits != 32:
+        how = "quantized on general text alone" if quantization.calibrated else "rounded to nearest"
         on_note(
-            f"{', '.join(blind)}: no calibration data, so weights are rounded to nearest and nothing is measured; "
-            "give --calibration FILE.jsonl"
+            f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
+            "measured; give --calibration FILE.jsonl"
         )
     return manifest
 
@@ -117,6 +124,12 @@ def _export_traced(
         raise InputError(
             f"--gate fail: a {base.config.get('model_type')} is exported through Optimum, whose variants are not judged"
         )
+    if recipe.targets != (CPU.name,):
+        raise InputError(
+            f"targets = {list(recipe.targets)}: a {base.config.get('model_type')} is exported through Optimum, for cpu alone"
+        )
+    if "trained" in {recipe.merge_base, *(variant.merge_base for variant in recipe.variants.values())}:
+        raise InputError("merge_base = 'trained': what is exported through Optimum is merged into the float base; use 'float'")
     quantization = replace(recipe.quantization, method="rtn") if recipe.quantization.bits != 32 else recipe.quantization
     variants = [
         Variant(
@@ -150,10 +163,15 @@ def _export_traced(
 
 
 class _Calibrations:
-    """Calibration sets by the adapters that they are for; each is gathered once."""
+    """Calibration sets by the adapters that they are for; each is gathered once.
 
-    def __init__(self, base: Base, adapters: Mapping[str, Adapter], general: Path | None, decoder: Decoder) -> None:
-        self._base, self._adapters, self._general = base, adapters, general
+    general: the user's file. own_text: whether to add the general text that comes with edgelora.
+    """
+
+    def __init__(
+        self, base: Base, adapters: Mapping[str, Adapter], general: Path | None, decoder: Decoder, *, own_text: bool
+    ) -> None:
+        self._base, self._adapters, self._general, self._own_text = base, adapters, general, own_text
         self._widest = max(linear.columns for linear in decoder.linears)
         self._sets: dict[frozenset[str], Calibration] = {}
 
@@ -161,8 +179,11 @@ class _Calibrations:
         """The set for a mix of these adapters."""
         key = frozenset(names)
         if key not in self._sets:
-            files, _ = find_sources({name: adapter for name, adapter in self._adapters.items() if name in key}, self._general)
-            self._sets[key] = gather_calibration(files, self._encode, widest=self._widest) if files else Calibration()
+            found = [find_training_data(adapter) for name, adapter in self._adapters.items() if name in key]
+            trained_on = [path for path in found if path is not None]
+            files = [*trained_on, *([self._general] if self._general else [])]
+            share = 0.0 if not self._own_text else GENERAL_SHARE if trained_on else 1.0
+            self._sets[key] = gather_calibration(files, self._encode, widest=self._widest, general_share=share)
         return self._sets[key]
 
     def _encode(self, text: str) -> list[int]:
@@ -176,15 +197,41 @@ class _Calibrations:
         return load_tokenizer(path.read_bytes())
 
 
-def _plan_variant(name: str, recipe: VariantRecipe, adapters: Mapping[str, Adapter], sets: _Calibrations) -> Variant:
-    return Variant(
-        name,
-        recipe.mix,
-        recipe.method,
-        delta=Mix(adapters, recipe.mix, recipe.method, recipe.density) if recipe.mix else None,
-        live=recipe.mix if recipe.kind == "live" else None,
-        calibration=sets.of(recipe.mix),
-    )
+def _plan_variants(
+    recipe: Recipe,
+    adapters: Mapping[str, Adapter],
+    sets: _Calibrations,
+    decoder: Decoder,
+    on_note: Callable[[str], None],
+) -> list[Variant]:
+    """The recipe's variants as the exporter takes them."""
+    planned, unknown = [], []
+    for name, variant in recipe.variants.items():
+        live = variant.mix if variant.kind == "live" else None
+        mix = Mix(adapters, variant.mix, variant.method, variant.density) if variant.mix else None
+        merge_base = (variant.merge_base or recipe.merge_base) if mix and live is None else "float"
+        quantization = find_quantization(mix) if mix else None
+        trained = None
+        if mix and quantization:
+            try:
+                trained = read_trained_base(mix, quantization, decoder)
+            except MissingExtraError:
+                if merge_base == "trained":
+                    raise
+                unknown.append(name)
+        elif merge_base == "trained":
+            raise InputError(
+                f"variant {name}: merge_base = 'trained', and edgelora.json names no one 4-bit base that all of its adapters "
+                "were trained on; use 'float'"
+            )
+        calibration = sets.of(variant.mix)
+        planned.append(Variant(name, variant.mix, variant.method, mix, live, calibration, trained=trained, merge_base=merge_base))
+    if unknown:
+        on_note(
+            f"{', '.join(unknown)}: without bitsandbytes (pip install 'edgelora[train]') the NF4 base that the adapters were "
+            "trained on cannot be made, and the float base takes its place"
+        )
+    return planned
 
 
 def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

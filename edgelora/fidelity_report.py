@@ -6,10 +6,9 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
-    from edgelora_runtime.manifest import FidelityEntry, Manifest
+    from edgelora_runtime.manifest import FidelityEntry, Manifest, VariantEntry
 
 _WIDTH, _ROW, _LABEL = 300, 18, 220  # pixels: of a bar of full length, of a row, of the names
 _STYLE = (
@@ -25,23 +24,27 @@ def write_reports(manifest: Manifest, folder: Path) -> list[Path]:
     for name, variant in manifest.variants.items():
         if variant.fidelity is not None:
             path = folder / f"{name}.html"
-            path.write_text(_render(name, variant.fidelity, variant.int8), encoding="utf-8")
+            path.write_text(_render(name, variant, variant.fidelity), encoding="utf-8")
             paths.append(path)
     return paths
 
 
-def _render(name: str, found: FidelityEntry, int8: Sequence[str]) -> str:
+def _render(name: str, variant: VariantEntry, found: FidelityEntry) -> str:
+    losses = "; ".join(f"{base} {loss:.4f}" for base, loss in variant.merge_losses.items())
     facts = {
         "gate": found.outcome,
         "adapter's effect kept": "–" if found.retention is None else f"{found.retention:.4f}",
         "KL to the unmerged adapter, mean (nats per token)": f"{found.kl_mean:.4g}",
         "KL, 99th percentile": f"{found.kl_p99:.4g}",
+        "KL to the same on the base of its training": "–" if found.trained_kl is None else f"{found.trained_kl:.4g}",
         "KL of the bare base": f"{found.adapter_kl:.4g}",
         "same likeliest token": f"{found.top1:.4f}",
         "perplexity": f"{found.perplexity:.3f}",
-        "perplexity of the float model": f"{found.teacher_perplexity:.3f}",
+        "perplexity of the unmerged adapter": f"{found.teacher_perplexity:.3f}",
+        "merged into": "–" if variant.kind == "live" or not variant.mix else variant.merge_base,
+        "held-out loss by base": losses or "–",
         "tokens judged on": str(found.tokens),
-        "products in 8 bits": ", ".join(int8) or "none",
+        "products in 8 bits": ", ".join(variant.int8) or "none",
     }
     table = "".join(f"<tr><th>{escape(key)}</th><td>{escape(value)}</td></tr>" for key, value in facts.items())
     charts = ""

@@ -1,4 +1,4 @@
-"""`edgelora inspect`: what a bundle holds, in bytes per variant and bytes shared."""
+"""`edgelora inspect`: what a bundle holds, in bytes per variant and bytes shared, and what each variant keeps."""
 
 from __future__ import annotations
 
@@ -6,16 +6,28 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora.terminal import format_bytes, print_json, print_table
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from edgelora_runtime import Bundle
-    from edgelora_runtime.manifest import BaseEntry, ModelEntry, QuantizationEntry, VariantEntry
+    from edgelora_runtime.manifest import (
+        BaseEntry,
+        CalibrationEntry,
+        FidelityEntry,
+        ModelEntry,
+        QuantizationEntry,
+        VariantEntry,
+    )
 
 
 @dataclass(frozen=True)
-class VariantBytes:
-    """A variant and its size. bytes: all that it maps, adapters included; private_bytes: those that no other maps."""
+class VariantDescription:
+    """A variant, its size, and the manifest's figures of it.
+
+    bytes: all that it maps, adapters included; private_bytes: those that no other maps.
+    """
 
     name: str
     kind: str
@@ -23,6 +35,11 @@ class VariantBytes:
     method: str
     bytes: int
     private_bytes: int
+    merge_base: str
+    merge_losses: Mapping[str, float]
+    int8: Sequence[str]
+    calibration: CalibrationEntry | None
+    fidelity: FidelityEntry | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +52,7 @@ class BundleDescription:
     base: BaseEntry
     model: ModelEntry
     quantization: QuantizationEntry
-    variants: tuple[VariantBytes, ...]
+    variants: tuple[VariantDescription, ...]
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:
@@ -57,14 +74,74 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
         model=manifest.model,
         quantization=manifest.quantization,
         variants=tuple(
-            VariantBytes(
+            VariantDescription(
                 name,
                 variant.kind,
                 variant.mix,
                 variant.method,
                 sum(sizes[file] for file in files[name]),
                 sum(sizes[file] for file in files[name] if users[file] == 1),
+                variant.merge_base,
+                variant.merge_losses,
+                variant.int8,
+                variant.calibration,
+                variant.fidelity,
             )
             for name, variant in manifest.variants.items()
         ),
     )
+
+
+def show_bundle(bundle: Bundle, as_json: bool) -> None:
+    """Prints the description as tables, or as one JSON object, on standard output."""
+    described = describe_bundle(bundle)
+    if as_json:
+        print_json(described)
+        return
+    model, grid = described.model, described.quantization
+    stored = "float32" if grid.bits == 32 else f"int{grid.bits}, block {grid.block_size}, {grid.method}"
+    base = f"base {described.base.name} ({described.base.sha256[:12]})"
+    print(f"{bundle.folder}: {model.architecture}, {model.layers} layers, {base}, {stored}")
+    rows = [
+        [
+            item.name + (" *" if item.name == described.default_variant else ""),
+            item.kind,
+            " + ".join(f"{weight:g} {name}" for name, weight in item.mix.items()) or "–",
+            item.method if item.mix else "–",
+            _name_merge_base(item),
+            format_bytes(item.bytes),
+            format_bytes(item.private_bytes),
+        ]
+        for item in described.variants
+    ]
+    print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
+    if figures := [_figures(item, item.fidelity) for item in described.variants if item.fidelity is not None]:
+        print_table(
+            "KL from the unmerged adapter on the float base, and on the base that it was trained on; nats per token",
+            ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
+            figures,
+        )
+    print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _name_merge_base(item: VariantDescription) -> str:
+    """The base that a mix was merged into, and the losses of the two that were tried."""
+    if item.kind == "live" or not item.mix:
+        return "–"
+    losses = [f"{name} {loss:.4g}" for name in ("float", "nf4", "int4") if (loss := item.merge_losses.get(name)) is not None]
+    return f"{item.merge_base} (loss: {', '.join(losses)})" if losses else item.merge_base
+
+
+def _figures(item: VariantDescription, found: FidelityEntry) -> list[str]:
+    return [
+        item.name,
+        found.outcome,
+        "–" if found.retention is None else f"{found.retention:.4f}",
+        f"{found.kl_mean:.2g}",
+        f"{found.kl_p99:.2g}",
+        "–" if found.trained_kl is None else f"{found.trained_kl:.2g}",
+        f"{found.top1:.3f}",
+        f"{found.perplexity:.3f}",
+        f"{found.teacher_perplexity:.3f}",
+        str(len(item.int8)),
+    ]

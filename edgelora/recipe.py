@@ -11,7 +11,8 @@ from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import METHODS
 from edgelora_export.files import read_toml
 from edgelora_export.gate import Gate
-from edgelora_export.variants import Quantization
+from edgelora_export.targets import CPU, check_targets
+from edgelora_export.variants import MERGE_BASES, Quantization
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import check_variant_name
 
@@ -23,12 +24,16 @@ KINDS = ("merged", "live")
 
 @dataclass(frozen=True)
 class VariantRecipe:
-    """One variant as the recipe asks for it. mix: weight per adapter, {} for the bare base. density: for ties."""
+    """One variant as the recipe asks for it.
+
+    mix: weight per adapter, {} for the bare base. density: for ties. merge_base: None for the recipe's.
+    """
 
     mix: Mapping[str, float]
     kind: str = "merged"
     method: str = "linear"
     density: float = DEFAULT_DENSITY
+    merge_base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Recipe:
 
     base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
     the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
-    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep.
+    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
+    each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
+    base as their adapters' training held it), or auto, the better.
     """
 
     base: str
@@ -48,6 +55,8 @@ class Recipe:
     context_length: int | None = None
     calibration: Path | None = None
     gate: Gate = field(default_factory=Gate)
+    targets: tuple[str, ...] = (CPU.name,)
+    merge_base: str = "auto"
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -73,7 +82,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         return taken
 
     tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict}
-    top = take(value, "", base=str, default=str, context_length=int, calibration=str, **tables)
+    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str}
+    top = take(value, "", base=str, default=str, **keys, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
@@ -94,13 +104,14 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         if not isinstance(table, dict):
             wrong.append(f"variants.{name} is not a table")
             continue
-        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float))
+        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float), merge_base=str)
         wrong += _check_variant(taken, where, top.get("adapters", {}))
         variants[name] = taken
     grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
     quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
     number = (int, float)
     gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
+    wrong += _check_merge_base(top, "")
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is no variant of the recipe")
     try:
@@ -112,6 +123,11 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         wrong.append(f"quantization: {error}")
     try:
         checked = Gate(**gate)
+    except InputError as error:
+        wrong.append(str(error))
+    targets = top.get("targets", [CPU.name])
+    try:
+        check_targets(targets)
     except InputError as error:
         wrong.append(str(error))
     if wrong:
@@ -126,6 +142,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         context_length=top.get("context_length"),
         calibration=folder / top["calibration"] if "calibration" in top else None,
         gate=checked,
+        targets=tuple(targets),
+        merge_base=top.get("merge_base", "auto"),
     )
 
 
@@ -143,6 +161,9 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     for key, allowed in (("kind", KINDS), ("method", METHODS)):
         if key in table and table[key] not in allowed:
             wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
+    wrong += _check_merge_base(table, where)
+    if table.get("merge_base") == "trained" and (table.get("kind") == "live" or not table.get("mix")):
+        wrong.append(f"{where}merge_base = 'trained' is for a merged variant with a mix; leave it out here")
     if table.get("kind") == "live" and not table.get("mix"):
         wrong.append(f"{where}kind = 'live' needs a mix; without one use kind = 'merged'")
     if table.get("kind") == "live" and table.get("method", "linear") != "linear":
@@ -151,3 +172,9 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
             "make it one adapter with edgelora compose, or use kind = 'merged'"
         )
     return wrong
+
+
+def _check_merge_base(table: Mapping[str, Any], where: str) -> list[str]:
+    if table.get("merge_base", "auto") in MERGE_BASES:
+        return []
+    return [f"{where}merge_base = {table['merge_base']!r}: use one of {', '.join(MERGE_BASES)}"]

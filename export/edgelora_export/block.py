@@ -16,22 +16,27 @@ if TYPE_CHECKING:
     from edgelora_export.graph_builder import GraphBuilder
     from edgelora_export.live_inputs import LiveInputs
 
-INT32_ACTIVATIONS = 4  # MatMulNBits accuracy_level: activations rounded to int8, the only fast CPU path
-
 
 class Residual:
     """The sum that runs through the blocks.
 
     The last update stays beside it until somebody reads, so that the addition and the norm that reads it become one node.
+    Where the model's sums leave fp16's range, it and its norms are float32 whatever the graph's activations are.
     """
 
-    def __init__(self, b: GraphBuilder, hidden: ir.Value, epsilon: float) -> None:
+    def __init__(self, b: GraphBuilder, decoder: Decoder, hidden: ir.Value) -> None:
         self._b = b
-        self._sum = hidden
+        self._wide = decoder.wide_residual
+        self._epsilon = decoder.norm_epsilon
+        self._sum = b.widen(hidden) if self._wide else hidden
         self._update: ir.Value | None = None
-        self._epsilon = epsilon
 
-    def add(self, update: ir.Value) -> None:
+    def add(self, update: ir.Value, norm: Norm | None = None) -> None:
+        """Adds an activation, normalized where there is a norm."""
+        if self._wide:
+            update = self._b.widen(update)
+        if norm is not None:
+            update = normalize(self._b, update, norm, self._epsilon)
         self._sum, self._update = self.total(), update
 
     def total(self) -> ir.Value:
@@ -41,7 +46,11 @@ class Residual:
         return self._sum
 
     def normed(self, norm: Norm | None) -> ir.Value:
-        """The sum, normalized; as it is where there is no norm."""
+        """The sum as an activation, normalized; as it is where there is no norm."""
+        normed = self._normed(norm)
+        return self._b.narrow(normed) if self._wide else normed
+
+    def _normed(self, norm: Norm | None) -> ir.Value:
         if norm is None:
             return self.total()
         if self._update is None:
@@ -129,10 +138,10 @@ def add_block(
     if select is not None:
         attended = select(attended)
         residual.keep(select)
-    residual.add(_post_norm(b, decoder, layer.attention_post_norm, multiply(layer.output, attended)))
+    residual.add(multiply(layer.output, attended), layer.attention_post_norm)
     gate, up = b.ops("Split", multiply(layer.gate_up, residual.normed(layer.mlp_norm)), count=2, axis=-1, num_outputs=2)
     activated = b.op("Mul", activate(b, decoder.activation, gate), up)
-    residual.add(_post_norm(b, decoder, layer.mlp_post_norm, multiply(layer.down, activated)))
+    residual.add(multiply(layer.down, activated), layer.mlp_post_norm)
     return Block(new_key, new_value, taps)
 
 
@@ -170,11 +179,6 @@ def _normalize_heads(b: GraphBuilder, decoder: Decoder, norm: Norm, x: ir.Value)
     return b.op("Reshape", normed, b.constant("heads.together", [0, 0, -1]))
 
 
-def _post_norm(b: GraphBuilder, decoder: Decoder, norm: Norm | None, update: ir.Value) -> ir.Value:
-    """An update of the residual, normalized where the model does so."""
-    return update if norm is None else normalize(b, update, norm, decoder.norm_epsilon)
-
-
 def normalize(b: GraphBuilder, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
     """X over its root mean square along the last axis, times the norm's weight."""
     return b.op("SimplifiedLayerNormalization", x, b.weight(norm.name), axis=-1, epsilon=norm.epsilon(epsilon))
@@ -192,7 +196,7 @@ def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows:
     """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
     grid = b.source.grid(name)
     if grid is None:
-        return b.op("FusedMatMul", x, b.weight(name), domain=CONTRIB, transB=1)
+        return b.multiply_transposed(x, b.weight(name))
     codes = b.weight(f"{name}.codes")
     return b.op(
         "MatMulNBits",
@@ -205,7 +209,7 @@ def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows:
         N=rows,
         bits=grid.bits,
         block_size=grid.block_size,
-        accuracy_level=INT32_ACTIVATIONS,
+        accuracy_level=b.target.accuracy_level,
     )
 
 

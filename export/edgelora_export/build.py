@@ -10,9 +10,11 @@ from edgelora_export.calibration import Calibration
 from edgelora_export.draft import Draft
 from edgelora_export.gate import Gate, judge, judged
 from edgelora_export.journal import Journal
+from edgelora_export.merge_base import choose_merge_base
 from edgelora_export.progress import Progress
 from edgelora_export.publish import journal_of, staged_folder, write_file
 from edgelora_export.store import check_modules
+from edgelora_export.targets import CPU, check_targets
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -41,6 +43,7 @@ def build_bundle(
     gate: Gate | None = None,
     default_variant: str | None = None,
     context_length: int | None = None,
+    targets: Sequence[str] = (CPU.name,),
     plan: str | None = None,
     on_progress: OnProgress = lambda done, total, what: None,
 ) -> Manifest:
@@ -48,12 +51,14 @@ def build_bundle(
 
     adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for live
     variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
-    variants must keep of their adapters; None measures nothing. context_length: see read_decoder. plan: one line that two
-    calls share only if they make the same weights; the second then takes over what the first had finished when it was
-    killed. on_progress(done, total, what) is called per layer.
+    variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
+    variant gets a graph for, see targets.py; cpu must be among them. plan: one line that two calls share only if they make the
+    same weights; the second then takes over what the first had finished when it was killed. on_progress(done, total, what) is
+    called per layer.
     Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
     where a variant does not pass the gate.
     """
+    check_targets(targets)
     decoder = read_decoder(base.config, context_length)
     _check(variants, decoder, quantization, live_adapters)
     with staged_folder(output, marker=MANIFEST, plan=plan) as folder:
@@ -70,12 +75,16 @@ def build_bundle(
             base_calibration=base_calibration or Calibration(),
             progress=Progress(on_progress, len(decoder.layers)),
             journal=Journal(None if plan is None else journal_of(folder), folder),
+            targets=targets,
         )
         draft.expect_progress()
         if gate is not None:
             draft.progress.expect(len(judged(draft)))
+        for name, variant in draft.variants.items():
+            draft.progress.show(f"choosing the base of {name}")
+            draft.variants[name] = choose_merge_base(base, decoder, variant)
         draft.store_weights()
-        manifest = draft.write() if gate is None else judge(draft, gate)
+        manifest = draft.write(final=True) if gate is None else judge(draft, gate)
         draft.progress.finish("written")
     return manifest
 

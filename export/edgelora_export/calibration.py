@@ -30,11 +30,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one variant is quantized on (fit) and judged on (held_out). sources: SHA-256 per file that they come from."""
+    """What one variant is quantized on (fit) and judged on (held_out). sources: SHA-256 per file that they come from.
+
+    spare: where nothing is held out to judge on, samples that GPTQ does not see; see unseen.
+    """
 
     fit: tuple[Sample, ...] = ()
     held_out: tuple[Sample, ...] = ()
     sources: Mapping[str, str] = field(default_factory=dict)
+    spare: tuple[Sample, ...] = ()
+
+    @property
+    def unseen(self) -> tuple[Sample, ...]:
+        """What decides, product by product, between GPTQ and rounding to nearest."""
+        return self.held_out or self.spare
 
     @property
     def fit_tokens(self) -> int:

@@ -195,6 +195,7 @@ class Decoder:
     embedding_multiplier: of the embedding's rows, before the first block; the head has none, even where it is tied.
     activation: of the MLP's gate, by its name in config.json.
     head: the checkpoint tensor of the output projection; the embedding's own where they are tied.
+    wide_residual: whether the sum that runs through the blocks leaves fp16's range.
     """
 
     architecture: str
@@ -215,6 +216,7 @@ class Decoder:
     embedding_multiplier: float = 1.0
     attention_cap: float | None = None
     logits_cap: float | None = None
+    wide_residual: bool = False
 
     @property
     def tied(self) -> bool:
@@ -234,3 +236,8 @@ class Decoder:
     def norms(self) -> tuple[Norm, ...]:
         """All norms, in the order of the graph."""
         return (*(norm for layer in self.layers for norm in layer.norms), self.final_norm)
+
+    @property
+    def wide_norms(self) -> frozenset[str]:
+        """Names of the norms that are float32 in every graph: those of a wide residual, but not those of heads."""
+        return frozenset(norm.name for norm in self.norms if norm.heads is None) if self.wide_residual else frozenset()

@@ -38,14 +38,16 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
     if matrix.zero_points is not None:
         zeros[:] = unpack_codes(matrix.zero_points, matrix.bits)[:, :blocks].T
     codes = unpack_codes(matrix.codes, matrix.bits).reshape(rows, -1).copy()  # 8-bit codes are the matrix's own
-    levels = codes.T[:columns] - np.repeat(zeros, size, axis=0)[:columns]
+    levels = np.ascontiguousarray(codes.T[:columns]) - np.repeat(zeros, size, axis=0)[:columns]
     errors = wanted - levels * np.repeat(scales, size, axis=0)[:columns]
     batch = max(_BATCH, size)
     for start in [*range(0, columns, batch)] * sweeps:
         stop = min(start + batch, columns)
-        near = moments[start:stop, start:stop] + np.float32(damping) * np.eye(stop - start, dtype=np.float32)
+        near = moments[start:stop, start:stop].copy()
+        near[np.diag_indices(stop - start)] += damping
         # The error's gradient, kept true for this batch alone.
-        slope = moments[start:stop] @ errors + damping * errors[start:stop]
+        slope: Floats = moments[start:stop] @ errors
+        slope += damping * errors[start:stop]
         for first in range(start, stop, size):
             block, last = first // size, min(first + size, stop)
             inside, behind = slice(first - start, last - start), slice(last - start, stop - start)

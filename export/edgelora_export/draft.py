@@ -11,11 +11,13 @@ import onnx_ir as ir
 from edgelora_export.embeddings import store_embeddings
 from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import build_graph
+from edgelora_export.halves import HalfStore
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.progress import COMPENSATED
 from edgelora_export.publish import BLOB, write_file
 from edgelora_export.quantizing import compensates, store_products
 from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
+from edgelora_export.targets import CPU, TARGETS
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
@@ -33,7 +35,7 @@ from edgelora_runtime.manifest import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from edgelora_export.base import Base
@@ -43,8 +45,7 @@ if TYPE_CHECKING:
     from edgelora_export.progress import Progress
     from edgelora_export.variants import LowRank, Quantization, Variant
 
-TARGET = "cpu"
-LIVE_GRAPH = f"live.{TARGET}.onnx"  # one graph serves all live variants; no variant may be called live
+_LIVE = "live"  # stem of the one graph that serves all live variants; no variant may be called so
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Draft:
 
     variants, in the bundle's order, may change: a merged one becomes live, products get more bits. adapters: what the
     manifest says of each. factors: the adapters that a live variant may use. base_calibration: what
-    the bare base is quantized on. journal: what is finished of the products of variants as they were planned.
+    the bare base is quantized on. journal: what is finished of the products of variants as they were planned. targets: names
+    of what each variant gets a graph for, cpu among them.
     """
 
     base: Base
@@ -67,10 +69,14 @@ class Draft:
     base_calibration: Calibration
     progress: Progress
     journal: Journal
+    targets: Sequence[str] = (CPU.name,)
     shared: Weights | None = None
     bare: Weights | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
     fidelity: dict[str, FidelityEntry] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._halves = HalfStore(self.folder, self.decoder.wide_norms)
 
     @property
     def needs_bare(self) -> bool:
@@ -90,7 +96,7 @@ class Draft:
                 self.quantization,
                 [
                     (None, self.base_calibration),
-                    *((item.delta, item.calibration) for item in self.variants.values() if item.delta),
+                    *((item.change, item.calibration) for item in self.variants.values() if item.change),
                 ],
                 self.journal.lane(""),
                 on_layer=self.progress.through("embedding"),
@@ -110,16 +116,16 @@ class Draft:
         for name, variant in self.variants.items():
             if name not in self.weights and variant.live is None and variant.delta is not None:
                 shared = self.shared
-                if touches_ends(variant.delta, self.decoder):
-                    shared |= store_ends(self.base, self.decoder, variant.delta, self.folder, self.quantization)
+                if touches_ends(variant.change, self.decoder):
+                    shared |= store_ends(self.base, self.decoder, variant.change, self.folder, self.quantization)
                 self.weights[name] = store_products(
                     self.base,
                     self.decoder,
-                    variant.delta,
+                    variant.change,
                     shared,
                     self.folder,
                     self.quantization,
-                    self.journal.lane(name),
+                    self.journal.lane(f"{name}, {variant.merge_base} base"),  # the gate may have changed the base
                     bare=self.bare,
                     calibration=variant.calibration,
                     on_layer=self.progress.through(name, self._cost(variant.calibration)),
@@ -144,17 +150,25 @@ class Draft:
         quantization = self.quantization.raise_to_int8(products)
         linears = {linear.name: linear for linear in self.decoder.linears}
         for product in products:
-            delta, grid = self.variants[name].delta, quantization.grid(product)
+            delta, grid = self.variants[name].change, quantization.grid(product)
             if product in linears:
                 stored = store_rounded(self.folder, product, read_linear(self.base, linears[product], delta), grid)
             else:
                 stored = store_end(self.base, self.decoder, product, delta, self.folder, grid)
             self.weights[name].take(stored)
 
+    def merge_into_float(self, name: str) -> None:
+        """Merges a variant anew, into the float base."""
+        self._replace(replace(self.variants[name], merge_base="float"))
+
     def make_live(self, name: str) -> None:
         """Gives up a merged variant's weights, and runs its mix beside the bare base's."""
-        self.variants[name] = replace(self.variants[name], live=self.variants[name].mix)
-        del self.weights[name]
+        variant = self.variants[name]
+        self._replace(replace(variant, live=variant.mix, merge_base="float", merge_losses={}))
+
+    def _replace(self, variant: Variant) -> None:
+        self.variants[variant.name] = variant
+        del self.weights[variant.name]
         self.store_weights()
 
     def weights_of(self, name: str) -> Weights:
@@ -163,12 +177,18 @@ class Draft:
         assert weights is not None
         return weights
 
-    def write(self) -> Manifest:
-        """Writes graphs and manifest of what is stored, and removes the files that nothing uses any more."""
+    def write(self, *, final: bool) -> Manifest:
+        """Writes graphs and manifest of what is stored, and removes the files that nothing uses any more.
+
+        Unless it is final, the base's own stay: a variant that is made live may need them again.
+        """
         graphs = self._write_graphs()
         files = self._write_adapters()
-        self._write_genai_config(graphs[self.default_variant].file)
-        used = {blob for entry in graphs.values() for blob in entry.blobs} | {entry.file for entry in graphs.values()}
+        self._write_genai_config(graphs[self.default_variant][CPU.name].file)
+        used = {file for entries in graphs.values() for entry in entries.values() for file in (entry.file, *entry.blobs)}
+        if not final:
+            for weights in (self.shared, self.bare):
+                used |= weights.blobs if weights is not None else set()
         for path in self.folder.iterdir():
             if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
@@ -189,17 +209,19 @@ class Draft:
         write_file(self.folder / MANIFEST, [manifest.dump()])
         return manifest
 
-    def _describe_variant(self, variant: Variant, graph: GraphEntry) -> VariantEntry:
+    def _describe_variant(self, variant: Variant, graphs: dict[str, GraphEntry]) -> VariantEntry:
         calibration = self.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
         grids = self.weights_of(variant.name).grids
         return VariantEntry(
             kind="merged" if variant.live is None else "live",
             mix=dict(variant.mix),
             method=variant.method,
-            graphs={TARGET: graph},
+            graphs=graphs,
             live=dict(variant.live or {}),
             calibration=CalibrationEntry(dict(calibration.sources), calibration.fit_tokens) if calibration.fit else None,
             int8=tuple(name for name, grid in grids.items() if grid.bits == 8 and self.quantization.bits == 4),
+            merge_base=variant.trained.quantization if variant.trained and variant.merge_base == "trained" else "float",
+            merge_losses=dict(variant.merge_losses),
             fidelity=self.fidelity.get(variant.name),
         )
 
@@ -222,26 +244,31 @@ class Draft:
 
     def _write_genai_config(self, graph: str) -> None:
         """For a merged default variant: a live one is the bare base for a reader that feeds no factors."""
-        if graph == LIVE_GRAPH:
+        if self.variants[self.default_variant].live is not None:
             (self.folder / GENAI_CONFIG).unlink(missing_ok=True)
             return
         settings = {**self.base.config, **_generation_settings(self.base)}
         ends = end_tokens(self.base)
         write_file(self.folder / GENAI_CONFIG, [pack_genai_config(self.decoder, graph, settings=settings, end_tokens=ends)])
 
-    def _write_graphs(self) -> dict[str, GraphEntry]:
-        entries: dict[str, GraphEntry] = {}
-        written: dict[str, GraphEntry] = {}
+    def _write_graphs(self) -> dict[str, dict[str, GraphEntry]]:
+        """Graphs by variant and target."""
+        written: dict[str, dict[str, GraphEntry]] = {}
         for name, variant in self.variants.items():
-            live = variant.live is not None
-            file = LIVE_GRAPH if live else f"{name}.{TARGET}.onnx"
-            if file not in written:
-                weights = self.weights_of(name)
-                model = build_graph(self.decoder, weights, self.folder, live=self._live_products() if live else frozenset[str]())
-                write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-                written[file] = GraphEntry(file, tuple(sorted({tensor.location for tensor in weights.tensors.values()})))
-            entries[name] = written[file]
-        return entries
+            stem = name if variant.live is None else _LIVE
+            if stem not in written:
+                live = frozenset[str]() if variant.live is None else self._live_products()
+                written[stem] = {target: self._write_graph(stem, self.weights_of(name), live, target) for target in self.targets}
+        return {name: written[name if variant.live is None else _LIVE] for name, variant in self.variants.items()}
+
+    def _write_graph(self, stem: str, weights: Weights, live: frozenset[str], name: str) -> GraphEntry:
+        target = TARGETS[name]
+        if target.float_type != CPU.float_type:
+            weights = self._halves.halve(weights)
+        model = build_graph(self.decoder, weights, self.folder, live=live, target=target)
+        file = f"{stem}.{name}.onnx"
+        write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
+        return GraphEntry(file, tuple(sorted(weights.blobs)))
 
 
 def describe_file(path: Path) -> FileEntry:

@@ -10,7 +10,7 @@ import numpy as np
 from edgelora_export.calibration import Moments, take_share
 from edgelora_export.gptq import DAMPING, Compensator, output_error
 from edgelora_export.int4 import quantize_rtn, stack_rows
-from edgelora_export.layer_stream import LayerStream, embed, read_layer
+from edgelora_export.layer_stream import LayerStream
 from edgelora_export.quantizing import compensates
 from edgelora_export.store import Weights, end_modules, read_end_rows, store_end, store_matrix
 
@@ -74,21 +74,17 @@ def _compensate(
     on_layer: Callable[[int], None],
 ) -> BlockQuantized:
     """The head, quantized on the final states that each lane's float model has on its share of its calibration tokens."""
-    moments, held_out = Moments(decoder.hidden_size), []
+    moments, unseen = Moments(decoder.hidden_size), []
     stream = LayerStream(decoder)
     parts = max(1.0, sum(calibration.fit_tokens for _, calibration in lanes) * decoder.hidden_size / _STATES)
     for delta, calibration in lanes:
-        shares = (take_share(samples, parts) for samples in (calibration.fit, calibration.held_out))
-        fit, unseen = (embed(base, decoder, samples, delta) for samples in shares)
-        for index in range(len(decoder.layers)):
-            on_layer(index)
-            layer = read_layer(base, decoder, index, delta)
-            fit, unseen = stream.run(index, layer, fit), stream.run(index, layer, unseen)
-        for states in fit:
-            moments.add(stream.normed(base, states))
-        held_out += [stream.normed(base, states) for states in unseen]
+        fit, others = (take_share(samples, parts) for samples in (calibration.fit, calibration.unseen))
+        states = stream.final_states(base, (*fit, *others), delta, on_layer)
+        for item in states[: len(fit)]:
+            moments.add(stream.normed(base, item))
+        unseen += [stream.normed(base, item) for item in states[len(fit) :]]
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
-    inputs = np.concatenate(held_out) if held_out else np.zeros((0, decoder.hidden_size), np.float32)
+    inputs = np.concatenate(unseen) if unseen else np.zeros((0, decoder.hidden_size), np.float32)
     matrices = []
     for rows in read_end_rows(base, decoder, decoder.head_product, None):
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))

@@ -29,10 +29,11 @@ _NAMED = 5  # layers that a refusal names
 class Gate:
     """What a merged variant must keep, and what happens to one that does not.
 
-    policy: repair (more bits for the noisiest products, and if that is not enough a live variant), live (a live variant at
-    once), fail (no bundle), off (nothing is measured). retention: the least share of the adapter's effect that must
-    survive, 1 - KL(teacher ‖ variant) / KL(teacher ‖ bare base). max_kl: nats per token, and min_top1: share of tokens, at
-    most and at least; None asks for neither.
+    policy: repair (the float base where the variant was merged into another by choice, then more bits for the noisiest
+    products, and if that is not enough a live variant), live (a live variant at once), fail (no bundle), off (nothing is
+    measured). retention: the least share of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) /
+    KL(teacher ‖ bare base). max_kl: nats per token, and min_top1: share of tokens, at most and at least; None asks for
+    neither.
     """
 
     policy: str = "repair"
@@ -81,7 +82,7 @@ def judge(draft: Draft, gate: Gate) -> Manifest:
 
     Raises IntegrityError, naming variants and layers, where the policy is to fail or nothing helps.
     """
-    draft.write()
+    draft.write(final=False)
     refused: list[str] = []
     for name in judged(draft):
         variant = draft.variants[name]
@@ -98,16 +99,22 @@ def judge(draft: Draft, gate: Gate) -> Manifest:
         draft.fidelity[name] = _describe(found, teacher, outcome)
     if refused:
         raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
-    return draft.write()
+    return draft.write(final=True)
 
 
 def _mend(draft: Draft, name: str, gate: Gate, teacher: Teacher, found: Comparison) -> tuple[Outcome, Comparison, Teacher]:
-    """Raises products to int8 until the variant passes, else makes it live."""
+    """Merges into the float base and raises products to int8 until the variant passes, else makes it live."""
     if gate.policy == "repair":
+        if draft.variants[name].merge_base == "trained" and draft.variants[name].merge_losses:
+            draft.merge_into_float(name)
+            draft.write(final=False)
+            found, teacher = _measure(draft, name, teacher), run_teacher(draft, name)
+            if not gate.shortfalls(found):
+                return "repaired", found, teacher
         for products in _rounds(draft, name, teacher):
             draft.progress.show(f"repairing {name}, {len(products)} products to 8 bits")
             draft.raise_to_int8(name, products)
-            draft.write()
+            draft.write(final=False)
             found = _measure(draft, name, teacher)
             if not gate.shortfalls(found):
                 return "repaired", found, run_teacher(draft, name)
@@ -115,7 +122,7 @@ def _mend(draft: Draft, name: str, gate: Gate, teacher: Teacher, found: Comparis
     if reason := _why_not_live(draft, variant):
         raise IntegrityError(f"{name} {' and '.join(gate.shortfalls(found))}, and cannot be made live: {reason}")
     draft.make_live(name)
-    draft.write()
+    draft.write(final=False)
     return "live", _measure(draft, name, teacher), replace(teacher, products={})
 
 
@@ -138,7 +145,7 @@ def _why_not_live(draft: Draft, variant: Variant) -> str | None:
 
 
 def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
-    with Runtime(draft.folder) as runtime:
+    with Runtime(draft.folder, provider="cpu") as runtime:
         return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
 
 
@@ -164,4 +171,5 @@ def _describe(found: Comparison, teacher: Teacher, outcome: Outcome) -> Fidelity
         perplexity=found.perplexity,
         teacher_perplexity=found.teacher_perplexity,
         products=teacher.products,
+        trained_kl=found.trained_kl,
     )

@@ -10,23 +10,27 @@ import onnx_ir as ir
 from edgelora_export.block import Positions, Residual, add_block, multiply_matrix, packed_zeros
 from edgelora_export.graph_builder import CONTRIB, BlobWeights, GraphBuilder, describe, graph_input
 from edgelora_export.live_inputs import LiveInputs
+from edgelora_export.targets import CPU
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from edgelora_export.decoder import Decoder
     from edgelora_export.store import Weights
+    from edgelora_export.targets import Target
 
 _END = np.iinfo(np.int64).max
 
 
-def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: frozenset[str] = frozenset()) -> ir.Model:
+def build_graph(
+    decoder: Decoder, weights: Weights, folder: Path, *, live: frozenset[str] = frozenset(), target: Target = CPU
+) -> ir.Model:
     """The graph of one variant.
 
-    weights: by initializer name, as store.py names them. live: names of the products that take LoRA inputs.
-    Inputs and outputs are specified in docs/bundle-format.md.
+    weights: by initializer name, as store.py names them, in the target's type. live: names of the products that take LoRA
+    inputs. Inputs and outputs are specified in docs/bundle-format.md.
     """
-    b = GraphBuilder(BlobWeights(weights, folder))
+    b = GraphBuilder(BlobWeights(weights, folder), target)
     input_ids = graph_input("input_ids", ir.DataType.INT64, (1, "S"))
     mask = graph_input("attention_mask", ir.DataType.INT64, (1, "T"))
     keep = ir.Value(
@@ -36,24 +40,24 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
         const_value=ir.tensor(np.zeros(1, np.int64), name="logits_to_keep"),
     )
     positions = _read_positions(b, mask)
-    inputs = LiveInputs(decoder, live)
+    inputs = LiveInputs(decoder, live, b.float_type)
     # -0 slices from the start: no positions asked for means all of them, as in transformers' logits_to_keep.
     from_end = b.op("Neg", keep)
 
     def last_positions(value: ir.Value) -> ir.Value:
         return b.op("Slice", value, from_end, b.constant("end", [_END]), b.constant("axis_1", [1]))
 
-    residual = Residual(b, _embed(b, decoder, input_ids), decoder.norm_epsilon)
+    residual = Residual(b, decoder, _embed(b, decoder, input_ids))
     caches: list[ir.Value] = []
     presents: list[ir.Value] = []
     cache_shape = (1, decoder.kv_heads, "M", decoder.head_size)
     for index, layer in enumerate(decoder.layers):
         names = [f"{index}.{kind}" for kind in ("key", "value")]
-        past = [graph_input(f"past_key_values.{name}", ir.DataType.FLOAT, cache_shape) for name in names]
+        past = [graph_input(f"past_key_values.{name}", b.float_type, cache_shape) for name in names]
         last = index + 1 == len(decoder.layers)
         block = add_block(b, decoder, layer, residual, past, positions, inputs, last_positions if last else None)
         for value, name in zip((block.key, block.value), names, strict=True):
-            describe(value, f"present.{name}", ir.DataType.FLOAT, cache_shape)
+            describe(value, f"present.{name}", b.float_type, cache_shape)
         caches += past
         presents += (block.key, block.value)
     logits = read_logits(b, decoder, residual)
@@ -66,13 +70,12 @@ def build_graph(decoder: Decoder, weights: Weights, folder: Path, *, live: froze
 
 
 def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
-    """The final norm, the head, and the logits' soft cap."""
-    logits = multiply_matrix(
-        b, decoder.head_product, residual.normed(decoder.final_norm), decoder.hidden_size, decoder.vocab_size
-    )
+    """The final norm, the head, and the logits' soft cap: float32 from there on, as samplers take them."""
+    normed = residual.normed(decoder.final_norm)
+    logits = b.widen(multiply_matrix(b, decoder.head_product, normed, decoder.hidden_size, decoder.vocab_size))
     if decoder.logits_cap is None:
         return logits
-    cap = b.scalar(decoder.logits_cap)
+    cap = b.scalar(decoder.logits_cap, ir.DataType.FLOAT)  # near the cap fp16 would make neighbours equal
     return b.op("Mul", b.op("Tanh", b.op("Div", logits, cap)), cap)
 
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from edgelora_export.targets import CPU
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
     from edgelora_export.int4 import Grid
     from edgelora_export.store import Weights
+    from edgelora_export.targets import Target
 
 OPSET = 21
 CONTRIB = "com.microsoft"
@@ -27,7 +30,7 @@ class WeightSource(Protocol):
     def has(self, tensor: str) -> bool: ...
 
     def grid(self, product: str) -> Grid | None:
-        """How the codes of a product lie; None where its weight is float32."""
+        """How the codes of a product lie; None where its weight is not quantized."""
 
 
 class BlobWeights:
@@ -82,10 +85,24 @@ class InputWeights:
 class GraphBuilder:
     """One graph in the making. Weights come from `source` by name, and each name enters the graph once."""
 
-    def __init__(self, source: WeightSource) -> None:
+    def __init__(self, source: WeightSource, target: Target = CPU) -> None:
         self.source = source
+        self.target = target
         self._tape = ir.tape.Tape()
         self._loaded: dict[str, ir.Value] = {}
+
+    @property
+    def float_type(self) -> ir.DataType:
+        """The type of activations."""
+        return self.target.float_type
+
+    def widen(self, activation: ir.Value) -> ir.Value:
+        """An activation in float32."""
+        return activation if self.float_type == ir.DataType.FLOAT else self.op("Cast", activation, to=ir.DataType.FLOAT)
+
+    def narrow(self, wide: ir.Value) -> ir.Value:
+        """The inverse of widen."""
+        return wide if self.float_type == ir.DataType.FLOAT else self.op("Cast", wide, to=self.float_type)
 
     def op(
         self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int]
@@ -97,17 +114,24 @@ class GraphBuilder:
     ) -> Sequence[ir.Value]:
         return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
 
+    def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
+        """X (1, S, K) times a float matrix (N, K), transposed."""
+        if self.target.fused_matmul:
+            return self.op("FusedMatMul", x, matrix, domain=CONTRIB, transB=1)
+        return self.op("MatMul", x, self.op("Transpose", matrix, perm=(1, 0)))
+
     def constant(self, name: str, values: int | list[int]) -> ir.Value:
         """An int64 initializer held in the graph."""
         if name not in self._loaded:
             self._loaded[name] = self._tape.initializer(ir.tensor(np.array(values, np.int64), name=name))
         return self._loaded[name]
 
-    def scalar(self, value: float) -> ir.Value:
-        """A float32 initializer held in the graph."""
-        name = f"scalar.{value!r}"
+    def scalar(self, value: float, kind: ir.DataType | None = None) -> ir.Value:
+        """An initializer held in the graph, of the activations' type where none is given."""
+        kind = kind or self.float_type
+        name = f"scalar.{value!r}.{kind.name}"
         if name not in self._loaded:
-            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(value, np.float32), name=name))
+            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(value, kind.numpy()), name=name))
         return self._loaded[name]
 
     def weight(self, name: str, *, tensor: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:

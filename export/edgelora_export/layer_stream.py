@@ -91,6 +91,16 @@ class LayerStream:
                 after.append(found[HIDDEN_OUT][0])
         return after
 
+    def final_states(
+        self, base: Base, samples: Sequence[Sample], delta: Delta | None, on_layer: Callable[[int], None] = lambda index: None
+    ) -> list[Floats]:
+        """Takes samples through all layers of the float base with a delta added: final hidden states (T, H), one array each."""
+        hidden = embed(base, self._decoder, samples, delta)
+        for index in range(len(self._decoder.layers)):
+            on_layer(index)
+            hidden = self.run(index, read_layer(base, self._decoder, index, delta), hidden)
+        return hidden
+
     def normed(self, base: Base, hidden: Floats) -> Floats:
         """Final hidden states (T, H) as the head takes them."""
         mean = np.square(hidden).mean(axis=1, keepdims=True)

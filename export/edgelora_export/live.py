@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 from safetensors.numpy import save
 
-from edgelora_runtime.errors import InputError
+from edgelora_export.halves import to_half
 from edgelora_runtime.manifest import LiveSlots
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from edgelora_export.decoder import Decoder, Linear
     from edgelora_export.variants import LowRank
-
-_HALF_LIMIT = float(np.finfo(np.float16).max)
 
 
 def live_slots(linear: Linear) -> LiveSlots:
@@ -37,13 +35,7 @@ def pack_live_adapter(decoder: Decoder, adapter: LowRank) -> bytes:
         for part in linear.parts:
             if part.module in adapter.modules:
                 a, b = adapter.factors(part.module)
-                tensors[f"{part.module}.lora_A"] = _to_half(part.pad_columns(a), part.module)
-                tensors[f"{part.module}.lora_B"] = _to_half(part.pad_rows(b), part.module)
+                owner = f"the adapter's factor for {part.module}"
+                tensors[f"{part.module}.lora_A"] = to_half(part.pad_columns(a), owner, "export it merged")
+                tensors[f"{part.module}.lora_B"] = to_half(part.pad_rows(b), owner, "export it merged")
     return save(tensors)
-
-
-def _to_half(values: NDArray[np.float32], module: str) -> NDArray[np.float16]:
-    largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= _HALF_LIMIT:
-        raise InputError(f"the adapter's factor for {module} reaches {largest:g}, which fp16 cannot hold; export it merged")
-    return np.ascontiguousarray(values, np.float16)

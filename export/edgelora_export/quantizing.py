@@ -81,7 +81,7 @@ def store_products(
 
 def compensates(quantization: Quantization, calibration: Calibration) -> bool:
     """Whether codes are to make up for errors, by a method that has something to see them on."""
-    return bool(calibration.fit) and quantization.method in ("gptq", "auto-round")
+    return bool(calibration.fit) and quantization.calibrated
 
 
 class _QuantizedStream:
@@ -91,7 +91,7 @@ class _QuantizedStream:
         self._base, self._decoder, self._weights, self._folder = base, decoder, weights, folder
         self._stream = LayerStream(decoder)
         self._fit = self._embed(calibration.fit)
-        self._held_out = self._embed(calibration.held_out)
+        self._unseen = self._embed(calibration.unseen)
 
     def quantize_layer(
         self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization, finished: Lane
@@ -101,15 +101,15 @@ class _QuantizedStream:
         running = read_layer(self._base, self._decoder, index, delta)
         missing = [linear for linear in own if finished.find(linear.name) is None]
         moments = {linear.name: Moments(linear.columns) for linear in missing}
-        held_out: dict[str, list[Floats]] = {linear.name: [] for linear in missing}
+        unseen: dict[str, list[Floats]] = {linear.name: [] for linear in missing}
         if missing:
             self._stream.observe(index, running, self._fit, {name: sums.add for name, sums in moments.items()})
-            self._stream.observe(index, running, self._held_out, {name: seen.append for name, seen in held_out.items()})
+            self._stream.observe(index, running, self._unseen, {name: others.append for name, others in unseen.items()})
         for linear in missing:
             grid = quantization.grid(linear.name)
             assert grid is not None  # gptq goes with quantized products alone
-            seen, unseen = moments.pop(linear.name).total(), held_out.pop(linear.name)
-            matrix = _quantize(running[linear.name], grid, seen, np.concatenate(unseen) if unseen else None)
+            seen, others = moments.pop(linear.name).total(), unseen.pop(linear.name)
+            matrix = _quantize(running[linear.name], grid, seen, np.concatenate(others) if others else None)
             finished.note(linear.name, store_matrix(self._folder, linear.name, matrix))
         for linear in own:
             done = finished.find(linear.name)
@@ -121,7 +121,7 @@ class _QuantizedStream:
             stored = load_matrix(self._folder, linear.name, self._weights, linear.columns)
             running[linear.name] = stored.dequantize() if isinstance(stored, BlockQuantized) else stored
         self._fit = self._stream.run(index, running, self._fit)
-        self._held_out = self._stream.run(index, running, self._held_out)
+        self._unseen = self._stream.run(index, running, self._unseen)
 
     def _embed(self, samples: Sequence[Sample]) -> list[Floats]:
         """The hidden states (T, H) that enter the first layer, from the embedding as it is stored."""
@@ -132,10 +132,10 @@ class _QuantizedStream:
         return [stored.rows(np.array(sample.tokens)).dequantize() * scale for sample in samples]
 
 
-def _quantize(weight: Floats, grid: Grid, moments: Floats, held_out: Floats | None) -> BlockQuantized:
+def _quantize(weight: Floats, grid: Grid, moments: Floats, unseen: Floats | None) -> BlockQuantized:
     """GPTQ, or rounding to nearest where that serves inputs (T, K) better that GPTQ has not seen."""
     compensated = quantize_gptq(weight, moments, **asdict(grid))
-    if held_out is None:
+    if unseen is None:
         return compensated
     rounded = quantize_rtn(weight, **asdict(grid))
-    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, held_out))
+    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, unseen))

@@ -36,6 +36,11 @@ class Weights:
     def __or__(self, other: Weights) -> Weights:
         return Weights(self.tensors | other.tensors, self.grids | other.grids)
 
+    @property
+    def blobs(self) -> set[str]:
+        """Names of the files that hold them."""
+        return {tensor.location for tensor in self.tensors.values()}
+
     def only(self, product: str) -> Weights:
         """What belongs to one product."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from edgelora_export.build import check_names, copy_texts
-from edgelora_export.draft import TARGET, describe_base, describe_file, end_tokens
+from edgelora_export.draft import describe_base, describe_file, end_tokens
 from edgelora_export.optimum_front import digest
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_export.store import Weights, store_rounded
+from edgelora_export.targets import CPU
 from edgelora_export.traced_graph import find_lookups, find_products, mapped_blobs, rewrite_graph
 from edgelora_runtime._version import __version__
 from edgelora_runtime.errors import InputError
@@ -109,7 +110,7 @@ def build_traced_bundle(
         graphs = {}
         for variant in variants:
             model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
-            file = f"{variant.name}.{TARGET}.onnx"
+            file = f"{variant.name}.{CPU.name}.onnx"
             write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
             graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
         manifest = Manifest(
@@ -133,7 +134,7 @@ def build_traced_bundle(
             adapters=dict(adapters),
             live_slots=(),
             variants={
-                variant.name: VariantEntry("merged", dict(variant.mix), variant.method, {TARGET: graphs[variant.name]})
+                variant.name: VariantEntry("merged", dict(variant.mix), variant.method, {CPU.name: graphs[variant.name]})
                 for variant in variants
             },
             files={path.name: describe_file(path) for path in sorted(folder.iterdir())},

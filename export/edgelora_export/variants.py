@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from edgelora_export.calibration import Calibration
 from edgelora_export.int4 import Grid, check_grid
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 METHODS = ("gptq", "auto-round", "rtn", "none")
+MERGE_BASES = ("auto", "float", "trained")
 
 
 class Delta(Protocol):
@@ -70,6 +71,11 @@ class Quantization:
         if self.method == "auto-round" and self.bits != 4:
             raise InputError(f"quantization method 'auto-round' has 4 bits, not {self.bits}; use gptq or rtn")
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method sees inputs to make up for errors on."""
+        return self.method in ("gptq", "auto-round")
+
     def grid(self, product: str) -> Grid | None:
         """The grid of a product, the embedding or the head; None for float32."""
         if self.bits == 32:
@@ -88,12 +94,28 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class TrainedBase:
+    """The base as a mix's adapters saw it in training, with the mix on it: both as changes of the float base.
+
+    quantization: how training held its weights. merged: the change of the mix's own modules alone. unmerged: that of every
+    weight that training held in 4 bits.
+    """
+
+    quantization: Literal["nf4", "int4"]
+    merged: Delta
+    unmerged: Delta
+
+
+@dataclass(frozen=True)
 class Variant:
     """One variant to build: live if it has live weights, else merged.
 
-    mix and method are recorded in the manifest. delta: what the mix adds to the base, None for the bare base.
+    mix and method are recorded in the manifest. delta: what the mix adds to the float base, None for the bare base.
     live: weight per live adapter of the bundle, or None for a merged variant.
     calibration: what its weights are quantized on, and what it is judged on.
+    trained: the base that its adapters were trained on, None where that is the float one or not known.
+    merge_base: what a merged variant is merged into: float, trained, or auto for the better of the two; see
+    choose_merge_base. merge_losses: held-out loss by base, in nats per token, where the two were compared.
     """
 
     name: str
@@ -102,3 +124,11 @@ class Variant:
     delta: Delta | None = None
     live: Mapping[str, float] | None = None
     calibration: Calibration = field(default_factory=Calibration)
+    trained: TrainedBase | None = None
+    merge_base: str = "float"
+    merge_losses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def change(self) -> Delta | None:
+        """What its weights have in place of the float base's, whichever base it is merged into."""
+        return self.trained.merged if self.trained is not None and self.merge_base == "trained" else self.delta

@@ -1,4 +1,4 @@
-"""The inputs and outputs of one onnxruntime session, bound to numpy arrays by address."""
+"""The inputs and outputs of one onnxruntime session, bound to numpy arrays by address, or to a cache on its device."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ class Binding:
     def optional_input(self, name: str, array: NDArray[np.generic]) -> None:
         """Binds an input that has a default in the graph: onnxruntime takes those as values of its own alone."""
         self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def cache(self, past: str, present: str, buffer: ort.OrtValue) -> None:
+        """Binds one buffer as past and present, wherever it lies."""
+        self._binding.bind_ortvalue_input(past, buffer)
+        self._binding.bind_ortvalue_output(present, buffer)
 
     def output(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
         """Binds an array, or the start of it, to be written to; the shape must be the one that comes out."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.binding import Binding
     from edgelora_runtime.manifest import ModelEntry
 
-    Floats = NDArray[np.float32]
+    Floats = NDArray[np.floating[Any]]  # float32, or float16 in graphs for a GPU
 
 _SMALLEST = 256  # positions; a cache doubles from here as it fills
 
@@ -25,14 +25,15 @@ _SMALLEST = 256  # positions; a cache doubles from here as it fills
 class KVCache(ABC):
     """Keys and values of the tokens that one variant has read.
 
-    tokens: what its positions hold. logits: float32 (1, kept, V), what the last step wrote; here and not in the model,
-    since a cache has one owner.
+    float_type: of both. tokens: what its positions hold. logits: float32 (1, kept, V), what the last step wrote; here and
+    not in the model, since a cache has one owner.
     """
 
-    def __init__(self, entry: ModelEntry) -> None:
+    def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
         self.tokens: list[int] = []
-        self.logits: Floats = np.empty((1, 0, entry.vocab_size), np.float32)
+        self.logits: NDArray[np.float32] = np.empty((1, 0, entry.vocab_size), np.float32)
         self._entry = entry
+        self._float_type = float_type
 
     @property
     @abstractmethod
@@ -64,7 +65,7 @@ class KVCache(ABC):
     def _allocate(self, shape: tuple[int, ...]) -> list[Floats]:
         """One array per layer."""
         try:
-            return [np.zeros(shape, np.float32) for _ in range(self._entry.layers)]
+            return [np.zeros(shape, self._float_type) for _ in range(self._entry.layers)]
         except MemoryError as error:
             raise ResourceError("no memory for a larger KV cache; use a shorter prompt or fewer tokens") from error
 

@@ -11,18 +11,14 @@ from edgelora_runtime.sampling import Sampler
 from edgelora_runtime.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Mapping, Sequence
-
-    import numpy as np
-    from numpy.typing import NDArray
+    from collections.abc import Generator, Iterator, Sequence
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
     from edgelora_runtime.sampling import Sampling
     from edgelora_runtime.streaming import StopFilter
     from edgelora_runtime.tokenizer import Tokenizer
-
-    Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def continue_prompt(
     tokenizer: Tokenizer,
     model: Model,
     cache: KVCache,
-    live: Mapping[str, Floats] | None,
+    live: LoraInputs | None,
 ) -> Generator[str, None, Generation]:
     """Reads what the cache lacks of the prompt, then writes token by token; yields text, returns the account."""
     started = first_token = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -11,22 +11,19 @@ from edgelora_runtime.cache import KVCache
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from numpy.typing import NDArray
-
     from edgelora_runtime.binding import Binding
+    from edgelora_runtime.cache import Floats
     from edgelora_runtime.manifest import ModelEntry
-
-    Floats = NDArray[np.float32]
 
 
 class GrowingCache(KVCache):
-    """Two sets of flat buffers, float32 (kv_heads * capacity * head_size): a step reads one, writes the other, and they swap.
+    """Two sets of flat buffers (kv_heads * capacity * head_size): a step reads one, writes the other, and they swap.
 
     The start of a buffer, seen as (1, kv_heads, positions, head_size), is what the graph reads or writes: no step allocates.
     """
 
-    def __init__(self, entry: ModelEntry) -> None:
-        super().__init__(entry)
+    def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
+        super().__init__(entry, float_type)
         self._past: list[Floats] = []  # keys of all layers, then values
         self._present: list[Floats] = []
         self._held = 0  # positions in the past buffers; tokens may be fewer after a rewind

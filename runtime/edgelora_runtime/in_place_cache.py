@@ -2,53 +2,67 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnxruntime as ort
 
 from edgelora_runtime.cache import KVCache
+from edgelora_runtime.errors import ResourceError
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from edgelora_runtime.binding import Binding
+    from edgelora_runtime.cache import Floats
     from edgelora_runtime.manifest import ModelEntry
-
-    Floats = NDArray[np.float32]
 
 
 class InPlaceCache(KVCache):
-    """Buffers float32 (1, kv_heads, capacity, head_size); positions behind the tokens are overwritten when their turn comes."""
+    """Buffers (1, kv_heads, capacity, head_size); positions behind the tokens are overwritten when their turn comes.
 
-    def __init__(self, entry: ModelEntry) -> None:
-        super().__init__(entry)
-        self._keys: list[Floats] = []
-        self._values: list[Floats] = []
-        self._buffers = object()  # another one whenever a buffer is: what is bound then has to be bound again
+    memory: the device that they lie on, by onnxruntime's name.
+    """
+
+    def __init__(self, entry: ModelEntry, float_type: np.dtype[Any], memory: str = "cpu") -> None:
+        super().__init__(entry, float_type)
+        self._memory = memory
+        self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; another dict whenever one is another
+        self._capacity = 0
 
     @property
     def capacity(self) -> int:
-        return self._keys[0].shape[2] if self._keys else 0
+        return self._capacity
 
     def reserve(self, positions: int) -> None:
-        if positions <= self.capacity:
+        if positions <= self._capacity:
             return
-        shape = (1, self._entry.kv_heads, self._next_capacity(positions), self._entry.head_size)
-        used = len(self.tokens)
-        keys, values = self._allocate(shape), self._allocate(shape)
-        for new, old in zip((*keys, *values), (*self._keys, *self._values), strict=False):
-            new[:, :, :used] = old[:, :, :used]
-        self._keys, self._values, self._buffers = keys, values, object()
+        capacity, used = self._next_capacity(positions), len(self.tokens)
+        shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
+        buffers = {}
+        for kind in ("key", "value"):
+            for index, array in enumerate(self._allocate(shape)):
+                name = f"{index}.{kind}"
+                if used:
+                    array[:, :, :used] = self._buffers[name].numpy()[:, :, :used]
+                buffers[name] = self._place(array)
+        self._buffers, self._capacity = buffers, capacity
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
         if self.logits.shape[1] != keep:
-            self.logits, self._buffers = np.empty((1, keep, self._entry.vocab_size), np.float32), object()
+            self.logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            self._buffers = dict(self._buffers)
         if binding.holds is self._buffers:
             return
-        for index, pair in enumerate(zip(self._keys, self._values, strict=True)):
-            for kind, buffer in zip(("key", "value"), pair, strict=True):
-                binding.input(f"past_key_values.{index}.{kind}", buffer)
-                binding.output(f"present.{index}.{kind}", buffer)
+        for name, buffer in self._buffers.items():
+            binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
         binding.output("logits", self.logits)
         binding.holds = self._buffers
+
+    def _place(self, array: Floats) -> ort.OrtValue:
+        """The array on the cache's device: itself in main memory, else a copy."""
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise ResourceError(
+                f"no memory on {self._memory} for a larger KV cache; use a shorter prompt or fewer tokens"
+            ) from error

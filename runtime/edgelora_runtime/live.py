@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Factors = Mapping[str, NDArray[np.float16]]
+    LoraInputs = Mapping[str, NDArray[np.floating[Any]]]  # float32, or float16 for a GPU's graphs
 
 FILE_LIMIT = 1 << 32  # bytes of one adapter file
+_FLOAT32 = np.dtype(np.float32)
 
 
 def read_factors(raw: bytes, name: str) -> Factors:
@@ -38,10 +40,12 @@ def read_factors(raw: bytes, name: str) -> Factors:
     return factors
 
 
-def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> dict[str, Floats]:
+def stack_mix(
+    slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], float_type: np.dtype[Any] = _FLOAT32
+) -> LoraInputs:
     """The LoRA inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
 
-    Returns for each product A, float32 (parts * R, K), and per part B, float32 (R, N). Parts of unequal rank are filled
+    Returns for each product A (parts * R, K), and per part B (R, N), of the float type. Parts of unequal rank are filled
     up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
     """
     inputs: dict[str, Floats] = {}
@@ -67,4 +71,4 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) 
                 start = stop
             inputs[name] = stacked_b
         inputs[slot.a] = stacked_a
-    return inputs
+    return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}

@@ -14,7 +14,7 @@ from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
-VERSION = (1, 1)  # readers refuse another major number, and skip unknown keys of a later minor one
+VERSION = (1, 2)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -128,6 +128,8 @@ class FidelityEntry:
     outcome: passed, repaired (products raised to 8 bits) or live (turned or meant to be live), or measured for a bare base.
     kl_mean, kl_p99: KL(teacher ‖ variant), nats per token. adapter_kl: KL(teacher ‖ bare float base).
     retention: 1 - kl_mean / adapter_kl, None without an adapter. top1: share of tokens with the same likeliest token.
+    trained_kl: as kl_mean, with the unmerged adapter on the base that it was trained on; None where that is the float one or
+    not known.
     """
 
     outcome: Literal["measured", "passed", "repaired", "live"]
@@ -140,6 +142,7 @@ class FidelityEntry:
     perplexity: float
     teacher_perplexity: float
     products: dict[str, ProductFidelity] = field(default_factory=dict)
+    trained_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,8 @@ class VariantEntry:
     """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu).
 
     calibration: None where weights were rounded to nearest. int8: products that have 8 bits in a bundle of 4.
+    merge_base: the base that the mix was added to before quantization: the float one, or that of its adapters' training.
+    merge_losses: held-out loss in nats per token by merge base, before quantization; empty where there was no choice.
     """
 
     kind: Literal["merged", "live"]
@@ -157,6 +162,8 @@ class VariantEntry:
     calibration: CalibrationEntry | None = None
     int8: tuple[str, ...] = ()
     fidelity: FidelityEntry | None = None
+    merge_base: Literal["float", "nf4", "int4"] = "float"
+    merge_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -12,49 +12,57 @@ from edgelora_runtime.binding import Binding
 from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
+from edgelora_runtime.providers import CPU, open_session, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.manifest import ModelEntry
+    from edgelora_runtime.providers import Provider
 
     Floats = NDArray[np.float32]
 
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
+_FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 _ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
 
 
 class Model:
-    """A graph that is ready to run. One step at a time; any number of caches and of live adapters."""
+    """A graph that is ready to run. One step at a time; any number of caches and of live adapters.
 
-    def __init__(self, graph: Path, entry: ModelEntry, *, threads: int | None) -> None:
+    float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32.
+    """
+
+    def __init__(self, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
-            raise IntegrityError(f"onnxruntime refuses {graph.name}: {str(error).splitlines()[0][:300]}") from error
-        if wrong := _compare_shapes(self._session, entry):
+        session = open_session(graph, options, provider)
+        if wrong := _compare_shapes(session, entry):
             raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
+        self.float_type = _read_float_type(session, graph.name)
         self._entry = entry
-        self._binding = Binding(self._session)
+        self._provider = provider
+        self._binding = Binding(session)
         self._lock = threading.Lock()
-        self._bound_live: Mapping[str, Floats] | None = None
+        self._bound_live: LoraInputs | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
         self._binding.optional_input("logits_to_keep", self._keep)
 
     def new_cache(self) -> KVCache:
         """An empty cache of the kind that the graph writes."""
-        return GrowingCache(self._entry) if self._entry.cache == "growing" else InPlaceCache(self._entry)
+        if self._entry.cache == "growing":
+            return GrowingCache(self._entry, self.float_type)
+        return InPlaceCache(self._entry, self.float_type, self._provider.memory)
 
-    def read(self, cache: KVCache, tokens: Sequence[int], *, live: Mapping[str, Floats] | None = None, keep: int = 1) -> Floats:
+    def read(self, cache: KVCache, tokens: Sequence[int], *, live: LoraInputs | None = None, keep: int = 1) -> Floats:
         """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
 
         live: the LoRA inputs to run with; pass the same mapping again to save the binding. The array that is returned is
@@ -69,7 +77,7 @@ class Model:
                 try:
                     logits = self._step(cache, chunk, live, keep if ended else 1)
                 except RuntimeError as error:  # onnxruntime's, from binding or running
-                    raise IntegrityError(f"onnxruntime cannot run the graph: {str(error).splitlines()[0][:300]}") from error
+                    raise refusal(self._provider, "run the graph", error) from error
                 if ended:
                     return logits
 
@@ -77,7 +85,7 @@ class Model:
         """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
         cache.reserve(min(positions, self._entry.context_length))
 
-    def _step(self, cache: KVCache, tokens: Sequence[int], live: Mapping[str, Floats] | None, keep: int) -> Floats:
+    def _step(self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int) -> Floats:
         total = len(cache.tokens) + len(tokens)
         cache.bind(self._binding, len(tokens), keep)
         if live is not self._bound_live:
@@ -86,7 +94,9 @@ class Model:
             self._bound_live = live
         if self._ones.shape[1] < total:
             self._ones = np.ones((1, cache.capacity), np.int64)
-        self._keep[0] = keep
+        if self._keep[0] != keep:
+            self._keep[0] = keep
+            self._binding.optional_input("logits_to_keep", self._keep)  # a GPU has a copy of its own
         ids = np.array([tokens], np.int64)
         self._binding.input("input_ids", ids)
         self._binding.input("attention_mask", self._ones, (1, total))
@@ -94,6 +104,15 @@ class Model:
         cache.extend(tokens)
         logits: Floats = cache.logits[0]
         return logits
+
+
+def _read_float_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:
+    """The one type of all floating-point inputs and present outputs."""
+    kinds = {value.type for value in session.get_inputs() if value.type != "tensor(int64)"}
+    kinds |= {value.type for value in session.get_outputs() if value.name != "logits"}
+    if len(kinds) != 1 or not _FLOAT_TYPES.keys() >= kinds:
+        raise IntegrityError(f"{name} has a KV cache of {', '.join(sorted(kinds))}; it should be float32 or float16 throughout")
+    return _FLOAT_TYPES[kinds.pop()]
 
 
 def _compare_shapes(session: ort.InferenceSession, entry: ModelEntry) -> list[str]:

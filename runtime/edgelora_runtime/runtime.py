@@ -18,6 +18,7 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
 from edgelora_runtime.live import FILE_LIMIT, read_factors, stack_mix
 from edgelora_runtime.model import PREFILL_CHUNK, Model
+from edgelora_runtime.providers import find_provider
 from edgelora_runtime.sampling import Sampling
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
@@ -31,15 +32,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
-    from edgelora_runtime.live import Factors
+    from edgelora_runtime.live import Factors, LoraInputs
     from edgelora_runtime.manifest import VariantEntry
     from edgelora_runtime.tokenizer import Message
 
     Floats = NDArray[np.float32]
     Prompt = str | Sequence[Message] | Sequence[int]
 
-TARGET = "cpu"
-PROVIDERS = ("auto", "cpu")
 _STACKED_MIXES = 8  # live mixes whose stacked factors are kept for the way back
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -58,7 +57,9 @@ class Runtime:
 
     bundle: a folder or an opened Bundle. memory_budget: bytes of variants kept loaded, as a number or like "4GiB"; the
     least recently used go first, None keeps all. threads: None leaves the choice to onnxruntime (physical cores).
-    provider: "auto" or "cpu".
+    provider: "cpu", "cuda", "webgpu", or "auto": a GPU where there is one and the bundle has graphs for it, else the CPU.
+    target: which graphs to run, "cpu" (float32) or "gpu" (fp16); None for those that are built for the provider. Any provider
+    runs either: cpu graphs serve a GPU that lacks fp16, and gpu graphs on the CPU show, slowly, what they compute.
 
     Safe to call from many threads: a variant computes one step at a time.
     """
@@ -70,20 +71,27 @@ class Runtime:
         memory_budget: int | str | None = None,
         threads: int | None = None,
         provider: str = "auto",
+        target: str | None = None,
     ) -> None:
-        if provider not in PROVIDERS:
-            raise UsageError(f"provider {provider!r} is not supported; use one of {', '.join(PROVIDERS)}")
         if threads is not None and threads < 1:
             raise UsageError(f"threads = {threads}: use 1 or more, or None for all physical cores")
         self._budget = parse_bytes(memory_budget)
         self._threads = threads
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._manifest = self._bundle.manifest
+        has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
+        architecture = self._manifest.model.architecture
+        self._provider = find_provider(provider, architecture=architecture, gpu_graphs=has_gpu_graphs)
+        self._target = self._provider.target if target is None else target
+        if not has_gpu_graphs and self._target == "gpu":
+            raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
+        if self._target not in ("cpu", "gpu"):
+            raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
         self._tokenizer = Tokenizer(self._bundle)
         self._lock = threading.RLock()
         self._models: OrderedDict[str, Model] = OrderedDict()
         self._factors: dict[str, Factors] = {}
-        self._stacked: OrderedDict[tuple[tuple[str, float], ...], dict[str, Floats]] = OrderedDict()
+        self._stacked: OrderedDict[tuple[tuple[str, float], ...], LoraInputs] = OrderedDict()
         self._caches: dict[_Choice, KVCache] = {}
         self._current = self._choose_variant(self._manifest.default_variant)
 
@@ -108,6 +116,11 @@ class Runtime:
     @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
+
+    @property
+    def provider(self) -> str:
+        """What it runs on: cpu, cuda or webgpu."""
+        return self._provider.name
 
     @property
     def variants(self) -> Mapping[str, VariantEntry]:
@@ -258,10 +271,11 @@ class Runtime:
         if entry is None:
             raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(self._manifest.variants)}")
         live = tuple(sorted(entry.live.items())) if entry.kind == "live" else None
-        return _Choice(variant, entry.graphs[TARGET].file, live)
+        return _Choice(variant, entry.graphs[self._target].file, live)
 
     def _choose_mix(self, mix: Mapping[str, float]) -> _Choice:
-        graph = next((entry.graphs[TARGET].file for entry in self._manifest.variants.values() if entry.kind == "live"), None)
+        live_graphs = (entry.graphs[self._target].file for entry in self._manifest.variants.values() if entry.kind == "live")
+        graph = next(live_graphs, None)
         adapters = [name for name, entry in self._manifest.adapters.items() if entry.file is not None]
         if graph is None:
             raise UsageError(
@@ -275,7 +289,7 @@ class Runtime:
         label = " + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)"
         return _Choice(label, graph, live)
 
-    def _prepare(self, choice: _Choice) -> tuple[Model, Mapping[str, Floats] | None, Receipt]:
+    def _prepare(self, choice: _Choice) -> tuple[Model, LoraInputs | None, Receipt]:
         """The model and LoRA inputs of a choice, loaded where they are not yet."""
         started = time.perf_counter()
         with self._lock:
@@ -286,7 +300,9 @@ class Runtime:
             if choice.live is not None:
                 if choice.live not in self._stacked:
                     self._stacked[choice.live] = stack_mix(
-                        self._manifest.live_slots, [(self._read_adapter(name), weight) for name, weight in choice.live]
+                        self._manifest.live_slots,
+                        [(self._read_adapter(name), weight) for name, weight in choice.live],
+                        self._models[choice.graph].float_type,
                     )
                     opened += sum(array.nbytes for array in self._stacked[choice.live].values())
                     while len(self._stacked) > _STACKED_MIXES:
@@ -305,12 +321,14 @@ class Runtime:
                 evicted, _ = self._models.popitem(last=False)
                 self._caches = {choice: cache for choice, cache in self._caches.items() if choice.graph != evicted}
         self._bundle.read(graph)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
-        self._models[graph] = Model(self._bundle.path(graph), self._manifest.model, threads=self._threads)
+        self._models[graph] = Model(
+            self._bundle.path(graph), self._manifest.model, threads=self._threads, provider=self._provider
+        )
         return size
 
     def _graph_bytes(self, graph: str) -> int:
         """Bytes of the blobs that a graph maps; onnxruntime holds about as much again in its packed copy."""
-        entries = (entry.graphs[TARGET] for entry in self._manifest.variants.values())
+        entries = (entry.graphs[self._target] for entry in self._manifest.variants.values())
         blobs = next(entry.blobs for entry in entries if entry.file == graph)
         return sum(self._manifest.files[name].size for name in blobs)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from edgelora.adapters import Adapter
+from edgelora.adapters import Adapter, Provenance, write_provenance
 from edgelora.composing import compose
 from edgelora.exporting import export
 from edgelora.mix import Mix
@@ -128,6 +128,20 @@ def test_compose_refuses_what_it_cannot_write(name: str, method: str, folders: d
     with pytest.raises(InputError, match="export"):
         compose({"a": (folders[name], 1.0)}, tmp_path / "out", method=method)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("held", "refused"), [("nf4", True), ("int4", True), ("none", False)])
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_factors_out_of_rounded_weights_are_refused(
+    name: str, held: str, refused: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[name], tmp_path / "a")
+    write_provenance(folder, Provenance("tiny", "0" * 64, held, "", 0, name, 0, 4, 8.0, 1, 1e-3))
+    if not refused:
+        assert Adapter.open(folder).modules
+        return
+    with pytest.raises(InputError, match=f"init_lora_weights is '{name}' on a base held as {held}.*plain LoRA"):
+        Adapter.open(folder)
 
 
 def test_a_change_of_one_of_two_tied_matrices_is_refused(tmp_path: Path) -> None:

@@ -199,6 +199,8 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "temperature": (["run", "BUNDLE", "--prompt", "a", "--temperature", "-1"], 2, "temperature"),
     "max tokens": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "0"], 2, "max_tokens"),
     "threads": (["run", "BUNDLE", "--prompt", "a", "--threads", "0"], 2, "threads"),
+    "unknown provider": (["run", "BUNDLE", "--prompt", "a", "--provider", "tpu"], 2, "provider 'tpu'"),
+    "provider without graphs": (["chat", "BUNDLE", "--provider", "cuda"], 2, "cuda"),
     "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
     "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),
     "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),

@@ -15,6 +15,8 @@ GOOD = """\
 base = "some/model"
 default = "clinic"
 context_length = 2048
+targets = ["cpu", "gpu"]
+merge_base = "float"
 [adapters]
 sql = "adapters/sql"
 medical = "/elsewhere/medical"
@@ -31,6 +33,7 @@ mix = { sql = 1 }
 mix = { sql = 0.6, medical = -0.6 }
 method = "ties"
 density = 0.3
+merge_base = "trained"
 [variants.sql-live]
 mix = { sql = 1.0 }
 kind = "live"
@@ -48,18 +51,21 @@ def test_a_good_recipe() -> None:
         variants={
             "base": VariantRecipe({}),
             "sql": VariantRecipe({"sql": 1}),
-            "clinic": VariantRecipe({"sql": 0.6, "medical": -0.6}, "merged", "ties", 0.3),
+            "clinic": VariantRecipe({"sql": 0.6, "medical": -0.6}, "merged", "ties", 0.3, "trained"),
             "sql-live": VariantRecipe({"sql": 1.0}, "live"),
         },
         quantization=Quantization(8, 64, symmetric=False, method="rtn"),
         default="clinic",
         context_length=2048,
+        targets=("cpu", "gpu"),
+        merge_base="float",
     )
 
 
 def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
     assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
+    assert recipe.targets == ("cpu",)
     assert parse('base = "m"\n[variants.base]\n').variants == {"base": VariantRecipe({})}
 
 
@@ -105,6 +111,15 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "symmetric as a number": (GOOD.replace("symmetric = false", "symmetric = 0"), "symmetric = 0"),
     "unknown quantization method": (GOOD.replace('method = "rtn"', 'method = "awq"'), "awq"),
     "unknown default": (GOOD.replace('default = "clinic"', 'default = "x"'), "default = 'x'"),
+    "targets as text": (GOOD.replace('["cpu", "gpu"]', '"gpu"'), "targets = 'gpu' has the wrong type"),
+    "targets without cpu": (GOOD.replace('["cpu", "gpu"]', '["gpu"]'), "targets = ['gpu']: use cpu and gpu"),
+    "unknown target": (GOOD.replace('"gpu"', '"npu"'), "'npu'"),
+    "target that is no name": (GOOD.replace('"gpu"', "[1]"), "targets = ['cpu', [1]]"),
+    "unknown merge base": (GOOD.replace('merge_base = "float"', 'merge_base = "nf4"'), "merge_base = 'nf4': use one of auto"),
+    "unknown merge base of one": (GOOD.replace('"trained"', '"own"'), "variants.clinic.merge_base = 'own'"),
+    "merge base of another type": (GOOD.replace('"trained"', "4"), "variants.clinic.merge_base = 4 has the wrong type"),
+    "live on a trained base": (GOOD.replace('"live"', '"live"\nmerge_base = "trained"'), "variants.sql-live.merge_base"),
+    "nothing to merge": (with_line('[variants.x]\nmerge_base = "trained"'), "variants.x.merge_base = 'trained' is for a merged"),
     "context as text": (GOOD.replace("context_length = 2048", 'context_length = "2048"'), "context_length"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
 from edgelora_export.calibration import Calibration, Sample
 from edgelora_export.gate import Gate
-from edgelora_export.variants import Quantization, Variant
+from edgelora_export.variants import Quantization, TrainedBase, Variant
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError, IntegrityError
 from edgelora_runtime.manifest import AdapterEntry
 from tests.tiny import load_base, make_adapter, random_tokens, torch_logits
 
 if TYPE_CHECKING:
+    from collections.abc import Set
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -147,6 +149,49 @@ def test_a_lost_adapter_is_repaired(tiny_base: Path, faint: Adapter, tmp_path: P
     assert used == {name for name in manifest.files if name.endswith(".bin")}
 
 
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter's change times a factor: a merge that misses what the adapter does."""
+
+    adapter: Adapter
+    factor: float
+
+    @property
+    def modules(self) -> Set[str]:
+        return self.adapter.modules
+
+    def dense(self, module: str, weight: Floats) -> Floats:
+        return np.float32(self.factor) * self.adapter.dense(module, weight)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_trained_base_that_loses_the_adapter_is_given_up_if_it_was_edgeloras_choice(
+    tiny_base: Path, strong: Adapter, tmp_path: Path, chosen: bool
+) -> None:
+    trained = TrainedBase("nf4", merged=Scaled(strong, 0.1), unmerged=strong)
+    losses = {"float": 3.0, "nf4": 2.0} if chosen else {}
+    manifest = build_bundle(
+        Base.open(tiny_base),
+        [
+            Variant(
+                "tuned", {"a": 1.0}, delta=strong, calibration=CALIBRATION, trained=trained, merge_base="trained",
+                merge_losses=losses,
+            )
+        ],
+        tmp_path / "bundle",
+        quantization=Quantization(method="rtn"),
+        adapters={"a": AdapterEntry("0" * 64, strong.rank)},
+        live_adapters={"a": strong},
+        base_calibration=CALIBRATION,
+        gate=Gate(retention=0.5),
+    )  # fmt: skip
+    tuned = manifest.variants["tuned"]
+    assert tuned.fidelity is not None and tuned.fidelity.retention is not None and tuned.fidelity.retention >= 0.5
+    assert tuned.merge_base == "float" and tuned.int8 == ()
+    assert (tuned.kind, tuned.fidelity.outcome) == (("merged", "repaired") if chosen else ("live", "live"))
+    assert tuned.merge_losses == losses
+
+
 def test_live_policy_turns_a_lost_adapter_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
     manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="live"))
     tuned = manifest.variants["tuned"]
@@ -159,6 +204,25 @@ def test_live_policy_turns_a_lost_adapter_live(tiny_base: Path, faint: Adapter, 
 def test_what_nothing_mends_ends_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
     manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="repair", retention=1.0))
     assert manifest.variants["tuned"].kind == "live"
+
+
+def test_a_variant_may_go_live_where_none_ran_the_bare_base(tiny_base: Path, tmp_path: Path) -> None:
+    """Weights of the base that no graph uses are kept until no variant can need them."""
+    make_adapter(tiny_base, tmp_path / "a", size=0.012, target_modules=["q_proj"])
+    adapter = Adapter.open(tmp_path / "a")
+    manifest = build_bundle(
+        Base.open(tiny_base),
+        [Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION)],
+        tmp_path / "bundle",
+        quantization=Quantization(method="rtn"),
+        adapters={"a": AdapterEntry("0" * 64, adapter.rank)},
+        live_adapters={"a": adapter},
+        base_calibration=CALIBRATION,
+        gate=Gate(policy="live", retention=1.0),
+    )
+    assert manifest.variants["tuned"].kind == "live"
+    with Runtime(tmp_path / "bundle") as runtime:
+        assert runtime.generate([5, 6, 7], max_tokens=4).tokens
 
 
 def test_max_kl_and_min_top1_are_limits_too(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 
-from edgelora_export import block
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
+from edgelora_export.targets import TARGETS
 from edgelora_runtime import Runtime
 from edgelora_runtime.model import PREFILL_CHUNK, Model
 from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
@@ -242,7 +243,7 @@ def test_quantized_export_gives_logits_of_the_dequantized_weights(
     """
     theirs = make_base(tmp_path / "base", **shape)
     export_base(tmp_path / "base", tmp_path / "shipped", **grid)
-    monkeypatch.setattr(block, "INT32_ACTIVATIONS", 1)
+    monkeypatch.setitem(TARGETS, "cpu", replace(TARGETS["cpu"], accuracy_level=1))
     export_base(tmp_path / "base", tmp_path / "exact", **grid)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -280,4 +281,8 @@ def test_int4_prefill_and_decode_agree(bundle4: Path) -> None:
     tokens = random_tokens(40)
     model = Model(bundle4 / "base.cpu.onnx", manifest.model, threads=1)
     whole = model.read(model.new_cache(), tokens, keep=len(tokens)).copy()
-    assert np.abs(stepwise(model, tokens) - whole[2:]).max() <= 0.02 * whole.std()
+    apart = stepwise(model, tokens) - whole[2:]
+    # One row and many rows have kernels of their own, which round activations alike on some CPUs and not on others: with AVX2
+    # alone single logits differ by 7% of the spread where the mean square says 0.5%.
+    assert np.sqrt(np.square(apart).mean()) <= 0.01 * whole.std()
+    assert np.abs(apart).max() <= 0.2 * whole.std()

@@ -115,7 +115,7 @@ def test_parse_inverts_dump(manifest: Manifest) -> None:
 def test_dump_is_stable_and_ends_in_a_newline() -> None:
     assert example().dump() == parse_manifest(example().dump()).dump()
     assert example().dump().endswith(b"}\n")
-    assert json.loads(example().dump())["version"] == "1.1"
+    assert json.loads(example().dump())["version"] == "1.2"
 
 
 def changed(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -164,6 +164,8 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "endless version": (changed("version", value="1." + "9" * 5000), "version"),
     "unknown key": (changed("plugin", value="x.so"), "unknown plugin"),
     "unknown key in a file": (changed("files", "tokenizer.json", "url", value="http://x"), "unknown url"),
+    "merge base of an unknown kind": (changed("variants", "m", "merge_base", value="q8"), "'float' or 'nf4' or 'int4'"),
+    "loss as text": (changed("variants", "m", "merge_losses", value={"nf4": "low"}), "merge_losses"),
     "unknown key in a variant": (changed("variants", "m", "custom_ops", value=[]), "unknown custom_ops"),
     "missing key": (removed("files"), "lacks files"),
     "missing model key": (removed("model", "layers"), "lacks layers"),
@@ -327,6 +329,18 @@ def test_version_1_0_said_nothing_of_caches_which_were_all_in_place() -> None:
     value["version"] = "1.0"
     del value["model"]["cache"]
     assert parse_manifest(json.dumps(value).encode()).model.cache == "in_place"
+
+
+def test_version_1_1_said_nothing_of_merge_bases_which_were_all_float() -> None:
+    value = json.loads(example().dump())
+    value["version"] = "1.1"
+    figures = {"tokens": 9, "kl_mean": 0.1, "kl_p99": 0.2, "adapter_kl": 2.0, "retention": 0.95, "top1": 1, "perplexity": 2.0}
+    value["variants"]["m"]["fidelity"] = {"outcome": "passed", **figures, "teacher_perplexity": 2.0, "products": {}}
+    for variant in value["variants"].values():
+        del variant["merge_base"], variant["merge_losses"]
+    read = parse_manifest(json.dumps(value).encode()).variants["m"]
+    assert (read.merge_base, read.merge_losses) == ("float", {})
+    assert read.fidelity is not None and read.fidelity.trained_kl is None
 
 
 def test_later_minor_version_is_as_strict_about_what_is_known() -> None:

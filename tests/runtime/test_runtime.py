@@ -477,7 +477,7 @@ def test_a_bundle_without_a_template_takes_no_messages(bundle_copy: Path) -> Non
             runtime.generate([{"role": "user", "content": "hi"}])
 
 
-@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"threads": 0}, {"memory_budget": "much"}])
+@pytest.mark.parametrize("arguments", [{"provider": "tpu"}, {"target": "npu"}, {"threads": 0}, {"memory_budget": "much"}])
 def test_impossible_settings_of_a_runtime(bundle32: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         Runtime(bundle32, **arguments)

@@ -87,6 +87,7 @@ def _finish(decoder: Decoder, config: dict[str, Any]) -> Decoder:
         logits_cap=config.get("final_logit_softcapping"),
         embedding_multiplier=decoder.hidden_size**0.5,
         final_norm=replace(decoder.final_norm, offset=_OFFSET),
+        wide_residual=True,
     )
 
 
