@@ -1,4 +1,5 @@
-# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | bench. Each sets up .venv first; a second run is quick.
+# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | bench.
+# Each sets up what it needs first; a second run is quick.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

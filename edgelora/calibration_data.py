@@ -26,7 +26,7 @@ LONGEST = 512  # tokens of one sample; the rest is left out
 LEAST_TOKENS = 16384  # to quantize on, as far as the data go; wider models need twice their widest input
 HELD_OUT_TOKENS = 2048  # to judge on
 GENERAL_TEXT = "general_text.jsonl"  # comes with edgelora, so that GPTQ never sees a task's format alone
-GENERAL_SHARE = 0.25  # of all tokens to quantize on, at the most, beside adapters' data
+GENERAL_SHARE = 0.1  # of all tokens to quantize on, at the most, beside adapters' data; figures are in docs/log.md
 _HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are; of general text alone, too
 
 

@@ -73,7 +73,7 @@ class Quantization:
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method sees inputs to make up for errors on."""
+        """Whether the method looks at what a model makes of calibration data."""
         return self.method in ("gptq", "auto-round")
 
     def grid(self, product: str) -> Grid | None:
