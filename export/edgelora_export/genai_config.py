@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from edgelora_export.decoder import Decoder
 
 GENAI_CONFIG = "genai_config.json"
+# It only looks up whether a type is a decoder's, and version 0.18 does not know all that its builder and ours make.
+_TYPES = {"olmo2": "olmo"}
 
 
 def pack_genai_config(
@@ -24,7 +26,7 @@ def pack_genai_config(
     https://github.com/microsoft/onnxruntime-genai/blob/v0.18.0/src/python/py/models/builders/base.py
     """
     model: dict[str, Any] = {
-        "type": decoder.architecture,
+        "type": _TYPES.get(decoder.architecture, decoder.architecture),
         "vocab_size": decoder.vocab_size,
         "context_length": decoder.context_length,
         **_special_tokens(settings, end_tokens),

@@ -13,7 +13,8 @@ from edgelora.recipe import Recipe, VariantRecipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Runtime
 from tests.environments import peer_python, run_peer
-from tests.tiny import make_adapter, make_base
+from tests.export.test_architectures import SHAPES, make
+from tests.tiny import export_base, make_adapter, make_base
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,6 +109,18 @@ def test_onnxruntime_genai_writes_our_tokens(shape: dict[str, Any], tmp_path: Pa
 def test_onnxruntime_genai_writes_our_tokens_on_a_real_base(models_folder: Path, tmp_path: Path) -> None:
     make_adapter(models_folder / "pocket", tmp_path / "adapter")
     check_genai(export_two(models_folder / "pocket", tmp_path / "adapter", tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("name", [name for name in SHAPES if "," not in name])
+@pytest.mark.slow
+def test_onnxruntime_genai_knows_every_architecture(name: str, tmp_path: Path) -> None:
+    config_class, settings = SHAPES[name]
+    make(tmp_path / "base", config_class, settings)
+    bundle = tmp_path / "bundle"
+    export_base(tmp_path / "base", bundle)
+    prompts, ours = our_tokens(bundle, "base")
+    request = {"folder": str(bundle), "graph": None, "prompts": prompts, "count": COUNT}
+    assert [until_end(tokens, (1,)) for tokens in run_peer(peer_python("genai", GENAI), GENAI_SCRIPT, request)] == ours
 
 
 @pytest.mark.slow
