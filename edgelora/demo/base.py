@@ -137,10 +137,12 @@ def _pretrain(
     """Trains on the general commands, the loss on their answers alone; AdamW and Muon, warm-up, then linear decay."""
     import torch
 
+    from edgelora.demo.muon import Muon
+
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in name)]
     optimizers = (
-        torch.optim.Muon(matrices, lr=settings.muon_lr, weight_decay=0.1),  # Muon: https://kellerjordan.github.io/posts/muon/
+        Muon(matrices, lr=settings.muon_lr, weight_decay=0.1),
         torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0),
     )
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings)) for optimizer in optimizers]

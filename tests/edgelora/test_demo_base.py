@@ -6,8 +6,10 @@ import random
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from edgelora.demo.base import BaseSettings, make_base, make_tokenizer
+from edgelora.demo.muon import Muon, orthogonalize
 from edgelora.demo.tasks import TASKS, general_row
 from edgelora_export.base import Base
 
@@ -61,3 +63,25 @@ def test_chat_template_writes_what_training_saw() -> None:
     turns = [{"role": "user", "content": "Stamp: x"}, {"role": "assistant", "content": "y"}, {"role": "user", "content": "z"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text == "<s>Stamp: x\ny</s><s>z\n"
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (16, 40)])
+def test_muon_steps_as_torchs_own_does(shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = (Muon([ours], lr=0.02, weight_decay=0.1), torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1))
+    for _ in range(5):
+        gradient = torch.randn(shape)
+        for matrix, optimizer in zip((ours, theirs), optimizers, strict=True):
+            matrix.grad = gradient.clone()
+            optimizer.step()
+    moved = float((theirs.detach() - start).norm())
+    apart = float((ours.detach() - theirs.detach()).norm())
+    assert apart < 0.05 * moved  # bfloat16 has 8 bits, and five iterations multiply what they lose
+
+
+def test_orthogonalized_matrices_have_singular_values_near_1() -> None:
+    torch.manual_seed(1)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(20, 50, dtype=torch.float64)))
+    assert 0.6 < float(values.min()) <= float(values.max()) < 1.3
