@@ -76,7 +76,7 @@ def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[st
         live = {variant: mix for variant, mix in mixes.items() if mix and bits == 4}
         variants |= {f"{names[variant]}-live": VariantRecipe(mix, kind="live") for variant, mix in live.items()}
         bundle = output / f"bundle-{bits}"
-        export(Recipe(base, adapters, variants, Quantization(bits)), bundle)
+        export(Recipe(base, adapters, variants, Quantization(bits, method="rtn"), merge_base="float"), bundle, gate="off")
         with Runtime(bundle) as runtime:
             for variant, name in names.items():
                 print_note(f"evaluating {variant} with {bits} bits in onnxruntime")
