@@ -375,7 +375,7 @@ def doctor(json: JsonOption = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("edgelora-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,  # docs/log.md says why not 0
     base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
     data: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from edgelora.demo.report import DemoReport
 
 
-def run_demo(output: Path, *, seed: int = 0, base: str | None = None, data: Mapping[str, str] | None = None) -> DemoReport:
+def run_demo(output: Path, *, seed: int = 1, base: str | None = None, data: Mapping[str, str] | None = None) -> DemoReport:
     """Runs the pipeline on the built-in base and tasks, or on a base and at least two files of rows of one's own."""
     if (base is None) != (not data):
         raise UsageError("--base and --data go together: your own base needs your own rows, and the other way round")
