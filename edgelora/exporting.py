@@ -106,7 +106,8 @@ def export(
 
 def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
     """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
-    parts = (__version__, base.sha256, recipe.quantization, dict(recipe.variants), dict(adapters), calibrations)
+    mixes = (recipe.merge_base, dict(recipe.variants), dict(adapters))
+    parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
