@@ -5,16 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from edgelora import compose_cli
+from edgelora.arguments import JsonOption, parse_mix, parse_pairs
 from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
 
 # Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -29,7 +28,6 @@ app = typer.Typer(
 )
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
 VariantOption = Annotated[str | None, typer.Option(help="The variant; the bundle's default without it.")]
 MixOption = Annotated[
     list[str] | None,
@@ -140,56 +138,7 @@ def train(
         )
 
 
-@app.command()
-def compose(
-    adapter: Annotated[
-        list[str], typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter, or for the merged checkpoint.")],
-    method: Annotated[str, typer.Option(help="linear or ties.")] = "linear",
-    density: Annotated[float, typer.Option(help="Share of each delta's entries that ties keeps.")] = 0.2,
-    merge_into: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Add the mix to this base, and save a plain Hugging Face checkpoint.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own without it.")
-    ] = None,
-    json: JsonOption = False,
-) -> None:
-    """Mix adapters into one, without retraining."""
-    if merge_into is not None:
-        from edgelora.merging import merge_into as run_merge
-
-        with show_progress("merging") as on_progress:
-            merged = run_merge(
-                merge_into,
-                _parse_adapters(adapter),
-                output,
-                method=method,
-                density=density,
-                dtype=dtype,
-                on_progress=on_progress,
-            )
-        if json:
-            print_json(merged)
-        else:
-            print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
-        return
-    if dtype is not None:
-        raise UsageError("--dtype goes with --merge-into")
-    from edgelora.composing import compose as run_composition
-
-    with show_progress("composing") as on_progress:
-        report = run_composition(_parse_adapters(adapter), output, method=method, density=density, on_progress=on_progress)
-    if json:
-        print_json(report)
-    else:
-        error = (
-            f", nearest rank-{report.rank} matrices (relative error up to {report.largest_error:.2f})"
-            if report.largest_error > 1e-6
-            else ", exact"
-        )
-        print(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
+app.add_typer(compose_cli.app, name="compose")
 
 
 @app.command()
@@ -283,7 +232,7 @@ def run(
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
-            mix=_parse_mix(mix),
+            mix=parse_mix(mix),
             max_tokens=max_tokens,
             temperature=temperature,
             top_k=top_k,
@@ -345,7 +294,7 @@ def evaluate(
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
     with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("evaluating") as on_progress:
-        receipt = runtime.switch(variant, mix=_parse_mix(mix))
+        receipt = runtime.switch(variant, mix=parse_mix(mix))
         scores = run_evaluation(runtime, rows, max_tokens=max_tokens, on_progress=on_progress)
     if json:
         print_json({"bundle": bundle, "variant": receipt.variant, "data": data, **vars(scores)})
@@ -389,44 +338,8 @@ def demo(
     from edgelora.demo import run_demo
     from edgelora.demo.report import show_report
 
-    report = run_demo(output, seed=seed, base=base, data=_parse_pairs(data or [], "--data NAME=FILE.jsonl"))
+    report = run_demo(output, seed=seed, base=base, data=parse_pairs(data or [], "--data NAME=FILE.jsonl"))
     if json:
         print_json(report)
     else:
         show_report(report)
-
-
-def _parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
-    if not items:
-        return None
-    pairs = _parse_pairs(items, "--mix ADAPTER=WEIGHT")
-    return {name: _parse_number(value, f"--mix {name}={value}") for name, value in pairs.items()}
-
-
-def _parse_adapters(items: Sequence[str]) -> dict[str, tuple[str, float]]:
-    adapters = {}
-    for name, value in _parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT").items():
-        folder, colon, weight = value.rpartition(":")
-        if not colon:
-            raise UsageError(f"--adapter {name}={value} has no weight; write {name}={value}:1.0")
-        adapters[name] = (folder, _parse_number(weight, f"--adapter {name}={value}"))
-    return adapters
-
-
-def _parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
-    pairs: dict[str, str] = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not (name and equals and value):
-            raise UsageError(f"{item!r} is not of the form {form}")
-        if name in pairs:
-            raise UsageError(f"{name} is given twice; each name needs one {form}")
-        pairs[name] = value
-    return pairs
-
-
-def _parse_number(text: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UsageError(f"{where}: {text!r} is not a number") from None
