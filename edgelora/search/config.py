@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.mix import METHODS
+from edgelora.methods import METHODS
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("loss", "score")
 SAMPLERS = ("auto", "gp", "tpe")
+_TWINS = {"svd", "tsv", "iso_c"}  # which compute what linear, core_tsv and core_iso do
+DISTINCT = tuple(name for name in METHODS if name not in _TWINS)
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class SearchConfig:
     base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task; a task is measured against the
     adapter of its name, or else against the adapter that serves it best. output: folder for trials, report and adapter.
     budget: configurations to try in all: the base, each adapter alone and equal weights count, too.
-    methods: of edgelora.mix.METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
+    methods: names of METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
     objective: loss, in nats per token, or score: slot F1 or exact match of what is written, which takes much longer.
     sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto for gp where scipy is installed.
     confirm: the share of each task's rows that is kept out of the search, for the report to be measured on.

@@ -26,6 +26,11 @@ class Trial:
     parameters: Parameters
     figures: Mapping[str, tuple[float, float]]
 
+    @property
+    def quotients(self) -> dict[str, float]:
+        """The loss or score of each task."""
+        return {task: above / below for task, (above, below) in self.figures.items()}
+
 
 class Journal:
     """JSON lines in a search's folder: the plan, then the trials in the order in which they were done."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from edgelora.search.space import Point
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -24,9 +26,7 @@ class MixFigures:
     """
 
     trial: int
-    method: str
-    density: float | None
-    weights: Mapping[str, float]
+    mix: Point
     searched: float
     kept: float
     figures: Mapping[str, float]
@@ -61,12 +61,12 @@ class SearchReport:
     recipe: str
 
 
-def write_recipe(adapters: Mapping[str, Path], mix: MixFigures) -> str:
+def write_recipe(adapters: Mapping[str, Path], mix: Point) -> str:
     """The lines of a recipe that make a mix a variant."""
     weights = ", ".join(f"{_key(name)} = {weight:g}" for name, weight in mix.weights.items())
     lines = ["[adapters]", *(f"{_key(name)} = {_text(folder.as_posix())}" for name, folder in adapters.items()), ""]
     lines += ["[variants.mix]", f"mix = {{ {weights} }}", f"method = {_text(mix.method)}"]
-    return "\n".join([*lines, *([] if mix.density is None else [f"density = {mix.density:g}"])])
+    return "\n".join([*lines, *(f"{name} = {value:g}" for name, value in mix.settings.items())])
 
 
 def show_report(report: SearchReport) -> None:
@@ -84,11 +84,11 @@ def show_report(report: SearchReport) -> None:
         ],
     )
     resumed = f", {report.resumed} of them by earlier runs" if report.resumed else ""
-    print(f"{report.configurations} configurations tried{resumed}; best is trial {report.best.trial}: {_describe(report.best)}")
+    print(f"{report.configurations} configurations tried{resumed}")
+    print(f"best: {_describe(report.best.mix)}, trial {report.best.trial}")
     low, high = report.interval
-    print(
-        f"kept: {report.difference:+.3f} over equal weights ({_describe(report.equal)}), 95% interval {low:+.3f} to {high:+.3f}"
-    )
+    equal = _describe(report.equal.mix)
+    print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
     if not confirmed:
         print("the interval is of the very rows that the best was chosen on, so it flatters it; --confirm keeps some apart")
     if report.written_kept is not None:
@@ -99,9 +99,9 @@ def show_report(report: SearchReport) -> None:
     print(f"{report.adapter}\n\n{report.recipe}")
 
 
-def _describe(mix: MixFigures) -> str:
+def _describe(mix: Point) -> str:
     weights = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
-    return f"{weights}, {mix.method}" + ("" if mix.density is None else f" at density {mix.density:g}")
+    return ", ".join([f"{mix.method}({weights}", *(f"{name} {value:g}" for name, value in mix.settings.items())]) + ")"
 
 
 def _key(name: str) -> str:

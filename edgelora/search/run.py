@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,24 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters import Adapter, check_same_base
 from edgelora.composing import compose
-from edgelora.methods import DEFAULT_DENSITY
 from edgelora.search.held_out import read_held_out
 from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.report import MixFigures, SearchReport, write_recipe
-from edgelora.search.space import Point, choose_sampler, is_within, list_beginnings, propose, read_point
+from edgelora.search.space import Point, choose_sampler, read_point
+from edgelora.search.trials import choose, run_trials
 from edgelora.search.workers import Job, open_workers
 from edgelora_export.base import Base
 from edgelora_export.publish import write_file
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from edgelora.search.config import SearchConfig
     from edgelora.search.held_out import HeldOut
-    from edgelora.search.space import Parameters
-    from edgelora.search.workers import Figures, Workers
 
 ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the journal
 _EXACT = 1e-6  # relative error below which an adapter is the mix
@@ -55,7 +52,6 @@ def search(
     _check_factors(adapters)
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
     journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
-    resumed = min(len(journal.trials), config.budget)
     job = Job(
         base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
         adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
@@ -66,18 +62,31 @@ def search(
         objective=config.objective,
         max_tokens=config.max_tokens,
     )
+    before = dict(journal.trials)
     with open_workers(job, config.parallel, config.address) as workers:
-        trials, objective = _run_trials(config, journal, workers, on_progress)
+        trials, objective = run_trials(config, journal, workers, on_progress)
         best, equal = choose(config, trials, objective)
-        on_progress(len(trials), len(trials), "measuring on rows kept out")
-        measured = {*range(len(adapters) + 1), best.number, equal.number}
-        found = dict(workers.score({number: read_point(trials[number].parameters) for number in measured}, "confirmed"))
-    chosen = _describe(best, objective, found[best.number])
+        on_progress(len(trials), len(trials), "measuring what is reported")
+        measured = [*range(len(adapters) + 1), *sorted({best.number, equal.number} - {*range(len(adapters) + 1)})]
+        points = {number: read_point(config, trials[number].parameters) for number in measured}
+        found = dict(workers.score(points, "confirmed"))
+    figures = {number: sum_up(parts) for number, parts in found.items()}
+    best_mix, equal_mix = (
+        MixFigures(
+            trial.number,
+            points[trial.number],
+            searched=objective.kept(trial.quotients),
+            kept=objective.kept(figures[trial.number]),
+            figures=figures[trial.number],
+        )
+        for trial in (best, equal)
+    )
+    chosen = best_mix.mix
     written = compose(
         {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
         config.output / ADAPTER,
         method=chosen.method,
-        density=DEFAULT_DENSITY if chosen.density is None else chosen.density,
+        **chosen.settings,
     )
     difference, low, high = objective.difference(found[best.number], found[equal.number], config.seed)
     report = SearchReport(
@@ -85,12 +94,12 @@ def search(
         adapter=written.output,
         objective=config.objective,
         configurations=len(trials),
-        resumed=resumed,
+        resumed=sum(before.get(trial.number) is trial for trial in trials),
         rows={task: (len(rows.searched), len(rows.confirmed)) for task, rows in held_out.items()},
-        base=sum_up(found[0]),
-        adapters={name: sum_up(found[place]) for place, name in enumerate(adapters, start=1)},
-        equal=_describe(equal, objective, found[equal.number]),
-        best=chosen,
+        base=figures[0],
+        adapters={name: figures[place] for place, name in enumerate(adapters, start=1)},
+        equal=equal_mix,
+        best=best_mix,
         difference=difference,
         interval=(low, high),
         rank=written.rank,
@@ -100,62 +109,6 @@ def search(
     )
     _write_report(config, journal, trials, objective, report)
     return report
-
-
-def choose(config: SearchConfig, trials: list[Trial], objective: Objective) -> tuple[Trial, Trial]:
-    """The best of the trials within the ranges, and the best of those that weigh every adapter alike; the earlier of equals."""
-    within = [trial for trial in trials if is_within(config, trial.parameters)]
-    alike = [
-        trial for trial in within if len(weights := {*read_point(trial.parameters).weights.values()}) == 1 and weights != {0.0}
-    ]
-    return _choose_best(within, objective), _choose_best(alike, objective)
-
-
-def _choose_best(trials: list[Trial], objective: Objective) -> Trial:
-    return max(trials, key=lambda trial: objective.kept(_figures(trial)))
-
-
-def _run_trials(
-    config: SearchConfig, journal: Journal, workers: Workers, on_progress: Callable[[int, int, str], None]
-) -> tuple[list[Trial], Objective]:
-    """All trials up to the budget, in order, those in the journal taken from there."""
-    beginnings = list_beginnings(config)[: config.budget]
-    trials = _run_batch(dict(enumerate(beginnings)), journal, workers, lambda done: on_progress(done, config.budget, "beginning"))
-    references = [_figures(trial) for trial in trials[: len(config.adapters) + 1]]
-    objective = Objective.read(
-        references[0], dict(zip(config.adapters, references[1:], strict=True)), higher_is_better=config.objective == "score"
-    )
-    while len(trials) < config.budget:
-        tried = [(trial.parameters, objective.kept(_figures(trial))) for trial in trials]
-        best, start = max(value for _, value in tried), len(trials)
-        batch = propose(config, tried, config.parallel)[: config.budget - start]
-        trials += _run_batch(
-            dict(enumerate(batch, start)),
-            journal,
-            workers,
-            partial(_tell_progress, on_progress, start, config.budget, best),
-        )
-    return trials, objective
-
-
-def _tell_progress(on_progress: Callable[[int, int, str], None], start: int, budget: int, best: float, done: int) -> None:
-    on_progress(start + done, budget, f"best keeps {best:.3f}")
-
-
-def _run_batch(
-    batch: Mapping[int, Parameters], journal: Journal, workers: Workers, on_done: Callable[[int], None]
-) -> list[Trial]:
-    """Trials of numbered points, in order; those that an earlier run has scored are not scored again."""
-    known = {number for number in batch if number in journal.trials and journal.trials[number].parameters == batch[number]}
-    on_done(len(known))
-    points = {number: read_point(parameters) for number, parameters in batch.items() if number not in known}
-    for done, (number, found) in enumerate(workers.score(points, "searched"), start=len(known) + 1):
-        # Six digits: what threads and padding change beyond them decides nothing.
-        totals = {task: [float(f"{total:.6g}") for total in rows.sum(axis=0)] for task, rows in found.items()}
-        figures = {task: (above, below) for task, (above, below) in totals.items()}
-        journal.add(Trial(number, batch[number], figures))
-        on_done(done)
-    return [journal.trials[number] for number in batch]
 
 
 def _check_factors(adapters: Mapping[str, Adapter]) -> None:
@@ -184,25 +137,15 @@ def _make_plan(
     }
 
 
-def _figures(trial: Trial) -> dict[str, float]:
-    return {task: above / below for task, (above, below) in trial.figures.items()}
-
-
-def _describe(trial: Trial, objective: Objective, found: Figures) -> MixFigures:
-    point, figures = read_point(trial.parameters), sum_up(found)
-    searched = objective.kept(_figures(trial))
-    return MixFigures(trial.number, point.method, point.density, point.weights, searched, objective.kept(figures), figures)
-
-
 def _measure_written(job: Job, objective: Objective, adapter: Path) -> float:
     """What the adapter that was written keeps, where its rank does not hold the mix exactly."""
     with open_workers(replace(job, adapters={"written": adapter}), 1, None) as workers:
-        found = dict(workers.score({0: Point("linear", None, {"written": 1.0})}, "confirmed"))
+        found = dict(workers.score({0: Point({"written": 1.0})}, "confirmed"))
     return objective.kept(sum_up(found[0]))
 
 
 def _write_report(
-    config: SearchConfig, journal: Journal, trials: list[Trial], objective: Objective, report: SearchReport
+    config: SearchConfig, journal: Journal, trials: Sequence[Trial], objective: Objective, report: SearchReport
 ) -> None:
     """search.json: the report, the plan with its hashes, and every trial."""
     value = {
@@ -213,9 +156,9 @@ def _write_report(
         "trials": [
             {
                 "trial": trial.number,
-                **asdict(read_point(trial.parameters)),
-                "kept": objective.kept(_figures(trial)),
-                "figures": _figures(trial),
+                **asdict(read_point(config, trial.parameters)),
+                "kept": objective.kept(trial.quotients),
+                "figures": trial.quotients,
             }
             for trial in trials
         ],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.methods import DEFAULT_DENSITY
+from edgelora.methods import DEFAULT_DENSITY, DENSITY, METHODS
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -19,52 +19,55 @@ if TYPE_CHECKING:
 
     Parameters = Mapping[str, float | str]
 
-WITHOUT_DENSITY = {"linear"}
 _WEIGHT = "weight "  # begins the name of an adapter's parameter
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mix to try: a method, its density (None where it has no use for one), and weights by adapter."""
+    """A mix to try: weights by adapter, a method, and what that reads beside them: density, seed."""
 
-    method: str
-    density: float | None
     weights: Mapping[str, float]
+    method: str = "linear"
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_point(parameters: Parameters) -> Point:
+def read_point(config: SearchConfig, parameters: Parameters) -> Point:
     """The mix that parameters stand for; weights and density to three decimals, as they go into a recipe."""
     method, scale = str(parameters["method"]), float(parameters.get("scale", 1.0))
+    settings = {DENSITY: round(float(parameters.get(DENSITY, DEFAULT_DENSITY)), 3), "seed": config.seed}
     weights = {
         name.removeprefix(_WEIGHT): round(scale * float(value), 3)
         for name, value in parameters.items()
         if name.startswith(_WEIGHT)
     }
-    return Point(method, None if method in WITHOUT_DENSITY else round(float(parameters["density"]), 3), weights)
-
-
-def list_references(config: SearchConfig) -> list[Parameters]:
-    """The base, and each adapter alone: what every mix is measured against, within the ranges or not."""
-    alone = [{name: float(name == one) for name in config.adapters} for one in config.adapters]
-    return [_parameters(config, config.methods[0], weights) for weights in (dict.fromkeys(config.adapters, 0.0), *alone)]
+    return Point(weights, method, {name: settings[name] for name in METHODS[method].settings})
 
 
 def list_beginnings(config: SearchConfig) -> list[Parameters]:
-    """The references, then equal weights by each method: a sum and a mean by the first, a sum by the others.
+    """The points that come first, whatever the ranges are.
 
+    The base; each adapter alone, as it is; equal weights, a sum and a mean by the first method and a sum by each other one.
     Where the range of weights has neither, its middle takes their place.
     """
+    alone = [{name: float(name == one) for name in config.adapters} for one in (None, *config.adapters)]
     low, high = config.weights
     values = [value for value in (1.0, 1 / len(config.adapters)) if low <= value <= high] or [(low + high) / 2]
-    equal = [_parameters(config, config.methods[0], dict.fromkeys(config.adapters, value)) for value in values]
-    others = [_parameters(config, method, dict.fromkeys(config.adapters, values[0])) for method in config.methods[1:]]
-    return [*list_references(config), *equal, *others]
+    equal = [(config.methods[0], value) for value in values] + [(method, values[0]) for method in config.methods[1:]]
+    scale = 1.0 if config.scale is None else min(max(1.0, config.scale[0]), config.scale[1])
+    return [
+        *(_parameters(config, "linear", weights, 1.0) for weights in alone),
+        *(_parameters(config, method, dict.fromkeys(config.adapters, value), scale) for method, value in equal),
+    ]
 
 
 def is_within(config: SearchConfig, parameters: Parameters) -> bool:
-    """Whether a point's weights lie within their range, as a reference's need not."""
-    low, high = config.weights
-    return all(low <= float(value) <= high for name, value in parameters.items() if name.startswith(_WEIGHT))
+    """Whether a point is one that could be proposed, as the first ones need not be."""
+    return all(
+        parameters[name] in distribution.choices
+        if name == "method"
+        else distribution.low <= float(parameters[name]) <= distribution.high
+        for name, distribution in _distributions(config).items()
+    )
 
 
 def propose(config: SearchConfig, tried: Sequence[tuple[Parameters, float]], count: int) -> list[Parameters]:
@@ -106,13 +109,14 @@ def _make_sampler(name: str, seed: int) -> Any:
         return GPSampler(seed=seed, deterministic_objective=True)
 
 
-def _parameters(config: SearchConfig, method: str, weights: Mapping[str, float]) -> Parameters:
-    """A point at the default density and at scale 1, or the nearest to them that the ranges have."""
+def _parameters(config: SearchConfig, method: str, weights: Mapping[str, float], scale: float) -> Parameters:
+    """A point at the default density, or at the nearest to it that the range has."""
     parameters: dict[str, float | str] = {"method": method}
     space = _distributions(config)
-    for name, value in (("density", DEFAULT_DENSITY), ("scale", 1.0)):
-        if name in space:
-            parameters[name] = min(max(value, space[name].low), space[name].high)
+    if DENSITY in space:
+        parameters[DENSITY] = min(max(DEFAULT_DENSITY, space[DENSITY].low), space[DENSITY].high)
+    if "scale" in space:
+        parameters["scale"] = scale
     return {**parameters, **{f"{_WEIGHT}{name}": value for name, value in weights.items()}}
 
 
@@ -121,8 +125,8 @@ def _distributions(config: SearchConfig) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     found: dict[str, Any] = {"method": CategoricalDistribution(config.methods)}
-    if not set(config.methods) <= WITHOUT_DENSITY:
-        found["density"] = FloatDistribution(*config.density)
+    if any(DENSITY in METHODS[method].settings for method in config.methods):
+        found[DENSITY] = FloatDistribution(*config.density)
     if config.scale is not None:
         found["scale"] = FloatDistribution(*config.scale)
     return {**found, **{f"{_WEIGHT}{name}": FloatDistribution(*config.weights) for name in config.adapters}}

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from edgelora.adapters import Adapter
-from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import Mix
 from edgelora.scores import count_scores
 from edgelora_export.torch_model import first_line
@@ -52,8 +51,7 @@ class Scorer:
 
     def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:
         """The number, and per task and row what the objective is the quotient of, float64 (rows, 2): nats and tokens, say."""
-        density = DEFAULT_DENSITY if point.density is None else point.density
-        self._model.set_mix(Mix(self._adapters, point.weights, point.method, density))
+        self._model.set_mix(Mix(self._adapters, point.weights, point.method, **point.settings))
         found = {}
         for task, rows in self._job.rows[split].items():
             if self._job.objective == "loss":

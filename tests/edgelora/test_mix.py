@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 
 from edgelora.adapters import Adapter
-from edgelora.methods import ties
+from edgelora.methods.ties import ties
 from edgelora.mix import Mix
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base
@@ -100,10 +100,10 @@ def test_one_adapter_at_weight_1_is_itself(adapters: dict[str, Adapter]) -> None
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown method": ({"method": "median"}, "median.*linear, ties"),
+    "unknown method": ({"method": "median"}, "median.*linear, svd, ties"),
     "unknown adapters": ({"weights": {"x": 1.0, "y": 1.0}}, "x, y"),
     "not a number": ({"weights": {"plain": float("nan")}}, "plain = nan"),
-    "infinite": ({"weights": {"plain": float("inf"), "other": float("-inf")}}, "plain = inf, other = -inf"),
+    "infinite": ({"weights": {"plain": float("inf"), "other": float("-inf")}}, "plain = inf.*other = -inf"),
     "density 0": ({"density": 0.0}, "density"),
     "density over 1": ({"density": 1.5}, "density"),
 }
