@@ -5,24 +5,28 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from safetensors.numpy import save
 
 from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.mergekit_config import read_mergekit
+from edgelora.mergekit_mix import MergekitMix
 from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import Mix
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
     import numpy as np
     from numpy.typing import NDArray
 
     from edgelora.weights import Weight
+
+    Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,20 @@ class ComposeReport:
     rank: int
     largest_error: float
     mean_error: float
+
+
+class Composition(Protocol):
+    """Adapters of one base and what a method makes of them, as factors: a Mix, or what another tool's file means."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]: ...
+
+    @property
+    def modules(self) -> Set[str]: ...
+
+    def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]: ...
+
+    def describe(self) -> str: ...
 
 
 def compose(
@@ -59,6 +77,18 @@ def compose(
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
     opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
+    return write_mix(mix, output, rank=rank, on_progress=on_progress)
+
+
+def write_mix(
+    mix: Composition,
+    output: Path,
+    *,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> ComposeReport:
+    """Writes a mix of adapters, all of which take part, as one adapter; see compose."""
+    opened = mix.adapters
     if wrong := sorted({module for adapter in opened.values() for module in adapter.modules if adapter.is_embedding(module)}):
         raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
     tensors: dict[str, NDArray[np.generic]] = {}
@@ -84,6 +114,22 @@ def compose(
     return ComposeReport(output, len(modules), max(ranks.values()), max(errors), fmean(errors))
 
 
+def compose_mergekit(
+    path: Path | str,
+    output: Path,
+    *,
+    seed: int = 0,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> ComposeReport:
+    """Writes the merge of a mergekit configuration, a YAML file, as one adapter; see compose and read_mergekit."""
+    config = read_mergekit(path)
+    for note in config.notes:
+        on_note(f"{path}: {note}")
+    return write_mix(MergekitMix.open(config, seed), output, rank=rank, on_progress=on_progress)
+
+
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
     """α = r for every module, so that the scale is 1 and the factors alone say everything."""
     common = max(ranks.values())
@@ -104,9 +150,9 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
     }
 
 
-def _provenance(mix: Mix, rank: int, cut: int | None) -> Provenance | None:
+def _provenance(mix: Composition, rank: int, cut: int | None) -> Provenance | None:
     """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
-    origins = [mix.adapters[name].provenance for name in mix.weights]
+    origins = [adapter.provenance for adapter in mix.adapters.values()]
     if any(origin is None for origin in origins):
         return None
     first = next(origin for origin in origins if origin is not None)
