@@ -67,16 +67,17 @@ def search(
         trials, objective = run_trials(config, journal, workers, on_progress)
         best, equal = choose(config, trials, objective)
         on_progress(len(trials), len(trials), "measuring what is reported")
-        measured = [*range(len(adapters) + 1), *sorted({best.number, equal.number} - {*range(len(adapters) + 1)})]
-        points = {number: read_point(config, trials[number].parameters) for number in measured}
+        reported = sorted({*range(len(adapters) + 1), best.number, equal.number})
+        points = {number: read_point(config, trials[number].parameters) for number in reported}
         found = dict(workers.score(points, "confirmed"))
     figures = {number: sum_up(parts) for number, parts in found.items()}
+    measured = replace(objective, base=figures[0])  # other rows, but what the adapters change counts as it did in the search
     best_mix, equal_mix = (
         MixFigures(
             trial.number,
             points[trial.number],
             searched=objective.kept(trial.quotients),
-            kept=objective.kept(figures[trial.number]),
+            kept=measured.kept(figures[trial.number]),
             figures=figures[trial.number],
         )
         for trial in (best, equal)
@@ -88,7 +89,7 @@ def search(
         method=chosen.method,
         **chosen.settings,
     )
-    difference, low, high = objective.difference(found[best.number], found[equal.number], config.seed)
+    difference, low, high = measured.difference(found[best.number], found[equal.number], config.seed)
     report = SearchReport(
         output=config.output,
         adapter=written.output,
@@ -104,7 +105,7 @@ def search(
         interval=(low, high),
         rank=written.rank,
         largest_error=written.largest_error,
-        written_kept=_measure_written(job, objective, written.output) if written.largest_error > _EXACT else None,
+        written_kept=_measure_written(job, measured, written.output) if written.largest_error > _EXACT else None,
         recipe=write_recipe(config.adapters, chosen),
     )
     _write_report(config, journal, trials, objective, report)

@@ -118,10 +118,10 @@ def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Worke
 
     own: Any = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
-    try:
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except Exception as error:  # of many kinds, some of them no other than Exception
+            raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
         there: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
         share = {"num_cpus": max(1, there.get("CPU", 1) // parallel), "num_gpus": min(1, there.get("GPU", 0) / parallel)}
         actor: Any = ray.remote(Scorer)
