@@ -50,6 +50,8 @@ def search(
     adapters = {name: Adapter.open(folder, name) for name, folder in config.adapters.items()}
     check_same_base(adapters, base.sha256)
     _check_factors(adapters)
+    for task in sorted(config.data.keys() - adapters.keys()):
+        on_note(f"{task}: no adapter has that name; it is measured against the adapter that serves it best")
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
     journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
@@ -72,23 +74,18 @@ def search(
         found = dict(workers.score(points, "confirmed"))
     figures = {number: sum_up(parts) for number, parts in found.items()}
     measured = replace(objective, base=figures[0])  # other rows, but what the adapters change counts as it did in the search
-    best_mix, equal_mix = (
-        MixFigures(
-            trial.number,
-            points[trial.number],
-            searched=objective.kept(trial.quotients),
-            kept=measured.kept(figures[trial.number]),
-            figures=figures[trial.number],
-        )
-        for trial in (best, equal)
-    )
-    chosen = best_mix.mix
+    chosen = points[best.number]
     written = compose(
         {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
         config.output / ADAPTER,
         method=chosen.method,
         **chosen.settings,
     )
+
+    def describe(trial: Trial) -> MixFigures:
+        searched, kept = objective.kept(trial.quotients), measured.kept(figures[trial.number])
+        return MixFigures(trial.number, points[trial.number], searched, kept, figures[trial.number])
+
     difference, low, high = measured.difference(found[best.number], found[equal.number], config.seed)
     report = SearchReport(
         output=config.output,
@@ -99,8 +96,8 @@ def search(
         rows={task: (len(rows.searched), len(rows.confirmed)) for task, rows in held_out.items()},
         base=figures[0],
         adapters={name: figures[place] for place, name in enumerate(adapters, start=1)},
-        equal=equal_mix,
-        best=best_mix,
+        equal=describe(equal),
+        best=describe(best),
         difference=difference,
         interval=(low, high),
         rank=written.rank,

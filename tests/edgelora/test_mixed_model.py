@@ -171,6 +171,13 @@ def test_batches_hold_all_rows_and_not_too_many_tokens(model: MixedModel) -> Non
     assert len(batches) < len(rows)
 
 
+def test_a_row_of_one_token_has_no_loss(model: MixedModel) -> None:
+    row = Row("t", "h")
+    assert len(make_tokenizer()("th")["input_ids"]) == 1
+    np.testing.assert_array_equal(model.losses([row]), [[0, 0]])
+    np.testing.assert_allclose(model.losses([row, *ROWS])[1:], model.losses(ROWS), rtol=1e-5)
+
+
 def test_an_adapter_of_another_model(model: MixedModel, tmp_path: Path) -> None:
     make_base(tmp_path / "deep", num_hidden_layers=3)
     make_adapter(tmp_path / "deep", tmp_path / "a")

@@ -24,6 +24,7 @@ from edgelora.search.objective import Objective
 from edgelora.search.report import write_recipe
 from edgelora.search.space import Point, is_within, list_beginnings, propose, read_point
 from edgelora.search.trials import choose
+from edgelora.search.workers import share_machines
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -165,6 +166,28 @@ def test_the_first_points() -> None:
         Point({"a": 1.0, "b": 1.0}, "dare_linear", {"density": 0.5, "seed": 9}),
     ]
     assert [is_within(many, parameters) for parameters in list_beginnings(many)] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(("weights", "equal"), [((0.6, 0.8), 0.8), ((-0.9, -0.1), -0.9), ((-0.3, 0.3), -0.3), ((0.2, 0.5), 0.5)])
+def test_equal_weights_are_never_none(weights: tuple[float, float], equal: float) -> None:
+    narrow = config(weights=weights)
+    assert [set(read_point(narrow, point).weights.values()) for point in list_beginnings(narrow)[3:]] == [{equal}]
+
+
+@pytest.mark.parametrize(
+    ("machines", "parallel", "count", "share"),
+    [
+        ([{"CPU": 8.0}], 2, 2, {"num_cpus": 4}),
+        ([{"CPU": 2.0}], 4, 2, {"num_cpus": 1}),
+        ([{"CPU": 4.0}, {"CPU": 6.0}, {"memory": 1.0}], 1, 1, {"num_cpus": 4}),
+        ([{"CPU": 3.0}, {"CPU": 3.0}], 3, 2, {"num_cpus": 2}),
+        ([{"CPU": 8.0, "GPU": 2.0}], 3, 2, {"num_cpus": 1, "num_gpus": 1}),
+    ],
+)
+def test_no_worker_asks_for_more_than_there_is(machines: Any, parallel: int, count: int, share: Any) -> None:
+    assert share_machines(machines, parallel) == (count, share)
+    with pytest.raises(InputError, match="no core"):
+        share_machines([{"memory": 1.0}], parallel)
 
 
 def test_all_methods_are_those_that_differ() -> None:
