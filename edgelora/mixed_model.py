@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 BATCH_TOKENS = 2048  # of one forward pass, padding included: with a vocabulary of 128k its logits take 1 GiB
+IGNORED = -100  # torch's own mark of a position that has no target
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,6 @@ class CompletionBatch:
     rows: NDArray[np.int64]
     ids: torch.Tensor
     targets: torch.Tensor
-
-
-IGNORED = -100  # torch's own mark of a position that has no target
 
 
 class MixedModel:
@@ -125,7 +123,10 @@ class MixedModel:
         """Negative log likelihood of each row's completion, in nats, float32 (B,); the weights of stacks get gradients."""
         import torch
 
-        first = int((batch.targets != IGNORED).any(dim=0).nonzero()[0])
+        places = (batch.targets != IGNORED).any(dim=0).nonzero()
+        if not len(places):  # prompt and completion are one token, and the first has no likelihood
+            return torch.zeros(len(batch.rows), device=batch.ids.device)
+        first = int(places[0])
         kept = batch.ids.shape[1] - first + 1  # positions from the one that predicts the first target on
         # Padding at the end is never seen by what stands before it, so no mask is needed.
         logits = self.model(input_ids=batch.ids, logits_to_keep=kept, use_cache=False).logits[:, -kept:-1]

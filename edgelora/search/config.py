@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.methods import METHODS
 from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +88,7 @@ class SearchConfig:
             )
             if not holds
         ]
+        wrong += [f"adapters = {name}: {reason}" for name in self.adapters if (reason := check_variant_name(name))]
         if wrong:
             raise InputError("; ".join(wrong))
 

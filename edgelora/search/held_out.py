@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ class HeldOut:
 
     @property
     def sha256(self) -> str:
-        """Of both parts."""
-        parts = (" ".join(map(hash_row, rows)) for rows in (self.searched, self.confirmed))
-        return hashlib.sha256("/".join(parts).encode()).hexdigest()
+        """Of both parts, to the letter."""
+        parts = [[(row.prompt, row.completion) for row in rows] for rows in (self.searched, self.confirmed)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_held_out(

@@ -21,14 +21,14 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Objective:
-    """Per task the figure (a loss or a score) of the base and of one adapter alone, on the rows that are searched on.
+    """Per task the figure (a loss or a score) of the base, and what one adapter alone changes in it, with its sign.
 
-    A mix keeps (base - mix) / (base - adapter) of a task, whichever way the figure goes: 1 is what the adapter does alone,
-    0 what the base does. Tasks of any scale so count alike.
+    A mix keeps (base - mix) / change of a task, whichever way the figure goes: 1 is what the adapter does alone, 0 what the
+    base does. Tasks of any scale so count alike.
     """
 
     base: Mapping[str, float]
-    adapter: Mapping[str, float]
+    change: Mapping[str, float]
 
     @classmethod
     def read(cls, base: Mapping[str, float], alone: Mapping[str, Mapping[str, float]], *, higher_is_better: bool) -> Objective:
@@ -46,7 +46,7 @@ class Objective:
             if sign * (found[task] - base[task]) <= 0
         ]:
             raise InputError(f"{'; '.join(wrong)}: there is nothing that a mix could keep; check --data and --adapter")
-        return cls(dict(base), found)
+        return cls(dict(base), {task: base[task] - figure for task, figure in found.items()})
 
     def kept(self, figures: Mapping[str, float]) -> float:
         """What a mix keeps, averaged over tasks."""
@@ -69,7 +69,7 @@ class Objective:
         return self.kept(sum_up(one)) - self.kept(sum_up(other)), float(low), float(high)
 
     def _share(self, task: str, figure: float | Doubles) -> float | Doubles:
-        share: float | Doubles = (self.base[task] - figure) / (self.base[task] - self.adapter[task])
+        share: float | Doubles = (self.base[task] - figure) / self.change[task]
         return share
 
 

@@ -20,9 +20,10 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class MixFigures:
-    """A mix that was tried. kept: see Objective, on the rows kept out of the search; searched: on those searched on.
+    """A mix that was tried. searched: what it keeps (see Objective) on the rows searched on.
 
-    figures: per task the loss or score on the rows kept out.
+    kept, figures: the same, and the loss or score of each task, on the rows kept out of the search. What the adapters change
+    counts in both as it does on the rows searched on.
     """
 
     trial: int

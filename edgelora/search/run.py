@@ -50,6 +50,8 @@ def search(
     adapters = {name: Adapter.open(folder, name) for name, folder in config.adapters.items()}
     check_same_base(adapters, base.sha256)
     _check_factors(adapters)
+    for task in sorted(config.data.keys() - adapters.keys()):
+        on_note(f"{task}: no adapter has that name; it is measured against the adapter that serves it best")
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
     journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
@@ -67,28 +69,24 @@ def search(
         trials, objective = run_trials(config, journal, workers, on_progress)
         best, equal = choose(config, trials, objective)
         on_progress(len(trials), len(trials), "measuring what is reported")
-        measured = [*range(len(adapters) + 1), *sorted({best.number, equal.number} - {*range(len(adapters) + 1)})]
-        points = {number: read_point(config, trials[number].parameters) for number in measured}
+        reported = sorted({*range(len(adapters) + 1), best.number, equal.number})
+        points = {number: read_point(config, trials[number].parameters) for number in reported}
         found = dict(workers.score(points, "confirmed"))
     figures = {number: sum_up(parts) for number, parts in found.items()}
-    best_mix, equal_mix = (
-        MixFigures(
-            trial.number,
-            points[trial.number],
-            searched=objective.kept(trial.quotients),
-            kept=objective.kept(figures[trial.number]),
-            figures=figures[trial.number],
-        )
-        for trial in (best, equal)
-    )
-    chosen = best_mix.mix
+    measured = replace(objective, base=figures[0])  # other rows, but what the adapters change counts as it did in the search
+    chosen = points[best.number]
     written = compose(
         {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
         config.output / ADAPTER,
         method=chosen.method,
         **chosen.settings,
     )
-    difference, low, high = objective.difference(found[best.number], found[equal.number], config.seed)
+
+    def describe(trial: Trial) -> MixFigures:
+        searched, kept = objective.kept(trial.quotients), measured.kept(figures[trial.number])
+        return MixFigures(trial.number, points[trial.number], searched, kept, figures[trial.number])
+
+    difference, low, high = measured.difference(found[best.number], found[equal.number], config.seed)
     report = SearchReport(
         output=config.output,
         adapter=written.output,
@@ -98,13 +96,13 @@ def search(
         rows={task: (len(rows.searched), len(rows.confirmed)) for task, rows in held_out.items()},
         base=figures[0],
         adapters={name: figures[place] for place, name in enumerate(adapters, start=1)},
-        equal=equal_mix,
-        best=best_mix,
+        equal=describe(equal),
+        best=describe(best),
         difference=difference,
         interval=(low, high),
         rank=written.rank,
         largest_error=written.largest_error,
-        written_kept=_measure_written(job, objective, written.output) if written.largest_error > _EXACT else None,
+        written_kept=_measure_written(job, measured, written.output) if written.largest_error > _EXACT else None,
         recipe=write_recipe(config.adapters, chosen),
     )
     _write_report(config, journal, trials, objective, report)

@@ -47,11 +47,11 @@ def list_beginnings(config: SearchConfig) -> list[Parameters]:
     """The points that come first, whatever the ranges are.
 
     The base; each adapter alone, as it is; equal weights, a sum and a mean by the first method and a sum by each other one.
-    Where the range of weights has neither, its middle takes their place.
+    Where the range of weights has neither, that end of it which is farther from 0 takes their place.
     """
     alone = [{name: float(name == one) for name in config.adapters} for one in (None, *config.adapters)]
     low, high = config.weights
-    values = [value for value in (1.0, 1 / len(config.adapters)) if low <= value <= high] or [(low + high) / 2]
+    values = [value for value in (1.0, 1 / len(config.adapters)) if low <= value <= high] or [max(config.weights, key=abs)]
     equal = [(config.methods[0], value) for value in values] + [(method, values[0]) for method in config.methods[1:]]
     scale = 1.0 if config.scale is None else min(max(1.0, config.scale[0]), config.scale[1])
     return [

@@ -99,7 +99,8 @@ class RayWorkers:
                 else InputError(f"a trial failed on Ray ({first_line(error.cause)}); run again to go on")
             ) from error
         except ray.exceptions.RayError as error:
-            raise InputError(f"Ray lost a worker ({first_line(error)}); run again to go on") from error
+            reason = str(error).strip().splitlines()[-1]  # below what Ray tells of itself
+            raise InputError(f"Ray lost a worker ({reason}); run again to go on") from error
 
 
 @contextmanager
@@ -118,13 +119,27 @@ def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Worke
 
     own: Any = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
-    try:
-        there: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        share = {"num_cpus": max(1, there.get("CPU", 1) // parallel), "num_gpus": min(1, there.get("GPU", 0) / parallel)}
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except Exception as error:  # of many kinds, some of them no other than Exception
+            raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
+        nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+        count, share = share_machines([node["Resources"] for node in nodes if node["Alive"]], parallel)
         actor: Any = ray.remote(Scorer)
-        yield RayWorkers([actor.options(**share).remote(job) for _ in range(parallel)])
+        yield RayWorkers([actor.options(**share).remote(job) for _ in range(count)])
     finally:
         ray.shutdown()
+
+
+def share_machines(machines: Sequence[Mapping[str, float]], parallel: int) -> tuple[int, dict[str, int]]:
+    """How many workers Ray's machines hold, at most `parallel`, and what each gets: a GPU where there are any, else cores.
+
+    A worker that asks for more than one machine has would wait for ever, and so would one too many.
+    """
+    if gpus := sum(int(machine.get("GPU", 0)) for machine in machines):
+        return min(parallel, gpus), {"num_cpus": 1, "num_gpus": 1}
+    cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    if not cores:
+        raise InputError("Ray's machines have no core to give; start it with at least one")
+    each = max(1, min(*cores, sum(cores) // parallel))
+    return min(parallel, sum(count // each for count in cores)), {"num_cpus": each}
