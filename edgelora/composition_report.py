@@ -12,7 +12,14 @@ import numpy as np
 
 from edgelora.adapters import Adapter, check_same_base
 from edgelora.interference import Interference, ModuleFigures, Stack, compare_deltas, summarize
-from edgelora.output_interference import likely_moments, observe_moments, output_products, relate_outputs
+from edgelora.output_interference import (
+    choose_weights,
+    likely_moments,
+    observe_moments,
+    output_products,
+    relate_outputs,
+    worst_error,
+)
 from edgelora.pair_scores import KEPT, Bench, PairScore, TaskScore
 from edgelora.precompiling import Candidate, Plan, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
 from edgelora.rows import read_rows
@@ -35,7 +42,6 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # that are measured for each pair, beside the predicted best
-LIKELY_KEPT = 0.95  # what must be predicted where only the adapters speak, who flatter themselves; figures in docs/log.md
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -52,8 +58,10 @@ class AdapterFigures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a linear mix of two should keep. inputs: "data" for the tasks' own on the base, "adapters" where ΔW stands in.
+    """What a linear mix of two should keep.
 
+    inputs: "data" for the tasks' own on the base. "adapters" where nothing is known of them: energies are then for inputs that
+    each ΔW was likely built of, and what is kept is the least of those and of inputs that go all ways alike.
     weights: of the best mix. kept: by task, 1 - E‖(mix - adapter)·x‖² / E‖adapter·x‖² under it. energy: by task, how loud the
     other adapter is there at weight 1, E‖Δ_other·x‖² / E‖Δ·x‖²; layer_energy: the same by layer.
     """
@@ -139,8 +147,8 @@ def report_composition(
         assert base is not None
         bench = Bench.open(base, opened, tasks, on_step)
         moments = _observe(bench, modules, on_step)
-    figures, outputs = _compare(opened, modules, moments, on_step)
-    reports = [_report_pair([*opened], pair, figures, outputs, bench, on_step) for pair in pairs]
+    figures, views = _compare(opened, modules, moments, on_step)
+    reports = [_report_pair([*opened], pair, figures, views, bench, on_step) for pair in pairs]
     native = found_base is not None and found_base.config.get("model_type") in native_types()
     decoder = read_decoder(found_base.config) if found_base is not None and native else None
     on_progress(total, total, "done")
@@ -173,9 +181,8 @@ def judge(prediction: Prediction, score: PairScore | None) -> Verdict:
         )
         return Verdict("merge" if found.holds else "route", "measured", f"{reason} at {_name_weights(score.weights)}")
     worst, kept = min(prediction.kept.items(), key=lambda item: item[1])
-    least = KEPT if prediction.inputs == "data" else LIKELY_KEPT
-    reason = f"{worst} should keep {kept:.2f} of its effect at {_name_weights(prediction.weights)}, {least} is asked"
-    return Verdict("merge" if kept >= least else "route", "predicted", reason)
+    reason = f"{worst} should keep {kept:.2f} of its effect at {_name_weights(prediction.weights)}"
+    return Verdict("merge" if kept >= KEPT else "route", "predicted", reason)
 
 
 def _read_tasks(
@@ -221,10 +228,11 @@ def _compare(
     modules: Sequence[str],
     moments: Sequence[Mapping[str, Doubles]] | None,
     on_step: Callable[[str], None],
-) -> tuple[dict[str, ModuleFigures], OutputInterference]:
-    """All figures by module, one module's factors at a time."""
+) -> tuple[dict[str, ModuleFigures], list[OutputInterference]]:
+    """All figures by module, one module's factors at a time, and views of the outputs: see Prediction.inputs."""
     figures: dict[str, ModuleFigures] = {}
     products: dict[str, Doubles] = {}
+    even: dict[str, Doubles] = {}
     for module in modules:
         on_step(module)
         stack = Stack.of(_factors(adapters, module))
@@ -233,25 +241,29 @@ def _compare(
             continue  # what it is given are tokens, which no A reads
         seen = [likely_moments(stack, i) if moments is None else moments[i][module] for i in range(len(adapters))]
         product = np.stack([output_products(stack, one) for one in seen])
-        products[_layer(module)] = products.get(_layer(module), 0) + product
-    return figures, relate_outputs(products)
+        layer = _layer(module)
+        products[layer] = products.get(layer, 0) + product
+        # E xxᵀ = 1 makes E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩, whatever the task.
+        even[layer] = even.get(layer, 0) + np.stack([figures[module].inner] * len(adapters))
+    views = [relate_outputs(products)]
+    return figures, views if moments is not None else [*views, relate_outputs(even)]
 
 
 def _report_pair(
     names: Sequence[str],
     pair: tuple[str, str],
     figures: Mapping[str, ModuleFigures],
-    outputs: OutputInterference,
+    views: Sequence[OutputInterference],
     bench: Bench | None,
     on_step: Callable[[str], None],
 ) -> PairReport:
     i, j = names.index(pair[0]), names.index(pair[1])
     sides = {pair[0]: (i, j), pair[1]: (j, i)}
-    weights = outputs.choose_weights(i, j)
+    outputs, weights = views[0], choose_weights(views, i, j)
     prediction = Prediction(
         "adapters" if bench is None else "data",
         dict(zip(pair, weights, strict=True)),
-        {name: 1 - outputs.error(own, {i: weights[0], j: weights[1]}) for name, (own, _) in sides.items()},
+        {name: 1 - worst_error(views, own, {i: weights[0], j: weights[1]}) for name, (own, _) in sides.items()},
         {name: outputs.energy(*side) for name, side in sides.items()},
         {name: {layer: outputs.energy(*side, layer) for layer in outputs.layers} for name, side in sides.items()},
     )

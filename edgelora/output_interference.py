@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-CANDIDATES = tuple(round(0.1 * step, 1) for step in range(2, 13))  # weights that choose_weights tries for each of two
+CANDIDATES = tuple(round(0.1 * step, 1) for step in range(2, 13))  # weights that are tried for each of two adapters
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,16 @@ class OutputInterference:
         missing[i] -= 1
         return float(missing @ self.overall[i] @ missing)
 
-    def choose_weights(self, i: int, j: int) -> tuple[float, float]:
-        """The weights of two adapters for which the larger of their errors is least, out of CANDIDATES for each."""
-        tried = [(one, other) for one in CANDIDATES for other in CANDIDATES]
-        return min(tried, key=lambda pair: max(self.error(task, {i: pair[0], j: pair[1]}) for task in (i, j)))
+
+def choose_weights(views: Sequence[OutputInterference], i: int, j: int) -> tuple[float, float]:
+    """The weights of two adapters, out of CANDIDATES for each, whose largest error on either task, in any view, is least."""
+    tried = [(one, other) for one in CANDIDATES for other in CANDIDATES]
+    return min(tried, key=lambda pair: max(worst_error(views, task, {i: pair[0], j: pair[1]}) for task in (i, j)))
+
+
+def worst_error(views: Sequence[OutputInterference], i: int, weights: Mapping[int, float]) -> float:
+    """The error of a weighted sum on task i in the least favorable of several views of its inputs."""
+    return max(view.error(i, weights) for view in views)
 
 
 def relate_outputs(products: Mapping[str, Doubles]) -> OutputInterference:
@@ -72,7 +78,7 @@ def likely_moments(stack: Stack, place: int) -> Doubles:
     """E (A·x)(A·x)ᵀ, float64 (R, R), up to a factor, over the inputs that one of the deltas was likely trained on.
 
     Gradient descent builds a weight's change out of its inputs, so ΔᵀΔ stands in for E xxᵀ where no data are at hand
-    (arXiv 2503.08099).
+    (arXiv 2503.08099). It tells of the A that training began with, too: adapters from different seeds look blind to each other.
     """
     own = stack.rows(place)
     shared = stack.a @ stack.a[own].T

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 _WIDTH, _ROW, _LABEL = 300, 18, 220  # pixels: of a bar of full length, of a row, of the names
-_CELL, _HEAD = 46, 84  # pixels: the width of a heat map's cell, the height of its column names, which stand aslant
+_CELL, _LETTER = 46, 7  # pixels: the width of a heat map's cell, and of a letter of its names; columns' names stand aslant
 _WARM, _COLD, _NONE = (200, 60, 40), (50, 100, 200), "#ddd"
 _STYLE = (
     "body{font:14px system-ui;margin:2em;color:#222;background:#fff}td,th{padding:.2em 1em .2em 0;text-align:left}"
@@ -49,31 +49,31 @@ def draw_bars(title: str, values: Mapping[str, float], color: str) -> str:
     return _picture(title, _LABEL + _WIDTH + 80, len(values) * _ROW, rows)
 
 
-def draw_heat_map(
-    title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]], *, full: float = 1.0
-) -> str:
-    """A cell per row and column: warm above 0, cold below, of full color from `full` on; grey where there is no value."""
+def draw_heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
+    """A cell per row and column: warm above 0, cold below, of full color from 1 on; grey where there is no value."""
+    left = max([_LABEL, *(_LETTER * len(row) + 12 for row in rows)])
+    top = 20 + _LETTER * max(map(len, columns), default=0) * 3 // 4
     drawn = [
-        f"<text transform='translate({_LABEL + place * _CELL + _CELL // 2} {_HEAD - 6}) rotate(-45)'>{escape(column)}</text>"
+        f'<text transform="translate({left + place * _CELL + _CELL // 2} {top - 6}) rotate(-45)">{escape(column)}</text>'
         for place, column in enumerate(columns)
     ]
     for place, (row, cells) in enumerate(zip(rows, values, strict=True)):
-        y = _HEAD + place * _ROW
-        drawn.append(f"<text x={_LABEL - 8} y={y + 13} text-anchor=end>{escape(row)}</text>")
+        y = top + place * _ROW
+        drawn.append(f"<text x={left - 8} y={y + 13} text-anchor=end>{escape(row)}</text>")
         for column, value in enumerate(cells):
-            x = _LABEL + column * _CELL
-            drawn.append(f'<rect x={x} y={y} width={_CELL - 1} height={_ROW - 1} fill="{_shade(value, full)}"/>')
+            x = left + column * _CELL
+            drawn.append(f'<rect x={x} y={y} width={_CELL - 1} height={_ROW - 1} fill="{_shade(value)}"/>')
             if value is not None:
-                ink = "#fff" if abs(value) > 0.6 * full else "#222"
+                ink = "#fff" if abs(value) > 0.6 else "#222"
                 drawn.append(f'<text x={x + _CELL / 2} y={y + 13} text-anchor=middle fill="{ink}">{value:.2f}</text>')
-    return _picture(title, _LABEL + len(columns) * _CELL + _HEAD, _HEAD + len(rows) * _ROW, drawn)
+    return _picture(title, left + len(columns) * _CELL + top, top + len(rows) * _ROW, drawn)
 
 
-def _shade(value: float | None, full: float) -> str:
+def _shade(value: float | None) -> str:
     if value is None:
         return _NONE
-    share, color = value / full, _WARM if value >= 0 else _COLD
-    mixed = (round(255 + (tone - 255) * min(1.0, abs(share))) for tone in color)
+    color = _WARM if value >= 0 else _COLD
+    mixed = (round(255 + (tone - 255) * min(1.0, abs(value))) for tone in color)
     return "#" + "".join(f"{tone:02x}" for tone in mixed)
 
 
