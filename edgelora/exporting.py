@@ -93,7 +93,7 @@ def export(
             on_progress=on_progress,
         )
     except KeyboardInterrupt:
-        on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
+        on_note(f"interrupted: what is finished lies beside {output}, and the same export goes on from there")
         raise
     if blind and quantization.bits != 32:
         how = "quantized on general text alone" if quantization.calibrated else "rounded to nearest"

@@ -86,6 +86,11 @@ class Draft:
             touches(variant.delta, linear) for variant in merged for linear in self.decoder.linears
         )
 
+    def calibration_of(self, name: str) -> Calibration:
+        """What a variant is judged on: its own samples, or the base's where it has no delta."""
+        variant = self.variants[name]
+        return self.base_calibration if variant.delta is None else variant.calibration
+
     def store_weights(self) -> None:
         """Stores what no variant has stored yet; to be called again after a variant changed."""
         if self.shared is None:
