@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgelora.weights import EVERYWHERE
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
+
+    from edgelora.weights import Weight
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
 
@@ -21,13 +25,31 @@ def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
     return {name: parse_number(value, f"--mix {name}={value}") for name, value in pairs.items()}
 
 
-def parse_adapters(items: Sequence[str]) -> dict[str, tuple[str, float]]:
-    adapters = {}
-    for name, value in parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT").items():
-        folder, colon, weight = value.rpartition(":")
-        if not colon:
-            raise UsageError(f"--adapter {name}={value} has no weight; write {name}={value}:1.0")
-        adapters[name] = (folder, parse_number(weight, f"--adapter {name}={value}"))
+def parse_adapters(items: Sequence[str], by_pattern: Mapping[str, Weight] | None = None) -> dict[str, tuple[str, Weight]]:
+    """Folder and weight by name. by_pattern: weights from a file, which a number given here is the default of."""
+    adapters: dict[str, tuple[str, Weight]] = {}
+    by_pattern = by_pattern or {}
+    pairs = parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT")
+    if unknown := sorted(set(by_pattern) - set(pairs)):
+        raise UsageError(f"the file of weights names {', '.join(unknown)}, which no --adapter does")
+    for name, value in pairs.items():
+        folder, colon, text = value.rpartition(":")
+        if name not in by_pattern:
+            if not colon:
+                raise UsageError(f"--adapter {name}={value} has no weight; write {name}={value}:1.0")
+            adapters[name] = (folder, parse_number(text, f"--adapter {name}={value}"))
+            continue
+        weight = by_pattern[name]
+        try:
+            default = float(text) if colon else None
+        except ValueError:  # the colon is the folder's
+            default = None
+        if default is None:
+            adapters[name] = (value, weight)
+        elif isinstance(weight, Mapping) and EVERYWHERE not in weight:
+            adapters[name] = (folder, {EVERYWHERE: default, **weight})
+        else:
+            raise UsageError(f"--adapter {name}={value}: the file of weights has a weight for all modules, too; give one of them")
     return adapters
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from safetensors.numpy import save
@@ -21,55 +22,66 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgelora.weights import Weight
+
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What was written. largest_error: of a module's B·A against its ΔW, relative; 0 where the rank holds the mix exactly."""
+    """What was written. rank: the largest of a module.
+
+    largest_error, mean_error: of the modules' B·A against their ΔW, ‖ΔW - B·A‖ / ‖ΔW‖; 0 where the rank holds the mix exactly.
+    """
 
     output: Path
     modules: int
     rank: int
     largest_error: float
+    mean_error: float
 
 
 def compose(
-    adapters: Mapping[str, tuple[Path | str, float]],
+    adapters: Mapping[str, tuple[Path | str, Weight]],
     output: Path,
     *,
     method: str = "linear",
     density: float = DEFAULT_DENSITY,
+    seed: int = 0,
+    rank: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> ComposeReport:
     """Mixes adapters, given as name → (folder, weight), into one adapter.
 
-    A linear mix is exact: its rank is the sum of the ranks. Others are the nearest matrices of that rank, and the report
-    says how near. Raises InputError for adapters that do not mix and for an output that is something else.
+    Methods on factors are exact, at most at the sum of the ranks; others are the nearest matrices of that rank. A rank cuts both
+    to it, or to less where a module has less. The report says how near they are. Raises InputError for adapters that do not
+    mix and for an output that is something else.
     """
     if not adapters:
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
     opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
-    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density)
+    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
     if wrong := sorted({module for adapter in opened.values() for module in adapter.modules if adapter.is_embedding(module)}):
         raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
     tensors: dict[str, NDArray[np.generic]] = {}
     ranks: dict[str, int] = {}
-    largest_error = 0.0
+    errors: list[float] = []
     modules = sorted(mix.modules)
+    if not modules:
+        raise InputError("the weights are 0 in every module: there is nothing to compose")
     for done, module in enumerate(modules):
         on_progress(done, len(modules), module)
-        a, b, error = mix.factors_with_error(module)
+        a, b, error = mix.factors_with_error(module, rank)
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
         ranks[module] = len(a)
-        largest_error = max(largest_error, error)
+        errors.append(error)
     on_progress(len(modules), len(modules), "writing")
     with staged_folder(output, marker=CONFIG) as folder:
         config = _peft_config(ranks, next(iter(opened.values())))
         write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
         write_file(folder / WEIGHTS, [save(tensors)])
-        if provenance := _provenance(mix, max(ranks.values())):
+        if provenance := _provenance(mix, max(ranks.values()), rank):
             write_provenance(folder, provenance)
-    return ComposeReport(output, len(modules), max(ranks.values()), largest_error)
+    return ComposeReport(output, len(modules), max(ranks.values()), max(errors), fmean(errors))
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
@@ -92,21 +104,20 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
     }
 
 
-def _provenance(mix: Mix, rank: int) -> Provenance | None:
+def _provenance(mix: Mix, rank: int, cut: int | None) -> Provenance | None:
     """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
     origins = [mix.adapters[name].provenance for name in mix.weights]
     if any(origin is None for origin in origins):
         return None
     first = next(origin for origin in origins if origin is not None)
     held = {origin.base_quantization for origin in origins if origin is not None}
-    recipe = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
     return Provenance(
         base_name=first.base_name,
         base_sha256=first.base_sha256,
         base_quantization=first.base_quantization if len(held) == 1 else "mixed",
         data_sha256="",
         data_rows=0,
-        init=f"composed: {mix.method}({recipe})",
+        init=f"composed: {mix.describe()}" + (f", cut to rank {cut}" if cut else ""),
         seed=0,
         rank=rank,
         alpha=float(rank),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from edgelora.calibration_data import GENERAL_SHARE, find_training_data, gather_
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, read_recipe
 from edgelora.trained_base import find_quantization, read_trained_base
+from edgelora.weights import EVERYWHERE
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
@@ -27,10 +29,11 @@ from edgelora_runtime.manifest import AdapterEntry
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from tokenizers import Tokenizer as RustTokenizer
 
+    from edgelora.recipe import VariantRecipe
     from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
     from edgelora_export.gate import Gate
@@ -132,16 +135,7 @@ def _export_traced(
     if "trained" in {recipe.merge_base, *(variant.merge_base for variant in recipe.variants.values())}:
         raise InputError("merge_base = 'trained': what is exported through Optimum is merged into the float base; use 'float'")
     quantization = replace(recipe.quantization, method="rtn") if recipe.quantization.bits != 32 else recipe.quantization
-    variants = [
-        Variant(
-            name,
-            variant.mix,
-            variant.method,
-            delta=Mix(adapters, variant.mix, variant.method, variant.density) if variant.mix else None,
-            live=variant.mix if variant.kind == "live" else None,
-        )
-        for name, variant in recipe.variants.items()
-    ]
+    variants = [_plan_mix(name, variant, _make_mix(variant, adapters)) for name, variant in recipe.variants.items()]
     check_traceable(variants, quantization)
     on_progress(0, 1, "tracing")
     with trace_decoder(base, recipe.context_length) as traced:
@@ -208,9 +202,9 @@ def _plan_variants(
     """The recipe's variants as the exporter takes them."""
     planned, unknown = [], []
     for name, variant in recipe.variants.items():
-        live = variant.mix if variant.kind == "live" else None
-        mix = Mix(adapters, variant.mix, variant.method, variant.density) if variant.mix else None
-        merge_base = (variant.merge_base or recipe.merge_base) if mix and live is None else "float"
+        mix = _make_mix(variant, adapters)
+        plan = _plan_mix(name, variant, mix)
+        merge_base = (variant.merge_base or recipe.merge_base) if mix and plan.live is None else "float"
         quantization = find_quantization(mix) if mix else None
         trained = None
         if mix and quantization:
@@ -225,8 +219,7 @@ def _plan_variants(
                 f"variant {name}: merge_base = 'trained', and edgelora.json names no one 4-bit base that all of its adapters "
                 "were trained on; use 'float'"
             )
-        calibration = sets.of(variant.mix)
-        planned.append(Variant(name, variant.mix, variant.method, mix, live, calibration, trained=trained, merge_base=merge_base))
+        planned.append(replace(plan, calibration=sets.of(variant.mix), trained=trained, merge_base=merge_base))
     if unknown:
         on_note(
             f"{', '.join(unknown)}: without bitsandbytes (pip install 'edgelora[train]') the NF4 base that the adapters were "
@@ -235,12 +228,41 @@ def _plan_variants(
     return planned
 
 
+def _make_mix(variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Mix | None:
+    return Mix(adapters, variant.mix, variant.method, variant.density, variant.seed) if variant.mix else None
+
+
+def _plan_mix(name: str, variant: VariantRecipe, mix: Mix | None) -> Variant:
+    """What the exporter and the manifest have to know of a mix."""
+    by_module = {adapter: weight for adapter, weight in variant.mix.items() if isinstance(weight, Mapping)}
+    weights = {a: weight.get(EVERYWHERE, 0.0) if isinstance(weight, Mapping) else weight for a, weight in variant.mix.items()}
+    options = mix.options() if mix else {}
+    seed = options.get("seed")
+    return Variant(
+        name,
+        weights,
+        variant.method,
+        delta=mix,
+        live=weights if variant.kind == "live" else None,
+        weights=by_module,
+        density=options.get("density"),
+        seed=None if seed is None else int(seed),
+    )
+
+
 def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     """The adapters that can be applied as factors; refuses live variants of the others, with the reason."""
     reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
     for name, variant in recipe.variants.items():
         if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
             raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
+        if variant.kind == "live" and (
+            by_module := [each for each, weight in variant.mix.items() if isinstance(weight, Mapping)]
+        ):
+            raise InputError(
+                f"variant {name} cannot be live ({', '.join(by_module)} weighs by module); make it one adapter with edgelora "
+                "compose, or use kind = 'merged'"
+            )
     return {name: adapter for name, adapter in adapters.items() if name not in reasons}
 
 

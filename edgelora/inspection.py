@@ -32,7 +32,10 @@ class VariantDescription:
     name: str
     kind: str
     mix: Mapping[str, float]
+    weights: Mapping[str, Mapping[str, float]]
     method: str
+    density: float | None
+    seed: int | None
     bytes: int
     private_bytes: int
     merge_base: str
@@ -78,7 +81,10 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
                 name,
                 variant.kind,
                 variant.mix,
+                variant.weights,
                 variant.method,
+                variant.density,
+                variant.seed,
                 sum(sizes[file] for file in files[name]),
                 sum(sizes[file] for file in files[name] if users[file] == 1),
                 variant.merge_base,
@@ -106,7 +112,7 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
         [
             item.name + (" *" if item.name == described.default_variant else ""),
             item.kind,
-            " + ".join(f"{weight:g} {name}" for name, weight in item.mix.items()) or "–",
+            " + ".join(f"{name} by module" if name in item.weights else f"{w:g} {name}" for name, w in item.mix.items()) or "–",
             item.method if item.mix else "–",
             _name_merge_base(item),
             format_bytes(item.bytes),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from edgelora.weights import Weight
+
 MERGED = "edgelora_merge.json"  # what was merged; also marks the folder as ours, to be replaced by a later run
 
 
@@ -35,11 +37,12 @@ class MergeReport:
 
 def merge_into(
     base: str,
-    adapters: Mapping[str, tuple[Path | str, float]],
+    adapters: Mapping[str, tuple[Path | str, Weight]],
     output: Path,
     *,
     method: str = "linear",
     density: float = DEFAULT_DENSITY,
+    seed: int = 0,
     dtype: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> MergeReport:
@@ -56,7 +59,7 @@ def merge_into(
     found = Base.find(base)
     decoder = read_decoder(found.config)
     check_same_base(opened, found.sha256)
-    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density)
+    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
     check_modules(decoder, mix.modules, "the mix", ends=True)
     check_shapes(opened, decoder)
     origin = {
@@ -64,6 +67,7 @@ def merge_into(
         "base_sha256": found.sha256,
         "mix": dict(mix.weights),
         "method": method,
+        **mix.options(),
         "adapters": {name: adapter.sha256 for name, adapter in opened.items()},
     }
     with staged_folder(output, marker=MERGED) as folder:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.methods import DEFAULT_DENSITY
-from edgelora.mix import METHODS
+from edgelora.methods import DEFAULT_DENSITY, METHODS
+from edgelora.weights import check_weight
 from edgelora_export.files import read_toml
 from edgelora_export.gate import Gate
 from edgelora_export.targets import CPU, check_targets
@@ -19,6 +18,8 @@ from edgelora_runtime.manifest import check_variant_name
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgelora.weights import Weight
+
 KINDS = ("merged", "live")
 
 
@@ -26,14 +27,16 @@ KINDS = ("merged", "live")
 class VariantRecipe:
     """One variant as the recipe asks for it.
 
-    mix: weight per adapter, {} for the bare base. density: for ties. merge_base: None for the recipe's.
+    mix: weight per adapter, a number or numbers by pattern of module names, {} for the bare base. density, seed: for methods
+    that read them. merge_base: None for the recipe's.
     """
 
-    mix: Mapping[str, float]
+    mix: Mapping[str, Weight]
     kind: str = "merged"
     method: str = "linear"
     density: float = DEFAULT_DENSITY
     merge_base: str | None = None
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         if not isinstance(table, dict):
             wrong.append(f"variants.{name} is not a table")
             continue
-        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float), merge_base=str)
+        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float), seed=int, merge_base=str)
         wrong += _check_variant(taken, where, top.get("adapters", {}))
         variants[name] = taken
     grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
@@ -152,12 +155,15 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     for name, weight in table.get("mix", {}).items():
         if name not in adapters:
             wrong.append(f"{where}mix names {name}, which [adapters] lacks")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            wrong.append(f"{where}mix.{name} = {weight!r} is not a weight")
-        elif not math.isfinite(weight):
-            wrong.append(f"{where}mix.{name} = {weight}: weights must be finite")
+        wrong += check_weight(weight, f"{where}mix.{name}")
     if not 0 < table.get("density", 1) <= 1:
         wrong.append(f"{where}density = {table['density']}: use a share, more than 0 and at most 1")
+    if not 0 <= table.get("seed", 0) < 1 << 53:
+        wrong.append(f"{where}seed = {table['seed']}: use a whole number from 0 to 2^53")
+    method = table.get("method", "linear")
+    if method in METHODS:
+        idle = [key for key in ("density", "seed") if key in table and key not in METHODS[method].settings]
+        wrong += [f"{where}{key} means nothing to method {method}; leave it out" for key in idle]
     for key, allowed in (("kind", KINDS), ("method", METHODS)):
         if key in table and table[key] not in allowed:
             wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
@@ -166,9 +172,15 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
         wrong.append(f"{where}merge_base = 'trained' is for a merged variant with a mix; leave it out here")
     if table.get("kind") == "live" and not table.get("mix"):
         wrong.append(f"{where}kind = 'live' needs a mix; without one use kind = 'merged'")
-    if table.get("kind") == "live" and table.get("method", "linear") != "linear":
+    by_module = [name for name, weight in table.get("mix", {}).items() if isinstance(weight, dict)]
+    if table.get("kind") == "live" and by_module:
         wrong.append(
-            f"{where}method = {table['method']!r} gives no sum of adapters, which a live variant is; "
+            f"{where}mix gives {', '.join(by_module)} weights by module, and a live variant has one per adapter; "
+            "make it one adapter with edgelora compose, or use kind = 'merged'"
+        )
+    if table.get("kind") == "live" and method != "linear":
+        wrong.append(
+            f"{where}method = {method!r} gives no sum of adapters, which a live variant is; "
             "make it one adapter with edgelora compose, or use kind = 'merged'"
         )
     return wrong

@@ -135,6 +135,8 @@ def _rounds(draft: Draft, name: str, teacher: Teacher) -> Iterator[list[str]]:
 def _why_not_live(draft: Draft, variant: Variant) -> str | None:
     if variant.method != "linear":
         return f"its method {variant.method} gives no sum of adapters; make it one adapter with edgelora compose"
+    if variant.weights:
+        return f"{', '.join(variant.weights)} weighs by module; make it one adapter with edgelora compose"
     if absent := sorted(set(variant.mix) - set(draft.factors)):
         return f"{', '.join(absent)} cannot be applied as A and B"
     return None

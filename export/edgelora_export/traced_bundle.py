@@ -134,7 +134,15 @@ def build_traced_bundle(
             adapters=dict(adapters),
             live_slots=(),
             variants={
-                variant.name: VariantEntry("merged", dict(variant.mix), variant.method, {CPU.name: graphs[variant.name]})
+                variant.name: VariantEntry(
+                    "merged",
+                    dict(variant.mix),
+                    variant.method,
+                    {CPU.name: graphs[variant.name]},
+                    weights={name: dict(by_pattern) for name, by_pattern in variant.weights.items()},
+                    density=variant.density,
+                    seed=variant.seed,
+                )
                 for variant in variants
             },
             files={path.name: describe_file(path) for path in sorted(folder.iterdir())},

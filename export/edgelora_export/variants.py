@@ -110,7 +110,8 @@ class TrainedBase:
 class Variant:
     """One variant to build: live if it has live weights, else merged.
 
-    mix and method are recorded in the manifest. delta: what the mix adds to the float base, None for the bare base.
+    mix and method are recorded in the manifest, as are weights, density and seed: see its VariantEntry. delta: what the mix
+    adds to the float base, None for the bare base.
     live: weight per live adapter of the bundle, or None for a merged variant.
     calibration: what its weights are quantized on, and what it is judged on.
     trained: the base that its adapters were trained on, None where that is the float one or not known.
@@ -127,6 +128,9 @@ class Variant:
     trained: TrainedBase | None = None
     merge_base: str = "float"
     merge_losses: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    density: float | None = None
+    seed: int | None = None
 
     @property
     def change(self) -> Delta | None:

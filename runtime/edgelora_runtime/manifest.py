@@ -14,7 +14,7 @@ from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
-VERSION = (1, 2)  # readers refuse another major number, and skip unknown keys of a later minor one
+VERSION = (1, 3)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -149,6 +149,8 @@ class FidelityEntry:
 class VariantEntry:
     """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu).
 
+    weights: of adapters that weigh modules differently, weight by fnmatch pattern of module names, of which the last that
+    matches counts; mix then has the weight of "*", or 0. density, seed: None where the method reads none.
     calibration: None where weights were rounded to nearest. int8: products that have 8 bits in a bundle of 4.
     merge_base: the base that the mix was added to before quantization: the float one, or that of its adapters' training.
     merge_losses: held-out loss in nats per token by merge base, before quantization; empty where there was no choice.
@@ -164,6 +166,9 @@ class VariantEntry:
     fidelity: FidelityEntry | None = None
     merge_base: Literal["float", "nf4", "int4"] = "float"
     merge_losses: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, dict[str, float]] = field(default_factory=dict)
+    density: float | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -287,6 +292,7 @@ def _check_names(manifest: Manifest) -> None:
         manifest.base.name,
         manifest.model.architecture,
         *(v.method for v in manifest.variants.values()),
+        *(pattern for v in manifest.variants.values() for weights in v.weights.values() for pattern in weights),
     ):
         if not said.isprintable():  # a terminal would obey its control characters
             raise IntegrityError(f"{MANIFEST}: {said!r} holds characters that cannot be printed")
@@ -315,6 +321,10 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} has no cpu graph")
         if (variant.kind == "live") != bool(variant.live):
             wrong.append(f"variant {name} is {variant.kind} and live is {variant.live}")
+        if unknown := sorted(set(variant.weights) - set(variant.mix)):
+            wrong.append(f"variant {name} weighs {', '.join(unknown)}, which its mix lacks")
+        if variant.weights and variant.kind == "live":
+            wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         for graph in variant.graphs.values():
             wrong += [
                 f"variant {name} uses {file}, which files lacks"

@@ -1,0 +1,67 @@
+"""DARE: entries of ΔW dropped at random and the rest scaled up, then summed or elected (arXiv 2311.03099, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora.methods.arithmetic import linear
+from edgelora.methods.magnitude import check_density
+from edgelora.methods.ties import elect
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgelora.methods.deltas import Floats, Rows
+
+_STEPS = 1 << 16  # a probability is a whole number of these
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A delta of which each entry is kept with a probability, and divided by it. kept: the probability in 65536ths.
+
+    The draws of a row depend on the seed and on its place alone, so any slice gives the same entries.
+    """
+
+    delta: Rows
+    kept: int
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.delta.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.delta.dtype
+
+    def __getitem__(self, rows: slice) -> Floats:
+        part = self.delta[rows]
+        start, stop, step = rows.indices(self.shape[0])
+        assert step == 1
+        per_row = -(-self.shape[1] // 4)  # of 64 bits, four draws each
+        generator = np.random.PCG64(self.seed).advance(start * per_row)
+        draws = generator.random_raw((stop - start) * per_row).astype("<u8", copy=False).view("<u2")
+        draws = draws.reshape(stop - start, 4 * per_row)[:, : self.shape[1]]
+        scaled: Floats = part * part.dtype.type(_STEPS / self.kept) * (draws < self.kept)
+        return scaled
+
+
+def drop(delta: Rows, density: float, seed: int) -> Dropped:
+    """A delta that keeps each entry with probability `density`, to the nearest 65536th, divided by it."""
+    check_density(density)
+    return Dropped(delta, max(1, round(density * _STEPS)), seed)
+
+
+def dare_linear(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
+    """DARE with task arithmetic. seeds: one per delta; deltas of one seed are dropped in the same places."""
+    return linear([drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)], weights)
+
+
+def dare_ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
+    """DARE, then the election of ties and the mean by count, without trimming, as in PEFT and mergekit."""
+    dropped = [drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
+    return elect(dropped, weights)
