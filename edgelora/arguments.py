@@ -65,6 +65,13 @@ def parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
     return pairs
 
 
+def parse_range(text: str, where: str) -> tuple[float, float]:
+    low, colon, high = text.partition(":")
+    if not colon:
+        raise UsageError(f"{where} {text}: write the lowest and the highest value, as in 0:1.5")
+    return parse_number(low, f"{where} {text}"), parse_number(high, f"{where} {text}")
+
+
 def parse_number(text: str, where: str) -> float:
     try:
         return float(text)

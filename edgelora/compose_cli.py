@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.arguments import JsonOption, parse_adapters
+from edgelora.arguments import JsonOption, parse_adapters, parse_pairs, parse_range
 from edgelora.methods import DEFAULT_DENSITY, METHODS
-from edgelora.terminal import print_json, show_progress
+from edgelora.terminal import print_json, print_note, show_progress
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,6 +97,66 @@ def compose(
             else ", exact"
         )
         print(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
+
+
+@app.command()
+def search(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
+    adapter: Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")],
+    data: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by its adapter's name; repeat for each."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the trials, the report and the best mix as an adapter.")],
+    budget: Annotated[int, typer.Option(help="Configurations to try in all; base, single adapters and equal weights count.")],
+    method: Annotated[str, typer.Option(help="Methods to choose from, separated by commas; or all that differ.")] = "linear",
+    weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of each adapter's weight.")] = "0:1.5",
+    density: Annotated[
+        str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that have one.")
+    ] = "0.1:0.9",
+    scale: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Range of a factor on all weights, beside them; 1 without it.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="loss, or score: slot F1 or exact match, which takes longer.")] = "loss",
+    sampler: Annotated[str, typer.Option(help="Optuna's gp or tpe; auto is gp where scipy is installed.")] = "auto",
+    confirm: Annotated[float, typer.Option(help="Share of the rows kept out of the search, to measure the best mix on.")] = 0.5,
+    max_tokens: Annotated[int, typer.Option(help="With --objective score: tokens to write at the most.")] = 64,
+    parallel: Annotated[int, typer.Option(help="Trials at a time, which decides what is tried; run at once with --ray.")] = 1,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local for one of its own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Find weights, and if wanted method and density, on held-out rows; a search that was killed goes on when run again."""
+    from edgelora.search.config import DISTINCT, SearchConfig
+    from edgelora.search.report import show_report
+    from edgelora.search.run import search as run_search
+
+    config = SearchConfig(
+        base=base,
+        adapters={name: Path(folder) for name, folder in parse_pairs(adapter, "--adapter NAME=ADAPTER").items()},
+        data={name: Path(path) for name, path in parse_pairs(data, "--data NAME=HELDOUT.jsonl").items()},
+        output=output,
+        budget=budget,
+        methods=DISTINCT if method == "all" else tuple(method.split(",")),
+        weights=parse_range(weights, "--weights"),
+        density=parse_range(density, "--density"),
+        scale=None if scale is None else parse_range(scale, "--scale"),
+        objective=objective,
+        sampler=sampler,
+        confirm=confirm,
+        max_tokens=max_tokens,
+        parallel=parallel,
+        address=ray,
+        seed=seed,
+    )
+    with show_progress("searching") as on_progress:
+        report = run_search(config, on_progress=on_progress, on_note=print_note)
+    if json:
+        print_json(report)
+    else:
+        show_report(report)
 
 
 def _read_weights(path: Path | None) -> Mapping[str, Weight]:

@@ -38,14 +38,24 @@ def slot_f1(written: Sequence[str], right: Sequence[str]) -> float | None:
 
     A written completion of another form counts as no slots found.
     """
+    counts = _count_slots(written, right)
+    return None if counts is None else sum(hits for hits, _ in counts) / sum(pairs for _, pairs in counts)
+
+
+def count_scores(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
+    """Of each row what main_score is the quotient of, summed over rows."""
+    slots = _count_slots(written, right)
+    return slots or [(one.strip() == other.strip(), 1) for one, other in zip(written, right, strict=True)]
+
+
+def _count_slots(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]] | None:
+    """Of each row twice the pairs that are right, and the pairs in both texts; None where the right ones are not slots."""
     truths = [parse_slots(text) for text in right]
     if any(truth is None for truth in truths) or not any(truths):
         return None
-    found = wanted = hit = 0
+    counts = []
     for text, truth in zip(written, truths, strict=True):
         assert truth is not None
         guess = parse_slots(text) or Counter()
-        found += guess.total()
-        wanted += truth.total()
-        hit += (guess & truth).total()
-    return 2 * hit / (found + wanted)
+        counts.append((2 * (guess & truth).total(), guess.total() + truth.total()))
+    return counts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelora.training import load_base, quiet_libraries
 
@@ -25,27 +25,42 @@ def write_with_torch(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
     """The completions that PEFT's model writes greedily for the rows' prompts; the bare base's for no adapter."""
-    import torch
     from peft import PeftModel
-    from transformers import GenerationConfig
 
     with quiet_libraries():
         model, tokenizer = load_base(base, quant)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
-    model.eval()
+        return write_completions(model.eval(), tokenizer, rows, max_tokens, on_progress)
+
+
+def write_completions(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_tokens: int,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[str]:
+    """The completions that a transformers model writes greedily for the rows' prompts, those of like length together."""
+    import torch
+    from transformers import GenerationConfig
+
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
     )
-    written: list[str] = []
-    with torch.inference_mode(), quiet_libraries():
+    encoded = [tokenizer(row.prompt)["input_ids"] for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: len(encoded[place]))
+    written = [""] * len(rows)
+    with torch.inference_mode():
         for start in range(0, len(rows), BATCH):
             on_progress(start, len(rows), "torch")
-            prompts = [tokenizer(row.prompt)["input_ids"] for row in rows[start : start + BATCH]]
+            places = order[start : start + BATCH]
+            prompts = [encoded[place] for place in places]
             width = max(map(len, prompts))
             ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
             answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            written += [tokenizer.decode(answer[width:], skip_special_tokens=True) for answer in answers]
+            for place, answer in zip(places, answers, strict=True):
+                written[place] = tokenizer.decode(answer[width:], skip_special_tokens=True)
     return written

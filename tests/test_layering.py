@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "peft", "trl", "bitsandbytes", "accelerate", "datasets"}
+HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "optuna", "ray"}
 BANNED = {
     ROOT / "runtime" / "edgelora_runtime": {"edgelora_export", "edgelora", *HEAVY},
     ROOT / "export" / "edgelora_export": {"edgelora", "peft", "trl", "bitsandbytes"},

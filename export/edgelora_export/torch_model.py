@@ -35,11 +35,17 @@ def first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silences what torch, transformers, Optimum and auto-round have to say, and restores it after."""
-    before = logging.root.manager.disable
+    import transformers.utils.logging as transformers_logging_untyped
+
+    transformers_logging: Any = transformers_logging_untyped
+    before, bars = logging.root.manager.disable, transformers_logging.is_progress_bar_enabled()
     logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(None):
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,140 @@
+"""Searched weights against equal ones: three distant tasks, three trainings, and rows that nothing was chosen on.
+
+    make test                                           # sets up .venv
+    .venv/bin/python -m benchmarks.composition_search --output search-run      # an hour on two cores: most of it trains adapters
+
+Of each task's training file 100 rows are held out of training. `compose search` sees half of them and reports on the other
+half; then the best mix and the best equal weights are measured on rows of the .test file. Intervals are 95% bootstrap
+intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelora.adapters import Adapter
+from edgelora.mix import Mix
+from edgelora.mixed_model import MixedModel
+from edgelora.rows import read_rows
+from edgelora.search.config import DISTINCT, SearchConfig
+from edgelora.search.objective import Objective, sum_up
+from edgelora.search.run import search
+from edgelora.search.space import Point
+from edgelora.terminal import print_json, print_note, print_table, show_progress
+from edgelora.training import TrainConfig, train
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora.rows import Row
+    from edgelora.search.report import SearchReport
+
+TASKS = ("slots-buses", "sql", "medical")
+STEPS, LEARNING_RATE = 250, 2e-3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapters and searches; what it holds is reused")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--budget", type=int, default=40)
+    parser.add_argument("--method", default="linear", help="methods separated by commas, or all")
+    parser.add_argument(
+        "--held-out", type=int, default=100, help="training rows per task that are kept for the search and its report"
+    )
+    parser.add_argument("--rows", type=int, default=150, help="test rows per task")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    base = Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
+    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+    methods = DISTINCT if arguments.method == "all" else tuple(arguments.method.split(","))
+    tests = {task: read_rows(data / f"{task}.test.jsonl")[: arguments.rows] for task in TASKS}
+    held_out = split_rows(data, arguments.output / "data", arguments.held_out)
+    found = []
+    for seed in arguments.seeds:
+        adapters = {
+            task: train_adapter(base, held_out[task][0], arguments.output / f"seed-{seed}" / task, seed) for task in TASKS
+        }
+        config = SearchConfig(
+            base=str(base),
+            adapters=adapters,
+            data={task: rows for task, (_, rows) in held_out.items()},
+            output=arguments.output / f"seed-{seed}" / f"search-{arguments.method}",
+            budget=arguments.budget,
+            methods=methods,
+            seed=seed,
+        )
+        with show_progress(f"searching, seed {seed}") as on_progress:
+            report = search(config, on_progress=on_progress, on_note=print_note)
+        found.append({"seed": seed, **measure(base, adapters, report, tests)})
+    if arguments.json:
+        print_json({"held_out": arguments.held_out, "rows": arguments.rows, "budget": arguments.budget, "seeds": found})
+        return
+    columns = ["seed", "tried", "best", "equal weights", "kept out: gain", "test: equal keeps", "best keeps", "gain"]
+    print_table("what is kept of the single adapters", columns, [[str(value) for value in row.values()] for row in found])
+
+
+def split_rows(data: Path, folder: Path, held_out: int) -> dict[str, tuple[Path, Path]]:
+    """Per task a file of rows to train on, and one of so many distinct rows that the first has none of."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for task in TASKS:
+        rows = read_rows(data / f"{task}.train.jsonl")
+        distinct = list(dict.fromkeys(rows))
+        random.Random(0).shuffle(distinct)
+        apart = set(distinct[:held_out])
+        files[task] = folder / f"{task}.fit.jsonl", folder / f"{task}.held-out.jsonl"
+        for path, part in zip(files[task], ([row for row in rows if row not in apart], distinct[:held_out]), strict=True):
+            path.write_text("".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+    return files
+
+
+def train_adapter(base: Path, rows: Path, folder: Path, seed: int) -> Path:
+    """An adapter, trained where it is not there yet."""
+    if not folder.exists():
+        print_note(f"training {folder.name}, seed {seed}")
+        train(TrainConfig(str(base), rows, folder, lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
+    return folder
+
+
+def measure(base: Path, adapters: Mapping[str, Path], report: SearchReport, tests: Mapping[str, list[Row]]) -> dict[str, object]:
+    """What the best mix and equal weights keep on the test rows, and the gain with its interval, here and in the report."""
+    model = MixedModel.open(str(base))
+    opened = {name: Adapter.open(folder, name) for name, folder in adapters.items()}
+
+    def losses(point: Point) -> dict[str, NDArray[np.float64]]:
+        model.set_mix(Mix(opened, point.weights, point.method, **point.settings))
+        return {task: model.losses(rows) for task, rows in tests.items()}
+
+    alone = {name: sum_up(losses(Point({name: 1.0}))) for name in adapters}
+    objective = Objective.read(sum_up(losses(Point({}))), alone, higher_is_better=False)
+    best, equal = losses(report.best.mix), losses(report.equal.mix)
+    return {
+        "tried": report.configurations,
+        "best": describe(report.best.mix),
+        "equal": describe(report.equal.mix),
+        "kept_out_gain": interval(report.difference, *report.interval),
+        "test_equal": f"{objective.kept(sum_up(equal)):.3f}",
+        "test_best": f"{objective.kept(sum_up(best)):.3f}",
+        "test_gain": interval(*objective.difference(best, equal, seed=0)),
+    }
+
+
+def describe(mix: Point) -> str:
+    return f"{mix.method} " + " ".join(f"{weight:g}" for weight in [*mix.weights.values(), *mix.settings.values()])
+
+
+def interval(value: float, low: float, high: float) -> str:
+    return f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""What is searched, on which rows, within which ranges, and how long."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora.methods import METHODS
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.manifest import check_variant_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+OBJECTIVES = ("loss", "score")
+SAMPLERS = ("auto", "gp", "tpe")
+_TWINS = {"svd", "tsv", "iso_c"}  # which compute what linear, core_tsv and core_iso do
+DISTINCT = tuple(name for name in METHODS if name not in _TWINS)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """What to search.
+
+    base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task; a task is measured against the
+    adapter of its name, or else against the adapter that serves it best. output: folder for trials, report and adapter.
+    budget: configurations to try in all: the base, each adapter alone and equal weights count, too.
+    methods: names of METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
+    objective: loss, in nats per token, or score: slot F1 or exact match of what is written, which takes much longer.
+    sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto for gp where scipy is installed.
+    confirm: the share of each task's rows that is kept out of the search, for the report to be measured on.
+    parallel: trials that are proposed, and with Ray run, at a time. address: Ray's; None for this process.
+    max_tokens: to write at the most, where the objective is score.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    data: Mapping[str, Path]
+    output: Path
+    budget: int
+    methods: tuple[str, ...] = ("linear",)
+    weights: tuple[float, float] = (0.0, 1.5)
+    density: tuple[float, float] = (0.1, 0.9)
+    scale: tuple[float, float] | None = None
+    objective: str = "loss"
+    sampler: str = "auto"
+    confirm: float = 0.5
+    parallel: int = 1
+    seed: int = 0
+    max_tokens: int = 64
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        least = len(self.adapters) + 2
+        wrong = [
+            f"{name} = {_show(value)}: use {allowed}"
+            for name, value, holds, allowed in (
+                ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
+                ("data", sorted(self.data), len(self.data) >= 1, "one file or more"),
+                (
+                    "budget",
+                    self.budget,
+                    self.budget > least,
+                    f"more than {least}: the base, each adapter alone and equal weights come first",
+                ),
+                ("methods", self.methods, _are_methods(self.methods), f"some of {', '.join(METHODS)}, each once"),
+                ("weights", self.weights, _is_range(self.weights), "two finite numbers, the lower one first"),
+                (
+                    "density",
+                    self.density,
+                    _is_range(self.density) and self.density[0] > 0 and self.density[1] <= 1,
+                    "two shares, more than 0 and at most 1, the lower one first",
+                ),
+                (
+                    "scale",
+                    self.scale,
+                    self.scale is None or (_is_range(self.scale) and self.scale[0] > 0),
+                    "two finite numbers above 0, the lower one first",
+                ),
+                ("objective", self.objective, self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}"),
+                ("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
+                ("confirm", self.confirm, 0 <= self.confirm <= 0.9, "a share, 0 to 0.9"),
+                ("parallel", self.parallel, self.parallel >= 1, "1 or more"),
+                ("seed", self.seed, 0 <= self.seed < 1 << 32, "0 to 2^32 - 1"),
+                ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
+            )
+            if not holds
+        ]
+        wrong += [f"adapters = {name}: {reason}" for name in self.adapters if (reason := check_variant_name(name))]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+def _are_methods(names: tuple[str, ...]) -> bool:
+    return bool(names) and set(names) <= set(METHODS) and len(set(names)) == len(names)
+
+
+def _is_range(pair: tuple[float, float]) -> bool:
+    return all(map(math.isfinite, pair)) and pair[0] < pair[1]
+
+
+def _show(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)

@@ -1,0 +1,85 @@
+"""The journal of a search: its plan, and every trial as soon as it is scored, so that a search that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edgelora.search.space import Parameters
+
+JOURNAL = "trials.jsonl"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point that was scored. figures: per task the sums over rows that the objective is the quotient of."""
+
+    number: int
+    parameters: Parameters
+    figures: Mapping[str, tuple[float, float]]
+
+    @property
+    def quotients(self) -> dict[str, float]:
+        """The loss or score of each task."""
+        return {task: above / below for task, (above, below) in self.figures.items()}
+
+
+class Journal:
+    """JSON lines in a search's folder: the plan, then the trials in the order in which they were done."""
+
+    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
+        """Opens the folder's journal, or begins one.
+
+        Raises InputError for a folder that holds something else, and for the journal of another plan, whose trials say
+        nothing about this one: it is neither continued nor overwritten.
+        """
+        self._path = folder / JOURNAL
+        if folder.exists() and not self._path.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not a folder with {JOURNAL}; choose another --output or remove it")
+        self.trials: dict[int, Trial] = {}
+        self.plan = plan = json.loads(json.dumps(plan))  # tuples become lists, as they do on disk
+        lines = self._read_lines()
+        if not lines:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._append({"plan": plan})
+        elif lines[0].get("plan") != plan:
+            before = lines[0].get("plan") or {}
+            other = [key for key in {**plan, **before} if plan.get(key) != before.get(key)]
+            raise InputError(
+                f"{folder} holds a search with other {', '.join(other)}; choose another --output, or remove it to start anew"
+            )
+        for line in lines[1:]:
+            figures = {task: (float(above), float(below)) for task, (above, below) in line["figures"].items()}
+            self.trials[line["trial"]] = Trial(line["trial"], line["parameters"], figures)
+
+    def add(self, trial: Trial) -> None:
+        """Writes a trial to disk."""
+        self._append({"trial": trial.number, "parameters": trial.parameters, "figures": trial.figures})
+        self.trials[trial.number] = trial
+
+    def _read_lines(self) -> list[dict[str, Any]]:
+        """The lines so far. One that a kill cut short is cut off the file, for the next trial stands in its place."""
+        if not self._path.is_file():
+            return []
+        text = self._path.read_bytes()
+        if not text.endswith(b"\n"):
+            text = text[: text.rfind(b"\n") + 1]
+            os.truncate(self._path, len(text))
+        try:
+            return [json.loads(line) for line in text.splitlines()]
+        except ValueError as error:
+            raise InputError(f"{self._path} is damaged ({error}); remove it to start anew") from error
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

@@ -1,0 +1,164 @@
+"""The search itself: from adapters and held-out rows to trials, the best mix among them, and a report on other rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.adapters import Adapter, check_same_base
+from edgelora.composing import compose
+from edgelora.search.held_out import read_held_out
+from edgelora.search.journal import Journal, Trial
+from edgelora.search.objective import Objective, sum_up
+from edgelora.search.report import MixFigures, SearchReport, write_recipe
+from edgelora.search.space import Point, choose_sampler, read_point
+from edgelora.search.trials import choose, run_trials
+from edgelora.search.workers import Job, open_workers
+from edgelora_export.base import Base
+from edgelora_export.publish import write_file
+from edgelora_runtime.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from edgelora.search.config import SearchConfig
+    from edgelora.search.held_out import HeldOut
+
+ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the journal
+_EXACT = 1e-6  # relative error below which an adapter is the mix
+
+
+def search(
+    config: SearchConfig,
+    *,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> SearchReport:
+    """Tries mixes on held-out rows, writes the best one as an adapter, and reports on rows that no mix was chosen on.
+
+    A run that was killed goes on from its output folder, with the very trials that it would have tried. A larger budget
+    goes on from a smaller one. Raises InputError for data of a test split, adapters that do not fit, and an output folder
+    that is something else or holds the trials of another plan.
+    """
+    if missing := [name for name in ("optuna", "torch", "transformers") if find_spec(name) is None]:
+        raise MissingExtraError(", ".join(missing), "search")
+    base = Base.find(config.base)
+    adapters = {name: Adapter.open(folder, name) for name, folder in config.adapters.items()}
+    check_same_base(adapters, base.sha256)
+    _check_factors(adapters)
+    for task in sorted(config.data.keys() - adapters.keys()):
+        on_note(f"{task}: no adapter has that name; it is measured against the adapter that serves it best")
+    held_out = read_held_out(config.data, adapters, config.confirm, on_note)
+    journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
+    job = Job(
+        base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
+        adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
+        rows={
+            "searched": {task: rows.searched for task, rows in held_out.items()},
+            "confirmed": {task: rows.confirmed or rows.searched for task, rows in held_out.items()},
+        },
+        objective=config.objective,
+        max_tokens=config.max_tokens,
+    )
+    before = dict(journal.trials)
+    with open_workers(job, config.parallel, config.address) as workers:
+        trials, objective = run_trials(config, journal, workers, on_progress)
+        best, equal = choose(config, trials, objective)
+        on_progress(len(trials), len(trials), "measuring what is reported")
+        reported = sorted({*range(len(adapters) + 1), best.number, equal.number})
+        points = {number: read_point(config, trials[number].parameters) for number in reported}
+        found = dict(workers.score(points, "confirmed"))
+    figures = {number: sum_up(parts) for number, parts in found.items()}
+    measured = replace(objective, base=figures[0])  # other rows, but what the adapters change counts as it did in the search
+    chosen = points[best.number]
+    written = compose(
+        {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
+        config.output / ADAPTER,
+        method=chosen.method,
+        **chosen.settings,
+    )
+
+    def describe(trial: Trial) -> MixFigures:
+        searched, kept = objective.kept(trial.quotients), measured.kept(figures[trial.number])
+        return MixFigures(trial.number, points[trial.number], searched, kept, figures[trial.number])
+
+    difference, low, high = measured.difference(found[best.number], found[equal.number], config.seed)
+    report = SearchReport(
+        output=config.output,
+        adapter=written.output,
+        objective=config.objective,
+        configurations=len(trials),
+        resumed=sum(before.get(trial.number) is trial for trial in trials),
+        rows={task: (len(rows.searched), len(rows.confirmed)) for task, rows in held_out.items()},
+        base=figures[0],
+        adapters={name: figures[place] for place, name in enumerate(adapters, start=1)},
+        equal=describe(equal),
+        best=describe(best),
+        difference=difference,
+        interval=(low, high),
+        rank=written.rank,
+        largest_error=written.largest_error,
+        written_kept=_measure_written(job, measured, written.output) if written.largest_error > _EXACT else None,
+        recipe=write_recipe(config.adapters, chosen),
+    )
+    _write_report(config, journal, trials, objective, report)
+    return report
+
+
+def _check_factors(adapters: Mapping[str, Adapter]) -> None:
+    """Refuses, before anything is run, adapters that no mix can be written of."""
+    wrong = [
+        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.in_terms_of_base(module)}"
+        for name, adapter in adapters.items()
+        for module in sorted(adapter.modules)
+        if adapter.is_embedding(module) or adapter.in_terms_of_base(module)
+    ]
+    if wrong:
+        raise InputError(f"{'; '.join(wrong[:3])}: such a mix cannot be written as an adapter; search without it")
+
+
+def _make_plan(
+    config: SearchConfig, base: Base, adapters: Mapping[str, Adapter], held_out: Mapping[str, HeldOut]
+) -> dict[str, Any]:
+    """What decides the trials, and thus what a journal must agree in to be continued. The budget and the machines do not."""
+    return {
+        "base": base.sha256,
+        "adapters": {name: adapter.sha256 for name, adapter in adapters.items()},
+        "data": {task: rows.sha256 for task, rows in held_out.items()},
+        **{name: getattr(config, name) for name in ("methods", "weights", "density", "scale", "objective", "parallel", "seed")},
+        "sampler": choose_sampler(config),
+        "max_tokens": config.max_tokens if config.objective == "score" else None,
+    }
+
+
+def _measure_written(job: Job, objective: Objective, adapter: Path) -> float:
+    """What the adapter that was written keeps, where its rank does not hold the mix exactly."""
+    with open_workers(replace(job, adapters={"written": adapter}), 1, None) as workers:
+        found = dict(workers.score({0: Point({"written": 1.0})}, "confirmed"))
+    return objective.kept(sum_up(found[0]))
+
+
+def _write_report(
+    config: SearchConfig, journal: Journal, trials: Sequence[Trial], objective: Objective, report: SearchReport
+) -> None:
+    """search.json: the report, the plan with its hashes, and every trial."""
+    value = {
+        "report": asdict(report),
+        "budget": config.budget,
+        "plan": journal.plan,
+        "optuna": version("optuna"),
+        "trials": [
+            {
+                "trial": trial.number,
+                **asdict(read_point(config, trial.parameters)),
+                "kept": objective.kept(trial.quotients),
+                "figures": trial.quotients,
+            }
+            for trial in trials
+        ],
+    }
+    write_file(config.output / REPORT, [(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n").encode()])

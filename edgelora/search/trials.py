@@ -1,0 +1,73 @@
+"""The trials of a search: the points that come first, then batch after batch of what the sampler proposes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora.search.journal import Trial
+from edgelora.search.objective import Objective
+from edgelora.search.space import is_within, list_beginnings, propose, read_point
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edgelora.search.config import SearchConfig
+    from edgelora.search.journal import Journal
+    from edgelora.search.space import Parameters
+    from edgelora.search.workers import Workers
+
+    Progress = Callable[[int, int, str], None]
+
+
+def run_trials(config: SearchConfig, journal: Journal, workers: Workers, on_progress: Progress) -> tuple[list[Trial], Objective]:
+    """All trials up to the budget, in order. What the journal has of them is taken from there."""
+    beginnings = list_beginnings(config)[: config.budget]
+    trials = _run_batch(
+        config, 0, beginnings, journal, workers, lambda done: on_progress(done, config.budget, "what comes first")
+    )
+    base, *alone = (trial.quotients for trial in trials[: len(config.adapters) + 1])
+    objective = Objective.read(base, dict(zip(config.adapters, alone, strict=True)), higher_is_better=config.objective == "score")
+    while len(trials) < config.budget:
+        tried = [(trial.parameters, objective.kept(trial.quotients)) for trial in trials]
+        batch = propose(config, tried, config.parallel)[: config.budget - len(trials)]
+        best = max(value for _, value in tried)
+
+        def tell(done: int, best: float = best) -> None:
+            on_progress(done, config.budget, f"best keeps {best:.3f}")
+
+        trials += _run_batch(config, len(trials), batch, journal, workers, tell)
+    return trials, objective
+
+
+def choose(config: SearchConfig, trials: Sequence[Trial], objective: Objective) -> tuple[Trial, Trial]:
+    """The best mix that was tried, and the best that weighs every adapter alike; the first of equals.
+
+    An adapter alone counts where the range of weights has 0 and 1. The bare base is no mix.
+    """
+    whole = config.weights[0] <= 0 and config.weights[1] >= 1
+    alone = trials[1 : len(config.adapters) + 1] if whole else []
+    mixes = [*alone, *(trial for trial in trials[len(config.adapters) + 1 :] if is_within(config, trial.parameters))]
+    alike = [trial for trial in mixes if len({*read_point(config, trial.parameters).weights.values()}) == 1]
+    best, equal = (max(some, key=lambda trial: objective.kept(trial.quotients)) for some in (mixes, alike))
+    return best, equal
+
+
+def _run_batch(
+    config: SearchConfig,
+    start: int,
+    batch: Sequence[Parameters],
+    journal: Journal,
+    workers: Workers,
+    on_done: Callable[[int], None],
+) -> list[Trial]:
+    """Trials of points, numbered from start, in order; those that an earlier run has scored are not scored again."""
+    numbered = dict(enumerate(batch, start))
+    known = {number for number in numbered if (found := journal.trials.get(number)) and found.parameters == numbered[number]}
+    points = {number: read_point(config, point) for number, point in numbered.items() if number not in known}
+    on_done(start + len(known))
+    for done, (number, parts) in enumerate(workers.score(points, "searched"), start=start + len(known) + 1):
+        # Six digits: what threads and padding change beyond them decides nothing.
+        sums = {task: [float(f"{total:.6g}") for total in rows.sum(axis=0)] for task, rows in parts.items()}
+        journal.add(Trial(number, numbered[number], {task: (above, below) for task, (above, below) in sums.items()}))
+        on_done(done)
+    return [journal.trials[number] for number in numbered]

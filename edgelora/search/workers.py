@@ -1,0 +1,145 @@
+"""Where trials run: in this process, or on Ray's workers, each of which holds the base."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from edgelora.adapters import Adapter
+from edgelora.mix import Mix
+from edgelora.scores import count_scores
+from edgelora_export.torch_model import first_line
+from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora.rows import Row
+    from edgelora.search.space import Point
+
+    Figures = Mapping[str, NDArray[np.float64]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to score points. rows: by split and task. The other fields are SearchConfig's."""
+
+    base: str
+    adapters: Mapping[str, Path]
+    rows: Mapping[str, Mapping[str, Sequence[Row]]]
+    objective: str
+    max_tokens: int
+
+
+class Scorer:
+    """A base in memory that scores one point at a time."""
+
+    def __init__(self, job: Job) -> None:
+        from edgelora.mixed_model import MixedModel
+
+        self._job = job
+        self._adapters = {name: Adapter.open(folder, name) for name, folder in job.adapters.items()}
+        self._model = MixedModel.open(job.base)
+
+    def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:
+        """The number, and per task and row what the objective is the quotient of, float64 (rows, 2): nats and tokens, say."""
+        self._model.set_mix(Mix(self._adapters, point.weights, point.method, **point.settings))
+        found = {}
+        for task, rows in self._job.rows[split].items():
+            if self._job.objective == "loss":
+                found[task] = self._model.losses(rows)
+            else:
+                written = self._model.write(rows, self._job.max_tokens)
+                found[task] = np.array(count_scores(written, [row.completion for row in rows]), np.float64)
+        return number, found
+
+
+class Workers(Protocol):
+    """Score numbered points on one split's rows, and give the answers in any order."""
+
+    def score(self, points: Mapping[int, Point], split: str) -> Iterator[tuple[int, Figures]]: ...
+
+
+class LocalWorkers:
+    """One point after another, in this process."""
+
+    def __init__(self, job: Job) -> None:
+        self._scorer = Scorer(job)
+
+    def score(self, points: Mapping[int, Point], split: str) -> Iterator[tuple[int, Figures]]:
+        for number, point in points.items():
+            yield self._scorer.score(number, point, split)
+
+
+class RayWorkers:
+    """Several points at a time, each on a Ray actor."""
+
+    def __init__(self, actors: Sequence[Any]) -> None:
+        self._actors = list(actors)
+
+    def score(self, points: Mapping[int, Point], split: str) -> Iterator[tuple[int, Figures]]:
+        import ray
+        from ray.util import ActorPool
+
+        pool: Any = ActorPool(self._actors)
+        try:
+            yield from pool.map_unordered(lambda actor, item: actor.score.remote(*item, split), list(points.items()))
+        except ray.exceptions.RayTaskError as error:
+            raise (
+                error.cause
+                if isinstance(error.cause, EdgeloraError)
+                else InputError(f"a trial failed on Ray ({first_line(error.cause)}); run again to go on")
+            ) from error
+        except ray.exceptions.RayError as error:
+            reason = str(error).strip().splitlines()[-1]  # below what Ray tells of itself
+            raise InputError(f"Ray lost a worker ({reason}); run again to go on") from error
+
+
+@contextmanager
+def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Workers]:
+    """Workers for a job.
+
+    address: None for this process; local for a Ray of its own; auto, or an address, for one that runs. Its machines need
+    edgelora, and base and adapters under the same paths. Raises MissingExtraError without Ray, InputError where none answers.
+    """
+    if address is None:
+        yield LocalWorkers(job)
+        return
+    if find_spec("ray") is None:
+        raise MissingExtraError("ray", "ray")
+    import ray
+
+    own: Any = {"include_dashboard": False} if address == "local" else {}
+    try:
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
+        except Exception as error:  # of many kinds, some of them no other than Exception
+            raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
+        nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+        count, share = share_machines([node["Resources"] for node in nodes if node["Alive"]], parallel)
+        actor: Any = ray.remote(Scorer)
+        yield RayWorkers([actor.options(**share).remote(job) for _ in range(count)])
+    finally:
+        ray.shutdown()
+
+
+def share_machines(machines: Sequence[Mapping[str, float]], parallel: int) -> tuple[int, dict[str, int]]:
+    """How many workers Ray's machines hold, at most `parallel`, and what each gets: a GPU where there are any, else cores.
+
+    A worker that asks for more than one machine has would wait for ever, and so would one too many.
+    """
+    if gpus := sum(int(machine.get("GPU", 0)) for machine in machines):
+        return min(parallel, gpus), {"num_cpus": 1, "num_gpus": 1}
+    cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
+    if not cores:
+        raise InputError("Ray's machines have no core to give; start it with at least one")
+    each = max(1, min(*cores, sum(cores) // parallel))
+    return min(parallel, sum(count // each for count in cores)), {"num_cpus": each}
