@@ -43,19 +43,14 @@ SETS = {"four domains": DOMAINS, "distant": DISTANT}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for adapters, mixes and figures; reused")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=200, help="test rows per task")
+    add_arguments(parser)
     parser.add_argument("--set", choices=sorted(SETS), action="append", help="repeatable; all without it")
-    parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    base = Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
-    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
     tables = {}
     for name in arguments.set or SETS:
         found = []
         for seed in range(arguments.seeds):
-            prepared = prepare(base, data, arguments.output, seed, arguments.rows, SETS[name])
+            prepared = prepare(find_base(), find_data(), arguments.output, seed, arguments.rows, SETS[name])
             found.append(measure(prepared, SETS[name], name))
         tables[name] = summarise(found, SETS[name])
     if arguments.json:
@@ -64,6 +59,21 @@ def main() -> None:
     for name, rows in tables.items():
         columns = ["arm", "mean normalised", "95%", "worst task", *SETS[name], "tried"]
         print_table(f"{name}: share of each task's own adapter, mean of seeds", columns, rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapters, mixes and figures; reused")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=200, help="test rows per task")
+    parser.add_argument("--json", action="store_true")
+
+
+def find_base() -> Path:
+    return Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
+
+
+def find_data() -> Path:
+    return Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
 
 
 def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tuple[int, dict[str, Doubles]]]:
