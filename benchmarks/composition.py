@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 48
 RESAMPLES = 1000
-SETS = {"four domains": DOMAINS, "distant": DISTANT}
+COMPOSABLE = "four domains, composable"
+SETS = {"four domains": DOMAINS, COMPOSABLE: DOMAINS, "distant": DISTANT, "distant pair": DISTANT[:2]}
 
 
 def main() -> None:
@@ -50,7 +51,9 @@ def main() -> None:
     for name in arguments.set or SETS:
         found = []
         for seed in range(arguments.seeds):
-            prepared = prepare(find_base(), find_data(), arguments.output, seed, arguments.rows, SETS[name])
+            prepared = prepare(
+                find_base(), find_data(), arguments.output, seed, arguments.rows, SETS[name], composable=name == COMPOSABLE
+            )
             found.append(measure(prepared, SETS[name], name))
         tables[name] = summarise(found, SETS[name])
     if arguments.json:
@@ -80,7 +83,7 @@ def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tu
     """By arm: configurations tried, and by task the counts of each test row."""
     model = MixedModel.open(prepared.base)
     found: dict[str, tuple[int, dict[str, Doubles]]] = {}
-    store = prepared.folder / "scores" / name.replace(" ", "-")
+    store = prepared.folder / "scores" / name.replace(",", "").replace(" ", "-")
     store.mkdir(parents=True, exist_ok=True)
     for arm in list_arms(prepared, tasks, model, store):
         path = store / f"{arm.name.replace(': ', '-').replace(' ', '-')}.json"

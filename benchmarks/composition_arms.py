@@ -59,6 +59,15 @@ def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store
     alone = {task: _only(adapter) for task, adapter in plain.items()}
     yield Arm("base", dict.fromkeys(tasks))
     yield Arm("own adapter", alone)
+    if prepared.composable:
+        made = prepared.composable
+        yield Arm("composable: own adapter", {task: _only(adapter) for task, adapter in made.items()})
+        candidates = [_everywhere(Mix(made, dict.fromkeys(made, weight)), tasks) for weight in WEIGHTS]
+        yield choose("composable: linear", candidates, prepared, tasks, model, store)
+        yield _learned(prepared, made, tasks, "composable: regmean", rows=0)
+        yield _learned(prepared, made, tasks, "composable: regmean + core", rows=100, grain="core")
+        yield _learned(prepared, made, tasks, "composable: regmean + factors", rows=100, grain="factors")
+        return
     singles = {task: _everywhere(mix, tasks) for task, mix in alone.items()}
     yield choose("best single everywhere", list(singles.values()), prepared, tasks, model, store)
     for method in DATA_FREE:
@@ -76,16 +85,9 @@ def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store
     yield _learned(prepared, plain, tasks, "regmean", rows=0)
     yield _learned(prepared, plain, tasks, "regmean + core", rows=100, grain="core")
     yield _learned(prepared, plain, tasks, "regmean + factors", rows=100, grain="factors")
-    if set(tasks) <= set(prepared.composable):
-        made = {task: prepared.composable[task] for task in tasks}
-        yield Arm("composable: own adapter", {task: _only(adapter) for task, adapter in made.items()})
-        candidates = [_everywhere(Mix(made, dict.fromkeys(made, weight)), tasks) for weight in WEIGHTS]
-        yield choose("composable: linear", candidates, prepared, tasks, model, store)
-        yield _learned(prepared, made, tasks, "composable: regmean", rows=0)
-        yield _learned(prepared, made, tasks, "composable: regmean + core", rows=100, grain="core")
-        yield _learned(prepared, made, tasks, "composable: regmean + factors", rows=100, grain="factors")
-        yield Arm("one adapter on the labelled rows", _everywhere(_only(prepared.controls[FEW]), tasks))
-        yield Arm("one adapter on all rows", _everywhere(_only(prepared.controls[ALL]), tasks))
+    for name, control in ((FEW, "one adapter on the labelled rows"), (ALL, "one adapter on all rows")):
+        if name in prepared.controls:
+            yield Arm(control, _everywhere(_only(prepared.controls[name]), tasks))
 
 
 def choose(

@@ -25,7 +25,7 @@ ALL, FEW = "slots-all", "slots-few"  # one adapter on all domains' rows, and one
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is measured with one seed: adapters by task, plain and composable, and the two controls; rows by task.
+    """What is measured with one seed: adapters by task, plain and perhaps composable, perhaps the two controls; rows by task.
 
     labelled: files of the rows that no adapter learned from. tests: rows that nothing else sees.
     """
@@ -39,14 +39,16 @@ class Prepared:
     tests: Mapping[str, Sequence[Row]]
 
 
-def prepare(base: Path, data: Path, output: Path, seed: int, count: int, tasks: Sequence[str]) -> Prepared:
+def prepare(
+    base: Path, data: Path, output: Path, seed: int, count: int, tasks: Sequence[str], *, composable: bool = False
+) -> Prepared:
     """Splits the rows and trains what is missing; count: test rows of each task. The controls go with the four domains."""
     splits = output / "rows"
     splits.mkdir(parents=True, exist_ok=True)
     for task in tasks:
         _split(data / f"{task}.train.jsonl", splits / f"{task}.fit.jsonl", splits / f"{task}.labelled.jsonl")
-    four = tasks == DOMAINS
-    if four:
+    controls = tasks == DOMAINS and not composable
+    if controls:
         _join([splits / f"{task}.fit.jsonl" for task in DOMAINS], splits / f"{ALL}.fit.jsonl")
         _join([splits / f"{task}.labelled.jsonl" for task in DOMAINS], splits / f"{FEW}.fit.jsonl")
 
@@ -62,8 +64,8 @@ def prepare(base: Path, data: Path, output: Path, seed: int, count: int, tasks: 
         str(base),
         folder,
         {task: trained(task, folder / task, None, STEPS) for task in tasks},
-        {task: trained(task, folder / "composable" / task, slot, STEPS) for slot, task in enumerate(tasks if four else ())},
-        {name: trained(name, folder / name, None, steps) for name, steps in ((ALL, 2 * STEPS), (FEW, STEPS)) if four},
+        {task: trained(task, folder / "composable" / task, slot, STEPS) for slot, task in enumerate(tasks if composable else ())},
+        {name: trained(name, folder / name, None, steps) for name, steps in ((ALL, 2 * STEPS), (FEW, STEPS)) if controls},
         {task: splits / f"{task}.labelled.jsonl" for task in tasks},
         {task: read_rows(data / f"{task}.test.jsonl")[:count] for task in tasks},
     )

@@ -28,11 +28,7 @@ from edgelora_runtime import Runtime
 if TYPE_CHECKING:
     from benchmarks.composition_data import Prepared
 
-MIXES = {
-    "regmean": "plain-regmean",
-    "regmean + factors": "plain-regmean+factors",
-    "composable: regmean + factors": "composable-regmean+factors",
-}
+MIXES = {"regmean": "plain-regmean", "regmean + factors": "plain-regmean+factors"}
 KINDS = ("merged", "live")
 MAX_TOKENS = 48
 
