@@ -108,7 +108,7 @@ class LearnReport:
 
 
 @dataclass(frozen=True)
-class _Example:
+class Example:
     """A labelled row as tokens, completion and end of text included. soft: log probabilities, float16 (T, V), of its adapter."""
 
     tokens: list[int]
@@ -249,7 +249,7 @@ def _learn_gates(
 
     torch.manual_seed(config.seed)
     model = MixedModel.open(config.base)
-    examples = {name: _encode(model, adapters[name], rows) for name, rows in labelled.items()}
+    examples = {name: encode_rows(model, adapters[name], rows) for name, rows in labelled.items()}
     optimizer = torch.optim.AdamW([weight for gate in gates.values() for weight in gate.weights], weight_decay=0.0)
     draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
     rate = GRAINS[config.grain] if config.lr is None else config.lr
@@ -268,13 +268,16 @@ def _learn_gates(
     return float(np.mean(losses[-WARMUP:]))
 
 
-def _encode(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[_Example]:
+def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
     """Rows with what their adapter alone says of each token of the completion: 2 bytes for each entry of the vocabulary."""
     import torch
 
     tokenizer = model.tokenizer
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    model.set_stacks(stack_factors({adapter.name: adapter}, str(model.model.device)))
+    stacks = stack_factors({adapter.name: adapter}, str(model.model.device))
+    for stack in stacks.values():
+        stack.weights.fill_(1)
+    model.set_stacks(stacks)
     examples = []
     with torch.inference_mode():
         for row in rows:
@@ -282,11 +285,11 @@ def _encode(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[_E
             tokens, start = whole + end, max(1, shared_prefix(prompt, whole))
             logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
             soft = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
-            examples.append(_Example(tokens, start, soft.clone()))
+            examples.append(Example(tokens, start, soft.clone()))
     return examples
 
 
-def _loss(model: MixedModel, batch: Sequence[_Example], soft: float) -> torch.Tensor:
+def _loss(model: MixedModel, batch: Sequence[Example], soft: float) -> torch.Tensor:
     """(1 - soft) · negative log likelihood + soft · KL(adapter ‖ mix), in nats per token of the completions."""
     import torch
 

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from peft import PeftModel
 
 from edgelora.adapters import Adapter
 from edgelora.composing import compose
-from edgelora.learning import GRAINS, LearnConfig, learn
+from edgelora.learning import GRAINS, LearnConfig, encode_rows, learn
 from edgelora.mix import Mix
 from edgelora.mixed_model import MixedModel
 from edgelora.rows import read_rows
 from edgelora.training import TrainConfig, train
 from edgelora_runtime.errors import InputError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from tests.tiny import load_base, make_tokenizer, torch_logits
 
 WORDS = ("cat", "day", "sun", "moon", "mat", "cafe")
 TASKS = {"sat": ("the {}\n", "{} sat"), "one": ("one {}\n", " two {}")}
@@ -60,6 +60,20 @@ def test_regmean_alone_learns_nothing_and_beats_the_mean(trained: tuple[LearnCon
     provenance = Adapter.open(tmp_path / "regmean").provenance
     assert provenance is not None
     assert provenance.init == "learned: one + sat (regmean)"
+
+
+def test_what_is_asked_for_is_what_the_adapter_says(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
+    """The probabilities to be learned are PEFT's, at every token of the completion and at the end."""
+    config, labelled = trained
+    rows = read_rows(labelled["sat"])
+    model: Any = PeftModel.from_pretrained(load_base(Path(config.base)), config.adapters["sat"]).eval()
+    examples = encode_rows(MixedModel.open(config.base), Adapter.open(config.adapters["sat"]), rows)
+    for row, example in zip(rows, examples, strict=True):
+        tokenizer = make_tokenizer()
+        assert tokenizer.decode(example.tokens[example.start :]).strip() == f"{row.completion}</s>".strip()
+        wanted = torch_logits(model, example.tokens)[example.start - 1 : -1]
+        wanted = wanted - np.log(np.exp(wanted.astype(np.float64)).sum(axis=1, keepdims=True))
+        np.testing.assert_allclose(example.soft.float().numpy(), wanted, atol=0.05)  # fp16 of numbers down to -40
 
 
 @pytest.mark.parametrize("grain", GRAINS)
