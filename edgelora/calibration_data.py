@@ -87,6 +87,20 @@ def gather_calibration(
     return Calibration(tuple(fit), tuple(held_out), sources, tuple(spare))
 
 
+def gather_samples(path: Path, encode: Encode, tokens: int, seed: int = 0) -> list[Sample]:
+    """Samples of one data file, shuffled, until they have so many tokens."""
+    found: list[Sample] = []
+    for item in _shuffle(path, seed):
+        if tokens <= 0:
+            break
+        if (sample := _encode(item, encode)) is not None:
+            found.append(sample)
+            tokens -= len(sample.tokens)
+    if not found:
+        raise InputError(f"data file {path}: no row has two tokens or more")
+    return found
+
+
 def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
     """The general text that comes with edgelora, shuffled, and the SHA-256 of its file."""
     raw = package_files("edgelora").joinpath(GENERAL_TEXT).read_bytes()

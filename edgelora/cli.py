@@ -109,6 +109,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    composable: Annotated[
+        int | None, typer.Option(metavar="SLOT", help="Made to be mixed: freeze A to this slot of a common basis, 0, 1, …")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags that are given win.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -124,6 +127,7 @@ def train(
         "lr": lr,
         "max_steps": max_steps,
         "seed": seed,
+        "composable": composable,
     }
     sources = {name: context.get_parameter_source(name) for name in flags}
     given = {name: flags[name] for name, source in sources.items() if source is None or source.name != "DEFAULT"}
