@@ -15,6 +15,7 @@ from edgelora_runtime.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgelora.composing import ComposeReport
     from edgelora.weights import Weight
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
@@ -42,6 +43,10 @@ def compose(
     merge_into: Annotated[
         str | None, typer.Option(metavar="BASE", help="Add the mix to this base, and save a plain Hugging Face checkpoint.")
     ] = None,
+    mergekit: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Read a mergekit configuration of base+adapter models, in place of --adapter."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own without it.")
     ] = None,
@@ -52,6 +57,9 @@ def compose(
         given = [f"--{name.replace('_', '-')}" for name in context.params if _is_given(context, name)]
         if given:
             raise UsageError(f"{', '.join(given)}: options of compose {context.invoked_subcommand} go behind its name")
+        return
+    if mergekit is not None:
+        _compose_mergekit(context, mergekit, output, seed, rank, json=json)
         return
     if absent := [name for name, value in (("--adapter", adapter), ("--output", output)) if not value]:
         raise UsageError(f"compose needs {' and '.join(absent)}")
@@ -88,6 +96,24 @@ def compose(
 
     with show_progress("composing") as on_progress:
         report = run_composition(mixed, output, method=method, density=density, seed=seed, rank=rank, on_progress=on_progress)
+    _show_composition(report, json=json)
+
+
+def _compose_mergekit(
+    context: typer.Context, path: Path, output: Path | None, seed: int, rank: int | None, *, json: bool
+) -> None:
+    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into", "dtype") if _is_given(context, name)]:
+        raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit, whose file says everything")
+    if output is None:
+        raise UsageError("compose needs --output")
+    from edgelora.composing import compose_mergekit
+
+    with show_progress("composing") as on_progress:
+        report = compose_mergekit(path, output, seed=seed, rank=rank, on_progress=on_progress, on_note=print_note)
+    _show_composition(report, json=json)
+
+
+def _show_composition(report: ComposeReport, *, json: bool) -> None:
     if json:
         print_json(report)
     else:
@@ -208,6 +234,47 @@ def learn(
     else:
         how = f"{report.weights} weights learned, loss {report.loss:.3f}" if report.loss is not None else "nothing learned"
         print(f"{report.output}: {report.modules} modules, rank {report.rank}, {how}")
+
+
+@app.command()
+def report(
+    adapter: Annotated[
+        list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each, two at least.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for report.json, report.html and recipe.toml.")],
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base, to count its bytes and to measure on.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=ROWS.jsonl", help="Held-out rows of an adapter's task, to measure every pair on; one for each."
+        ),
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Use only the first rows of each file.")] = 100,
+    disk: Annotated[str | None, typer.Option(metavar="4GiB", help="What the bundle may take on disk.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="2GiB", help="What its variants may take when all are loaded.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
+    from edgelora.composition_pages import show_composition, write_composition
+    from edgelora.composition_report import report_composition
+    from edgelora_runtime.runtime import parse_bytes
+
+    limits = [size for size in map(parse_bytes, (disk, memory)) if size is not None]
+    with show_progress("comparing") as on_progress:
+        found = report_composition(
+            parse_pairs(adapter, "--adapter NAME=FOLDER"),
+            base=base,
+            data=parse_pairs(data or [], "--data NAME=ROWS.jsonl"),
+            budget=min(limits, default=None),
+            limit=limit,
+            on_progress=on_progress,
+        )
+    files = write_composition(found, output)
+    if json:
+        print_json(found)
+    else:
+        show_composition(found)
+        print(f"written: {', '.join(map(str, files))}")
 
 
 def _read_weights(path: Path | None) -> Mapping[str, Weight]:

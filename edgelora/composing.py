@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from safetensors.numpy import save
 
 from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.mergekit_config import read_mergekit
+from edgelora.mergekit_mix import MergekitMix
 from edgelora.methods import DEFAULT_DENSITY
 from edgelora.mix import Mix
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,6 +43,20 @@ class ComposeReport:
     mean_error: float
 
 
+class Composition(Protocol):
+    """Adapters of one base and what a method makes of them, as factors: a Mix, or what another tool's file means."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]: ...
+
+    @property
+    def modules(self) -> Set[str]: ...
+
+    def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]: ...
+
+    def describe(self) -> str: ...
+
+
 def compose(
     adapters: Mapping[str, tuple[Path | str, Weight]],
     output: Path,
@@ -61,7 +77,18 @@ def compose(
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
     opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
-    check_composable(opened)
+    return write_mix(mix, output, rank=rank, on_progress=on_progress)
+
+
+def write_mix(
+    mix: Composition,
+    output: Path,
+    *,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> ComposeReport:
+    """Writes a mix of adapters, all of which take part, as one adapter; see compose."""
+    check_composable(mix.adapters)
     factors: dict[str, tuple[Floats, Floats]] = {}
     errors: list[float] = []
     modules = sorted(mix.modules)
@@ -74,8 +101,8 @@ def compose(
         errors.append(error)
     on_progress(len(modules), len(modules), "writing")
     described = f"composed: {mix.describe()}" + (f", cut to rank {rank}" if rank else "")
-    provenance = derive_provenance({name: opened[name] for name in mix.weights}, described, factors)
-    write_composed(output, factors, next(iter(opened.values())), provenance)
+    provenance = derive_provenance(mix.adapters, described, factors)
+    write_composed(output, factors, next(iter(mix.adapters.values())), provenance)
     return ComposeReport(output, len(modules), max(len(a) for a, _ in factors.values()), max(errors), fmean(errors))
 
 
@@ -100,6 +127,22 @@ def write_composed(
         write_file(folder / WEIGHTS, [save(tensors)])
         if provenance is not None:
             write_provenance(folder, provenance)
+
+
+def compose_mergekit(
+    path: Path | str,
+    output: Path,
+    *,
+    seed: int = 0,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> ComposeReport:
+    """Writes the merge of a mergekit configuration, a YAML file, as one adapter; see compose and read_mergekit."""
+    config = read_mergekit(path)
+    for note in config.notes:
+        on_note(f"{path}: {note}")
+    return write_mix(MergekitMix.open(config, seed), output, rank=rank, on_progress=on_progress)
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:

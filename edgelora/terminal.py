@@ -14,8 +14,13 @@ if TYPE_CHECKING:
 
 
 def print_json(value: object) -> None:
-    """One JSON object on standard output; dataclasses become objects, paths text."""
-    print(json.dumps(_plain(value), ensure_ascii=False))
+    """One JSON object on standard output."""
+    print(to_json(value))
+
+
+def to_json(value: object) -> str:
+    """A value as JSON on one line; dataclasses become objects, paths text."""
+    return json.dumps(_plain(value), ensure_ascii=False)
 
 
 def print_note(text: str) -> None:
