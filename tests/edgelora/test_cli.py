@@ -197,6 +197,59 @@ def test_chat_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert printed.out == turns[0]["answer"] + "\n"
 
 
+def test_run_auto(call: Callable[..., Result], routed_bundle: Path) -> None:
+    command = ("run", routed_bundle, "--variant", "auto", "--prompt", "the cat number 9 sat", "--max-tokens", 3)
+    found = call(*command, "--json").json
+    assert found["variant"] == found["route"]["variant"] == "plain"
+    assert found["route"]["fallback"] is False
+    printed = call(*command)
+    assert printed.out == found["text"] + "\n"
+    assert printed.err == f"routed to plain (confidence {found['route']['confidence']:.2f})\n"
+    other = call("run", routed_bundle, "--variant", "auto", "--prompt", "§§", "--max-tokens", 3)
+    assert other.err.startswith("routed to base (fallback, confidence ")
+
+
+def test_eval_auto_rates_each_row_on_the_variant_of_its_prompt(
+    call: Callable[..., Result], routed_bundle: Path, tmp_path: Path
+) -> None:
+    """The completion has no say in it, although it is like another variant's prompts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "the cat number 9 sat", "completion": " a day in the sun, 9 of them"}) + "\n")
+    auto = call("eval", routed_bundle, "--variant", "auto", "--data", path, "--max-tokens", 4, "--json").json
+    plain = call("eval", routed_bundle, "--variant", "plain", "--data", path, "--max-tokens", 4, "--json").json
+    assert (auto["variant"], auto["routed"]) == ("auto", {"plain": 1})
+    assert (plain["variant"], plain["routed"]) == ("plain", {})
+    assert auto["loss"] == pytest.approx(plain["loss"])
+    assert "routed to plain 1" in call("eval", routed_bundle, "--variant", "auto", "--data", path, "--max-tokens", 4).out
+
+
+def test_chat_auto_routes_each_turn(call: Callable[..., Result], routed_bundle: Path) -> None:
+    lines = "the cat number 9 sat\n/switch auto\nthe cat number 9 sat\na day in the sun, 3 of them\n/switch other\nhi\n"
+    found = call("chat", routed_bundle, "--max-tokens", 2, "--json", stdin=lines)
+    assert [turn["variant"] for turn in found.json["turns"]] == ["base", "plain", "other", "other"]
+    assert "routed to plain (confidence" in found.err
+    at_once = call("chat", routed_bundle, "--variant", "auto", "--max-tokens", 2, "--json", stdin="the cat number 9 sat\n")
+    assert [turn["variant"] for turn in at_once.json["turns"]] == ["plain"]
+
+
+def test_chat_stays_where_it_was_without_a_router(call: Callable[..., Result], bundle32: Path) -> None:
+    found = call("chat", bundle32, "--max-tokens", 2, "--json", stdin="/switch plain\n/switch auto\nhi\n")
+    assert [turn["variant"] for turn in found.json["turns"]] == ["plain"]
+    assert "this bundle has no router" in found.err
+
+
+def test_inspect_shows_the_router(call: Callable[..., Result], routed_bundle: Path) -> None:
+    router = call("inspect", routed_bundle, "--json").json["router"]
+    assert router == json.loads((routed_bundle / "bundle.json").read_bytes())["router"]
+    assert [each["variant"] for each in router["classes"]] == ["plain", "other", None]
+    shown = call("inspect", routed_bundle).out
+    assert "router: variant 'auto' picks by the prompt; base for anything else" in shown
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    for each in router["classes"]:
+        figures = [str(each["prompts"]), str(each["held_out"]), f"{100 * each['accuracy']:.1f}"]
+        assert [each["variant"] or "anything else", *figures] in cells
+
+
 def test_doctor_as_json(call: Callable[..., Result]) -> None:
     found = call("doctor", "--json").json
     assert found["edgelora"] == __version__
@@ -237,6 +290,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "max tokens": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "0"], 2, "max_tokens"),
     "threads": (["run", "BUNDLE", "--prompt", "a", "--threads", "0"], 2, "threads"),
     "unknown provider": (["run", "BUNDLE", "--prompt", "a", "--provider", "tpu"], 2, "provider 'tpu'"),
+    "auto without a router": (["run", "BUNDLE", "--variant", "auto", "--prompt", "x"], 2, "this bundle has no router"),
     "provider without graphs": (["chat", "BUNDLE", "--provider", "cuda"], 2, "cuda"),
     "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
     "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora.recipe import Recipe, VariantRecipe, parse_recipe, read_recipe
+from edgelora.recipe import Recipe, RouterRecipe, VariantRecipe, parse_recipe, read_recipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime.errors import InputError
 
@@ -41,6 +41,13 @@ merge_base = "trained"
 [variants.sql-live]
 mix = { sql = 1.0 }
 kind = "live"
+[router]
+variants = ["sql", "clinic"]
+fallback = "base"
+threshold = 0.5
+[router.data]
+sql = "rows.jsonl"
+clinic = ["a.jsonl", "/b.jsonl"]
 """
 
 
@@ -63,6 +70,12 @@ def test_a_good_recipe() -> None:
         context_length=2048,
         targets=("cpu", "gpu"),
         merge_base="float",
+        router=RouterRecipe(
+            ("sql", "clinic"),
+            "base",
+            0.5,
+            {"sql": (Path("folder/rows.jsonl"),), "clinic": (Path("folder/a.jsonl"), Path("/b.jsonl"))},
+        ),
     )
 
 
@@ -77,6 +90,8 @@ def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
     assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
     assert recipe.targets == ("cpu",)
+    assert recipe.router is None
+    assert parse('base = "m"\n[variants.base]\n[router]\n').router == RouterRecipe()
     assert parse('base = "m"\n[variants.base]\n').variants == {"base": VariantRecipe({})}
 
 
@@ -138,6 +153,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "merge base of another type": (GOOD.replace('"trained"', "4"), "variants.clinic.merge_base = 4 has the wrong type"),
     "live on a trained base": (GOOD.replace('"live"', '"live"\nmerge_base = "trained"'), "variants.sql-live.merge_base"),
     "nothing to merge": (with_line('[variants.x]\nmerge_base = "trained"'), "variants.x.merge_base = 'trained' is for a merged"),
+    "router of another type": (GOOD[: GOOD.index("[router]")].replace("[adapters]", "router = 3\n[adapters]"), "router = 3"),
+    "unknown router key": (GOOD.replace("threshold = 0.5", "limit = 0.5"), "router.limit is not a known key"),
+    "router of an unknown variant": (GOOD.replace('["sql", "clinic"]', '["sqk"]'), "router.variants names 'sqk'"),
+    "router of something else": (GOOD.replace('["sql", "clinic"]', "[[1]]"), "router.variants names [1]"),
+    "router of nothing": (GOOD.replace('["sql", "clinic"]', "[]"), "router.variants is empty"),
+    "unknown fallback": (GOOD.replace('fallback = "base"', 'fallback = "x"'), "router.fallback = 'x'"),
+    "threshold out of range": (GOOD.replace("threshold = 0.5", "threshold = 1.5"), "router.threshold = 1.5"),
+    "threshold as text": (GOOD.replace("threshold = 0.5", 'threshold = "high"'), "router.threshold = 'high'"),
+    "data of an unknown variant": (GOOD.replace('sql = "rows.jsonl"', 'sqk = "rows.jsonl"'), "router.data names 'sqk'"),
+    "data that is no file": (GOOD.replace('sql = "rows.jsonl"', "sql = 3"), "router.data.sql = 3 is no file"),
+    "data that is no list of files": (GOOD.replace('"/b.jsonl"]', "3]"), "router.data.clinic = ['a.jsonl', 3]"),
+    "no data": (GOOD.replace('["a.jsonl", "/b.jsonl"]', "[]"), "router.data.clinic = []"),
     "context as text": (GOOD.replace("context_length = 2048", 'context_length = "2048"'), "context_length"),
 }
 
