@@ -117,7 +117,7 @@ def _provenance(mix: Mix, rank: int, cut: int | None) -> Provenance | None:
         base_quantization=first.base_quantization if len(held) == 1 else "mixed",
         data_sha256="",
         data_rows=0,
-        init=f"composed: {mix.describe()}" + (f" cut to rank {cut}" if cut else ""),
+        init=f"composed: {mix.describe()}" + (f", cut to rank {cut}" if cut else ""),
         seed=0,
         rank=rank,
         alpha=float(rank),

@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from edgelora import __version__
+from edgelora.adapters import Adapter
 from edgelora.cli import main
+from edgelora.methods import METHODS
+from edgelora.mix import Mix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +152,39 @@ def test_compose_as_json(call: Callable[..., Result], tiny_adapters: dict[str, P
     assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
 
 
+def test_compose_by_module_and_cut(call: Callable[..., Result], tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text('[weights.a]\n"model.layers.0.*" = 0.2\n[weights.b]\n"*.q_proj" = 1.0\n')
+    options = ("--adapter", f"a={tiny_adapters['plain']}:0.6", "--adapter", f"b={tiny_adapters['other']}", "--weights", path)
+    found = call("compose", *options, "--method", "core_tsv", "--rank", 5, "--output", tmp_path / "m", "--json")
+    assert found.code == 0, found.err
+    mix = Mix(
+        {name: Adapter.open(tiny_adapters[folder], name) for name, folder in (("a", "plain"), ("b", "other"))},
+        {"a": {"*": 0.6, "model.layers.0.*": 0.2}, "b": {"*.q_proj": 1.0}},
+        "core_tsv",
+    )
+    errors = [mix.factors_with_error(module, 5)[2] for module in mix.modules]
+    assert found.json["rank"] == 5
+    assert found.json["largest_error"] == pytest.approx(max(errors), rel=1e-6)
+    assert found.json["mean_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-6)
+    written = Adapter.open(tmp_path / "m")
+    for module in mix.modules:
+        a, b, _ = mix.factors_with_error(module, 5)
+        np.testing.assert_allclose(written.dense(module), b @ a, rtol=1e-4, atol=1e-6)
+    shown = call("compose", *options, "--method", "ties", "--rank", 2, "--output", tmp_path / "t")
+    assert "relative error" in shown.out
+    drawn = call("compose", *options, "--method", "dare_linear", "--seed", 4, "--density", 0.5, "--output", tmp_path / "d")
+    assert drawn.code == 0, drawn.err
+
+
+def test_every_method_is_in_the_help_and_in_the_readme(call: Callable[..., Result]) -> None:
+    shown = " ".join(call("compose", "--help").out.split())
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary}" in shown
+        assert f"| `{name}` | {method.summary}" in readme
+
+
 def test_chat_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     lines = "hello\n\n/variants\n/switch plain\nand now?\n/switch nope\n/reset\n/unknown\nbye\n/quit\nnever read\n"
     found = call("chat", bundle32, "--max-tokens", 4, "--json", stdin=lines)
@@ -203,6 +240,27 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "provider without graphs": (["chat", "BUNDLE", "--provider", "cuda"], 2, "cuda"),
     "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
     "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),
+    "a density that means nothing": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--density", "0.3", "--output", "TMP/m"],
+        2,
+        "--density means nothing to method linear",
+    ),
+    "a seed that means nothing": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--method", "ties", "--seed", "3", "--output", "TMP/m"],
+        2,
+        "--seed means nothing to method ties",
+    ),
+    "a rank of a checkpoint": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--rank", "3", "--merge-into", "x", "--output", "TMP/m"],
+        2,
+        "--rank",
+    ),
+    "no rank": (["compose", "--adapter", "a=ADAPTER:1", "--rank", "0", "--output", "TMP/m"], 3, "rank = 0"),
+    "no file of weights": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--weights", "TMP/no.toml", "--output", "TMP/m"],
+        3,
+        "does not exist",
+    ),
     "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),
     "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
     "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from edgelora.recipe import Recipe, VariantRecipe, parse_recipe, read_recipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edgelora.weights import Weight
 
 GOOD = """\
 base = "some/model"
@@ -62,6 +66,13 @@ def test_a_good_recipe() -> None:
     )
 
 
+def test_weights_by_module_and_a_seed() -> None:
+    mix = '{ sql = 0.6, medical = { "*" = 0.6, "model.layers.0.*" = 0.2 } }'
+    text = GOOD.replace("{ sql = 0.6, medical = -0.6 }", mix).replace('"ties"', '"dare_ties"\nseed = 7')
+    expected: dict[str, Weight] = {"sql": 0.6, "medical": {"*": 0.6, "model.layers.0.*": 0.2}}
+    assert parse(text).variants["clinic"] == VariantRecipe(expected, "merged", "dare_ties", 0.3, "trained", 7)
+
+
 def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
     assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
@@ -103,6 +114,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "unknown kind": (GOOD.replace('"live"', '"lively"'), "kind = 'lively'"),
     "live without a mix": (with_line('[variants.x]\nmix = {}\nkind = "live"'), "variants.x.kind = 'live' needs a mix"),
     "live ties": (with_line('[variants.x]\nmix = { sql = 1 }\nkind = "live"\nmethod = "ties"'), "edgelora compose"),
+    "weights by module without a pattern": (GOOD.replace("{ sql = 1 }", "{ sql = {} }"), "variants.sql.mix.sql = {} gives no"),
+    "weight by module as text": (GOOD.replace("{ sql = 1 }", '{ sql = { "*" = "1" } }'), """variants.sql.mix.sql."*" = '1'"""),
+    "live by module": (GOOD.replace("{ sql = 1.0 }", '{ sql = { "*" = 1.0 } }'), "gives sql weights by module, and a live"),
+    "density for nothing": (with_line("[variants.x]\nmix = { sql = 1 }\ndensity = 0.3"), "variants.x.density means nothing"),
+    "seed for nothing": (GOOD.replace("density = 0.3", "seed = 3"), "variants.clinic.seed means nothing to method ties"),
+    "seed as text": (GOOD.replace("density = 0.3", 'seed = "3"'), "variants.clinic.seed = '3' has the wrong type"),
+    "negative seed": (GOOD.replace('"ties"', '"dare_ties"\nseed = -1'), "variants.clinic.seed = -1"),
     "density as text": (GOOD.replace("density = 0.3", 'density = "0.3"'), "density"),
     "density out of range": (GOOD.replace("density = 0.3", "density = 1.3"), "density"),
     "bits": (GOOD.replace("bits = 8", "bits = 5"), "quantization: bits = 5"),

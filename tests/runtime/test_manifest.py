@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,6 +77,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
             {"cpu": GraphEntry(graph, blobs)},
             live,
         )
+        if not live:
+            mixed = variants[name].mix
+            by_pattern = st.dictionaries(TEXT, WEIGHTS, max_size=2)
+            variants[name] = replace(
+                variants[name],
+                weights=draw(st.dictionaries(st.sampled_from(sorted(mixed)), by_pattern, max_size=2)) if mixed else {},
+                density=draw(st.none() | WEIGHTS),
+                seed=draw(st.none() | st.integers(0, (1 << 53) - 1)),
+            )
     slots = draw(
         st.lists(
             st.integers(1, 3).flatmap(
@@ -229,6 +239,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no cpu graph": (changed("variants", "m", "graphs", value={}), "no cpu graph"),
     "graph that is not listed": (changed("variants", "m", "graphs", "cpu", "file", value="/etc/x.onnx"), "files lacks"),
     "blob that is not listed": (changed("variants", "m", "graphs", "cpu", "blobs", value=["x.bin"]), "x.bin"),
+    "weights by module of an adapter that is not mixed": (
+        changed("variants", "m", "weights", value={"x": {"*": 1.0}}),
+        "variant m weighs x, which its mix lacks",
+    ),
+    "weights by module of a live variant": (changed("variants", "l", "weights", value={"a": {"*": 1.0}}), "is live and weighs a"),
+    "pattern with an escape code": (changed("variants", "m", "weights", value={"a": {"\x1b[2J": 1.0}}), "cannot be printed"),
+    "weight of a pattern as text": (changed("variants", "m", "weights", value={"a": {"*": "1"}}), "a float"),
+    "negative seed": (changed("variants", "m", "seed", value=-1), "a whole number"),
     "live weights on a merged variant": (changed("variants", "m", "live", value={"a": 1.0}), "is merged and live is"),
     "live variant without weights": (changed("variants", "l", "live", value={}), "is live and live is"),
     "live adapter that is not there": (changed("variants", "l", "live", value={"x": 1.0}), "needs adapter x"),
@@ -321,6 +339,15 @@ def test_later_minor_version_is_read_and_its_news_skipped() -> None:
     value["router"] = {"file": "router.onnx"}
     value["variants"]["m"]["speed"] = 0.99
     value["files"]["tokenizer.json"]["mime"] = "application/json"
+    assert parse_manifest(json.dumps(value).encode()) == example()
+
+
+def test_version_1_2_said_nothing_of_how_deltas_were_mixed() -> None:
+    value = json.loads(example().dump())
+    value["version"] = "1.2"
+    for variant in value["variants"].values():
+        for key in ("weights", "density", "seed"):
+            del variant[key]
     assert parse_manifest(json.dumps(value).encode()) == example()
 
 
