@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from edgelora.pictures import draw_heat_map, render_page, render_table
-from edgelora.precompiling import write_recipe
+from edgelora.precompiling import render_recipe
 from edgelora.terminal import format_bytes, print_table, to_json
 from edgelora_export.publish import staged_folder, write_file
 
@@ -23,7 +23,7 @@ FIGURES, PAGE, RECIPE = "report.json", "report.html", "recipe.toml"
 
 def write_composition(report: CompositionReport, output: Path) -> list[Path]:
     """Writes report.json, report.html and recipe.toml into a folder, in place of an older report there."""
-    recipe = write_recipe(report.plan, report.base, {name: one.folder for name, one in report.adapters.items()}, output)
+    recipe = render_recipe(report.plan, report.base, {name: one.folder for name, one in report.adapters.items()}, output)
     files = {FIGURES: to_json(report) + "\n", PAGE: _render(report, recipe), RECIPE: recipe}
     with staged_folder(output, marker=FIGURES) as folder:
         for name, text in files.items():
@@ -37,7 +37,7 @@ def show_composition(report: CompositionReport) -> None:
         columns = ["loss / token, slot F1", *report.rows]
         named = {"base": report.base_scores, **report.scores}
         print_table("", columns, [[name, *map(_name_score, row.values())] for name, row in named.items()])
-    columns = ["pair", "cosine", "sign conflict", "reads the same", "other is as loud", "predicted", "measured", "verdict"]
+    columns = ["pair", "cosine", "sign conflict", "row overlap", "energy of the other", "kept, predicted", "measured", "verdict"]
     print_table("", columns, [_describe(pair) for pair in report.pairs])
     for pair in report.pairs:
         print(f"{_name(pair)}: {pair.verdict.choice} ({pair.verdict.basis}: {pair.verdict.reason})")

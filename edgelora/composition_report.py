@@ -22,7 +22,7 @@ from edgelora_runtime.errors import MissingExtraError, UsageError
 from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence, Set
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -280,9 +280,15 @@ def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder:
         found = {name: task.kept for name, task in pair.score.tasks.items()} if pair.score else pair.prediction.kept
         kept = {name: 1.0 if share is None else min(1.0, share) for name, share in found.items()}
         size = count_merged_bytes([adapters[name] for name in pair.pair], decoder)
-        candidates.append(Candidate("-".join(pair.pair), weights, kept, size))
+        candidates.append(Candidate(_name_mix(pair.pair, {one.name for one in candidates}), weights, kept, size))
     base_bytes = count_base_bytes(decoder) if decoder else None
     return plan_variants(candidates, [*adapters], count_live_bytes(adapters.values()), base_bytes, budget)
+
+
+def _name_mix(pair: tuple[str, str], taken: Set[str]) -> str:
+    """A name for a variant, unlike those taken and no longer than a variant's may be."""
+    name = "-".join(pair)[:60]
+    return next(one for one in (name, *(f"{name}-{place}" for place in range(2, 100))) if one not in taken)
 
 
 def _by_layer(figures: Mapping[str, ModuleFigures]) -> dict[str, list[ModuleFigures]]:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora.methods.spectra import count_directions, decompose_product
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -126,12 +128,9 @@ def inner_products(stack: Stack) -> Doubles:
 
 def find_spaces(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
     """Orthonormal bases of what Δ = B·A reads, float64 (K, r), and of what it writes, float64 (N, r), r being Δ's rank."""
-    left, left_core = np.linalg.qr(b)
-    right, right_core = np.linalg.qr(a.T)
-    u, s, vt = np.linalg.svd(left_core @ right_core.T)
-    # The factors are of single precision at the best: what is smaller than that leaves of s[0] is no direction.
-    rank = int((s > s[0] * max(len(left), len(right)) * np.finfo(np.float32).eps).sum()) if len(s) else 0
-    return right @ vt[:rank].T, left @ u[:, :rank]
+    u, s, vt = decompose_product(a, b)
+    rank = count_directions(s, float(s[0])) if len(s) else 0
+    return vt[:rank].T, u[:, :rank]
 
 
 def overlap(one: Doubles, other: Doubles) -> float:

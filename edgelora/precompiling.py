@@ -131,7 +131,7 @@ def _matrix_bytes(rows: int, columns: int) -> int:
     return rows * (GRID.row_bytes(columns) + _SCALE_BYTES * -(-columns // GRID.block_size))
 
 
-def write_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], folder: Path) -> str:
+def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], folder: Path) -> str:
     """The plan as the text of a recipe.toml that lies in a folder; without a base, its line is left to fill in."""
     lines = [f"base = {_quote(_seen_from(folder, base))}" if base else '# base = "path or hub id"', "", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(_seen_from(folder, os.fspath(path)))}" for name, path in adapters.items()]

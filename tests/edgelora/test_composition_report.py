@@ -172,6 +172,8 @@ def test_verdicts_follow_what_is_asked(tiny_base: Path, adapters: dict[str, Path
     assert apart.verdict.choice == "merge"
     assert apart.prediction.weights == {"a": 1.0, "b": 1.0}
     assert list(apart.prediction.kept.values()) == pytest.approx([1, 1])
+    named = report_composition({"a": tmp_path / "0", "b": tmp_path / "1", "a-b": tmp_path / "1"}).plan
+    assert named.merged[0].name == "a-b-2", "a name is no adapter's own"
     alike = report_composition({"a": adapters["plain"], "b": adapters["other"]}).pairs[0]
     assert alike.verdict.choice == "route"
     assert "should keep" in alike.verdict.reason
