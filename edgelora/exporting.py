@@ -66,7 +66,8 @@ def export(
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
     judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
-    on_progress(0, 1, "router")
+    if recipe.router is not None:
+        on_progress(0, 1, "learning the router")
     router = make_router(recipe, adapters)
     if base.config.get("model_type") not in native_types():
         return _export_traced(recipe, base, adapters, Path(output), judged, router, on_progress, on_note)

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from edgelora.adapters import Adapter
     from edgelora.recipe import Recipe, RouterRecipe
 
-# docs/log.md has the figures that these four were chosen by.
+# docs/log.md has the figures that the first two were chosen by.
 BUCKETS = 1 << 14
-PENALTY = 1e-4
+PENALTY = 5e-5
 HELD_OUT_SHARE = 8  # one prompt of so many is held out, by its hash
 MOST_NGRAMS = 1 << 19  # of one class's prompts, each n-gram of a prompt once; prompts beyond are left out
 LEAST_PROMPTS = 8  # of a variant
@@ -65,28 +65,21 @@ def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Ada
     What an adapter was trained on goes to one variant: the first that has this adapter alone, or else the first that mixes
     it in, with a weight above 0. Files that the recipe names for a variant take the place of its adapters'.
     """
-    listed = list(router.variants or recipe.variants)
-    added = {
-        name: [adapter for adapter, weight in recipe.variants[name].mix.items() if _is_added(weight)]
-        for name in listed
-        if name not in router.data
-    }
-    owners: dict[str, str] = {}
-    for alone in (True, False):
-        for name, names in added.items():
-            if (len(names) == 1) == alone:
-                for adapter in names:
-                    owners.setdefault(adapter, name)
-    found = {adapter: find_training_data(adapters[adapter]) for adapter in owners}
-    if lost := [adapter for adapter, path in found.items() if path is None]:
+    names = list(dict.fromkeys((*(router.variants or recipe.variants), *router.data)))
+    files = {name: list(router.data.get(name, ())) for name in names}
+    lost = {}
+    for adapter, owner in _find_owners({name: recipe.variants[name].mix for name in names}).items():
+        if owner not in router.data:
+            path = find_training_data(adapters[adapter])
+            if path is None:
+                lost[adapter] = owner
+            else:
+                files[owner].append(path)
+    if lost:
         raise InputError(
             f"router: the training data of {', '.join(lost)} are not where edgelora.json says, or have changed; name files "
-            f'under [router.data], as {owners[lost[0]]} = "FILE.jsonl", or list other variants'
+            f'under [router.data], as {next(iter(lost.values()))} = "FILE.jsonl", or list other variants'
         )
-    files = {name: list(router.data.get(name, ())) for name in dict.fromkeys((*listed, *router.data))}
-    for adapter, path in found.items():
-        if path is not None:
-            files[owners[adapter]].append(path)
     if router.variants and (idle := [name for name, paths in files.items() if not paths]):
         raise InputError(
             f"router: no prompts are left for {', '.join(idle)}: an adapter's go to the first variant that has it alone; "
@@ -103,6 +96,18 @@ def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Ada
     return files
 
 
+def _find_owners(mixes: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The variant that each adapter's prompts go to."""
+    added = {name: [adapter for adapter, weight in mix.items() if _is_added(weight)] for name, mix in mixes.items()}
+    owners: dict[str, str] = {}
+    for alone in (True, False):
+        for name, adapters in added.items():
+            if (len(adapters) == 1) == alone:
+                for adapter in adapters:
+                    owners.setdefault(adapter, name)
+    return owners
+
+
 def train_router(prompts: Mapping[str, Sequence[str]], *, fallback: str, threshold: float = 0.0) -> PackedRouter:
     """A router that sends prompts to the variants whose prompts they are like, and all others to the fallback.
 
@@ -117,16 +122,12 @@ def train_router(prompts: Mapping[str, Sequence[str]], *, fallback: str, thresho
     counts = np.bincount([prompt.label for prompt in fit], minlength=len(classes))
     if few := [f"{name} has {count}" for name, count in zip(prompts, counts[:-1], strict=True) if count < LEAST_PROMPTS]:
         raise InputError(f"router: {', '.join(few)} prompts to learn from; give at least {2 * LEAST_PROMPTS} rows")
-    # Scaling the inputs by their rarity makes the penalty mild on rare n-grams; folded into the weights, it costs nothing.
-    frequency = np.bincount(np.concatenate([prompt.ngrams[0] for prompt in fit]), minlength=BUCKETS)
-    rarity = np.log((1 + len(fit)) / (1 + frequency)) + 1
     weights, bias = fit_softmax(
-        SparseRows.stack([(columns, values * rarity[columns]) for columns, values in (prompt.ngrams for prompt in fit)], BUCKETS),
+        SparseRows.stack([prompt.ngrams for prompt in fit], BUCKETS),
         np.array([prompt.label for prompt in fit]),
         len(classes),
         penalty=PENALTY,
     )
-    weights *= rarity
     held_out = [prompt for prompt in chosen if prompt.held_out]
     labels = np.array([prompt.label for prompt in held_out], np.int64)
     rows = SparseRows.stack([prompt.ngrams for prompt in held_out], BUCKETS)

@@ -280,10 +280,10 @@ class Runtime:
                 f"this bundle has no router for variant {AUTO!r}; export it with a [router] table in the recipe, "
                 f"or name one of {', '.join(self._manifest.variants)}"
             )
-        with self._lock:
-            if self._router is None:
-                self._router = Router.read(self._bundle.read(entry.file, limit=ROUTER_LIMIT), entry)
-            return self._router
+        router = self._router
+        if router is None:  # without the lock, which a thread may hold for as long as a variant takes to load
+            router = self._router = Router.read(self._bundle.read(entry.file, limit=ROUTER_LIMIT), entry)
+        return router
 
     def _routed_text(self, prompt: Prompt) -> str:
         if isinstance(prompt, str):

@@ -167,6 +167,7 @@ def test_listed_variants_alone_are_chosen_among(adapters: dict[str, Adapter]) ->
 def test_files_that_the_recipe_names_take_the_place_of_the_adapters(adapters: dict[str, Adapter], tmp_path: Path) -> None:
     more = write_rows(tmp_path / "more.jsonl", ["x"])
     assert assign(adapters, SINGLES, data={"va": (more,)}) == {"va": ["more"], "vb": ["b"]}
+    assert assign(adapters, {**SINGLES, "both": {"a": 1.0, "b": 1.0}}, data={"va": (more,)}) == {"va": ["more"], "vb": ["b"]}
     assert assign(adapters, SINGLES, data={"base": (more,)}) == {"base": ["more"], "va": ["a"], "vb": ["b"]}
     assert assign(adapters, {"v": {"lost": 1.0}}, data={"v": (more, more)}) == {"v": ["more"]}
     assert assign(adapters, SINGLES, variants=("va",), data={"base": (more,)}) == {"va": ["a"], "base": ["more"]}
