@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from edgelora.adapters import Adapter
     from edgelora.recipe import Recipe, RouterRecipe
+    from edgelora.weights import Weight
 
 # docs/log.md has the figures that the first two were chosen by.
 BUCKETS = 1 << 14
@@ -96,7 +97,7 @@ def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Ada
     return files
 
 
-def _find_owners(mixes: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+def _find_owners(mixes: Mapping[str, Mapping[str, Weight]]) -> dict[str, str]:
     """The variant that each adapter's prompts go to."""
     added = {name: [adapter for adapter, weight in mix.items() if _is_added(weight)] for name, mix in mixes.items()}
     owners: dict[str, str] = {}
@@ -166,6 +167,6 @@ def _sentences() -> list[str]:
     return [piece for text in read_general_text() for piece in _SENTENCE_END.split(text) if piece.strip()]
 
 
-def _is_added(weight: float | Mapping[str, float]) -> bool:
+def _is_added(weight: Weight) -> bool:
     """Whether a mix adds an adapter, rather than leaving it out or taking it away; a weight may differ between modules."""
     return max(weight.values(), default=0.0) > 0 if isinstance(weight, Mapping) else weight > 0
