@@ -87,13 +87,35 @@ def gather_calibration(
     return Calibration(tuple(fit), tuple(held_out), sources, tuple(spare))
 
 
+def gather_samples(path: Path, encode: Encode, tokens: int, seed: int = 0) -> list[Sample]:
+    """Samples of one data file, shuffled, until they have so many tokens."""
+    found: list[Sample] = []
+    for item in _shuffle(path, seed):
+        if tokens <= 0:
+            break
+        if (sample := _encode(item, encode)) is not None:
+            found.append(sample)
+            tokens -= len(sample.tokens)
+    if not found:
+        raise InputError(f"data file {path}: no row has two tokens or more")
+    return found
+
+
+def read_general_text() -> list[str]:
+    """The texts that come with edgelora."""
+    return [str(json.loads(line)["text"]) for line in _general_file().splitlines()]
+
+
+def _general_file() -> bytes:
+    return package_files("edgelora").joinpath(GENERAL_TEXT).read_bytes()
+
+
 def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
     """The general text that comes with edgelora, shuffled, and the SHA-256 of its file."""
-    raw = package_files("edgelora").joinpath(GENERAL_TEXT).read_bytes()
-    texts = [str(json.loads(line)["text"]) for line in raw.splitlines()]
+    texts = read_general_text()
     random.Random(seed).shuffle(texts)  # noqa: S311  (not for secrets)
     samples = [sample for text in texts if (sample := _encode(text, encode)) is not None]
-    return samples, hashlib.sha256(raw).hexdigest()
+    return samples, hashlib.sha256(_general_file()).hexdigest()
 
 
 def _label(path: Path, files: Sequence[Path]) -> str:

@@ -14,6 +14,7 @@ from edgelora.arguments import JsonOption, parse_mix, parse_pairs
 from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
+from edgelora_runtime.router import AUTO
 
 # Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -28,7 +29,9 @@ app = typer.Typer(
 )
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
-VariantOption = Annotated[str | None, typer.Option(help="The variant; the bundle's default without it.")]
+VariantOption = Annotated[
+    str | None, typer.Option(help="The variant, or auto: the bundle's router picks one per prompt. The default without it.")
+]
 MixOption = Annotated[
     list[str] | None,
     typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each."),
@@ -109,6 +112,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    composable: Annotated[
+        int | None, typer.Option(metavar="SLOT", help="Made to be mixed: freeze A to this slot of a common basis, 0, 1, …")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags that are given win.")] = None,
     json: JsonOption = False,
 ) -> None:
@@ -124,6 +130,7 @@ def train(
         "lr": lr,
         "max_steps": max_steps,
         "seed": seed,
+        "composable": composable,
     }
     sources = {name: context.get_parameter_source(name) for name in flags}
     given = {name: flags[name] for name, source in sources.items() if source is None or source.name != "DEFAULT"}
@@ -225,6 +232,7 @@ def run(
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
+    from edgelora.chat import describe_route
     from edgelora_runtime import Runtime
 
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -248,8 +256,10 @@ def run(
         assert stream.generation is not None
         if json:
             print_json(stream.generation)
-        else:
-            print()
+            return
+        print()
+        if stream.generation.route is not None:
+            print_note(describe_route(stream.generation.route))
 
 
 @app.command()
@@ -294,14 +304,18 @@ def evaluate(
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
     with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("evaluating") as on_progress:
-        receipt = runtime.switch(variant, mix=parse_mix(mix))
-        scores = run_evaluation(runtime, rows, max_tokens=max_tokens, on_progress=on_progress)
+        name, weights = variant, parse_mix(mix)
+        if variant != AUTO:
+            name = runtime.switch(variant, mix=weights).variant
+        scores = run_evaluation(runtime, rows, variant=variant, mix=weights, max_tokens=max_tokens, on_progress=on_progress)
     if json:
-        print_json({"bundle": bundle, "variant": receipt.variant, "data": data, **vars(scores)})
+        print_json({"bundle": bundle, "variant": name, "data": data, **vars(scores)})
         return
     columns = ["variant", "rows", "exact match %", "slot F1 %", "loss / token", "perplexity"]
-    row = [receipt.variant, str(scores.rows), format_share(scores.exact_match), format_share(scores.slot_f1)]
+    row = [str(name), str(scores.rows), format_share(scores.exact_match), format_share(scores.slot_f1)]
     print_table("", columns, [[*row, f"{scores.loss:.3f}", f"{scores.perplexity:.2f}"]])
+    if scores.routed:
+        print("routed to " + ", ".join(f"{variant} {count}" for variant, count in sorted(scores.routed.items())))
 
 
 @app.command()

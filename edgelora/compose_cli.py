@@ -161,8 +161,8 @@ def search(
 
     config = SearchConfig(
         base=base,
-        adapters={name: Path(folder) for name, folder in parse_pairs(adapter, "--adapter NAME=ADAPTER").items()},
-        data={name: Path(path) for name, path in parse_pairs(data, "--data NAME=HELDOUT.jsonl").items()},
+        adapters=_parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        data=_parse_paths(data, "--data NAME=HELDOUT.jsonl"),
         output=output,
         budget=budget,
         methods=DISTINCT if method == "all" else tuple(method.split(",")),
@@ -183,6 +183,57 @@ def search(
         print_json(report)
     else:
         show_report(report)
+
+
+@app.command()
+def learn(
+    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
+    adapter: Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")],
+    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=ROWS.jsonl", help="Labelled rows of an adapter's task; without any the start is the result."),
+    ] = None,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=ROWS.jsonl", help="Rows to start from, instead of those that the adapter was trained on."),
+    ] = None,
+    start: Annotated[
+        str, typer.Option(help="regmean: what serves each adapter's own inputs best; or linear: equal shares.")
+    ] = "regmean",
+    grain: Annotated[
+        str, typer.Option(help="What is learned: a weight per module or rank, a core between the factors, or the factors.")
+    ] = "factors",
+    rows: Annotated[int, typer.Option(help="Labelled rows to use of each adapter.")] = 100,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the grain's own without it.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    json: JsonOption = False,
+) -> None:
+    """Mix adapters by what their data say: RegMean without labels, and with a few labelled rows what they teach."""
+    from edgelora.learning import LearnConfig
+    from edgelora.learning import learn as run_learning
+
+    config = LearnConfig(
+        base=base,
+        adapters=_parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        output=output,
+        labelled=_parse_paths(data or [], "--data NAME=ROWS.jsonl"),
+        prompts=_parse_paths(prompts or [], "--prompts NAME=ROWS.jsonl"),
+        start=start,
+        grain=grain,
+        rows=rows,
+        steps=steps,
+        lr=lr,
+        seed=seed,
+    )
+    with show_progress("learning") as on_progress:
+        report = run_learning(config, on_progress=on_progress, on_note=print_note)
+    if json:
+        print_json(report)
+    else:
+        how = f"{report.weights} weights learned, loss {report.loss:.3f}" if report.loss is not None else "nothing learned"
+        print(f"{report.output}: {report.modules} modules, rank {report.rank}, {how}")
 
 
 @app.command()
@@ -237,3 +288,7 @@ def _read_weights(path: Path | None) -> Mapping[str, Weight]:
 def _is_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _parse_paths(items: list[str], form: str) -> dict[str, Path]:
+    return {name: Path(path) for name, path in parse_pairs(items, form).items()}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 from safetensors.numpy import save
 
 from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Set
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from edgelora.weights import Weight
@@ -88,11 +88,8 @@ def write_mix(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> ComposeReport:
     """Writes a mix of adapters, all of which take part, as one adapter; see compose."""
-    opened = mix.adapters
-    if wrong := sorted({module for adapter in opened.values() for module in adapter.modules if adapter.is_embedding(module)}):
-        raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
-    tensors: dict[str, NDArray[np.generic]] = {}
-    ranks: dict[str, int] = {}
+    check_composable(mix.adapters)
+    factors: dict[str, tuple[Floats, Floats]] = {}
     errors: list[float] = []
     modules = sorted(mix.modules)
     if not modules:
@@ -100,18 +97,36 @@ def write_mix(
     for done, module in enumerate(modules):
         on_progress(done, len(modules), module)
         a, b, error = mix.factors_with_error(module, rank)
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b
-        ranks[module] = len(a)
+        factors[module] = a, b
         errors.append(error)
     on_progress(len(modules), len(modules), "writing")
+    described = f"composed: {mix.describe()}" + (f", cut to rank {rank}" if rank else "")
+    provenance = derive_provenance(mix.adapters, described, factors)
+    write_composed(output, factors, next(iter(mix.adapters.values())), provenance)
+    return ComposeReport(output, len(modules), max(len(a) for a, _ in factors.values()), max(errors), fmean(errors))
+
+
+def check_composable(adapters: Mapping[str, Adapter]) -> None:
+    """Refuses what no LoRA adapter of linear layers could hold."""
+    if wrong := sorted({module for adapter in adapters.values() for module in adapter.modules if adapter.is_embedding(module)}):
+        raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
+
+
+def write_composed(
+    output: Path, factors: Mapping[str, tuple[Floats, Floats]], first: Adapter, provenance: Provenance | None
+) -> None:
+    """Writes A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder; first: one of the adapters they come from."""
+    tensors: dict[str, NDArray[np.generic]] = {}
+    for module, (a, b) in factors.items():
+        # safetensors writes an array's memory as it lies, in whatever order.
+        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b)
+    config = _peft_config({module: len(a) for module, (a, _) in factors.items()}, first)
     with staged_folder(output, marker=CONFIG) as folder:
-        config = _peft_config(ranks, next(iter(opened.values())))
         write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
         write_file(folder / WEIGHTS, [save(tensors)])
-        if provenance := _provenance(mix, max(ranks.values()), rank):
+        if provenance is not None:
             write_provenance(folder, provenance)
-    return ComposeReport(output, len(modules), max(ranks.values()), max(errors), fmean(errors))
 
 
 def compose_mergekit(
@@ -150,20 +165,23 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
     }
 
 
-def _provenance(mix: Composition, rank: int, cut: int | None) -> Provenance | None:
+def derive_provenance(
+    adapters: Mapping[str, Adapter], init: str, factors: Mapping[str, tuple[Floats, Floats]]
+) -> Provenance | None:
     """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
-    origins = [adapter.provenance for adapter in mix.adapters.values()]
+    origins = [adapter.provenance for adapter in adapters.values()]
     if any(origin is None for origin in origins):
         return None
     first = next(origin for origin in origins if origin is not None)
     held = {origin.base_quantization for origin in origins if origin is not None}
+    rank = max(len(a) for a, _ in factors.values())
     return Provenance(
         base_name=first.base_name,
         base_sha256=first.base_sha256,
         base_quantization=first.base_quantization if len(held) == 1 else "mixed",
         data_sha256="",
         data_rows=0,
-        init=f"composed: {mix.describe()}" + (f" cut to rank {cut}" if cut else ""),
+        init=init,
         seed=0,
         rank=rank,
         alpha=float(rank),

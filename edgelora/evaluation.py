@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +27,7 @@ class Scores:
     """exact_match: share of rows written to the letter, greedily. slot_f1: where the completions are slots, else None.
 
     loss: mean negative log likelihood of the right completion, in nats per token; perplexity: its exponential.
+    routed: rows that went to each variant, where that was "auto".
     """
 
     rows: int
@@ -33,6 +35,7 @@ class Scores:
     slot_f1: float | None
     loss: float
     perplexity: float
+    routed: Mapping[str, int] = field(default_factory=dict)
 
 
 def evaluate(
@@ -44,21 +47,30 @@ def evaluate(
     max_tokens: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Scores:
-    """Scores one variant, or one live mix, on rows; the arguments are those of Runtime.generate."""
+    """Scores one variant, or one live mix, on rows; the arguments are those of Runtime.generate.
+
+    With variant "auto" each row's prompt alone decides on the variant that writes and rates its completion.
+    """
     if not rows:
         raise InputError("there are no rows to evaluate")
     written: list[str] = []
     nats, tokens = 0.0, 0
+    routed: Counter[str] = Counter()
     for done, row in enumerate(rows):
         on_progress(done, len(rows), "rows")
         answer = runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens)
         written.append(answer.text)
-        row_nats, row_tokens = completion_loss(runtime, row, variant=variant, mix=mix)
+        chosen = variant
+        if answer.route is not None:
+            chosen = answer.variant
+            routed[chosen] += 1
+        row_nats, row_tokens = completion_loss(runtime, row, variant=chosen, mix=mix)
         nats, tokens = nats + row_nats, tokens + row_tokens
     on_progress(len(rows), len(rows), "rows")
     right = [row.completion for row in rows]
     loss = nats / tokens
-    return Scores(len(rows), exact_match(written, right), slot_f1(written, right), loss, math.exp(min(loss, 700.0)))
+    perplexity = math.exp(min(loss, 700.0))
+    return Scores(len(rows), exact_match(written, right), slot_f1(written, right), loss, perplexity, dict(routed))
 
 
 def score_variant(

@@ -13,6 +13,7 @@ from edgelora.adapters import Adapter, check_same_base
 from edgelora.calibration_data import GENERAL_SHARE, find_training_data, gather_calibration
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, read_recipe
+from edgelora.routing import make_router
 from edgelora.trained_base import find_quantization, read_trained_base
 from edgelora.weights import EVERYWHERE
 from edgelora_export.architectures import native_types, read_decoder
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from edgelora_export.calibration import Calibration
     from edgelora_export.decoder import Decoder
     from edgelora_export.gate import Gate
+    from edgelora_export.variants import PackedRouter
     from edgelora_runtime.manifest import Manifest
 
 
@@ -64,8 +66,11 @@ def export(
     adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
     check_same_base(adapters, base.sha256)
     judged = recipe.gate if gate is None else replace(recipe.gate, policy=gate)
+    if recipe.router is not None:
+        on_progress(0, 1, "learning the router")
+    router = make_router(recipe, adapters)
     if base.config.get("model_type") not in native_types():
-        return _export_traced(recipe, base, adapters, Path(output), judged, on_progress, on_note)
+        return _export_traced(recipe, base, adapters, Path(output), judged, router, on_progress, on_note)
     decoder = read_decoder(base.config, recipe.context_length)
     check_shapes(adapters, decoder)
     quantization = recipe.quantization
@@ -92,11 +97,12 @@ def export(
             default_variant=recipe.default,
             context_length=recipe.context_length,
             targets=recipe.targets,
+            router=router,
             plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(variant.calibration for variant in variants)]),
             on_progress=on_progress,
         )
     except KeyboardInterrupt:
-        on_note(f"interrupted: the weights that are finished lie beside {output}; the same export goes on from there")
+        on_note(f"interrupted: what is finished lies beside {output}, and the same export goes on from there")
         raise
     if blind and quantization.bits != 32:
         how = "quantized on general text alone" if quantization.calibrated else "rounded to nearest"
@@ -120,6 +126,7 @@ def _export_traced(
     adapters: Mapping[str, Adapter],
     output: Path,
     gate: Gate,
+    router: PackedRouter | None,
     on_progress: Callable[[int, int, str], None],
     on_note: Callable[[str], None],
 ) -> Manifest:
@@ -150,6 +157,7 @@ def _export_traced(
             quantization=quantization,
             adapters={name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()},
             default_variant=recipe.default,
+            router=router,
             on_progress=on_progress,
         )
     if quantization.bits != 32:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import format_bytes, print_json, print_table
+from edgelora.terminal import format_bytes, format_share, print_json, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         FidelityEntry,
         ModelEntry,
         QuantizationEntry,
+        RouterEntry,
         VariantEntry,
     )
 
@@ -56,6 +57,7 @@ class BundleDescription:
     model: ModelEntry
     quantization: QuantizationEntry
     variants: tuple[VariantDescription, ...]
+    router: RouterEntry | None
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:
@@ -95,6 +97,7 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
             )
             for name, variant in manifest.variants.items()
         ),
+        router=manifest.router,
     )
 
 
@@ -127,7 +130,22 @@ def show_bundle(bundle: Bundle, as_json: bool) -> None:
             ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
             figures,
         )
+    if described.router is not None:
+        _show_router(described.router)
     print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _show_router(router: RouterEntry) -> None:
+    rows = [
+        [each.variant or "anything else", str(each.prompts), str(each.held_out), format_share(each.accuracy)]
+        for each in router.classes
+    ]
+    limit = f", and for a confidence below {router.threshold:g}" if router.threshold else ""
+    print_table(
+        f"router: variant 'auto' picks by the prompt; {router.fallback} for anything else{limit}",
+        ["variant", "prompts learnt from", "held out", "of these to their own %"],
+        [*rows, ["mean", "", "", format_share(router.accuracy)]],
+    )
 
 
 def _name_merge_base(item: VariantDescription) -> str:

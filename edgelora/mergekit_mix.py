@@ -116,13 +116,12 @@ class MergekitMix:
         """A float32 (r, K) and B float32 (N, r), and the relative error of B·A; 0 for sums, others have the summed rank."""
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
-        factors = {name: adapter.factors(module) for name, adapter in self._present(module).items()}
         if self.config.method in _SUM_METHODS:
             shares = self._shares(module)
+            factors = {name: adapter.factors(module) for name, adapter in self._present(module).items()}
             a, b = stack_factors([(a, b * np.float32(shares[name])) for name, (a, b) in factors.items()])
             return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
-        start, _ = stack_factors([*factors.values()])
-        return truncate(self.dense(module), rank or self.rank(module), start)
+        return truncate(self.dense(module), rank or self.rank(module))
 
     def _present(self, module: str) -> dict[str, Adapter]:
         return {name: adapter for name, adapter in self.adapters.items() if module in adapter.modules}

@@ -10,7 +10,7 @@ from edgelora.adapters import check_same_base
 from edgelora.methods import DEFAULT_DENSITY, DENSITY, METHODS, SEEDS
 from edgelora.methods.deltas import Product
 from edgelora.methods.magnitude import check_density
-from edgelora.methods.spectra import stack_factors, truncate, truncate_product
+from edgelora.methods.spectra import truncate, truncate_product
 from edgelora.weights import Weight as Weight  # part of this module's interface
 from edgelora.weights import check_weight, describe_weight, idle_patterns, weight_at
 from edgelora_runtime.errors import InputError
@@ -115,8 +115,7 @@ class Mix:
         if METHODS[self.method].factored is not None:
             a, b = self._merge_factors(module, names)
             return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
-        start, _ = stack_factors([self.adapters[name].factors(module) for name in names])
-        return truncate(self.dense(module), rank or self.rank(module), start)
+        return truncate(self.dense(module), rank or self.rank(module))
 
     def _names(self, module: str) -> list[str]:
         """The adapters that change a module with a weight other than 0, sorted: their order decides no last bit."""

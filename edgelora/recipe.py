@@ -40,6 +40,21 @@ class VariantRecipe:
 
 
 @dataclass(frozen=True)
+class RouterRecipe:
+    """What picks a variant for a prompt, learnt from what the variants' adapters were trained on.
+
+    variants: to choose among, None for all that have such data. fallback: the variant for prompts unlike any of theirs, None
+    for the default. threshold: the confidence below which the fallback is used, too. data: by variant, files of rows in place
+    of what its adapters were trained on.
+    """
+
+    variants: tuple[str, ...] | None = None
+    fallback: str | None = None
+    threshold: float = 0.0
+    data: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A bundle to be made.
 
@@ -47,7 +62,7 @@ class Recipe:
     the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
     text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
     each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
-    base as their adapters' training held it), or auto, the better.
+    base as their adapters' training held it), or auto, the better. router: None for a bundle without one.
     """
 
     base: str
@@ -60,6 +75,7 @@ class Recipe:
     gate: Gate = field(default_factory=Gate)
     targets: tuple[str, ...] = (CPU.name,)
     merge_base: str = "auto"
+    router: RouterRecipe | None = None
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -84,7 +100,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
                     wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
         return taken
 
-    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict}
+    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict, "router": dict}
     keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str}
     top = take(value, "", base=str, default=str, **keys, **tables)
     if "base" not in top and "base" not in value:
@@ -114,6 +130,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
     number = (int, float)
     gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
+    router = take(top.get("router", {}), "router.", variants=list, fallback=str, threshold=number, data=dict)
+    wrong += _check_router(router, top.get("variants", {}))
     wrong += _check_merge_base(top, "")
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is no variant of the recipe")
@@ -147,6 +165,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         gate=checked,
         targets=tuple(targets),
         merge_base=top.get("merge_base", "auto"),
+        router=_read_router(router, folder) if "router" in top else None,
     )
 
 
@@ -190,3 +209,31 @@ def _check_merge_base(table: Mapping[str, Any], where: str) -> list[str]:
     if table.get("merge_base", "auto") in MERGE_BASES:
         return []
     return [f"{where}merge_base = {table['merge_base']!r}: use one of {', '.join(MERGE_BASES)}"]
+
+
+def _check_router(table: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key in ("variants", "data"):
+        wrong += [f"router.{key} names {name!r}, which is no variant" for name in table.get(key, ()) if name not in [*variants]]
+    if table.get("variants") == []:
+        wrong.append("router.variants is empty; leave it out to choose among all that have training data")
+    if "fallback" in table and table["fallback"] not in variants:
+        wrong.append(f"router.fallback = {table['fallback']!r} is no variant of the recipe")
+    if not 0 <= table.get("threshold", 0) <= 1:
+        wrong.append(f"router.threshold = {table['threshold']}: use a probability, from 0 to 1")
+    for name, paths in table.get("data", {}).items():
+        if not paths or not (
+            isinstance(paths, str) or (isinstance(paths, list) and all(isinstance(path, str) for path in paths))
+        ):
+            wrong.append(f"router.data.{name} = {paths!r} is no file and no list of files")
+    return wrong
+
+
+def _read_router(table: Mapping[str, Any], folder: Path) -> RouterRecipe:
+    data = {name: (paths,) if isinstance(paths, str) else tuple(paths) for name, paths in table.get("data", {}).items()}
+    return RouterRecipe(
+        variants=tuple(table["variants"]) if "variants" in table else None,
+        fallback=table.get("fallback"),
+        threshold=float(table.get("threshold", 0.0)),
+        data={name: tuple(folder / path for path in paths) for name, paths in data.items()},
+    )

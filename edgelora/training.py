@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters import CONFIG, Provenance, write_provenance
+from edgelora.composable import freeze_slot
 from edgelora.rows import read_rows
 from edgelora_export.base import Base
 from edgelora_export.files import read_toml
@@ -39,6 +40,8 @@ class TrainConfig:
     the head. epochs: passes over the data; max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning
     rate, reached after warmup (a share of all steps), then falling linearly to 0. max_length: tokens; longer rows are cut.
     gradient_checkpointing: recompute activations to save memory.
+    composable: for adapters that are to be mixed: the slot of the common basis that A is frozen to, another for each adapter;
+    see composable.py. None trains A as well.
     """
 
     base: str
@@ -58,6 +61,7 @@ class TrainConfig:
     target_modules: tuple[str, ...] | None = None
     max_length: int = 1024
     gradient_checkpointing: bool = False
+    composable: int | None = None
 
     def __post_init__(self) -> None:
         wrong = [
@@ -74,6 +78,7 @@ class TrainConfig:
                 ("warmup", 0 <= self.warmup < 1, "a share, 0 or more and less than 1"),
                 ("dropout", 0 <= self.dropout < 1, "a share, 0 or more and less than 1"),
                 ("max_length", self.max_length >= 2, "2 or more"),
+                ("composable", self.composable is None or self.composable >= 0, "a slot, 0 or more"),
             )
             if not holds
         ]
@@ -125,7 +130,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             base_quantization=config.quant,
             data_sha256=hashlib.sha256(config.data.read_bytes()).hexdigest(),
             data_rows=len(rows),
-            init="default",
+            init="default" if config.composable is None else f"composable: slot {config.composable}",
             seed=config.seed,
             rank=config.rank,
             alpha=config.alpha,
@@ -232,6 +237,8 @@ def _make_trainer(
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    if config.composable is not None:
+        freeze_slot(trainer.model, config.composable)
     return trainer
 
 
@@ -249,8 +256,8 @@ def _save_adapter(model: Any, folder: Path) -> None:
     """Writes PEFT's two files, factors in fp16; its model card, which says nothing, is left out."""
     import torch
 
-    for parameter in model.parameters():
-        if parameter.requires_grad:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or "lora_A" in name:  # which is frozen in a composable adapter
             parameter.data = parameter.data.to(torch.float16)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,6 +140,22 @@ def bundle4(tiny_recipe: Path) -> Path:
     recipe = tiny_recipe.with_name("recipe4.toml")
     recipe.write_text(tiny_recipe.read_text(encoding="utf-8").replace("bits = 32", "bits = 4"), encoding="utf-8")
     output = tiny_recipe.parent / "bundle4"
+    export(recipe, output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def routed_bundle(tiny_recipe: Path) -> Path:
+    """The recipe's bundle in float32 with a router: prompts about cats go to plain, about days to other, the rest to base."""
+    from edgelora.exporting import export
+
+    for name, form in (("cats", "the cat number {} sat"), ("days", "a day in the sun, {} of them")):
+        rows = [json.dumps({"prompt": form.format(n), "completion": f" {n}"}) for n in range(40)]
+        tiny_recipe.with_name(f"{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    recipe = tiny_recipe.with_name("routed.toml")
+    router = '[router]\nvariants = ["plain", "other"]\n[router.data]\nplain = "cats.jsonl"\nother = "days.jsonl"\n'
+    recipe.write_text(tiny_recipe.read_text(encoding="utf-8") + router, encoding="utf-8")
+    output = tiny_recipe.parent / "routed"
     export(recipe, output)
     return output
 

@@ -46,7 +46,7 @@ class Dropped:
         generator = np.random.PCG64(self.seed).advance(start * per_row)
         draws = generator.random_raw((stop - start) * per_row).astype("<u8", copy=False).view("<u2")
         draws = draws.reshape(stop - start, 4 * per_row)[:, : self.shape[1]]
-        scaled: Floats = np.where(draws < self.kept, part * part.dtype.type(_STEPS / self.kept), part.dtype.type(0))
+        scaled: Floats = part * part.dtype.type(_STEPS / self.kept) * (draws < self.kept)
         return scaled
 
 
@@ -64,4 +64,4 @@ def dare_linear(deltas: Sequence[Rows], weights: Sequence[float], *, density: fl
 def dare_ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
     """DARE, then the election of ties and the mean by count, without trimming, as in PEFT and mergekit."""
     dropped = [drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
-    return elect(dropped, weights, [1.0] * len(weights))
+    return elect(dropped, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora.methods.deltas import Factors, Floats, Rows
+    from edgelora.methods.deltas import Factors, Floats
 
     Doubles = NDArray[np.float64]
 
@@ -21,6 +22,7 @@ ROUNDING = 1e-6  # singular values below this share of what they are compared wi
 
 _SPARE = 16  # directions beyond the rank that the iteration carries along
 _SETTLED = 1e-3  # it ends when a pass takes no more off the square of the error, relative to that square
+_NOISE = 1e-8  # or this little of all, where the rank holds nearly everything
 _PASSES = 12
 
 
@@ -72,24 +74,23 @@ def truncate_product(a: Floats, b: Floats, rank: int) -> tuple[Floats, Floats, f
     return _cut(*decompose_product(a, b), rank)
 
 
-def truncate(delta: Rows, rank: int, start: Floats | None = None) -> tuple[Floats, Floats, float]:
+def truncate(delta: Floats, rank: int) -> tuple[Floats, Floats, float]:
     """The nearest matrix of a rank (Eckart-Young): A (rank, K), B (N, rank), and the relative error ‖Δ - B·A‖ / ‖Δ‖.
 
     Small matrices are decomposed whole, in float64. For large ones it is subspace iteration (Halko et al., arXiv 0909.4061,
-    algorithm 4.4): float32 products, float64 decompositions, until a pass takes less than a thousandth off the square of the
-    error; the error that is returned is that of the factors, computed from them.
-    start: matrix (any, K) whose rows are near the right singular vectors, to begin with; else a seeded random one.
+    algorithm 4.4) with float32 products and float64 decompositions, until a pass takes less than a thousandth off the square
+    of the error; the error is then within a thousandth of the least one, and is that of the factors, computed from them.
     """
     rank = min(rank, *delta.shape)
     if 4 * (rank + _SPARE) > min(delta.shape):
-        return _cut(*decompose(delta[:]), rank)
-    a, b = split_evenly(*_iterate(delta[:], rank, start))
+        return _cut(*decompose(delta), rank)
+    a, b = split_evenly(*_iterate(delta, rank))
     error, size = 0.0, 0.0
-    for rows in runs((delta.shape[0], delta.shape[1])):
+    for rows in runs(delta.shape):
         part = delta[rows].ravel()
         rest = part - (b[rows] @ a).ravel()
         error, size = error + float(rest @ rest), size + float(part @ part)
-    return a, b, float(np.sqrt(error / size)) if size else 0.0
+    return a, b, math.sqrt(error / size) if size else 0.0
 
 
 def _cut(u: Doubles, s: Doubles, vt: Doubles, rank: int) -> tuple[Floats, Floats, float]:
@@ -99,24 +100,19 @@ def _cut(u: Doubles, s: Doubles, vt: Doubles, rank: int) -> tuple[Floats, Floats
     return *split_evenly(u[:, :rank], s[:rank], vt[:rank]), error
 
 
-def _iterate(delta: Floats, rank: int, start: Floats | None) -> tuple[Doubles, Doubles, Doubles]:
+def _iterate(delta: Floats, rank: int) -> tuple[Doubles, Doubles, Doubles]:
     """U, s and Vᵀ of about the largest `rank` singular values of a float32 matrix."""
-    width = rank + _SPARE
-    random = np.random.default_rng(0)
-    rows = np.empty((0, delta.shape[1]), np.float32) if start is None else start[:rank]
-    rows = np.concatenate([rows, random.standard_normal((width - len(rows), delta.shape[1]), np.float32)])
-    right = _orthonormal(rows.T)
-    total, before = float(np.square(np.linalg.norm(delta, axis=1).astype(np.float64)).sum()), 0.0
+    columns = np.random.default_rng(0).standard_normal((delta.shape[1], rank + _SPARE), np.float32)
+    size, before = sum(float(row @ row) for row in delta), 0.0
     for _ in range(_PASSES):
-        left = _orthonormal(delta @ right)
-        projected = delta.T @ left
-        q, r = np.linalg.qr(projected.astype(np.float64))
-        u, s, vt = np.linalg.svd(r)
+        left = _orthonormal(delta @ columns)
+        q, r = np.linalg.qr((delta.T @ left).astype(np.float64))
+        v, s, ut = np.linalg.svd(r)
         held = float(np.square(s[:rank]).sum())
-        if held - before <= _SETTLED * (total - held):
+        if held - before <= max(_SETTLED * (size - held), _NOISE * size):
             break
-        before, right = held, q.astype(np.float32)
-    return left @ vt[:rank].T, s[:rank], (q @ u[:, :rank]).T
+        before, columns = held, q.astype(np.float32)
+    return left @ ut[:rank].T, s[:rank], (q @ v[:, :rank]).T
 
 
 def _orthonormal(columns: Floats) -> Floats:

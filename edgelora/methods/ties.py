@@ -25,7 +25,7 @@ def ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) ->
     one λ, which is one weight for all here. PEFT trims and divides as here, but elects on unweighted deltas (merge_utils.py
     of 0.21), so that a delta of small weight can outvote the rest; mergekit elects as here and divides as ties_weighted.
     """
-    return elect(trim_all(deltas, density), weights, [1.0] * len(weights))
+    return elect(trim_all(deltas, density), weights)
 
 
 def ties_weighted(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
@@ -38,25 +38,26 @@ def ties_weighted(deltas: Sequence[Rows], weights: Sequence[float], *, density: 
     return elect(trim_all(deltas, density), weights, [abs(weight) for weight in weights])
 
 
-def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[float]) -> Floats:
-    """Per entry the sum of the weighted deltas of the elected sign, over the sum of the shares of those deltas."""
+def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[float] | None = None) -> Floats:
+    """Per entry the sum of the weighted deltas of the elected sign, over their count, or over the sum of their shares."""
 
     def merge(parts: Sequence[Floats]) -> Floats:
-        kind = parts[0].dtype.type
-        up, down, up_shares, down_shares = (np.zeros_like(parts[0]) for _ in range(4))
-        for part, weight, share in zip(parts, weights, shares, strict=True):
-            vote = part * kind(weight)
-            up += np.maximum(vote, kind(0))
-            down += np.minimum(vote, kind(0))
-            up_shares += (vote > 0) * kind(share)
-            down_shares += (vote < 0) * kind(share)
-        margin = up + down
-        is_up = margin > 0
-        merged: Floats = np.where(is_up, up, down)
-        divisor = np.where(is_up, up_shares, down_shares)
-        decided = np.abs(margin) > kind(_TIE) * (up - down)
-        np.divide(merged, divisor, out=merged, where=decided)
-        merged[~decided] = 0
+        kind = parts[0].dtype
+        total, up = np.zeros_like(parts[0]), np.zeros_like(parts[0])  # the votes' sum, and that of the positive ones
+        counted = np.min_scalar_type(len(parts)) if shares is None else kind
+        is_for, is_against = np.zeros(total.shape, counted), np.zeros(total.shape, counted)
+        for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            vote = part * kind.type(weight)
+            positive, negative = vote > 0, vote < 0
+            total += vote
+            up += vote * positive
+            is_for += positive if shares is None else positive * kind.type(shares[index])
+            is_against += negative if shares is None else negative * kind.type(shares[index])
+        least = kind.type(_TIE) * (2 * up - total)  # of all votes' sizes
+        is_up, is_down = total > least, total < -least
+        merged: Floats = up * is_up + (total - up) * is_down
+        divisor = is_for * is_up + is_against * is_down
+        merged /= divisor + (divisor == 0)
         return merged
 
     return by_runs(merge, deltas)

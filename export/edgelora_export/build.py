@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgelora_export.base import Base
     from edgelora_export.decoder import Decoder
     from edgelora_export.progress import OnProgress
-    from edgelora_export.variants import LowRank, Quantization, Variant
+    from edgelora_export.variants import LowRank, PackedRouter, Quantization, Variant
 
 _COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", "generation_config.json")
 
@@ -45,6 +45,7 @@ def build_bundle(
     context_length: int | None = None,
     targets: Sequence[str] = (CPU.name,),
     plan: str | None = None,
+    router: PackedRouter | None = None,
     on_progress: OnProgress = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
@@ -53,8 +54,8 @@ def build_bundle(
     variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
     variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
     variant gets a graph for, see targets.py; cpu must be among them. plan: one line that two calls share only if they make the
-    same weights; the second then takes over what the first had finished when it was killed. on_progress(done, total, what) is
-    called per layer.
+    same weights; the second then takes over what the first had finished when it was killed. router: what picks a variant for
+    a prompt. on_progress(done, total, what) is called per layer.
     Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
     where a variant does not pass the gate.
     """
@@ -63,6 +64,8 @@ def build_bundle(
     _check(variants, decoder, quantization, live_adapters)
     with staged_folder(output, marker=MANIFEST, plan=plan) as folder:
         copy_texts(base, folder)
+        if router is not None:
+            write_file(folder / router.entry.file, [router.content])
         draft = Draft(
             base=base,
             decoder=decoder,
@@ -76,6 +79,7 @@ def build_bundle(
             progress=Progress(on_progress, len(decoder.layers)),
             journal=Journal(None if plan is None else journal_of(folder), folder),
             targets=targets,
+            router=None if router is None else router.entry,
         )
         draft.expect_progress()
         if gate is not None:

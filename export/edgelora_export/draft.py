@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from edgelora_export.journal import Journal
     from edgelora_export.progress import Progress
     from edgelora_export.variants import LowRank, Quantization, Variant
+    from edgelora_runtime.manifest import RouterEntry
 
 _LIVE = "live"  # stem of the one graph that serves all live variants; no variant may be called so
 
@@ -55,7 +56,7 @@ class Draft:
     variants, in the bundle's order, may change: a merged one becomes live, products get more bits. adapters: what the
     manifest says of each. factors: the adapters that a live variant may use. base_calibration: what
     the bare base is quantized on. journal: what is finished of the products of variants as they were planned. targets: names
-    of what each variant gets a graph for, cpu among them.
+    of what each variant gets a graph for, cpu among them. router: what the manifest says of the one that lies in folder.
     """
 
     base: Base
@@ -70,6 +71,7 @@ class Draft:
     progress: Progress
     journal: Journal
     targets: Sequence[str] = (CPU.name,)
+    router: RouterEntry | None = None
     shared: Weights | None = None
     bare: Weights | None = None
     weights: dict[str, Weights] = field(default_factory=dict)
@@ -85,6 +87,11 @@ class Draft:
         return len(merged) < len(self.variants) or not all(
             touches(variant.delta, linear) for variant in merged for linear in self.decoder.linears
         )
+
+    def calibration_of(self, name: str) -> Calibration:
+        """What a variant is judged on: its own samples, or the base's where it has no delta."""
+        variant = self.variants[name]
+        return self.base_calibration if variant.delta is None else variant.calibration
 
     def store_weights(self) -> None:
         """Stores what no variant has stored yet; to be called again after a variant changed."""
@@ -205,6 +212,7 @@ class Draft:
             live_slots=tuple(live_slots(linear) for linear in self.decoder.linears if linear.name in live),
             variants={name: self._describe_variant(variant, graphs[name]) for name, variant in self.variants.items()},
             files={path.name: describe_file(path) for path in sorted(self.folder.iterdir()) if path.name != MANIFEST},
+            router=self.router,
         )
         write_file(self.folder / MANIFEST, [manifest.dump()])
         return manifest

@@ -78,7 +78,7 @@ def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambd
     On the way each product of a merged variant is compared with the weight that it stands for.
     """
     variant, decoder = draft.variants[name], draft.decoder
-    samples = variant.calibration.held_out if variant.delta is not None else draft.base_calibration.held_out
+    samples = draft.calibration_of(name).held_out
     stream = LayerStream(decoder)
     if variant.delta is None:
         return Teacher(samples, Said(None, stream.final_states(draft.base, samples, None, on_layer)), None, None, {})

@@ -70,11 +70,7 @@ def retention(found: Comparison) -> float | None:
 
 def judged(draft: Draft) -> list[str]:
     """The variants that have held-out samples."""
-    samples = {
-        name: (draft.base_calibration if variant.delta is None else variant.calibration).held_out
-        for name, variant in draft.variants.items()
-    }
-    return [name for name, held_out in samples.items() if held_out]
+    return [name for name in draft.variants if draft.calibration_of(name).held_out]
 
 
 def judge(draft: Draft, gate: Gate) -> Manifest:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgelora_export.base import Base
     from edgelora_export.optimum_front import TracedDecoder
     from edgelora_export.traced_graph import Matrix
-    from edgelora_export.variants import Quantization, Variant
+    from edgelora_export.variants import PackedRouter, Quantization, Variant
     from edgelora_runtime.manifest import AdapterEntry
 
 
@@ -90,6 +90,7 @@ def build_traced_bundle(
     quantization: Quantization,
     adapters: Mapping[str, AdapterEntry],
     default_variant: str | None = None,
+    router: PackedRouter | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step, as build_bundle does, from a graph that Optimum traced.
@@ -106,6 +107,8 @@ def build_traced_bundle(
             )
     with staged_folder(output, marker=MANIFEST) as folder:
         copy_texts(base, folder)
+        if router is not None:
+            write_file(folder / router.entry.file, [router.content])
         stored = _store_weights(matrices, variants, folder, quantization, on_progress)
         graphs = {}
         for variant in variants:
@@ -146,6 +149,7 @@ def build_traced_bundle(
                 for variant in variants
             },
             files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
+            router=None if router is None else router.entry,
         )
         write_file(folder / MANIFEST, [manifest.dump()])
     return manifest

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgelora_runtime.manifest import RouterEntry
+
     Floats = NDArray[np.float32]
 
 METHODS = ("gptq", "auto-round", "rtn", "none")
@@ -136,3 +138,11 @@ class Variant:
     def change(self) -> Delta | None:
         """What its weights have in place of the float base's, whichever base it is merged into."""
         return self.trained.merged if self.trained is not None and self.merge_base == "trained" else self.delta
+
+
+@dataclass(frozen=True)
+class PackedRouter:
+    """A router to put into a bundle: what the manifest says of it, and the bytes of its file."""
+
+    entry: RouterEntry
+    content: bytes

@@ -11,6 +11,7 @@ from edgelora_runtime.errors import (
     UsageError,
 )
 from edgelora_runtime.generation import Generation, Receipt, TextStream
+from edgelora_runtime.router import Route
 from edgelora_runtime.runtime import Runtime
 from edgelora_runtime.sampling import Sampling
 
@@ -23,6 +24,7 @@ __all__ = [
     "MissingExtraError",
     "Receipt",
     "ResourceError",
+    "Route",
     "Runtime",
     "Sampling",
     "TextStream",

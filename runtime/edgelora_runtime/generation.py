@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.cache import KVCache
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
+    from edgelora_runtime.router import Route
     from edgelora_runtime.sampling import Sampling
     from edgelora_runtime.streaming import StopFilter
     from edgelora_runtime.tokenizer import Tokenizer
@@ -42,7 +43,7 @@ class Generation:
 
     tokens: what the model wrote, without the end token. finish_reason: stop (an end token or a stop string) or length.
     reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives the first
-    token; decode_ms gives all others.
+    token; decode_ms gives all others. route: how the variant was chosen, where it was "auto".
     """
 
     text: str
@@ -54,17 +55,22 @@ class Generation:
     prefill_ms: float
     decode_ms: float
     receipt: Receipt
+    route: Route | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it, once: the stop filter has a state. end_tokens are the model's own."""
+    """A prompt and how to continue it, once: the stop filter has a state.
+
+    end_tokens: the model's own. route: as in Generation.
+    """
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     stop: StopFilter
     end_tokens: frozenset[int]
+    route: Route | None = None
 
 
 class TextStream:
@@ -136,4 +142,5 @@ def continue_prompt(
         prefill_ms=(first_token - started) * 1e3,
         decode_ms=(finished - first_token) * 1e3,
         receipt=receipt,
+        route=request.route,
     )

@@ -172,6 +172,34 @@ class VariantEntry:
 
 
 @dataclass(frozen=True)
+class RouterClass:
+    """One row of the router's weights: the prompts of a variant, or, with variant None, text like none of them.
+
+    prompts: that it was trained on. held_out: others; accuracy: the share of these that go to their own class, None of none.
+    """
+
+    variant: str | None
+    prompts: int
+    held_out: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class RouterEntry:
+    """The model that picks a variant for a prompt. file: its weights. accuracy: the mean over classes, None where none has one.
+
+    fallback: the variant for text like none of the classes' prompts, and for a confidence below threshold.
+    """
+
+    file: str
+    features: Literal["bytes 3-5"]
+    classes: tuple[RouterClass, ...]
+    fallback: str
+    threshold: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything that a bundle says of itself; files lists every file but the manifest."""
 
@@ -184,6 +212,7 @@ class Manifest:
     live_slots: tuple[LiveSlots, ...]
     variants: dict[str, VariantEntry]
     files: dict[str, FileEntry]
+    router: RouterEntry | None = None
 
     def dump(self) -> bytes:
         """The JSON text of the manifest, keys in the order of the schema."""
@@ -340,9 +369,26 @@ def _check_references(manifest: Manifest) -> None:
     for slots in manifest.live_slots:
         if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
+    if manifest.router is not None:
+        wrong += _check_router(manifest.router, manifest)
     model = manifest.model
     for key in ("hidden_size", "layers", "kv_heads", "head_size", "vocab_size", "context_length"):
         if getattr(model, key) < 1:
             wrong.append(f"model.{key} is {getattr(model, key)}")
     if wrong:
         raise IntegrityError(f"{MANIFEST}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+
+
+def _check_router(router: RouterEntry, manifest: Manifest) -> list[str]:
+    wrong = [] if router.file in manifest.files else [f"the router uses {router.file}, which files lacks"]
+    named = [each.variant for each in router.classes]
+    wrong += [
+        f"the router names {name!r}, which is not a variant"
+        for name in (*named, router.fallback)
+        if name is not None and name not in manifest.variants
+    ]
+    if not any(named) or len(set(named)) < len(named):
+        wrong.append("the router's classes are not each of another variant")
+    if not 0 <= router.threshold <= 1:
+        wrong.append(f"router.threshold is {router.threshold}")
+    return wrong

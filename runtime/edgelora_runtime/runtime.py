@@ -19,6 +19,7 @@ from edgelora_runtime.generation import Generation, Receipt, Request, TextStream
 from edgelora_runtime.live import FILE_LIMIT, read_factors, stack_mix
 from edgelora_runtime.model import PREFILL_CHUNK, Model
 from edgelora_runtime.providers import find_provider
+from edgelora_runtime.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
 from edgelora_runtime.sampling import Sampling
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
@@ -93,6 +94,7 @@ class Runtime:
         self._factors: dict[str, Factors] = {}
         self._stacked: OrderedDict[tuple[tuple[str, float], ...], LoraInputs] = OrderedDict()
         self._caches: dict[_Choice, KVCache] = {}
+        self._router: Router | None = None
         self._current = self._choose_variant(self._manifest.default_variant)
 
     def __enter__(self) -> Self:
@@ -108,6 +110,7 @@ class Runtime:
             self._stacked.clear()
             self._caches.clear()
             self._factors.clear()
+            self._router = None
 
     @property
     def bundle(self) -> Bundle:
@@ -159,7 +162,7 @@ class Runtime:
     ) -> Generation:
         """The whole answer at once; the arguments are those of stream()."""
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        stream = self._start(prompt, self._choose(variant, mix), max_tokens, sampling, stop)
+        stream = self._start(prompt, variant, mix, max_tokens, sampling, stop)
         for _ in stream:
             pass
         assert stream.generation is not None
@@ -183,12 +186,23 @@ class Runtime:
         """Continues a prompt, piece by piece.
 
         prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. variant, or mix
-        (weights of live adapters), for this request alone; the current variant without either. max_tokens: 1 or more;
-        the context's end cuts it short. Sampling: see Sampling. stop: strings that end the answer and are left out.
+        (weights of live adapters), for this request alone; the current variant without either. variant "auto" is the one
+        that route() picks. max_tokens: 1 or more; the context's end cuts it short. Sampling: see Sampling. stop: strings that
+        end the answer and are left out.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        return self._start(prompt, self._choose(variant, mix), max_tokens, sampling, stop)
+        return self._start(prompt, variant, mix, max_tokens, sampling, stop)
+
+    def route(self, prompt: Prompt) -> Route:
+        """The variant that the bundle's router picks for a prompt, as variant "auto" does; nothing is generated.
+
+        Token ids are routed as the text that they stand for, messages by the last one of the user alone: a conversation may
+        change its subject. Raises UsageError where the bundle has no router, InputError as stream() does.
+        """
+        started = time.perf_counter()
+        picked = self._load_router().pick(self._routed_text(prompt))
+        return Route(*picked, milliseconds=(time.perf_counter() - started) * 1e3)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Logits at every position, float32 (T, V), from an empty KV cache."""
@@ -230,13 +244,23 @@ class Runtime:
             raise InputError("a prompt is text, a list of messages, or a list of token ids; this list holds something else")
         return self._tokenizer.encode_chat(messages)
 
-    def _start(self, prompt: Prompt, choice: _Choice, max_tokens: int, sampling: Sampling, stop: Sequence[str]) -> TextStream:
+    def _start(
+        self,
+        prompt: Prompt,
+        variant: str | None,
+        mix: Mapping[str, float] | None,
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[str],
+    ) -> TextStream:
         if max_tokens < 1:
             raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")
+        route = self.route(prompt) if variant == AUTO and mix is None else None
+        choice = self._choose(variant if route is None else route.variant, mix)
         tokens = self._check_tokens(self.encode(prompt))
         room = self._manifest.model.context_length - len(tokens) + 1  # the last token is never read back
         request = Request(
-            tokens, min(max_tokens, room), sampling, StopFilter(stop), frozenset(self._manifest.model.eos_token_ids)
+            tokens, min(max_tokens, room), sampling, StopFilter(stop), frozenset(self._manifest.model.eos_token_ids), route
         )
         return TextStream(self._run(choice, request))
 
@@ -248,6 +272,26 @@ class Runtime:
             return (yield from continue_prompt(request, receipt, self._tokenizer, model, cache, live))
         finally:
             self._return_cache(choice, cache)
+
+    def _load_router(self) -> Router:
+        entry = self._manifest.router
+        if entry is None:
+            raise UsageError(
+                f"this bundle has no router for variant {AUTO!r}; export it with a [router] table in the recipe, "
+                f"or name one of {', '.join(self._manifest.variants)}"
+            )
+        router = self._router
+        if router is None:  # without the lock, which a thread may hold for as long as a variant takes to load
+            router = self._router = Router.read(self._bundle.read(entry.file, limit=ROUTER_LIMIT), entry)
+        return router
+
+    def _routed_text(self, prompt: Prompt) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if messages and len(messages) == len(prompt):
+            return last_request(messages)
+        return self._tokenizer.decode(self._check_tokens(self.encode(prompt)))
 
     def _check_tokens(self, token_ids: Sequence[int]) -> list[int]:
         tokens, model = list(token_ids), self._manifest.model
@@ -267,6 +311,8 @@ class Runtime:
         return self._current if variant is None else self._choose_variant(variant)
 
     def _choose_variant(self, variant: str) -> _Choice:
+        if variant == AUTO:
+            raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route, and a name here")
         entry = self._manifest.variants.get(variant)
         if entry is None:
             raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(self._manifest.variants)}")

@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from edgelora.adapters import Adapter, Provenance, write_provenance
 from edgelora.composing import compose
 from edgelora.exporting import export
+from edgelora.methods import METHODS
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe
 from edgelora_export.base import Base
@@ -122,7 +123,24 @@ def test_live_variants_are_refused_with_the_reason(
     export(Recipe(str(tiny_base), adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("method", ["linear", "ties"])
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_on_factors_refuse_what_has_none(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
+    """The others take its whole change; linear and svd take whichever there is."""
+    module = "model.layers.0.self_attn.q_proj"
+    weight = Base.open(tiny_base).tensor(f"{module}.weight")
+    adapters = {name: Adapter.open(folders[name], name) for name in ("dora", "pissa")}
+    mix = Mix(adapters, {"dora": 1.0, "pissa": 1e-9}, method, 1.0)
+    if METHODS[method].dense is None:
+        with pytest.raises(InputError, match=rf"{module}: {method} works on factors, and there dora is DoRA.*use one of linear"):
+            mix.dense(module, weight)
+    else:
+        found = mix.dense(module, weight)
+        assert found.dtype == np.float32 and found.shape == weight.shape
+        if method in ("linear", "svd", "magnitude", "dare_linear"):
+            np.testing.assert_allclose(found, adapters["dora"].dense(module, weight), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "core_ties"])
 @pytest.mark.parametrize("name", [*FROM_BASE, "embedding"])
 def test_compose_refuses_what_it_cannot_write(name: str, method: str, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="export"):

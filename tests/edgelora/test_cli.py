@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from edgelora import __version__
+from edgelora.adapters import Adapter
 from edgelora.cli import main
+from edgelora.methods import METHODS
+from edgelora.mix import Mix
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,6 +152,39 @@ def test_compose_as_json(call: Callable[..., Result], tiny_adapters: dict[str, P
     assert (tmp_path / "t" / "adapter_model.safetensors").is_file()
 
 
+def test_compose_by_module_and_cut(call: Callable[..., Result], tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_text('[weights.a]\n"model.layers.0.*" = 0.2\n[weights.b]\n"*.q_proj" = 1.0\n')
+    options = ("--adapter", f"a={tiny_adapters['plain']}:0.6", "--adapter", f"b={tiny_adapters['other']}", "--weights", path)
+    found = call("compose", *options, "--method", "core_tsv", "--rank", 5, "--output", tmp_path / "m", "--json")
+    assert found.code == 0, found.err
+    mix = Mix(
+        {name: Adapter.open(tiny_adapters[folder], name) for name, folder in (("a", "plain"), ("b", "other"))},
+        {"a": {"*": 0.6, "model.layers.0.*": 0.2}, "b": {"*.q_proj": 1.0}},
+        "core_tsv",
+    )
+    errors = [mix.factors_with_error(module, 5)[2] for module in mix.modules]
+    assert found.json["rank"] == 5
+    assert found.json["largest_error"] == pytest.approx(max(errors), rel=1e-6)
+    assert found.json["mean_error"] == pytest.approx(sum(errors) / len(errors), rel=1e-6)
+    written = Adapter.open(tmp_path / "m")
+    for module in mix.modules:
+        a, b, _ = mix.factors_with_error(module, 5)
+        np.testing.assert_allclose(written.dense(module), b @ a, rtol=1e-4, atol=1e-6)
+    shown = call("compose", *options, "--method", "ties", "--rank", 2, "--output", tmp_path / "t")
+    assert "relative error" in shown.out
+    drawn = call("compose", *options, "--method", "dare_linear", "--seed", 4, "--density", 0.5, "--output", tmp_path / "d")
+    assert drawn.code == 0, drawn.err
+
+
+def test_every_method_is_in_the_help_and_in_the_readme(call: Callable[..., Result]) -> None:
+    shown = " ".join(call("compose", "--help").out.split())
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for name, method in METHODS.items():
+        assert f"{name}: {method.summary}" in shown
+        assert f"| `{name}` | {method.summary}" in readme
+
+
 def test_chat_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     lines = "hello\n\n/variants\n/switch plain\nand now?\n/switch nope\n/reset\n/unknown\nbye\n/quit\nnever read\n"
     found = call("chat", bundle32, "--max-tokens", 4, "--json", stdin=lines)
@@ -158,6 +195,59 @@ def test_chat_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert "linear-live" in found.err
     printed = call("chat", bundle32, "--max-tokens", 4, stdin="hello\n")
     assert printed.out == turns[0]["answer"] + "\n"
+
+
+def test_run_auto(call: Callable[..., Result], routed_bundle: Path) -> None:
+    command = ("run", routed_bundle, "--variant", "auto", "--prompt", "the cat number 9 sat", "--max-tokens", 3)
+    found = call(*command, "--json").json
+    assert found["variant"] == found["route"]["variant"] == "plain"
+    assert found["route"]["fallback"] is False
+    printed = call(*command)
+    assert printed.out == found["text"] + "\n"
+    assert printed.err == f"routed to plain (confidence {found['route']['confidence']:.2f})\n"
+    other = call("run", routed_bundle, "--variant", "auto", "--prompt", "§§", "--max-tokens", 3)
+    assert other.err.startswith("routed to base (fallback, confidence ")
+
+
+def test_eval_auto_rates_each_row_on_the_variant_of_its_prompt(
+    call: Callable[..., Result], routed_bundle: Path, tmp_path: Path
+) -> None:
+    """The completion has no say in it, although it is like another variant's prompts."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "the cat number 9 sat", "completion": " a day in the sun, 9 of them"}) + "\n")
+    auto = call("eval", routed_bundle, "--variant", "auto", "--data", path, "--max-tokens", 4, "--json").json
+    plain = call("eval", routed_bundle, "--variant", "plain", "--data", path, "--max-tokens", 4, "--json").json
+    assert (auto["variant"], auto["routed"]) == ("auto", {"plain": 1})
+    assert (plain["variant"], plain["routed"]) == ("plain", {})
+    assert auto["loss"] == pytest.approx(plain["loss"])
+    assert "routed to plain 1" in call("eval", routed_bundle, "--variant", "auto", "--data", path, "--max-tokens", 4).out
+
+
+def test_chat_auto_routes_each_turn(call: Callable[..., Result], routed_bundle: Path) -> None:
+    lines = "the cat number 9 sat\n/switch auto\nthe cat number 9 sat\na day in the sun, 3 of them\n/switch other\nhi\n"
+    found = call("chat", routed_bundle, "--max-tokens", 2, "--json", stdin=lines)
+    assert [turn["variant"] for turn in found.json["turns"]] == ["base", "plain", "other", "other"]
+    assert "routed to plain (confidence" in found.err
+    at_once = call("chat", routed_bundle, "--variant", "auto", "--max-tokens", 2, "--json", stdin="the cat number 9 sat\n")
+    assert [turn["variant"] for turn in at_once.json["turns"]] == ["plain"]
+
+
+def test_chat_stays_where_it_was_without_a_router(call: Callable[..., Result], bundle32: Path) -> None:
+    found = call("chat", bundle32, "--max-tokens", 2, "--json", stdin="/switch plain\n/switch auto\nhi\n")
+    assert [turn["variant"] for turn in found.json["turns"]] == ["plain"]
+    assert "this bundle has no router" in found.err
+
+
+def test_inspect_shows_the_router(call: Callable[..., Result], routed_bundle: Path) -> None:
+    router = call("inspect", routed_bundle, "--json").json["router"]
+    assert router == json.loads((routed_bundle / "bundle.json").read_bytes())["router"]
+    assert [each["variant"] for each in router["classes"]] == ["plain", "other", None]
+    shown = call("inspect", routed_bundle).out
+    assert "router: variant 'auto' picks by the prompt; base for anything else" in shown
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    for each in router["classes"]:
+        figures = [str(each["prompts"]), str(each["held_out"]), f"{100 * each['accuracy']:.1f}"]
+        assert [each["variant"] or "anything else", *figures] in cells
 
 
 def test_doctor_as_json(call: Callable[..., Result]) -> None:
@@ -200,9 +290,31 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "max tokens": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "0"], 2, "max_tokens"),
     "threads": (["run", "BUNDLE", "--prompt", "a", "--threads", "0"], 2, "threads"),
     "unknown provider": (["run", "BUNDLE", "--prompt", "a", "--provider", "tpu"], 2, "provider 'tpu'"),
+    "auto without a router": (["run", "BUNDLE", "--variant", "auto", "--prompt", "x"], 2, "this bundle has no router"),
     "provider without graphs": (["chat", "BUNDLE", "--provider", "cuda"], 2, "cuda"),
     "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
     "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),
+    "a density that means nothing": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--density", "0.3", "--output", "TMP/m"],
+        2,
+        "--density means nothing to method linear",
+    ),
+    "a seed that means nothing": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--method", "ties", "--seed", "3", "--output", "TMP/m"],
+        2,
+        "--seed means nothing to method ties",
+    ),
+    "a rank of a checkpoint": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--rank", "3", "--merge-into", "x", "--output", "TMP/m"],
+        2,
+        "--rank",
+    ),
+    "no rank": (["compose", "--adapter", "a=ADAPTER:1", "--rank", "0", "--output", "TMP/m"], 3, "rank = 0"),
+    "no file of weights": (
+        ["compose", "--adapter", "a=ADAPTER:1", "--weights", "TMP/no.toml", "--output", "TMP/m"],
+        3,
+        "does not exist",
+    ),
     "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),
     "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
     "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),

@@ -13,12 +13,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from edgelora.adapters import CONFIG, Adapter, Provenance, read_provenance, write_provenance
 from edgelora.composing import compose
+from edgelora.methods import METHODS
 from edgelora.mix import Mix
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from edgelora.weights import Weight
 
 LINEAR = {"plain": 0.6, "attention": -0.4, "rslora": 0.3, "patterns": 1.1}
 
@@ -63,6 +66,46 @@ def test_a_ties_mix_is_near_and_the_report_says_how_near(tiny_base: Path, tiny_a
     ]
     assert max(errors) == pytest.approx(report.largest_error, rel=1e-3)
     assert report.rank == 6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_peft_reads_what_every_method_makes(method: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    """The very ΔW of the mix, or that far away as the report says; weights by module, too."""
+    weights: dict[str, Weight] = {"plain": {"*": 0.7, "*.mlp.*": 0.2}, "rslora": -0.4, "attention": 0.5}
+    report = compose(
+        {name: (tiny_adapters[name], weight) for name, weight in weights.items()},
+        tmp_path / "m",
+        method=method,
+        density=0.5,
+        seed=4,
+    )
+    mix = Mix({name: Adapter.open(tiny_adapters[name], name) for name in weights}, weights, method, 0.5, 4)
+    found = peft_deltas(tiny_base, tmp_path / "m")
+    assert found.keys() == mix.modules
+    sizes = {module: np.linalg.norm(mix.dense(module)) for module in found}
+    errors = [np.linalg.norm(delta - mix.dense(module)) / sizes[module] for module, delta in found.items()]
+    assert max(errors) == pytest.approx(report.largest_error, abs=2e-6)
+    assert np.mean(errors) == pytest.approx(report.mean_error, abs=2e-6)
+    assert (report.largest_error == 0) == (METHODS[method].factored is not None)
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "core_tsv"])
+def test_a_rank_cuts_and_the_report_says_what_is_lost(method: str, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    weights = {"plain": 0.7, "other": 0.5}
+    report = compose({n: (tiny_adapters[n], w) for n, w in weights.items()}, tmp_path / "m", method=method, rank=3)
+    mix = Mix({name: Adapter.open(tiny_adapters[name], name) for name in weights}, weights, method)
+    lost = []
+    for module in mix.modules:
+        singular = np.linalg.svd(mix.dense(module).astype(np.float64), compute_uv=False)
+        lost.append(np.linalg.norm(singular[3:]) / np.linalg.norm(singular))
+    assert report.rank == 3
+    assert report.largest_error == pytest.approx(max(lost), rel=1e-4)
+    assert report.mean_error == pytest.approx(np.mean(lost), rel=1e-4)
+
+
+def test_weights_of_nothing_are_refused(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="nothing to compose"):
+        compose({"plain": (tiny_adapters["plain"], 0.0)}, tmp_path / "m")
 
 
 def test_the_mixed_adapter_runs_in_peft(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
@@ -130,6 +173,12 @@ def test_provenance_of_the_common_base_is_kept(tiny_adapters: dict[str, Path], t
     assert found is not None
     assert (found.base_sha256, found.base_quantization, found.rank) == ("a" * 64, "nf4", 6)
     assert found.init == "composed: linear(1 one + 0.5 two)"
+    compose(
+        {"one": (one, {"*.q_proj": 2}), "two": (two, 0.5)}, tmp_path / "known", method="dare_ties", density=0.3, seed=5, rank=2
+    )
+    found = read_provenance(tmp_path / "known")
+    assert found is not None
+    assert found.init == "composed: dare_ties({*.q_proj: 2} one + 0.5 two, density 0.3, seed 5), cut to rank 2"
 
 
 def test_adapters_of_other_bases_are_refused_with_every_mismatch(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_weights_of_stacks_get_gradients(model: MixedModel, tiny_adapters: dict[
     for stack in stacks.values():
         stack.weights.copy_(torch.tensor(list(LINEAR.values()))).requires_grad_()
     model.set_stacks(stacks)
-    sum(model.nats(batch).sum() for batch in model.batches(ROWS)).backward()
+    torch.cat([model.nats(batch) for batch in model.batches(ROWS)]).sum().backward()  # type: ignore[no-untyped-call]
     weights, step = stacks["model.layers.0.mlp.down_proj"].weights, 0.02
     assert weights.grad is not None
     found = []

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora.recipe import Recipe, VariantRecipe, parse_recipe, read_recipe
+from edgelora.recipe import Recipe, RouterRecipe, VariantRecipe, parse_recipe, read_recipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from edgelora.weights import Weight
 
 GOOD = """\
 base = "some/model"
@@ -37,6 +41,13 @@ merge_base = "trained"
 [variants.sql-live]
 mix = { sql = 1.0 }
 kind = "live"
+[router]
+variants = ["sql", "clinic"]
+fallback = "base"
+threshold = 0.5
+[router.data]
+sql = "rows.jsonl"
+clinic = ["a.jsonl", "/b.jsonl"]
 """
 
 
@@ -59,13 +70,28 @@ def test_a_good_recipe() -> None:
         context_length=2048,
         targets=("cpu", "gpu"),
         merge_base="float",
+        router=RouterRecipe(
+            ("sql", "clinic"),
+            "base",
+            0.5,
+            {"sql": (Path("folder/rows.jsonl"),), "clinic": (Path("folder/a.jsonl"), Path("/b.jsonl"))},
+        ),
     )
+
+
+def test_weights_by_module_and_a_seed() -> None:
+    mix = '{ sql = 0.6, medical = { "*" = 0.6, "model.layers.0.*" = 0.2 } }'
+    text = GOOD.replace("{ sql = 0.6, medical = -0.6 }", mix).replace('"ties"', '"dare_ties"\nseed = 7')
+    expected: dict[str, Weight] = {"sql": 0.6, "medical": {"*": 0.6, "model.layers.0.*": 0.2}}
+    assert parse(text).variants["clinic"] == VariantRecipe(expected, "merged", "dare_ties", 0.3, "trained", 7)
 
 
 def test_what_is_left_out_has_defaults() -> None:
     recipe = parse('base = "m"\n[variants.base]\nmix = {}\n')
     assert recipe == Recipe("m", {}, {"base": VariantRecipe({})}, Quantization(4, 32, symmetric=True, method="gptq"))
     assert recipe.targets == ("cpu",)
+    assert recipe.router is None
+    assert parse('base = "m"\n[variants.base]\n[router]\n').router == RouterRecipe()
     assert parse('base = "m"\n[variants.base]\n').variants == {"base": VariantRecipe({})}
 
 
@@ -103,6 +129,13 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "unknown kind": (GOOD.replace('"live"', '"lively"'), "kind = 'lively'"),
     "live without a mix": (with_line('[variants.x]\nmix = {}\nkind = "live"'), "variants.x.kind = 'live' needs a mix"),
     "live ties": (with_line('[variants.x]\nmix = { sql = 1 }\nkind = "live"\nmethod = "ties"'), "edgelora compose"),
+    "weights by module without a pattern": (GOOD.replace("{ sql = 1 }", "{ sql = {} }"), "variants.sql.mix.sql = {} gives no"),
+    "weight by module as text": (GOOD.replace("{ sql = 1 }", '{ sql = { "*" = "1" } }'), """variants.sql.mix.sql."*" = '1'"""),
+    "live by module": (GOOD.replace("{ sql = 1.0 }", '{ sql = { "*" = 1.0 } }'), "gives sql weights by module, and a live"),
+    "density for nothing": (with_line("[variants.x]\nmix = { sql = 1 }\ndensity = 0.3"), "variants.x.density means nothing"),
+    "seed for nothing": (GOOD.replace("density = 0.3", "seed = 3"), "variants.clinic.seed means nothing to method ties"),
+    "seed as text": (GOOD.replace("density = 0.3", 'seed = "3"'), "variants.clinic.seed = '3' has the wrong type"),
+    "negative seed": (GOOD.replace('"ties"', '"dare_ties"\nseed = -1'), "variants.clinic.seed = -1"),
     "density as text": (GOOD.replace("density = 0.3", 'density = "0.3"'), "density"),
     "density out of range": (GOOD.replace("density = 0.3", "density = 1.3"), "density"),
     "bits": (GOOD.replace("bits = 8", "bits = 5"), "quantization: bits = 5"),
@@ -120,6 +153,18 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "merge base of another type": (GOOD.replace('"trained"', "4"), "variants.clinic.merge_base = 4 has the wrong type"),
     "live on a trained base": (GOOD.replace('"live"', '"live"\nmerge_base = "trained"'), "variants.sql-live.merge_base"),
     "nothing to merge": (with_line('[variants.x]\nmerge_base = "trained"'), "variants.x.merge_base = 'trained' is for a merged"),
+    "router of another type": (GOOD[: GOOD.index("[router]")].replace("[adapters]", "router = 3\n[adapters]"), "router = 3"),
+    "unknown router key": (GOOD.replace("threshold = 0.5", "limit = 0.5"), "router.limit is not a known key"),
+    "router of an unknown variant": (GOOD.replace('["sql", "clinic"]', '["sqk"]'), "router.variants names 'sqk'"),
+    "router of something else": (GOOD.replace('["sql", "clinic"]', "[[1]]"), "router.variants names [1]"),
+    "router of nothing": (GOOD.replace('["sql", "clinic"]', "[]"), "router.variants is empty"),
+    "unknown fallback": (GOOD.replace('fallback = "base"', 'fallback = "x"'), "router.fallback = 'x'"),
+    "threshold out of range": (GOOD.replace("threshold = 0.5", "threshold = 1.5"), "router.threshold = 1.5"),
+    "threshold as text": (GOOD.replace("threshold = 0.5", 'threshold = "high"'), "router.threshold = 'high'"),
+    "data of an unknown variant": (GOOD.replace('sql = "rows.jsonl"', 'sqk = "rows.jsonl"'), "router.data names 'sqk'"),
+    "data that is no file": (GOOD.replace('sql = "rows.jsonl"', "sql = 3"), "router.data.sql = 3 is no file"),
+    "data that is no list of files": (GOOD.replace('"/b.jsonl"]', "3]"), "router.data.clinic = ['a.jsonl', 3]"),
+    "no data": (GOOD.replace('["a.jsonl", "/b.jsonl"]', "[]"), "router.data.clinic = []"),
     "context as text": (GOOD.replace("context_length = 2048", 'context_length = "2048"'), "context_length"),
 }
 

@@ -201,6 +201,20 @@ def test_live_policy_turns_a_lost_adapter_live(tiny_base: Path, faint: Adapter, 
         assert runtime.generate([5, 6, 7], variant="tuned", max_tokens=4).tokens
 
 
+def test_weights_by_module_do_not_go_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"cannot be made live: a weighs by module.*edgelora compose"):
+        build_bundle(
+            Base.open(tiny_base),
+            [Variant("tuned", {"a": 1.0}, delta=faint, calibration=CALIBRATION, weights={"a": {"*": 1.0}})],
+            tmp_path / "bundle",
+            quantization=Quantization(method="rtn"),
+            adapters={"a": AdapterEntry("0" * 64, faint.rank)},
+            live_adapters={"a": faint},
+            base_calibration=CALIBRATION,
+            gate=Gate(policy="live"),
+        )
+
+
 def test_what_nothing_mends_ends_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
     manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="repair", retention=1.0))
     assert manifest.variants["tuned"].kind == "live"

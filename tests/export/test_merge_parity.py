@@ -14,7 +14,8 @@ from edgelora.exporting import export
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, VariantRecipe
 from edgelora_export.variants import Quantization
-from edgelora_runtime import Runtime
+from edgelora_runtime import Bundle, Runtime
+from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
@@ -169,6 +170,40 @@ def test_weights_w_and_minus_w_cancel(tiny_base: Path, tiny_adapters: dict[str, 
     with Runtime(tmp_path / "bundle", threads=1) as cancelling:
         for variant in variants:
             assert np.abs(cancelling.logits(TOKENS, variant=variant) - base).max() <= 1e-4
+
+
+def test_weights_by_module_and_the_manifest_says_so(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    by_module = {"*": 0.6, "model.layers.0.*": -0.3, "*.mlp.*": 0.0}
+    variants = {
+        "linear": VariantRecipe({"plain": by_module, "rslora": 0.4}),
+        "dropped": VariantRecipe({"plain": {"*.q_proj": 1.0}}, method="dare_linear", density=0.5, seed=3),
+    }
+    export(Recipe(str(tiny_base), tiny_adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
+    model, dropped = load_base(tiny_base), load_base(tiny_base)
+    deltas = {name: peft_deltas(tiny_base, tiny_adapters[name]) for name in ("plain", "rslora")}
+    mix = Mix({"plain": Adapter.open(tiny_adapters["plain"], "plain")}, {"plain": 1.0}, "dare_linear", 0.5, 3)
+    with torch.no_grad():
+        for module, delta in deltas["plain"].items():
+            weight = 0.0 if ".mlp." in module else -0.3 if "layers.0." in module else 0.6
+            total = weight * delta + 0.4 * deltas["rslora"][module]
+            model.get_submodule(module).weight += torch.from_numpy(total).float()
+            if module.endswith("q_proj"):
+                dropped.get_submodule(module).weight += torch.from_numpy(mix.dense(module))
+    with Runtime(tmp_path / "bundle", threads=1) as runtime:
+        for name, expected in (("linear", model), ("dropped", dropped)):
+            assert np.abs(runtime.logits(TOKENS, variant=name) - torch_logits(expected, TOKENS)).max() <= TOLERANCE
+    found = Bundle.open(tmp_path / "bundle").manifest.variants
+    assert (found["linear"].mix, found["linear"].weights) == ({"plain": 0.6, "rslora": 0.4}, {"plain": by_module})
+    assert list(found["linear"].weights["plain"]) == list(by_module)
+    assert (found["linear"].density, found["linear"].seed) == (None, None)
+    assert (found["dropped"].mix, found["dropped"].weights) == ({"plain": 0.0}, {"plain": {"*.q_proj": 1.0}})
+    assert (found["dropped"].method, found["dropped"].density, found["dropped"].seed) == ("dare_linear", 0.5, 3)
+
+
+def test_a_live_variant_has_one_weight_per_adapter(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    variants = {"alive": VariantRecipe({"plain": {"*": 1.0}}, kind="live")}
+    with pytest.raises(InputError, match=r"alive cannot be live \(plain weighs by module\).*edgelora compose"):
+        export(Recipe(str(tiny_base), tiny_adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
 
 
 @pytest.mark.parametrize("method", ["linear", "ties"])

@@ -15,12 +15,13 @@ from onnx import numpy_helper
 from onnx.parser import parse_model
 from safetensors.numpy import save_file
 
+from edgelora.routing import train_router
 from edgelora_export.base import Base
 from edgelora_export.int4 import quantize_rtn
 from edgelora_export.optimum_front import TracedDecoder, digest
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle
 from edgelora_export.traced_graph import prepare_traced, read_sizes
-from edgelora_export.variants import Quantization, Variant
+from edgelora_export.variants import PackedRouter, Quantization, Variant
 from edgelora_runtime import InputError, Runtime
 from edgelora_runtime.model import Model
 from tests.tiny import make_tokenizer, random_tokens
@@ -137,10 +138,14 @@ class Change:
         return self.deltas[module]
 
 
-def build(traced: Traced, output: Path, variants: list[Variant], **quantization: Any) -> Manifest:
+def build(
+    traced: Traced, output: Path, variants: list[Variant], router: PackedRouter | None = None, **quantization: Any
+) -> Manifest:
     matrices = TracedMatrices(traced.decoder)
     grid = Quantization(**{"bits": 32, **quantization})
-    return build_traced_bundle(traced.base, traced.decoder, matrices, variants, output, quantization=grid, adapters={})
+    return build_traced_bundle(
+        traced.base, traced.decoder, matrices, variants, output, quantization=grid, adapters={}, router=router
+    )
 
 
 def expected_logits(
@@ -234,6 +239,14 @@ def test_variants_add_their_deltas_and_share_all_else(tmp_path: Path) -> None:
     assert len(base & other) == 3  # the embedding, which is the head; proj; and what is left, the positions
     held = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".bin"))
     assert held == sum(weight.nbytes for name, weight in traced.weights.items() if name != "bias") + 2 * 32 * 32 * 4
+
+
+def test_a_router_goes_along(tmp_path: Path) -> None:
+    traced = make_traced(tmp_path / "base", "logits = MatMul (mixed, headed)")
+    packed = train_router({"v": [f"the cat number {n}" for n in range(40)]}, fallback="base")
+    assert build(traced, tmp_path / "bundle", [Variant("base"), Variant("v")], packed).router == packed.entry
+    with Runtime(tmp_path / "bundle", threads=1) as runtime:
+        assert runtime.generate("the cat number 77", variant="auto", max_tokens=1).variant == "v"
 
 
 def test_modules_without_weights_of_their_own_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,6 +22,8 @@ from edgelora_runtime.manifest import (
     Manifest,
     ModelEntry,
     QuantizationEntry,
+    RouterClass,
+    RouterEntry,
     VariantEntry,
     check_variant_name,
     parse_manifest,
@@ -38,7 +41,14 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str
 
 
 def example() -> Manifest:
-    files = ("m.cpu.onnx", "live.cpu.onnx", f"{HASH}.bin", "a.adapter.safetensors", "tokenizer.json")
+    files = (
+        "m.cpu.onnx",
+        "live.cpu.onnx",
+        f"{HASH}.bin",
+        "a.adapter.safetensors",
+        "tokenizer.json",
+        "router.safetensors",
+    )
     return Manifest(
         created_by="edgelora 0.1.0",
         default_variant="m",
@@ -52,6 +62,7 @@ def example() -> Manifest:
             "l": VariantEntry("live", {"a": 1.0}, "linear", {"cpu": GraphEntry(files[1], (files[2],))}, {"a": 1.0}),
         },
         files={name: FileEntry(10, HASH) for name in files},
+        router=RouterEntry(files[5], "bytes 3-5", (RouterClass("m", 9, 1, 0.5), RouterClass(None, 8, 0, None)), "l", 0.25, 0.5),
     )
 
 
@@ -76,6 +87,15 @@ def manifests(draw: st.DrawFn) -> Manifest:
             {"cpu": GraphEntry(graph, blobs)},
             live,
         )
+        if not live:
+            mixed = variants[name].mix
+            by_pattern = st.dictionaries(TEXT, WEIGHTS, max_size=2)
+            variants[name] = replace(
+                variants[name],
+                weights=draw(st.dictionaries(st.sampled_from(sorted(mixed)), by_pattern, max_size=2)) if mixed else {},
+                density=draw(st.none() | WEIGHTS),
+                seed=draw(st.none() | st.integers(0, (1 << 53) - 1)),
+            )
     slots = draw(
         st.lists(
             st.integers(1, 3).flatmap(
@@ -103,7 +123,17 @@ def manifests(draw: st.DrawFn) -> Manifest:
         live_slots=tuple(slots),
         variants=variants,
         files={name: FileEntry(draw(st.integers(0, (1 << 53) - 1)), HASH) for name in files},
+        router=draw(st.none() | routers(next(iter(files)), names)) if files else None,
     )
+
+
+@st.composite
+def routers(draw: st.DrawFn, file: str, names: list[str]) -> RouterEntry:
+    shares = st.none() | st.floats(0, 1)
+    counts = st.integers(0, 99)
+    variants: list[str | None] = [*draw(st.lists(st.sampled_from(names), min_size=1, unique=True)), None]
+    classes = tuple(RouterClass(name, draw(counts), draw(counts), draw(shares)) for name in variants)
+    return RouterEntry(file, "bytes 3-5", classes, draw(st.sampled_from(names)), draw(st.floats(0, 1)), draw(shares))
 
 
 @given(manifests())
@@ -187,6 +217,18 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "huge weight": (changed("variants", "m", "mix", "a", value=10**400), "mix"),
     "infinite weight": (changed("variants", "l", "live", "a", value=float("1e300") * 1e300), "JSON"),
     "not a number": (changed("variants", "l", "live", "a", value=float("nan")), "JSON"),
+    "router without a file": (
+        changed("router", "file", value="r.safetensors"),
+        "the router uses r.safetensors, which files lacks",
+    ),
+    "router of unknown features": (changed("router", "features", value="bytes 2"), "router.features should be 'bytes 3-5'"),
+    "router without classes": (changed("router", "classes", value=[]), "classes are not each of another variant"),
+    "router of nothing else": (changed("router", "classes", 0, "variant", value=None), "classes are not each of another variant"),
+    "router of an unknown variant": (changed("router", "classes", 0, "variant", value="x"), "the router names 'x'"),
+    "router with an unknown fallback": (changed("router", "fallback", value="x"), "the router names 'x'"),
+    "router with a large threshold": (changed("router", "threshold", value=1.5), "router.threshold is 1.5"),
+    "router with text for an accuracy": (changed("router", "classes", 0, "accuracy", value="high"), "accuracy"),
+    "unknown key in a router": (changed("router", "url", value="http://x"), "unknown url"),
     "no layers": (changed("model", "layers", value=0), "model.layers is 0"),
     "no vocabulary": (changed("model", "vocab_size", value=0), "model.vocab_size is 0"),
     "no context": (changed("model", "context_length", value=0), "model.context_length is 0"),
@@ -229,6 +271,14 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "no cpu graph": (changed("variants", "m", "graphs", value={}), "no cpu graph"),
     "graph that is not listed": (changed("variants", "m", "graphs", "cpu", "file", value="/etc/x.onnx"), "files lacks"),
     "blob that is not listed": (changed("variants", "m", "graphs", "cpu", "blobs", value=["x.bin"]), "x.bin"),
+    "weights by module of an adapter that is not mixed": (
+        changed("variants", "m", "weights", value={"x": {"*": 1.0}}),
+        "variant m weighs x, which its mix lacks",
+    ),
+    "weights by module of a live variant": (changed("variants", "l", "weights", value={"a": {"*": 1.0}}), "is live and weighs a"),
+    "pattern with an escape code": (changed("variants", "m", "weights", value={"a": {"\x1b[2J": 1.0}}), "cannot be printed"),
+    "weight of a pattern as text": (changed("variants", "m", "weights", value={"a": {"*": "1"}}), "a float"),
+    "negative seed": (changed("variants", "m", "seed", value=-1), "a whole number"),
     "live weights on a merged variant": (changed("variants", "m", "live", value={"a": 1.0}), "is merged and live is"),
     "live variant without weights": (changed("variants", "l", "live", value={}), "is live and live is"),
     "live adapter that is not there": (changed("variants", "l", "live", value={"x": 1.0}), "needs adapter x"),
@@ -318,9 +368,18 @@ def test_anything_in_any_place_is_read_or_refused(data: st.DataObject) -> None:
 def test_later_minor_version_is_read_and_its_news_skipped() -> None:
     value = json.loads(example().dump())
     value["version"] = "1.7"
-    value["router"] = {"file": "router.onnx"}
+    value["vision"] = {"file": "vision.onnx"}
     value["variants"]["m"]["speed"] = 0.99
     value["files"]["tokenizer.json"]["mime"] = "application/json"
+    assert parse_manifest(json.dumps(value).encode()) == example()
+
+
+def test_version_1_2_said_nothing_of_how_deltas_were_mixed() -> None:
+    value = json.loads(example().dump())
+    value["version"] = "1.2"
+    for variant in value["variants"].values():
+        for key in ("weights", "density", "seed"):
+            del variant[key]
     assert parse_manifest(json.dumps(value).encode()) == example()
 
 
@@ -341,6 +400,13 @@ def test_version_1_1_said_nothing_of_merge_bases_which_were_all_float() -> None:
     read = parse_manifest(json.dumps(value).encode()).variants["m"]
     assert (read.merge_base, read.merge_losses) == ("float", {})
     assert read.fidelity is not None and read.fidelity.trained_kl is None
+
+
+def test_version_1_2_said_nothing_of_routers() -> None:
+    value = json.loads(example().dump())
+    value["version"] = "1.2"
+    del value["router"]
+    assert parse_manifest(json.dumps(value).encode()).router is None
 
 
 def test_later_minor_version_is_as_strict_about_what_is_known() -> None:

@@ -1,4 +1,4 @@
-"""linear, ties and truncation against plain float64 references."""
+"""Trimming and the election of signs against plain float64 references."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgelora.methods.arithmetic import linear
-from edgelora.methods.magnitude import trim
-from edgelora.methods.spectra import truncate
-from edgelora.methods.ties import ties
+from edgelora.methods.magnitude import find_threshold, trim
+from edgelora.methods.ties import ties, ties_weighted
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,15 +62,6 @@ def undecided(deltas: Sequence[Any], weights: Sequence[float], density: float) -
     return bool(((np.abs(total) < 1e-5 * size) & (size > 0)).any())
 
 
-@given(mixes())
-def test_linear_is_the_weighted_sum(mix: tuple[list[Floats], list[float]]) -> None:
-    deltas, weights = mix
-    expected = sum(weight * delta.astype(np.float64) for delta, weight in zip(deltas, weights, strict=True))
-    found = linear(deltas, weights)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-
-
 @given(mixes(), st.floats(0.01, 1.0))
 @settings(deadline=None)
 def test_ties_is_the_paper(mix: tuple[list[Floats], list[float]], density: float) -> None:
@@ -90,29 +79,70 @@ def test_trim_keeps_the_largest(delta: Floats, density: float) -> None:
     assert np.count_nonzero(kept) <= np.count_nonzero(delta)
 
 
-@given(hnp.arrays(np.float32, SHAPES, elements=VALUES))
-def test_one_delta_at_weight_1_is_the_identity(delta: Floats) -> None:
-    np.testing.assert_array_equal(linear([delta], [1.0]), delta)
-    np.testing.assert_array_equal(ties([delta], [1.0], density=1.0), delta)
+def reference_ties_weighted(deltas: Sequence[Any], weights: Sequence[float], density: float) -> Any:
+    """The same with the sum of the weights' sizes, mergekit's divisor for positive weights, in the place of the count."""
+    parts = [weight * reference_trim(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
+    merged = np.zeros(parts[0].shape)
+    for index in np.ndindex(merged.shape):
+        values = [part[index] for part in parts]
+        sign = np.sign(sum(values))
+        agreeing = [(value, abs(w)) for value, w in zip(values, weights, strict=True) if value != 0 and np.sign(value) == sign]
+        if agreeing:
+            merged[index] = sum(value for value, _ in agreeing) / sum(share for _, share in agreeing)
+    return merged
 
 
-@given(hnp.arrays(np.float32, SHAPES, elements=VALUES), WEIGHTS)
-def test_w_and_minus_w_cancel(delta: Floats, weight: float) -> None:
-    assert not linear([delta, delta], [weight, -weight]).any()
-    assert not ties([delta, delta], [weight, -weight], density=0.5).any()
-
-
-@given(mixes(), st.randoms(use_true_random=False))
-def test_order_does_not_matter(mix: tuple[list[Floats], list[float]], random: Any) -> None:
+@given(mixes(), st.floats(0.01, 1.0))
+def test_ties_weighted_divides_by_weights(mix: tuple[list[Floats], list[float]], density: float) -> None:
     deltas, weights = mix
-    order = list(range(len(deltas)))
-    random.shuffle(order)
-    shuffled, reordered = [deltas[i] for i in order], [weights[i] for i in order]
-    np.testing.assert_allclose(linear(shuffled, reordered), linear(deltas, weights), atol=1e-5)
-    if not undecided(deltas, weights, 0.5):
-        np.testing.assert_allclose(
-            ties(shuffled, reordered, density=0.5), ties(deltas, weights, density=0.5), rtol=1e-5, atol=1e-6
+    if not undecided(deltas, weights, density):
+        found = ties_weighted(deltas, weights, density=density)
+        np.testing.assert_allclose(found, reference_ties_weighted(deltas, weights, density), rtol=1e-5, atol=1e-6)
+
+
+def test_a_negative_weight_turns_the_votes() -> None:
+    """-w times Δ is w times -Δ, in the election as in the mean."""
+    random = np.random.default_rng(0)
+    one, other = (random.normal(size=(20, 30)).astype(np.float32) for _ in range(2))
+    for method in (ties, ties_weighted):
+        np.testing.assert_array_equal(
+            method([one, other], [0.6, -0.5], density=0.4), method([one, -other], [0.6, 0.5], density=0.4)
         )
+
+
+def test_a_vote_that_rounding_decides_elects_nothing() -> None:
+    """Three deltas that cancel in exact numbers, and whose float32 sum is not 0."""
+    deltas = [np.full((1, 1), value, np.float32) for value in (0.3, 0.4, -0.7)]
+    assert sum(delta[0, 0] for delta in deltas) != 0
+    assert ties(deltas, [1.0, 1.0, 1.0], density=1.0) == 0
+    assert ties(deltas, [1.0, 1.0, 0.99], density=1.0) == pytest.approx(0.35)
+
+
+def test_more_adapters_than_a_byte_counts() -> None:
+    deltas = [np.ones((1, 1), np.float32)] * 300
+    assert ties(deltas, [1.0] * 300, density=1.0) == 1
+
+
+LARGE: dict[str, Any] = {
+    "gaussian": lambda random: random.normal(size=(700, 300)),
+    "rows of other sizes": lambda random: random.normal(size=(700, 300)) * np.exp(3 * random.normal(size=(700, 1))),
+    "the sampled rows are small": lambda random: random.normal(size=(700, 300)) * (np.arange(700) % 5 > 0)[:, None],
+    "few values": lambda random: random.integers(-3, 4, (700, 300)),
+    "mostly zero": lambda random: random.normal(size=(700, 300)) * (random.random((700, 300)) < 0.01),
+    "all equal": lambda random: np.full((700, 300), 0.25),
+    "one row": lambda random: random.normal(size=(1, 210_000)),
+    "one column": lambda random: random.normal(size=(210_000, 1)),
+}
+
+
+@pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
+@pytest.mark.parametrize("density", [1e-5, 0.004, 0.2, 0.77, 1.0])
+def test_the_threshold_of_a_large_matrix_is_exact(make: Any, density: float) -> None:
+    """Whatever its sample of rows says."""
+    delta = make(np.random.default_rng(0)).astype(np.float32)
+    expected = np.sort(np.abs(delta), axis=None)[::-1][math.ceil(density * delta.size) - 1]
+    assert find_threshold(delta, density) == expected
+    np.testing.assert_array_equal(trim(delta, density)[5:90], np.where(np.abs(delta) >= expected, delta, 0)[5:90])
 
 
 def peft_ties(deltas: Sequence[Floats], weights: Sequence[float], density: float) -> Any:
@@ -145,22 +175,3 @@ def test_where_ties_differs_from_peft() -> None:
 def test_impossible_densities_are_refused(density: float) -> None:
     with pytest.raises(InputError, match="density"):
         trim(np.ones((2, 2), np.float32), density)
-
-
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(8, 5, 2), (5, 8, 5), (6, 6, 1), (3, 9, 7)])
-def test_truncation_is_the_nearest_matrix_of_its_rank(rows: int, columns: int, rank: int) -> None:
-    delta = np.random.default_rng(rows).normal(size=(rows, columns)).astype(np.float32)
-    a, b, error = truncate(delta, rank)
-    kept = min(rank, rows, columns)
-    assert a.shape == (kept, columns)
-    assert b.shape == (rows, kept)
-    singular = torch.linalg.svdvals(torch.from_numpy(delta).double()).numpy()
-    expected = np.sqrt(np.square(singular[kept:]).sum() / np.square(singular).sum())
-    assert error == pytest.approx(expected, abs=1e-9)
-    assert np.linalg.norm(delta - b @ a) / np.linalg.norm(delta) == pytest.approx(expected, abs=1e-6)
-
-
-def test_truncating_nothing_gives_nothing() -> None:
-    a, b, error = truncate(np.zeros((4, 3), np.float32), 2)
-    assert error == 0
-    assert not (b @ a).any()

@@ -1,0 +1,137 @@
+"""Composition on real tasks: what mixes of distinct adapters keep of each, by method, beside the controls that they should beat.
+
+    make test                                                                    # sets up .venv
+    .venv/bin/python -m benchmarks.composition --output composition-run          # hours on two cores: most of it trains adapters
+
+Four domains of slot filling share one format and contradict each other; slots, sql and medical are far apart. Adapters learn
+from the .train files less 100 rows each; those rows choose each data-free method's weight (one for all adapters), and are all
+that learned mixes see of labels. Scores are on the .test files: slot F1, or where completions are no slots the loss. Normalised:
+F1 over that of the task's own plain adapter, or the share of the loss it saves on the base that is saved, which is NAI; base F1
+is 0, so there the two are one. Intervals are 95% bootstrap intervals over rows. What was measured is kept in --output and not
+measured again. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.composition_arms import Arm, list_arms
+from benchmarks.composition_data import DISTANT, DOMAINS, Prepared, prepare
+from edgelora.mixed_model import MixedModel
+from edgelora.scores import count_scores
+from edgelora.terminal import print_json, print_note, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora.rows import Row
+
+    Doubles = NDArray[np.float64]
+
+MAX_TOKENS = 48
+RESAMPLES = 1000
+COMPOSABLE = "four domains, composable"
+SETS = {"four domains": DOMAINS, COMPOSABLE: DOMAINS, "distant": DISTANT, "distant pair": DISTANT[:2]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--set", choices=sorted(SETS), action="append", help="repeatable; all without it")
+    arguments = parser.parse_args()
+    tables = {}
+    for name in arguments.set or SETS:
+        found = []
+        for seed in range(arguments.seeds):
+            prepared = prepare(
+                find_base(), find_data(), arguments.output, seed, arguments.rows, SETS[name], composable=name == COMPOSABLE
+            )
+            found.append(measure(prepared, SETS[name], name))
+        tables[name] = summarise(found, SETS[name])
+    if arguments.json:
+        print_json(tables)
+        return
+    for name, rows in tables.items():
+        columns = ["arm", "mean normalised", "95%", "worst task", *SETS[name], "tried"]
+        print_table(f"{name}: share of each task's own adapter, mean of seeds", columns, rows)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapters, mixes and figures; reused")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=200, help="test rows per task")
+    parser.add_argument("--json", action="store_true")
+
+
+def find_base() -> Path:
+    return Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
+
+
+def find_data() -> Path:
+    return Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+
+
+def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tuple[int, dict[str, Doubles]]]:
+    """By arm: configurations tried, and by task the counts of each test row."""
+    model = MixedModel.open(prepared.base)
+    found: dict[str, tuple[int, dict[str, Doubles]]] = {}
+    store = prepared.folder / "scores" / name.replace(",", "").replace(" ", "-")
+    store.mkdir(parents=True, exist_ok=True)
+    for arm in list_arms(prepared, tasks, model, store):
+        path = store / f"{arm.name.replace(': ', '-').replace(' ', '-')}.json"
+        if not path.exists():
+            print_note(f"{prepared.folder.name}, {name}: {arm.name}")
+            counts = {task: score_rows(model, arm, task, prepared.tests[task]).tolist() for task in tasks}
+            path.write_text(json.dumps({"tried": arm.tried, "counts": counts}))
+        value = json.loads(path.read_text())
+        found[arm.name] = value["tried"], {task: np.array(rows) for task, rows in value["counts"].items()}
+    return found
+
+
+def score_rows(model: MixedModel, arm: Arm, task: str, rows: Sequence[Row]) -> Doubles:
+    """Of each row what the score is the quotient of: F1's two counts where completions are slots, else nats and tokens."""
+    model.set_mix(arm.mixes[task])
+    if not task.startswith("slots"):
+        return model.losses(rows)
+    return np.array(count_scores(model.write(rows, MAX_TOKENS), [row.completion for row in rows]), np.float64)
+
+
+def normalise(counts: Doubles, own: Doubles, base: Doubles) -> float:
+    """(score - base) / (own - base), of slot F1 or of the loss."""
+    score, best, least = (float(each[:, 0].sum() / each[:, 1].sum()) for each in (counts, own, base))
+    return (score - least) / (best - least)
+
+
+def summarise(found: Sequence[Mapping[str, tuple[int, dict[str, Doubles]]]], tasks: Sequence[str]) -> list[list[str]]:
+    """A row per arm: mean over tasks and seeds with its interval, the worst task, each task, configurations tried."""
+    generator = np.random.default_rng(0)
+    sizes = {task: len(found[0]["base"][1][task]) for task in tasks}
+    picks = [{task: generator.integers(0, size, size) for task, size in sizes.items()} for _ in range(RESAMPLES)]
+    whole = {task: np.arange(size) for task, size in sizes.items()}
+    table = []
+    for arm in found[0]:
+
+        def kept(task: str, picked: Mapping[str, NDArray[np.int64]], arm: str = arm) -> float:
+            rows = picked[task]
+            each = [tuple(seed[name][1][task][rows] for name in (arm, "own adapter", "base")) for seed in found]
+            return float(np.mean([normalise(*counts) for counts in each]))
+
+        by_task = {task: kept(task, whole) for task in tasks}
+        drawn = [np.mean([kept(task, picked) for task in tasks]) for picked in picks]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        figures = [f"{value:.3f}" for value in by_task.values()]
+        mean, worst = np.mean(list(by_task.values())), min(by_task.values())
+        table.append([arm, f"{mean:.3f}", f"{low:.3f} to {high:.3f}", f"{worst:.3f}", *figures, str(found[0][arm][0])])
+    return table
+
+
+if __name__ == "__main__":
+    main()

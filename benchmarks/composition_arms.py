@@ -1,0 +1,197 @@
+"""The arms of composition.py: mixes by every method, by PEFT, on data, and the controls; each one mix for each task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.composition_data import ALL, FEW
+from edgelora.adapters import Adapter
+from edgelora.composing import write_composed
+from edgelora.learning import LearnConfig, learn
+from edgelora.mix import Mix
+from edgelora.rows import read_rows
+from edgelora.terminal import print_note
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from benchmarks.composition_data import Prepared
+    from edgelora.mixed_model import MixedModel
+
+WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for every method that has one for all adapters
+DATA_FREE = (
+    "linear",
+    "ties",
+    "ties_weighted",
+    "dare_linear",
+    "dare_ties",
+    "magnitude",
+    "knots",
+    "core_ties",
+    "core_tsv",
+    "core_iso",
+)
+PEFT_KINDS = {
+    "linear": {},
+    "cat": {},
+    "ties": {"density": 0.5},
+    "dare_ties": {"density": 0.7},
+    "magnitude_prune": {"density": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to serve all tasks. mixes: what is set for each task, None for the base. tried: configurations looked at."""
+
+    name: str
+    mixes: Mapping[str, Mix | None]
+    tried: int = 1
+
+
+def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store: Path) -> Iterator[Arm]:
+    """The arms for a set of tasks, one at a time; what takes long is kept in the folder of the seed."""
+    plain = {task: prepared.plain[task] for task in tasks}
+    alone = {task: _only(adapter) for task, adapter in plain.items()}
+    yield Arm("base", dict.fromkeys(tasks))
+    yield Arm("own adapter", alone)
+    if prepared.composable:
+        made = prepared.composable
+        yield Arm("composable: own adapter", {task: _only(adapter) for task, adapter in made.items()})
+        candidates = [_everywhere(Mix(made, dict.fromkeys(made, weight)), tasks) for weight in WEIGHTS]
+        yield choose("composable: linear", candidates, prepared, tasks, model, store)
+        yield _learned(prepared, made, tasks, "composable: regmean", rows=0)
+        yield _learned(prepared, made, tasks, "composable: regmean + core", rows=100, grain="core")
+        yield _learned(prepared, made, tasks, "composable: regmean + factors", rows=100, grain="factors")
+        return
+    singles = {task: _everywhere(mix, tasks) for task, mix in alone.items()}
+    yield choose("best single everywhere", list(singles.values()), prepared, tasks, model, store)
+    for method in DATA_FREE:
+        candidates = [_everywhere(Mix(plain, dict.fromkeys(plain, weight), method), tasks) for weight in WEIGHTS]
+        chosen = choose(method, candidates, prepared, tasks, model, store)
+        yield chosen
+        if method == "linear":
+            mix = next(iter(chosen.mixes.values()))
+            assert mix is not None
+            yield Arm("linear, own adapter and random ones", dict(_with_random(prepared, plain, mix.weights)))
+    for kind, options in PEFT_KINDS.items():
+        folders = [_compose_with_peft(prepared, plain, kind, options, weight) for weight in WEIGHTS]
+        candidates = [_everywhere(_only(Adapter.open(folder)), tasks) for folder in folders]
+        yield choose(f"PEFT {kind}", candidates, prepared, tasks, model, store)
+    yield _learned(prepared, plain, tasks, "regmean", rows=0)
+    yield _learned(prepared, plain, tasks, "regmean + core", rows=100, grain="core")
+    yield _learned(prepared, plain, tasks, "regmean + factors", rows=100, grain="factors")
+    for name, control in ((FEW, "one adapter on the labelled rows"), (ALL, "one adapter on all rows")):
+        if name in prepared.controls:
+            yield Arm(control, _everywhere(_only(prepared.controls[name]), tasks))
+
+
+def choose(
+    name: str,
+    candidates: Sequence[Mapping[str, Mix | None]],
+    prepared: Prepared,
+    tasks: Sequence[str],
+    model: MixedModel,
+    store: Path,
+) -> Arm:
+    """The candidate with the least loss on the labelled rows, each task's over that of its own adapter; kept in a file."""
+    chosen = store / f"{name.replace(' ', '-')}.choice"
+    if chosen.exists():
+        return Arm(name, candidates[int(chosen.read_text())], len(candidates))
+
+    def loss(mixes: Mapping[str, Mix | None]) -> float:
+        total = 0.0
+        for task in tasks:
+            model.set_mix(mixes[task])
+            total += model.loss(read_rows(prepared.labelled[task])) / _own_loss(prepared, task, model)
+        return total
+
+    losses = [loss(mixes) for mixes in candidates]
+    chosen.write_text(str(int(np.argmin(losses))))
+    return Arm(name, candidates[int(np.argmin(losses))], len(candidates))
+
+
+_own: dict[tuple[Path, str], float] = {}
+
+
+def _own_loss(prepared: Prepared, task: str, model: MixedModel) -> float:
+    key = prepared.folder, task
+    if key not in _own:
+        model.set_mix(_only(prepared.plain[task]))
+        _own[key] = model.loss(read_rows(prepared.labelled[task]))
+    return _own[key]
+
+
+def _only(adapter: Adapter) -> Mix:
+    return Mix({"only": adapter}, {"only": 1.0})
+
+
+def _everywhere(mix: Mix, tasks: Sequence[str]) -> dict[str, Mix | None]:
+    return dict.fromkeys(tasks, mix)
+
+
+def _learned(
+    prepared: Prepared, adapters: Mapping[str, Adapter], tasks: Sequence[str], name: str, *, rows: int, grain: str = "core"
+) -> Arm:
+    """A mix made on data, kept in the seed's folder."""
+    label = name.replace("composable: ", "").replace(" ", "")
+    kind = "composable" if name.startswith("composable") else "plain"
+    folder = prepared.folder / "mixes" / f"{kind}-{'-'.join(tasks)}-{label}"
+    if not folder.exists():
+        print_note(f"learning {folder.name}")
+        labelled = {task: prepared.labelled[task] for task in tasks} if rows else {}
+        folders = {task: adapter.folder for task, adapter in adapters.items()}
+        learn(LearnConfig(prepared.base, folders, folder, labelled, grain=grain))
+    return Arm(name, _everywhere(_only(Adapter.open(folder)), tasks))
+
+
+def _compose_with_peft(
+    prepared: Prepared, adapters: Mapping[str, Adapter], kind: str, options: Mapping[str, float], weight: float
+) -> Path:
+    """PEFT's own add_weighted_adapter, saved as it saves it, in the seed's folder."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = prepared.folder / "peft" / f"{'-'.join(adapters)}-{kind}-{weight}"
+    if not folder.exists():
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_pretrained(prepared.base, dtype=torch.float32)
+        names = [f"adapter{place}" for place in range(len(adapters))]
+        for name, adapter in zip(names, adapters.values(), strict=True):
+            if name == names[0]:
+                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name)
+            else:
+                model.load_adapter(adapter.folder, adapter_name=name)
+        model.add_weighted_adapter(names, [weight] * len(names), "mix", combination_type=kind, **options)
+        model.save_pretrained(folder.with_suffix(".saved"), selected_adapters=["mix"])
+        (folder.with_suffix(".saved") / "mix").rename(folder)
+    return folder
+
+
+def _with_random(prepared: Prepared, adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> Iterator[tuple[str, Mix]]:
+    """Of each task the linear mix in which all adapters but its own are random ones, as large in every module."""
+    for task, own in adapters.items():
+        mixed = {task: own}
+        for place, (name, adapter) in enumerate(adapters.items()):
+            if name == task:
+                continue
+            folder = prepared.folder / "random" / name
+            if not folder.exists():
+                write_composed(folder, _draw(adapter, place), adapter, adapter.provenance)
+            mixed[name] = Adapter.open(folder, name)
+        yield task, Mix(mixed, weights)
+
+
+def _draw(adapter: Adapter, seed: int) -> dict[str, tuple[Any, Any]]:
+    generator = np.random.default_rng(seed)
+    factors = {}
+    for module in sorted(adapter.modules):
+        a, b = (generator.standard_normal(factor.shape).astype(np.float32) for factor in adapter.factors(module))
+        size = np.float32(np.linalg.norm(adapter.dense(module)) / np.linalg.norm(b @ a))
+        factors[module] = a, b * size
+    return factors

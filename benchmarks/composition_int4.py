@@ -1,0 +1,101 @@
+"""The mixes of composition.py after export to int4, merged and live: what composing loses, and what quantizing loses, apart.
+
+    .venv/bin/python -m benchmarks.composition --output composition-run --set "four domains"
+    .venv/bin/python -m benchmarks.composition_int4 --output composition-run
+
+Slot F1 on the .test files, mean over the four domains, of the own adapters and of each mix: in float32 as torch runs it, and
+exported with GPTQ as onnxruntime runs it, merged and live. Composition loss: own adapters less the mix, both in float32.
+Quantization loss: the mix in float32 less the exported one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.composition import add_arguments, find_base, find_data
+from benchmarks.composition_data import DOMAINS, prepare
+from edgelora.evaluation import score_variant
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.terminal import print_json, print_note, print_table
+from edgelora_export.gate import Gate
+from edgelora_runtime import Runtime
+
+if TYPE_CHECKING:
+    from benchmarks.composition_data import Prepared
+
+MIXES = {"regmean": "plain-regmean", "regmean + factors": "plain-regmean+factors"}
+KINDS = ("merged", "live")
+MAX_TOKENS = 48
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed in range(arguments.seeds):
+        prepared = prepare(find_base(), find_data(), arguments.output, seed, arguments.rows, DOMAINS)
+        for mix, scores in measure(prepared).items():
+            for arm, score in scores.items():
+                found.setdefault(mix, {}).setdefault(arm, []).append(score)
+    means = {mix: {arm: float(np.mean(scores)) for arm, scores in arms.items()} for mix, arms in found.items()}
+    if arguments.json:
+        print_json(means)
+        return
+    own = means["own adapters"]["float32"]
+    rows = []
+    for mix, arms in means.items():
+        for kind in KINDS:
+            lost = [f"{own - arms['float32']:.3f}", f"{arms['float32'] - arms[kind]:.3f}"]
+            rows.append([mix, kind, f"{arms['float32']:.3f}", f"{arms[kind]:.3f}", *lost])
+    columns = ["mix", "exported", "F1 float32", "F1 int4", "composition loss", "quantization loss"]
+    print_table("slot F1, mean of four domains and seeds", columns, rows)
+
+
+def measure(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """Mean F1 over the domains by mix: float32, merged, live. Kept in the seed's folder."""
+    store = prepared.folder / "scores" / "int4.json"
+    if store.exists():
+        kept: dict[str, dict[str, float]] = json.loads(store.read_text())
+        return kept
+    folders = {name: adapter.folder for name, adapter in prepared.plain.items()}
+    folders |= {stem: prepared.folder / "mixes" / _folder_name(stem) for stem in MIXES.values()}
+    names = {key: key.replace("+", "-") for key in folders}
+    variants = {f"{names[key]}.{kind}": VariantRecipe({names[key]: 1.0}, kind) for key in folders for kind in KINDS}
+    bundle = prepared.folder / "bundle-int4"
+    if not bundle.exists():
+        print_note(f"exporting {len(variants)} variants")
+        recipe = Recipe(prepared.base, {names[key]: folder for key, folder in folders.items()}, variants, gate=Gate(policy="off"))
+        calibration = prepared.folder.parent / "rows" / "slots-all.fit.jsonl"  # mixes have no training data of their own
+        export(recipe, bundle, calibration=calibration)
+    found: dict[str, dict[str, float]] = {}
+    with Runtime(bundle) as runtime:
+        for kind in KINDS:
+            print_note(f"{prepared.folder.name}: {kind} int4")
+
+            def score(key: str, task: str, kind: str = kind) -> float:
+                return score_variant(runtime, prepared.tests[task], variant=f"{names[key]}.{kind}", max_tokens=MAX_TOKENS)
+
+            found.setdefault("own adapters", {})[kind] = float(np.mean([score(task, task) for task in DOMAINS]))
+            for mix, stem in MIXES.items():
+                found.setdefault(mix, {})[kind] = float(np.mean([score(stem, task) for task in DOMAINS]))
+    for mix, arm in {"own adapters": "own adapter", **{mix: mix for mix in MIXES}}.items():
+        path = prepared.folder / "scores" / "four-domains" / f"{arm.replace(': ', '-').replace(' ', '-')}.json"
+        counts = {task: np.array(rows) for task, rows in json.loads(path.read_text())["counts"].items()}
+        found[mix]["float32"] = float(np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in counts.values()]))
+    store.write_text(json.dumps(found))
+    return found
+
+
+def _folder_name(stem: str) -> str:
+    kind, _, label = stem.partition("-")
+    return f"{kind}-{'-'.join(DOMAINS)}-{label}"
+
+
+if __name__ == "__main__":
+    main()

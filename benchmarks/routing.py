@@ -1,0 +1,170 @@
+"""Routing without a second model: which prompts go to their own variant, how sure the router is, and what asking it costs.
+
+    make test                                       # sets up .venv
+    .venv/bin/python -m benchmarks.routing          # a minute on two cores
+    .venv/bin/python -m benchmarks.routing --adapters FOLDER --json
+
+Needs the task data (EDGELORA_DATA, or ../shared/data). Routers learn from the .train files; figures are on the .test files.
+--adapters: a folder with an adapter of each slots domain, named as its data, on the base `pocket` (EDGELORA_MODELS, or
+../shared/models): slot F1 of variant "auto" beside that of each domain's own variant, int4 by rounding to nearest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora.evaluation import score_variant
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, RouterRecipe, VariantRecipe
+from edgelora.routing import train_router
+from edgelora.rows import Row, read_rows
+from edgelora.scores import parse_slots
+from edgelora.terminal import format_share, print_json, print_note, print_table
+from edgelora_export.variants import Quantization
+from edgelora_runtime import Runtime
+from edgelora_runtime.router import AUTO, Router
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+DOMAINS = ("slots-buses", "slots-events", "slots-homes", "slots-rentalcars")
+TASKS = (*DOMAINS, "sql", "medical")
+OTHERS = "math"  # a task that no variant is for
+LENGTHS = (100, 400, 1600, 6400)  # bytes of a prompt, about four to a token
+BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)  # of confidence
+MAX_TOKENS, REPEATS = 48, 200
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--adapters", type=Path, help="folder with an adapter of each slots domain, to measure slot F1")
+    parser.add_argument("--limit", type=int, help="score only the first rows of each test file")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+    results: dict[str, Any] = {"routers": {len(tasks): measure(data, tasks) for tasks in (DOMAINS, TASKS)}}
+    if arguments.adapters is not None:
+        models = Path(os.environ.get("EDGELORA_MODELS", "../shared/models"))
+        results["slot_f1"] = measure_f1(models / "pocket", data, arguments.adapters, arguments.limit)
+    if arguments.json:
+        print_json(results)
+    else:
+        show(results)
+
+
+def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
+    """Shares per task, calibration, time and size of one router."""
+    started = time.process_time()
+    prompts = {task: [row.prompt for row in read_rows(data / f"{task}.train.jsonl")] for task in tasks}
+    packed = train_router(prompts, fallback=tasks[0])
+    seconds = time.process_time() - started
+    router = Router.read(packed.content, packed.entry)
+    classes, confidences, right = {}, [], []
+    for task in tasks:
+        rows = read_rows(data / f"{task}.test.jsonl")
+        picked = [router.pick(row.prompt) for row in rows]
+        own = np.array([variant == task and not fallback for variant, _, fallback in picked])
+        slots = np.array([bool(parse_slots(row.completion)) for row in rows])
+        classes[task] = {
+            "rows": len(rows),
+            "own": float(own.mean()),
+            "own_with_slots": float(own[slots].mean()) if task in DOMAINS else None,
+            "fallback": float(np.mean([fallback for _, _, fallback in picked])),
+        }
+        confidences += [confidence for _, confidence, _ in picked]
+        right += own.tolist()
+    others = [router.pick(row.prompt) for row in read_rows(data / f"{OTHERS}.test.jsonl")]
+    text = " ".join(row.prompt for row in read_rows(data / f"{tasks[0]}.test.jsonl"))
+    return {
+        "classes": classes,
+        "fallback_of_others": float(np.mean([fallback for _, _, fallback in others])),
+        "calibration": calibrate(np.array(confidences), np.array(right)),
+        "microseconds": {length: time_pick(router, text[:length]) for length in LENGTHS},
+        "bytes": len(packed.content),
+        "training_seconds": seconds,
+        "held_out_accuracy": packed.entry.accuracy,
+    }
+
+
+def calibrate(confidences: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> list[dict[str, float]]:
+    """How often the router is right where it says so: rows, mean confidence and accuracy by confidence."""
+    places = np.digitize(confidences, BINS[1:-1])
+    return [
+        {
+            "from": BINS[place],
+            "rows": int((places == place).sum()),
+            "confidence": float(confidences[places == place].mean()),
+            "accuracy": float(right[places == place].mean()),
+        }
+        for place in range(len(BINS) - 1)
+        if (places == place).any()
+    ]
+
+
+def time_pick(router: Router, text: str) -> float:
+    """Microseconds of one pick, the median of many: of this thread's own time, since other programs may run."""
+    times = []
+    for _ in range(REPEATS):
+        started = time.thread_time()
+        router.pick(text)
+        times.append(time.thread_time() - started)
+    return float(np.median(times)) * 1e6
+
+
+def measure_f1(base: Path, data: Path, folder: Path, limit: int | None) -> dict[str, dict[str, float]]:
+    """Slot F1 by domain of its own variant, and of the one that the router picks."""
+    recipe = Recipe(
+        base=str(base),
+        adapters={domain: folder / domain for domain in DOMAINS},
+        variants={"base": VariantRecipe({}), **{domain: VariantRecipe({domain: 1.0}) for domain in DOMAINS}},
+        quantization=Quantization(method="rtn"),
+        merge_base="float",
+        router=RouterRecipe(data={domain: (data / f"{domain}.train.jsonl",) for domain in DOMAINS}),
+    )
+    tests: Mapping[str, list[Row]] = {domain: read_rows(data / f"{domain}.test.jsonl")[:limit] for domain in DOMAINS}
+    with tempfile.TemporaryDirectory() as temporary:
+        print_note("exporting")
+        export(recipe, Path(temporary) / "bundle", gate="off")
+        found = {}
+        with Runtime(Path(temporary) / "bundle") as runtime:
+            for domain, rows in tests.items():
+                print_note(f"scoring {domain}")
+                scores = {arm: score_variant(runtime, rows, variant=arm, max_tokens=MAX_TOKENS) for arm in (domain, AUTO)}
+                found[domain] = {"own": scores[domain], "auto": scores[AUTO], "ratio": scores[AUTO] / scores[domain]}
+    found["mean"] = {key: float(np.mean([scores[key] for scores in found.values()])) for key in ("own", "auto", "ratio")}
+    return found
+
+
+def show(results: Mapping[str, Any]) -> None:
+    """Prints all figures as tables."""
+    for count, found in results["routers"].items():
+        rows = [
+            [task, str(each["rows"]), *(format_share(each[key]) for key in ("own", "own_with_slots", "fallback"))]
+            for task, each in found["classes"].items()
+        ]
+        print_table(f"{count} variants: % of test rows", ["task", "rows", "to its own", "of those with slots", "fallback"], rows)
+        print(f"of {OTHERS}, which is none of theirs, {format_share(found['fallback_of_others'])}% fall back")
+        rows = [
+            [f"{each['from']:g}", str(each["rows"]), f"{each['confidence']:.3f}", f"{each['accuracy']:.3f}"]
+            for each in found["calibration"]
+        ]
+        print_table("", ["confidence from", "rows", "mean confidence", "share right"], rows)
+        times = ", ".join(f"{length}: {microseconds:.0f}" for length, microseconds in found["microseconds"].items())
+        print(f"microseconds by bytes of prompt: {times}; {found['bytes']} bytes; trained in {found['training_seconds']:.0f} s")
+    if "slot_f1" in results:
+        rows = [
+            [name, format_share(each["own"]), format_share(each["auto"]), f"{each['ratio']:.3f}"]
+            for name, each in results["slot_f1"].items()
+        ]
+        print_table("slot F1 (%) on the test files", ["domain", "own variant", "auto", "auto / own"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""`edgelora compose learn`: a mix that is made on data. RegMean on the adapters' own rows, then steps on a few labelled ones."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.adapters import Adapter, check_same_base
+from edgelora.calibration_data import find_training_data, gather_samples
+from edgelora.composing import check_composable, derive_provenance, write_composed
+from edgelora.exporting import check_shapes
+from edgelora.mixed_model import FactorStack, MixedModel, stack_factors
+from edgelora.regmean import match_inputs
+from edgelora.rows import read_rows
+from edgelora_export.architectures import read_decoder
+from edgelora_export.base import Base
+from edgelora_export.store import check_modules
+from edgelora_runtime.cache import shared_prefix
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+
+    from edgelora.rows import Row
+    from edgelora_export.calibration import Sample
+
+    Floats = NDArray[np.float32]
+    Factors = tuple[Floats, Floats]
+    OnProgress = Callable[[int, int, str], None]
+
+STARTS = ("regmean", "linear")
+GRAINS = {"factors": 5e-4, "core": 5e-3, "rank": 5e-2, "module": 5e-2}  # what is learned → its learning rate
+PROMPT_TOKENS = 16384  # of each adapter's rows that RegMean looks at, as far as they go
+WARMUP = 10  # steps up to the full learning rate
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """What to mix, and from which data.
+
+    base: folder or hub id. adapters: folders by name. output: folder for the mixed adapter.
+    labelled: JSONL rows by adapter, few; without any, the start is the result. They should be rows that the adapters were not
+    trained on. prompts: JSONL rows by adapter that RegMean starts from, whose completions are no labels but more input; the
+    rows that the adapter was trained on without it.
+    start: regmean, or linear for equal shares.
+    grain: what one weight is for: module, an adapter in a module (LoRA Soups, arXiv 2410.13025), rank, a row of its A there,
+    core: a matrix between the stacked A's and B's of a module (as LoRA-XS trains one, arXiv 2405.17604), or factors: every
+    entry of them. The last is a short training that starts from the merge; the others only weigh what is there.
+    rows: labelled rows used of each adapter. steps, batch_size, lr: of AdamW, falling linearly after warmup; lr None for
+    that of the grain.
+    soft: share of the loss that asks for each adapter's own probabilities on its rows; the rest asks for the labels.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    output: Path
+    labelled: Mapping[str, Path] = field(default_factory=dict)
+    prompts: Mapping[str, Path] = field(default_factory=dict)
+    start: str = "regmean"
+    grain: str = "factors"
+    rows: int = 100
+    steps: int = 240
+    batch_size: int = 16
+    lr: float | None = None
+    soft: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted((set(self.labelled) | set(self.prompts)) - set(self.adapters))
+        wrong = [
+            f"{name} = {value}: use {allowed}"
+            for name, value, holds, allowed in (
+                ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
+                ("data", unknown, not unknown, f"names of adapters: {', '.join(self.adapters)}"),
+                ("start", self.start, self.start in STARTS, f"one of {', '.join(STARTS)}"),
+                ("grain", self.grain, self.grain in GRAINS, f"one of {', '.join(GRAINS)}"),
+                ("rows", self.rows, self.rows >= 1, "1 or more"),
+                ("steps", self.steps, self.steps >= 1, "1 or more"),
+                ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
+                ("lr", self.lr, self.lr is None or self.lr > 0, "more than 0"),
+                ("soft", self.soft, 0 <= self.soft <= 1, "a share, from 0 to 1"),
+                ("seed", self.seed, self.seed >= 0, "0 or more"),
+            )
+            if not holds
+        ]
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What was learned. rows: labelled rows by adapter, {} for the start alone. loss: of the last steps, nats per token."""
+
+    output: Path
+    modules: int
+    rank: int
+    rows: Mapping[str, int]
+    weights: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled row as tokens, completion and end of text included. soft: log probabilities, float16 (T, V), of its adapter."""
+
+    tokens: list[int]
+    start: int
+    soft: torch.Tensor
+
+
+def learn(
+    config: LearnConfig,
+    *,
+    on_progress: OnProgress = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> LearnReport:
+    """Mixes adapters into one of their summed rank, by what data say of them, and writes it as a PEFT folder.
+
+    Without labelled rows the result is RegMean's. Raises InputError for adapters that do not fit each other or the base, for
+    data that are not there, and for an output that is something else, which then is as it was.
+    """
+    base = Base.find(config.base)
+    adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
+    check_same_base(adapters, base.sha256)
+    check_composable(adapters)
+    labelled = {name: _draw(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
+    if config.start == "regmean":
+        pairs = _match(config, base, adapters, on_progress)
+    else:
+        if not labelled:
+            raise InputError("start = linear learns nothing without labelled rows; give some, or use edgelora compose")
+        share = np.float32(1 / len(adapters))
+        pairs = {
+            module: {
+                name: _scaled(adapter.factors(module), share) for name, adapter in adapters.items() if module in adapter.modules
+            }
+            for module in sorted({module for adapter in adapters.values() for module in adapter.modules})
+        }
+    gates = {module: _Gate(list(factors.values()), config.grain) for module, factors in pairs.items()}
+    loss = _learn_gates(config, adapters, gates, labelled, on_progress) if labelled else None
+    factors = {module: gate.factors() for module, gate in gates.items()}
+    how = f"{config.start}, {config.grain} weights on {sum(map(len, labelled.values()))} rows" if labelled else config.start
+    provenance = derive_provenance(adapters, f"learned: {' + '.join(adapters)} ({how})", factors)
+    write_composed(config.output, factors, next(iter(adapters.values())), provenance)
+    on_progress(1, 1, "written")
+    if labelled and (seen := _seen(adapters, labelled)):
+        on_note(f"{seen} of the labelled rows are among those that the adapters were trained on, and say less than new ones")
+    return LearnReport(
+        config.output,
+        len(factors),
+        max(len(a) for a, _ in factors.values()),
+        {name: len(rows) for name, rows in labelled.items()},
+        sum(weight.numel() for gate in gates.values() for weight in gate.weights) if labelled else 0,
+        loss,
+    )
+
+
+def _match(
+    config: LearnConfig, base: Base, adapters: Mapping[str, Adapter], on_progress: OnProgress
+) -> dict[str, dict[str, Factors]]:
+    """RegMean's factors."""
+    decoder = read_decoder(base.config)
+    check_shapes(adapters, decoder)
+    for name, adapter in adapters.items():
+        check_modules(decoder, adapter.modules, f"adapter {name}")
+    files = {name: config.prompts.get(name) or find_training_data(adapter) for name, adapter in adapters.items()}
+    if blind := [name for name, path in files.items() if path is None]:
+        raise InputError(
+            f"{', '.join(blind)}: the rows that these adapters were trained on are not where edgelora.json says; "
+            "give --prompts NAME=FILE.jsonl, or --start linear"
+        )
+    tokenizer = load_tokenizer((base.folder / TOKENIZER).read_bytes())
+    samples: dict[str, Sequence[Sample]] = {
+        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), PROMPT_TOKENS, config.seed)
+        for name, path in files.items()
+        if path is not None
+    }
+    layers = len(decoder.layers)
+    return match_inputs(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
+
+
+def _draw(rows: list[Row], count: int, seed: int) -> list[Row]:
+    return rows if len(rows) <= count else random.Random(seed).sample(rows, count)  # noqa: S311  (not for secrets)
+
+
+def _scaled(factors: Factors, share: np.float32) -> Factors:
+    return factors[0], factors[1] * share
+
+
+def _seen(adapters: Mapping[str, Adapter], labelled: Mapping[str, Sequence[Row]]) -> int:
+    files = {name: find_training_data(adapters[name]) for name in labelled}
+    return sum(len(set(rows) & set(read_rows(path))) for name, rows in labelled.items() if (path := files[name]) is not None)
+
+
+class _Gate:
+    """The stacked factors of one module, with what is learned of them or between them."""
+
+    def __init__(self, factors: Sequence[Factors], grain: str) -> None:
+        import torch
+
+        self._grain = grain
+        self._ranks = torch.tensor([len(a) for a, _ in factors])
+        self._a = torch.from_numpy(np.concatenate([a for a, _ in factors]))
+        self._b = torch.from_numpy(np.concatenate([b for _, b in factors], axis=1))
+        total = len(self._a)
+        starts = {
+            "factors": [self._a, self._b],
+            "core": [torch.eye(total)],
+            "rank": [torch.ones(total)],
+            "module": [torch.ones(len(factors))],
+        }
+        self.weights = [start.requires_grad_() for start in starts[grain]]
+
+    def stack(self, device: str | torch.device = "cpu") -> FactorStack:
+        """What MixedModel takes; gradients go through it to the weights."""
+        import torch
+
+        a = self._a
+        if self._grain == "core":
+            a = self.weights[0] @ a
+        elif self._grain != "factors":
+            rows = self.weights[0] if self._grain == "rank" else self.weights[0].repeat_interleave(self._ranks)
+            a = rows[:, None] * a
+        owner = torch.zeros(len(a), dtype=torch.int64, device=device)
+        return FactorStack(a.to(device), self._b.to(device), owner, torch.ones(1, device=device))
+
+    def factors(self) -> Factors:
+        stack = self.stack()
+        return stack.a.detach().numpy(), stack.b.detach().numpy()
+
+
+def _learn_gates(
+    config: LearnConfig,
+    adapters: Mapping[str, Adapter],
+    gates: Mapping[str, _Gate],
+    labelled: Mapping[str, Sequence[Row]],
+    on_progress: OnProgress,
+) -> float:
+    """Sets the gates' weights by AdamW on the labelled rows, as many of each adapter in a batch; returns the loss at the end."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    model = MixedModel.open(config.base)
+    examples = {name: encode_rows(model, adapters[name], rows) for name, rows in labelled.items()}
+    optimizer = torch.optim.AdamW([weight for gate in gates.values() for weight in gate.weights], weight_decay=0.0)
+    draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
+    rate = GRAINS[config.grain] if config.lr is None else config.lr
+    each = max(1, config.batch_size // len(examples))
+    for step in range(config.steps):
+        on_progress(step, config.steps, "steps")
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - step / config.steps)
+        model.set_stacks({module: gate.stack(model.model.device) for module, gate in gates.items()})
+        batch = [item for items in examples.values() for item in draws.sample(items, min(each, len(items)))]
+        loss = _loss(model, batch, config.soft)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses[-WARMUP:]))
+
+
+def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
+    """Rows with what their adapter alone says of each token of the completion: 2 bytes for each entry of the vocabulary."""
+    import torch
+
+    tokenizer = model.tokenizer
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stacks = stack_factors({adapter.name: adapter}, str(model.model.device))
+    for stack in stacks.values():
+        stack.weights.fill_(1)
+    model.set_stacks(stacks)
+    examples = []
+    with torch.inference_mode():
+        for row in rows:
+            prompt, whole = (tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
+            tokens, start = whole + end, max(1, shared_prefix(prompt, whole))
+            logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
+            soft = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
+            examples.append(Example(tokens, start, soft.clone()))
+    return examples
+
+
+def _loss(model: MixedModel, batch: Sequence[Example], soft: float) -> torch.Tensor:
+    """(1 - soft) · negative log likelihood + soft · KL(adapter ‖ mix), in nats per token of the completions."""
+    import torch
+
+    device = model.model.device
+    ids = torch.zeros(len(batch), max(len(example.tokens) for example in batch), dtype=torch.int64)
+    for place, example in enumerate(batch):
+        ids[place, : len(example.tokens)] = torch.tensor(example.tokens)
+    # Padding at the end is never seen by what stands before it, so no mask is needed.
+    logits = model.model(input_ids=ids.to(device), use_cache=False).logits
+    said = torch.cat(
+        [logits[place, example.start - 1 : len(example.tokens) - 1] for place, example in enumerate(batch)]
+    ).log_softmax(dim=-1)
+    labels = torch.tensor([token for example in batch for token in example.tokens[example.start :]], device=device)
+    hard = torch.nn.functional.nll_loss(said, labels)
+    wanted = torch.cat([example.soft for example in batch]).float()
+    divergence = torch.nn.functional.kl_div(said, wanted, reduction="batchmean", log_target=True)
+    return (1 - soft) * hard + soft * divergence
