@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from safetensors.numpy import save
+import numpy as np
 
 from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
 from edgelora.methods import DEFAULT_DENSITY
@@ -16,10 +16,9 @@ from edgelora_export.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from edgelora.weights import Weight
@@ -61,7 +60,7 @@ def compose(
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
     if wrong := sorted({module for adapter in opened.values() for module in adapter.modules if adapter.is_embedding(module)}):
         raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
-    tensors: dict[str, NDArray[np.generic]] = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     ranks: dict[str, int] = {}
     errors: list[float] = []
     modules = sorted(mix.modules)
@@ -78,10 +77,23 @@ def compose(
     with staged_folder(output, marker=CONFIG) as folder:
         config = _peft_config(ranks, next(iter(opened.values())))
         write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
-        write_file(folder / WEIGHTS, [save(tensors)])
+        write_file(folder / WEIGHTS, _pack(tensors))
         if provenance := _provenance(mix, max(ranks.values()), rank):
             write_provenance(folder, provenance)
     return ComposeReport(output, len(modules), max(ranks.values()), max(errors), fmean(errors))
+
+
+def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: its own writer would copy all tensors, twice."""
+    header, offset = {}, 0
+    for name, values in tensors.items():
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
+        offset += values.nbytes
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)  # the format wants the data aligned to 8 bytes
+    yield len(packed).to_bytes(8, "little") + packed
+    for values in tensors.values():
+        yield np.ascontiguousarray(values, "<f4").data
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
