@@ -8,7 +8,6 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from safetensors.numpy import save
 
 from edgelora.adapters import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
 from edgelora.mergekit_config import read_mergekit
@@ -19,7 +18,7 @@ from edgelora_export.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Set
+    from collections.abc import Callable, Iterator, Mapping, Set
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -116,15 +115,14 @@ def write_composed(
     output: Path, factors: Mapping[str, tuple[Floats, Floats]], first: Adapter, provenance: Provenance | None
 ) -> None:
     """Writes A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder; first: one of the adapters they come from."""
-    tensors: dict[str, NDArray[np.generic]] = {}
+    tensors: dict[str, NDArray[np.float32]] = {}
     for module, (a, b) in factors.items():
-        # safetensors writes an array's memory as it lies, in whatever order.
-        tensors[f"base_model.model.{module}.lora_A.weight"] = np.ascontiguousarray(a)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = np.ascontiguousarray(b)
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
     config = _peft_config({module: len(a) for module, (a, _) in factors.items()}, first)
     with staged_folder(output, marker=CONFIG) as folder:
         write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
-        write_file(folder / WEIGHTS, [save(tensors)])
+        write_file(folder / WEIGHTS, _pack(tensors))
         if provenance is not None:
             write_provenance(folder, provenance)
 
@@ -143,6 +141,19 @@ def compose_mergekit(
     for note in config.notes:
         on_note(f"{path}: {note}")
     return write_mix(MergekitMix.open(config, seed), output, rank=rank, on_progress=on_progress)
+
+
+def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: its own writer would copy all tensors, twice."""
+    header, offset = {}, 0
+    for name, values in tensors.items():
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
+        offset += values.nbytes
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)  # the format wants the data aligned to 8 bytes
+    yield len(packed).to_bytes(8, "little") + packed
+    for values in tensors.values():
+        yield np.ascontiguousarray(values, "<f4").data
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:

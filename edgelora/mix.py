@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters import check_same_base
@@ -59,7 +60,7 @@ class Mix:
             raise InputError(f"seed = {self.seed}: use 0 or a larger whole number")
         check_same_base({name: self.adapters[name] for name in self.weights})
 
-    @property
+    @cached_property
     def modules(self) -> Set[str]:
         """The modules that some adapter changes, with a weight other than 0."""
         return {module for name in self.weights for module in self.adapters[name].modules if self.weight(name, module)}

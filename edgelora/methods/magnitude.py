@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _EDGE = 1 - 2**-20  # magnitudes this near to the threshold are equal to it but for rounding
 _SMALL = 1 << 16  # entries that are sorted at once
-_ROWS = 128  # whose entries, one in four, the threshold of a larger matrix is guessed from
+_ROWS = 128  # evenly spread, of which _SMALL entries are what the threshold of a larger matrix is guessed from
 _MARGIN = 0.02  # share of the entries on either side of the guess that are then looked at
 
 
@@ -75,7 +75,8 @@ def find_threshold(delta: Rows, density: float) -> float:
     kept = math.ceil(density * size)
     if size <= _SMALL:
         return _pick(np.abs(delta[:]).ravel(), kept)
-    sample = np.sort(np.abs(delta[:: max(1, delta.shape[0] // _ROWS)][:, ::4]), axis=None)
+    spread = np.abs(delta[:: max(1, delta.shape[0] // _ROWS)])
+    sample = np.sort(spread.ravel()[:: max(1, spread.size // _SMALL)])
     margin = _MARGIN
     while True:
         middle = 1 - kept / size

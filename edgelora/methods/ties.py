@@ -44,15 +44,16 @@ def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[flo
     def merge(parts: Sequence[Floats]) -> Floats:
         kind = parts[0].dtype
         total, up = np.zeros_like(parts[0]), np.zeros_like(parts[0])  # the votes' sum, and that of the positive ones
-        counted = np.min_scalar_type(len(parts)) if shares is None else kind
-        is_for, is_against = np.zeros(total.shape, counted), np.zeros(total.shape, counted)
+        counts = np.min_scalar_type(len(parts)) if shares is None else kind
+        is_for, is_against = np.zeros(total.shape, counts), np.zeros(total.shape, counts)
         for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             vote = part * kind.type(weight)
             positive, negative = vote > 0, vote < 0
             total += vote
             up += vote * positive
-            is_for += positive if shares is None else positive * kind.type(shares[index])
-            is_against += negative if shares is None else negative * kind.type(shares[index])
+            share = counts.type(1 if shares is None else shares[index])
+            is_for += positive * share
+            is_against += negative * share
         least = kind.type(_TIE) * (2 * up - total)  # of all votes' sizes
         is_up, is_down = total > least, total < -least
         merged: Floats = up * is_up + (total - up) * is_down

@@ -92,6 +92,14 @@ def test_knots_is_ties_on_the_parts_of_the_wide_decomposition(made: Made, densit
     np.testing.assert_allclose(apply("knots", made, density=density), expected, atol=1e-5 * made.size)
 
 
+@given(gaussian_factors(), st.sampled_from([0.2, 0.5, 0.83]))
+def test_knots_counts_no_directions_that_are_rounding(made: Made, density: float) -> None:
+    """An adapter that is there twice adds none, so that the share that is kept is one of what there is."""
+    twice = Made([*made.factors, made.factors[0]], [*made.weights, 0.3])
+    expected = reference_knots(twice, lambda parts: reference_ties(parts, twice.weights, density))
+    np.testing.assert_allclose(apply("knots", twice, density=density), expected, atol=1e-5 * twice.size)
+
+
 @pytest.mark.parametrize("space", [in_core_space, in_knots_space])
 def test_no_matrix_of_the_modules_size_is_formed(space: Any) -> None:
     """One of these would take 400 GB."""

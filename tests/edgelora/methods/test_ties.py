@@ -79,6 +79,12 @@ def test_trim_keeps_the_largest(delta: Floats, density: float) -> None:
     assert np.count_nonzero(kept) <= np.count_nonzero(delta)
 
 
+def test_entries_that_are_equal_but_for_rounding_are_kept_together() -> None:
+    """So that an adapter trimmed in two bases, or by two ways of computing it, is trimmed alike."""
+    delta = np.array([[3, 1, np.nextafter(np.float32(1), np.float32(0)), 0.99]], np.float32)
+    np.testing.assert_array_equal(trim(delta, 0.5)[:] != 0, [[True, True, True, False]])
+
+
 def reference_ties_weighted(deltas: Sequence[Any], weights: Sequence[float], density: float) -> Any:
     """The same with the sum of the weights' sizes, mergekit's divisor for positive weights, in the place of the count."""
     parts = [weight * reference_trim(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
