@@ -140,6 +140,8 @@ def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], fo
         lines += ["", f"[variants.{_quote(variant.name)}]", f"mix = {_inline(variant.mix)}"]
     for name in plan.live:
         lines += ["", f"[variants.{_quote(name)}]", f"mix = {_inline({name: 1.0})}", 'kind = "live"']
+    if len(plan.merged) + len(plan.live) > 1:
+        lines += ["", '# [router]  # without the mark, variant "auto" picks one of these for each request']
     return "\n".join(lines) + "\n"
 
 

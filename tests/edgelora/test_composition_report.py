@@ -266,6 +266,9 @@ def test_files_of_a_report(measured: CompositionReport, tiny_base: Path, adapter
     """The recipe is one that export reads; the page stands for itself."""
     figures, page, recipe = write_composition(measured, tmp_path / "report")
     found = read_recipe(recipe)
+    routed = tmp_path / "report" / "routed.toml"
+    routed.write_text(recipe.read_text(encoding="utf-8").replace("# [router]", "[router]"), encoding="utf-8")
+    assert (found.router, read_recipe(routed).router is not None) == (None, len(found.variants) > 2)
     assert Path(found.base).resolve() == tiny_base.resolve()
     assert {name: path.resolve() for name, path in found.adapters.items()} == {n: p.resolve() for n, p in adapters.items()}
     assert set(found.variants) == {"base", *(variant.name for variant in measured.plan.merged), *measured.plan.live}
