@@ -48,7 +48,9 @@ METHODS: Mapping[str, Method] = {
     "linear": Method("weighted sum, exact at the summed rank", linear, linear_factors),
     "svd": Method("weighted sum at the least rank that holds it, or cut to --rank", linear, least_rank_factors),
     "ties": Method("trim, elect signs, mean of the agreeing by count", ties, reads=(DENSITY,)),
-    "ties_weighted": Method("the same, mean by weight: only the ratio of the weights counts", ties_weighted, reads=(DENSITY,)),
+    "ties_weighted": Method(
+        "ties with the mean by weight: only the ratio of the weights counts", ties_weighted, reads=(DENSITY,)
+    ),
     "dare_linear": Method("drop entries at random, scale up, sum", dare_linear, reads=(DENSITY, SEEDS)),
     "dare_ties": Method("drop entries at random, scale up, elect signs, mean by count", dare_ties, reads=(DENSITY, SEEDS)),
     "magnitude": Method("keep the largest entries, sum", magnitude, reads=(DENSITY,)),

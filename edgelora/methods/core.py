@@ -1,4 +1,4 @@
-"""Core space: any method on small matrices that hold all the adapters exactly (arXiv 2509.17786, section 4)."""
+"""Core space: any method on small matrices that hold all the adapters exactly (arXiv 2509.17786)."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def in_core_space(merge: Callable[..., Floats]) -> Callable[..., Factors]:
     """A method on deltas as one on factors A (r, K), B (N, r), by way of cores of at most (Σr, Σr); the result is exact.
 
     U are the left singular vectors of the B's side by side, V the right ones of the A's on top of each other; the core of an
-    adapter is Uᵀ·B·A·V, and the merged core goes back by U and Vᵀ. For methods that commute with a change of orthonormal
-    basis (sums, tsv, iso_c) this equals the method on the deltas. ties does not: there it is another method, in the paper's
-    basis. Where singular values of the stacked factors coincide (A's orthonormal to each other), that basis, and core_ties
-    alone, hangs on rounding.
+    adapter is Uᵀ·B·A·V, and the merged core goes back by U and Vᵀ, as in the paper's code
+    (https://github.com/apanariello4/core-space-merging/blob/e66f357165fa879b05602a470e84b39b198f5a3b/task_merger.py).
+    For methods that commute with a change of orthonormal basis (sums, tsv, iso_c) this equals the method on the deltas. ties
+    does not: there it is another method, in the paper's basis. Where singular values of the stacked factors coincide (A's
+    orthonormal to each other), that basis, and with it core_ties, hangs on rounding.
     """
 
     def merge_factors(factors: Sequence[Factors], weights: Sequence[float], **options: Any) -> Factors:

@@ -1,4 +1,4 @@
-"""DARE: entries of ΔW dropped at random and the rest scaled up, then summed or elected (arXiv 2311.03099, section 3)."""
+"""DARE: entries of ΔW dropped at random and the rest scaled up, then summed or elected (arXiv 2311.03099)."""
 
 from __future__ import annotations
 

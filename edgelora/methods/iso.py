@@ -1,4 +1,4 @@
-"""Isotropic merging: the sum with all its singular values equal (arXiv 2502.04959, section 4.1, Iso-C)."""
+"""Isotropic merging: the sum with all its singular values equal (Iso-C, arXiv 2502.04959, section 4)."""
 
 from __future__ import annotations
 

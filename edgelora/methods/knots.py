@@ -1,4 +1,4 @@
-"""KnOTS: a method on the parts of one singular value decomposition of all deltas side by side (arXiv 2410.19735, section 4)."""
+"""KnOTS: a method on the parts of one singular value decomposition of all deltas side by side (arXiv 2410.19735)."""
 
 from __future__ import annotations
 

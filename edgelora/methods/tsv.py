@@ -1,4 +1,4 @@
-"""Task singular vectors: every task's directions, made orthogonal to each other's (arXiv 2412.00081, section 4.2, TSV-Merge)."""
+"""Task singular vectors: every task's directions, made orthogonal to each other's (TSV-Merge, arXiv 2412.00081)."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 def tsv(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
     """The tasks' singular vectors side by side, U and V each replaced by the nearest orthogonal matrix, recombined.
 
-    Each task's singular values are multiplied by its weight, where the paper has one factor for the result. The paper cuts
-    each task to its largest min(N, K) / T directions so that all fit; here only where they do not fit anyway. Directions that
-    tasks share lie in the null space of the side-by-side vectors: there the nearest orthogonal matrix is not unique, and the
+    Each task's singular values are multiplied by its weight, where the paper has one factor for the result. The paper's code
+    (https://github.com/AntoAndGar/task_singular_vectors/blob/0f872b407d82e48052c0b5261acf4eca3ae3ced5/src/utils/TSVM_utils.py)
+    cuts each task to its largest min(N, K) / T directions so that all fit; here only where they do not fit anyway. Where
+    tasks share directions, the vectors side by side have a null space, and the nearest orthogonal matrix is not unique: the
     one of least norm is taken, so that w and -w of one task cancel.
     """
     shape = deltas[0].shape

@@ -19,7 +19,7 @@ DENSITIES = st.sampled_from([0.2, 0.5, 0.83, 1.0])
 
 
 def reference_tsv(made: Made) -> Any:
-    """arXiv 2412.00081, algorithm 1, with weights on the singular values, for deltas whose ranks fit side by side."""
+    """TSV-Merge, arXiv 2412.00081, with weights on the singular values, for deltas whose ranks fit side by side."""
     parts = [np.linalg.svd(delta, full_matrices=False) for delta in made.exact]
     ranks = [len(a) for a, _ in made.factors]
     u = np.hstack([left[:, :r] for (left, _, _), r in zip(parts, ranks, strict=True)])
@@ -30,7 +30,7 @@ def reference_tsv(made: Made) -> Any:
 
 
 def reference_iso(made: Made) -> Any:
-    """arXiv 2502.04959, equations 4 and 5, over the numerical rank."""
+    """Iso-C, arXiv 2502.04959, section 4, over the numerical rank."""
     total = np.sum([w * delta for w, delta in zip(made.weights, made.exact, strict=True)], axis=0)
     u, s, vt = np.linalg.svd(total, full_matrices=False)
     rank = np.linalg.matrix_rank(total)
@@ -38,14 +38,14 @@ def reference_iso(made: Made) -> Any:
 
 
 def reference_core(made: Made, merge: Any) -> Any:
-    """arXiv 2509.17786, section 4, with the decompositions of the stacked factors themselves."""
+    """arXiv 2509.17786, with the decompositions of the stacked factors themselves."""
     u = np.linalg.svd(np.hstack([b.astype(np.float64) for _, b in made.factors]), full_matrices=False)[0]
     vt = np.linalg.svd(np.vstack([a.astype(np.float64) for a, _ in made.factors]), full_matrices=False)[2]
     return u @ merge([u.T @ delta @ vt.T for delta in made.exact]) @ vt
 
 
 def reference_knots(made: Made, merge: Any) -> Any:
-    """arXiv 2410.19735, section 4.2, with the decomposition of the deltas side by side."""
+    """arXiv 2410.19735, with the decomposition of the deltas side by side."""
     u, s, vt = np.linalg.svd(np.hstack(made.exact), full_matrices=False)
     rank = np.linalg.matrix_rank(np.hstack(made.exact))
     parts = np.split(vt[:rank], len(made.weights), axis=1)
