@@ -15,7 +15,7 @@ import numpy as np
 
 from edgelora.adapters import Adapter, check_same_base
 from edgelora.methods.dare import drop
-from edgelora.methods.deltas import Product, by_runs, runs
+from edgelora.methods.deltas import Changed, Product, by_runs, runs
 from edgelora.methods.magnitude import trim
 from edgelora.methods.spectra import stack_factors, truncate, truncate_product
 from edgelora.mix import draw_seed
@@ -36,19 +36,10 @@ _SUM_METHODS = ("linear", "task_arithmetic")
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Changed):
     """A delta times a factor."""
 
-    delta: Rows
     factor: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.delta.shape
-
-    @property
-    def dtype(self) -> np.dtype[np.float32]:
-        return np.dtype(np.float32)
 
     def __getitem__(self, rows: slice) -> Floats:
         scaled: Floats = self.delta[rows] * np.float32(self.factor)
@@ -176,7 +167,7 @@ class MergekitMix:
             sparse: Rows = trim(delta, (kept - 0.5) / size)
         else:
             dropped = drop(delta, density, draw_seed(self.seed, module, name))
-            sparse = Scaled(dropped, dropped.kept / 65536)  # the entries that are left, as they were
+            sparse = Scaled(dropped, dropped.probability)  # the entries that are left, as they were
         rescale = self.config.shared("rescale", module, float(self.config.method != "ties"))
         if not rescale:
             return sparse

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgelora.methods.arithmetic import linear
+from edgelora.methods.deltas import Changed
 from edgelora.methods.magnitude import check_density
 from edgelora.methods.ties import elect
 
@@ -20,23 +21,18 @@ _STEPS = 1 << 16  # a probability is a whole number of these
 
 
 @dataclass(frozen=True)
-class Dropped:
+class Dropped(Changed):
     """A delta of which each entry is kept with a probability, and divided by it. kept: the probability in 65536ths.
 
     The draws of a row depend on the seed and on its place alone, so any slice gives the same entries.
     """
 
-    delta: Rows
     kept: int
     seed: int
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self.delta.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.delta.dtype
+    def probability(self) -> float:
+        return self.kept / _STEPS
 
     def __getitem__(self, rows: slice) -> Floats:
         part = self.delta[rows]
@@ -46,7 +42,7 @@ class Dropped:
         generator = np.random.PCG64(self.seed).advance(start * per_row)
         draws = generator.random_raw((stop - start) * per_row).astype("<u8", copy=False).view("<u2")
         draws = draws.reshape(stop - start, 4 * per_row)[:, : self.shape[1]]
-        scaled: Floats = part * part.dtype.type(_STEPS / self.kept) * (draws < self.kept)
+        scaled: Floats = part * part.dtype.type(1 / self.probability) * (draws < self.kept)
         return scaled
 
 

@@ -49,6 +49,21 @@ class Product:
         return product
 
 
+@dataclass(frozen=True)
+class Changed:
+    """A delta whose entries are changed as they are read: as large as it, and of its type. __getitem__ is its kinds'."""
+
+    delta: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.delta.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.delta.dtype
+
+
 def runs(shape: tuple[int, ...]) -> Iterator[slice]:
     """The rows of a matrix (N, K) in runs of a few."""
     step = max(1, RUN // shape[1])

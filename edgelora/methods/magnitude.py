@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgelora.methods.arithmetic import linear
-from edgelora.methods.deltas import runs
+from edgelora.methods.deltas import Changed, runs
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,19 +29,10 @@ def magnitude(deltas: Sequence[Rows], weights: Sequence[float], *, density: floa
 
 
 @dataclass(frozen=True)
-class Trimmed:
+class Trimmed(Changed):
     """A delta of which entries below a magnitude are zero."""
 
-    delta: Rows
     threshold: float
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.delta.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.delta.dtype
 
     def __getitem__(self, rows: slice) -> Floats:
         part = self.delta[rows]
