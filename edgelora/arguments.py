@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 
     from edgelora.weights import Weight
 
+BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
+AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether a call names an option, rather than leaving it at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
@@ -63,6 +73,10 @@ def parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
             raise UsageError(f"{name} is given twice; each name needs one {form}")
         pairs[name] = value
     return pairs
+
+
+def parse_paths(items: Sequence[str], form: str) -> dict[str, Path]:
+    return {name: Path(path) for name, path in parse_pairs(items, form).items()}
 
 
 def parse_range(text: str, where: str) -> tuple[float, float]:

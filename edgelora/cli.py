@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from edgelora import compose_cli
-from edgelora.arguments import JsonOption, parse_mix, parse_pairs
+from edgelora.arguments import BaseOption, JsonOption, SeedOption, is_given, parse_mix, parse_pairs
 from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
@@ -102,7 +102,7 @@ def _options(
 @app.command()
 def train(
     context: typer.Context,
-    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
+    base: BaseOption,
     data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     quant: Annotated[str, typer.Option(help="How the base is held: nf4, int4 (the grid that export writes) or none.")] = "nf4",
@@ -111,7 +111,7 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: SeedOption = 0,
     composable: Annotated[
         int | None, typer.Option(metavar="SLOT", help="Made to be mixed: freeze A to this slot of a common basis, 0, 1, …")
     ] = None,
@@ -132,8 +132,7 @@ def train(
         "seed": seed,
         "composable": composable,
     }
-    sources = {name: context.get_parameter_source(name) for name in flags}
-    given = {name: flags[name] for name, source in sources.items() if source is None or source.name != "DEFAULT"}
+    given = {name: value for name, value in flags.items() if is_given(context, name)}
     settings = {**(read_train_config(config) if config else {}), **given}
     with show_progress("training") as on_progress:
         report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}), on_progress=on_progress)
@@ -338,7 +337,7 @@ def doctor(json: JsonOption = False) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("edgelora-demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 1,  # docs/log.md says why not 0
+    seed: SeedOption = 1,  # docs/log.md says why not 0
     base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
     data: Annotated[
         list[str] | None,

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  (typer reads the annotations)
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.arguments import JsonOption, parse_adapters, parse_pairs, parse_range
+from edgelora.arguments import (
+    AdaptersOption,
+    BaseOption,
+    JsonOption,
+    SeedOption,
+    is_given,
+    parse_adapters,
+    parse_pairs,
+    parse_paths,
+    parse_range,
+)
 from edgelora.methods import DEFAULT_DENSITY, METHODS
 from edgelora.terminal import print_json, print_note, show_progress
 from edgelora_runtime.errors import UsageError
@@ -54,7 +64,7 @@ def compose(
 ) -> None:
     """Mix adapters into one, without retraining."""
     if context.invoked_subcommand is not None:
-        given = [f"--{name.replace('_', '-')}" for name in context.params if _is_given(context, name)]
+        given = [f"--{name.replace('_', '-')}" for name in context.params if is_given(context, name)]
         if given:
             raise UsageError(f"{', '.join(given)}: options of compose {context.invoked_subcommand} go behind its name")
         return
@@ -65,7 +75,7 @@ def compose(
         raise UsageError(f"compose needs {' and '.join(absent)}")
     assert adapter and output is not None
     if method in METHODS and (
-        idle := [n for n in ("density", "seed") if _is_given(context, n) and n not in METHODS[method].settings]
+        idle := [n for n in ("density", "seed") if is_given(context, n) and n not in METHODS[method].settings]
     ):
         raise UsageError(f"--{idle[0]} means nothing to method {method}; leave it out")
     mixed = parse_adapters(adapter, _read_weights(weights))
@@ -102,7 +112,7 @@ def compose(
 def _compose_mergekit(
     context: typer.Context, path: Path, output: Path | None, seed: int, rank: int | None, *, json: bool
 ) -> None:
-    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into", "dtype") if _is_given(context, name)]:
+    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into", "dtype") if is_given(context, name)]:
         raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit, whose file says everything")
     if output is None:
         raise UsageError("compose needs --output")
@@ -127,8 +137,8 @@ def _show_composition(report: ComposeReport, *, json: bool) -> None:
 
 @app.command()
 def search(
-    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
-    adapter: Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")],
+    base: BaseOption,
+    adapter: AdaptersOption,
     data: Annotated[
         list[str],
         typer.Option(metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by its adapter's name; repeat for each."),
@@ -151,7 +161,7 @@ def search(
     ray: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local for one of its own.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Find weights, and if wanted method and density, on held-out rows; a search that was killed goes on when run again."""
@@ -161,8 +171,8 @@ def search(
 
     config = SearchConfig(
         base=base,
-        adapters=_parse_paths(adapter, "--adapter NAME=ADAPTER"),
-        data=_parse_paths(data, "--data NAME=HELDOUT.jsonl"),
+        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        data=parse_paths(data, "--data NAME=HELDOUT.jsonl"),
         output=output,
         budget=budget,
         methods=DISTINCT if method == "all" else tuple(method.split(",")),
@@ -187,8 +197,8 @@ def search(
 
 @app.command()
 def learn(
-    base: Annotated[str, typer.Option(help="Folder or hub id of the base.")],
-    adapter: Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")],
+    base: BaseOption,
+    adapter: AdaptersOption,
     output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
     data: Annotated[
         list[str] | None,
@@ -207,7 +217,7 @@ def learn(
     rows: Annotated[int, typer.Option(help="Labelled rows to use of each adapter.")] = 100,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the grain's own without it.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
     """Mix adapters by what their data say: RegMean without labels, and with a few labelled rows what they teach."""
@@ -216,10 +226,10 @@ def learn(
 
     config = LearnConfig(
         base=base,
-        adapters=_parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
         output=output,
-        labelled=_parse_paths(data or [], "--data NAME=ROWS.jsonl"),
-        prompts=_parse_paths(prompts or [], "--prompts NAME=ROWS.jsonl"),
+        labelled=parse_paths(data or [], "--data NAME=ROWS.jsonl"),
+        prompts=parse_paths(prompts or [], "--prompts NAME=ROWS.jsonl"),
         start=start,
         grain=grain,
         rows=rows,
@@ -283,12 +293,3 @@ def _read_weights(path: Path | None) -> Mapping[str, Weight]:
     from edgelora.weights import read_weights
 
     return read_weights(path)
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
-
-
-def _parse_paths(items: list[str], form: str) -> dict[str, Path]:
-    return {name: Path(path) for name, path in parse_pairs(items, form).items()}
