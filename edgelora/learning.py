@@ -12,13 +12,13 @@ from edgelora.adapters import Adapter, check_same_base
 from edgelora.calibration_data import find_training_data, gather_samples
 from edgelora.composing import check_composable, derive_provenance, write_composed
 from edgelora.exporting import check_shapes
-from edgelora.mixed_model import FactorStack, MixedModel, stack_factors
+from edgelora.methods.spectra import stack_factors
+from edgelora.mixed_model import FactorStack, MixedModel, stack_adapters
 from edgelora.regmean import match_inputs
 from edgelora.rows import read_rows
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base import Base
 from edgelora_export.store import check_modules
-from edgelora_runtime.cache import shared_prefix
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
@@ -144,9 +144,11 @@ def learn(
             }
             for module in sorted({module for adapter in adapters.values() for module in adapter.modules})
         }
-    gates = {module: _Gate(list(factors.values()), config.grain) for module, factors in pairs.items()}
-    loss = _learn_gates(config, adapters, gates, labelled, on_progress) if labelled else None
-    factors = {module: gate.factors() for module, gate in gates.items()}
+    loss, count = None, 0
+    if labelled:
+        factors, loss, count = _learn_gates(config, adapters, pairs, labelled, on_progress)
+    else:
+        factors = {module: stack_factors([*each.values()]) for module, each in pairs.items()}
     how = f"{config.start}, {config.grain} weights on {sum(map(len, labelled.values()))} rows" if labelled else config.start
     provenance = derive_provenance(adapters, f"learned: {' + '.join(adapters)} ({how})", factors)
     write_composed(config.output, factors, next(iter(adapters.values())), provenance)
@@ -158,7 +160,7 @@ def learn(
         len(factors),
         max(len(a) for a, _ in factors.values()),
         {name: len(rows) for name, rows in labelled.items()},
-        sum(weight.numel() for gate in gates.values() for weight in gate.weights) if labelled else 0,
+        count,
         loss,
     )
 
@@ -203,54 +205,50 @@ def _seen(adapters: Mapping[str, Adapter], labelled: Mapping[str, Sequence[Row]]
 class _Gate:
     """The stacked factors of one module, with what is learned of them or between them."""
 
-    def __init__(self, factors: Sequence[Factors], grain: str) -> None:
+    def __init__(self, factors: Sequence[Factors], grain: str, device: torch.device) -> None:
         import torch
 
-        self._grain = grain
-        self._ranks = torch.tensor([len(a) for a, _ in factors])
-        self._a = torch.from_numpy(np.concatenate([a for a, _ in factors]))
-        self._b = torch.from_numpy(np.concatenate([b for _, b in factors], axis=1))
+        self._a, self._b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
         total = len(self._a)
-        starts = {
-            "factors": [self._a, self._b],
-            "core": [torch.eye(total)],
-            "rank": [torch.ones(total)],
-            "module": [torch.ones(len(factors))],
-        }
-        self.weights = [start.requires_grad_() for start in starts[grain]]
+        self._core = torch.eye(total, device=device) if grain == "core" else None
+        if grain == "module":  # each row of A has its adapter's weight
+            owner = np.repeat(np.arange(len(factors)), [len(a) for a, _ in factors])
+        else:
+            owner = np.arange(total) if grain == "rank" else np.zeros(total, np.int64)
+        self._owner, self._weights = torch.from_numpy(owner).to(device), torch.ones(int(owner.max()) + 1, device=device)
+        if self._core is not None:
+            self.learned = [self._core]
+        else:
+            self.learned = [self._a, self._b] if grain == "factors" else [self._weights]
+        for tensor in self.learned:
+            tensor.requires_grad_()
 
-    def stack(self, device: str | torch.device = "cpu") -> FactorStack:
-        """What MixedModel takes; gradients go through it to the weights."""
-        import torch
-
-        a = self._a
-        if self._grain == "core":
-            a = self.weights[0] @ a
-        elif self._grain != "factors":
-            rows = self.weights[0] if self._grain == "rank" else self.weights[0].repeat_interleave(self._ranks)
-            a = rows[:, None] * a
-        owner = torch.zeros(len(a), dtype=torch.int64, device=device)
-        return FactorStack(a.to(device), self._b.to(device), owner, torch.ones(1, device=device))
+    def stack(self) -> FactorStack:
+        """What MixedModel takes; gradients go through it to what is learned."""
+        return FactorStack(self._a if self._core is None else self._core @ self._a, self._b, self._owner, self._weights)
 
     def factors(self) -> Factors:
         stack = self.stack()
-        return stack.a.detach().numpy(), stack.b.detach().numpy()
+        a = stack.weights[stack.owner][:, None] * stack.a
+        return a.detach().cpu().numpy(), stack.b.detach().cpu().numpy()
 
 
 def _learn_gates(
     config: LearnConfig,
     adapters: Mapping[str, Adapter],
-    gates: Mapping[str, _Gate],
+    pairs: Mapping[str, Mapping[str, Factors]],
     labelled: Mapping[str, Sequence[Row]],
     on_progress: OnProgress,
-) -> float:
-    """Sets the gates' weights by AdamW on the labelled rows, as many of each adapter in a batch; returns the loss at the end."""
+) -> tuple[dict[str, Factors], float, int]:
+    """AdamW on the labelled rows, as many of each adapter in a batch: factors by module, the loss at the end, numbers learned."""
     import torch
 
     torch.manual_seed(config.seed)
     model = MixedModel.open(config.base)
+    gates = {module: _Gate([*factors.values()], config.grain, model.model.device) for module, factors in pairs.items()}
+    learned = [tensor for gate in gates.values() for tensor in gate.learned]
     examples = {name: encode_rows(model, adapters[name], rows) for name, rows in labelled.items()}
-    optimizer = torch.optim.AdamW([weight for gate in gates.values() for weight in gate.weights], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
     draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
     rate = GRAINS[config.grain] if config.lr is None else config.lr
     each = max(1, config.batch_size // len(examples))
@@ -258,31 +256,31 @@ def _learn_gates(
         on_progress(step, config.steps, "steps")
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - step / config.steps)
-        model.set_stacks({module: gate.stack(model.model.device) for module, gate in gates.items()})
+        model.set_stacks({module: gate.stack() for module, gate in gates.items()})
         batch = [item for items in examples.values() for item in draws.sample(items, min(each, len(items)))]
         loss = _loss(model, batch, config.soft)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-    return float(np.mean(losses[-WARMUP:]))
+    factors = {module: gate.factors() for module, gate in gates.items()}
+    return factors, float(np.mean(losses[-WARMUP:])), sum(tensor.numel() for tensor in learned)
 
 
 def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
     """Rows with what their adapter alone says of each token of the completion: 2 bytes for each entry of the vocabulary."""
     import torch
 
-    tokenizer = model.tokenizer
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    stacks = stack_factors({adapter.name: adapter}, str(model.model.device))
+    end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
+    stacks = stack_adapters({adapter.name: adapter}, str(model.model.device))
     for stack in stacks.values():
         stack.weights.fill_(1)
     model.set_stacks(stacks)
     examples = []
     with torch.inference_mode():
         for row in rows:
-            prompt, whole = (tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
-            tokens, start = whole + end, max(1, shared_prefix(prompt, whole))
+            whole, start = model.encode(row)
+            tokens = whole + end
             logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
             soft = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
             examples.append(Example(tokens, start, soft.clone()))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora.methods.spectra import stack_factors
 from edgelora.torch_reference import write_completions
 from edgelora_export.base import Base
 from edgelora_export.torch_model import load_model, quiet_libraries
@@ -99,14 +100,16 @@ class MixedModel:
         for name, stack in stacks.items():
             self._hooks.append(self._module(name).register_forward_hook(_add_factors(stack)))
 
+    def encode(self, row: Row) -> tuple[list[int], int]:
+        """A row's tokens, and the first that is not its prompt's, as evaluation.completion_loss counts."""
+        prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
+        return whole, max(1, shared_prefix(prompt, whole))
+
     def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:
         """Rows in batches of about one length each, shortest first; a row counts from the first token not its prompt's."""
         import torch
 
-        encoded = []
-        for row in rows:
-            prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
-            encoded.append((whole, max(1, shared_prefix(prompt, whole))))  # as evaluation.completion_loss counts
+        encoded = [self.encode(row) for row in rows]
         order = sorted(range(len(rows)), key=lambda place: len(encoded[place][0]))
         while order:
             count = next((n for n in range(1, len(order)) if (n + 1) * len(encoded[order[n]][0]) > BATCH_TOKENS), len(order))
@@ -173,7 +176,7 @@ class MixedModel:
         return module
 
 
-def stack_factors(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[str, FactorStack]:
+def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[str, FactorStack]:
     """The factors of adapters by module, with weights that start at 0 and stand in the order of the adapters.
 
     Raises InputError for adapters whose change is no product of factors of a linear layer.
@@ -187,9 +190,10 @@ def stack_factors(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[
         if wrong := [opened[place].name for place in owners if opened[place].is_embedding(module)]:
             raise InputError(f"adapter {wrong[0]}: {module} is an embedding, whose change cannot be stacked; set it as a mix")
         factors = [opened[place].factors(module) for place in owners]
+        a, b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
         stacks[module] = FactorStack(
-            a=torch.from_numpy(np.concatenate([a for a, _ in factors])).to(device),
-            b=torch.from_numpy(np.concatenate([b for _, b in factors], axis=1)).to(device),
+            a=a,
+            b=b,
             owner=torch.tensor([place for place, (a, _) in zip(owners, factors, strict=True) for _ in a], device=device),
             weights=torch.zeros(len(opened), device=device),
         )

@@ -13,7 +13,7 @@ from transformers import GPT2Config
 from edgelora.adapters import Adapter
 from edgelora.evaluation import completion_loss
 from edgelora.mix import Mix
-from edgelora.mixed_model import BATCH_TOKENS, MixedModel, stack_factors
+from edgelora.mixed_model import BATCH_TOKENS, MixedModel, stack_adapters
 from edgelora.rows import Row
 from edgelora_runtime.errors import InputError
 from tests.tiny import greedy, load_base, make_adapter, make_base, make_tokenizer
@@ -82,7 +82,7 @@ def test_taking_a_mix_off_leaves_the_very_bits(model: MixedModel, tiny_adapters:
     for weight in (1e4, -1e-4, 3.0):
         model.set_mix(Mix(adapters, dict.fromkeys(LINEAR, weight)))
     assert any(not torch.equal(value, before[name]) for name, value in model.model.state_dict().items())
-    model.set_stacks(stack_factors(adapters))
+    model.set_stacks(stack_adapters(adapters))
     model.set_mix(None)
     after = model.model.state_dict()
     assert before.keys() == after.keys()
@@ -93,7 +93,7 @@ def test_stacks_are_the_mix_and_follow_their_weights(model: MixedModel, tiny_ada
     adapters = open_all(tiny_adapters, *LINEAR)
     model.set_mix(None)
     bare = model.loss(ROWS)
-    stacks = stack_factors(adapters)
+    stacks = stack_adapters(adapters)
     model.set_stacks(stacks)
     assert model.loss(ROWS) == pytest.approx(bare, rel=1e-7), "weights begin at 0"
     for stack in stacks.values():
@@ -105,7 +105,7 @@ def test_stacks_are_the_mix_and_follow_their_weights(model: MixedModel, tiny_ada
 
 def test_weights_of_stacks_get_gradients(model: MixedModel, tiny_adapters: dict[str, Path]) -> None:
     """That of one weight of one module is what a small step in it does."""
-    stacks = stack_factors(open_all(tiny_adapters, *LINEAR))
+    stacks = stack_adapters(open_all(tiny_adapters, *LINEAR))
     for stack in stacks.values():
         stack.weights.copy_(torch.tensor(list(LINEAR.values()))).requires_grad_()
     model.set_stacks(stacks)
@@ -136,7 +136,7 @@ def test_a_tied_head_keeps_the_bases_weights(tmp_path: Path) -> None:
     tied.set_mix(None)
     assert tied.model.lm_head.weight is tied.model.model.embed_tokens.weight
     with pytest.raises(InputError, match="is an embedding"):
-        stack_factors(adapters)
+        stack_adapters(adapters)
 
 
 def test_transposed_layers(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_transposed_layers(tmp_path: Path) -> None:
     expected = peft_loss(tmp_path / "base", tmp_path / "a", ROWS)
     model.set_mix(Mix(adapters, {"a": 1.0}))
     assert model.loss(ROWS) == pytest.approx(expected, rel=1e-5)
-    stacks = stack_factors(adapters)
+    stacks = stack_adapters(adapters)
     for stack in stacks.values():
         stack.weights.fill_(1.0)
     model.set_stacks(stacks)
