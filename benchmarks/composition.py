@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from benchmarks.composition_arms import Arm, list_arms
-from benchmarks.composition_data import DISTANT, DOMAINS, Prepared, prepare
+from benchmarks.composition_data import DISTANT, Prepared, name_file, prepare
+from benchmarks.pocket import SLOTS, find_base, find_data
 from edgelora.mixed_model import MixedModel
 from edgelora.scores import count_scores
 from edgelora.terminal import print_json, print_note, print_table
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 48
 RESAMPLES = 1000
 COMPOSABLE = "four domains, composable"
-SETS = {"four domains": DOMAINS, COMPOSABLE: DOMAINS, "distant": DISTANT, "distant pair": DISTANT[:2]}
+SETS = {"four domains": SLOTS, COMPOSABLE: SLOTS, "distant": DISTANT, "distant pair": DISTANT[:2]}
 
 
 def main() -> None:
@@ -71,22 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true")
 
 
-def find_base() -> Path:
-    return Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
-
-
-def find_data() -> Path:
-    return Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
-
-
 def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tuple[int, dict[str, Doubles]]]:
     """By arm: configurations tried, and by task the counts of each test row."""
     model = MixedModel.open(prepared.base)
     found: dict[str, tuple[int, dict[str, Doubles]]] = {}
-    store = prepared.folder / "scores" / name.replace(",", "").replace(" ", "-")
+    store = prepared.scores(name)
     store.mkdir(parents=True, exist_ok=True)
     for arm in list_arms(prepared, tasks, model, store):
-        path = store / f"{arm.name.replace(': ', '-').replace(' ', '-')}.json"
+        path = store / f"{name_file(arm.name)}.json"
         if not path.exists():
             print_note(f"{prepared.folder.name}, {name}: {arm.name}")
             counts = {task: score_rows(model, arm, task, prepared.tests[task]).tolist() for task in tasks}

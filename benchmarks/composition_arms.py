@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.composition_data import ALL, FEW
+from benchmarks.composition_data import ALL, FEW, name_file
 from edgelora.adapters import Adapter
 from edgelora.composing import write_composed
 from edgelora.learning import LearnConfig, learn
@@ -99,31 +99,24 @@ def choose(
     store: Path,
 ) -> Arm:
     """The candidate with the least loss on the labelled rows, each task's over that of its own adapter; kept in a file."""
-    chosen = store / f"{name.replace(' ', '-')}.choice"
+    chosen = store / f"{name_file(name)}.choice"
     if chosen.exists():
         return Arm(name, candidates[int(chosen.read_text())], len(candidates))
 
+    rows = {task: read_rows(prepared.labelled[task]) for task in tasks}
+
+    def task_loss(mix: Mix | None, task: str) -> float:
+        model.set_mix(mix)
+        return model.loss(rows[task])
+
+    own = {task: task_loss(_only(prepared.plain[task]), task) for task in tasks}
+
     def loss(mixes: Mapping[str, Mix | None]) -> float:
-        total = 0.0
-        for task in tasks:
-            model.set_mix(mixes[task])
-            total += model.loss(read_rows(prepared.labelled[task])) / _own_loss(prepared, task, model)
-        return total
+        return sum(task_loss(mixes[task], task) / own[task] for task in tasks)
 
     losses = [loss(mixes) for mixes in candidates]
     chosen.write_text(str(int(np.argmin(losses))))
     return Arm(name, candidates[int(np.argmin(losses))], len(candidates))
-
-
-_own: dict[tuple[Path, str], float] = {}
-
-
-def _own_loss(prepared: Prepared, task: str, model: MixedModel) -> float:
-    key = prepared.folder, task
-    if key not in _own:
-        model.set_mix(_only(prepared.plain[task]))
-        _own[key] = model.loss(read_rows(prepared.labelled[task]))
-    return _own[key]
 
 
 def _only(adapter: Adapter) -> Mix:
@@ -138,9 +131,7 @@ def _learned(
     prepared: Prepared, adapters: Mapping[str, Adapter], tasks: Sequence[str], name: str, *, rows: int, grain: str = "core"
 ) -> Arm:
     """A mix made on data, kept in the seed's folder."""
-    label = name.replace("composable: ", "").replace(" ", "")
-    kind = "composable" if name.startswith("composable") else "plain"
-    folder = prepared.folder / "mixes" / f"{kind}-{'-'.join(tasks)}-{label}"
+    folder = prepared.mix(adapters, name.removeprefix("composable: "))
     if not folder.exists():
         print_note(f"learning {folder.name}")
         labelled = {task: prepared.labelled[task] for task in tasks} if rows else {}

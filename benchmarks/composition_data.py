@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from benchmarks.pocket import SLOTS, STEPS, hold_out, train_adapter, write_rows
 from edgelora.adapters import Adapter
-from edgelora.rows import Row, read_rows
-from edgelora.terminal import print_note
-from edgelora.training import TrainConfig, train
+from edgelora.rows import read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-DOMAINS = ("slots-buses", "slots-events", "slots-homes", "slots-rentalcars")
+    from edgelora.rows import Row
+
 DISTANT = ("slots-buses", "sql", "medical")
 LABELLED = 100  # rows of each task that no adapter learns from
-STEPS, LEARNING_RATE = 250, 2e-3
 ALL, FEW = "slots-all", "slots-few"  # one adapter on all domains' rows, and one on their labelled rows alone
 
 
@@ -38,6 +35,24 @@ class Prepared:
     labelled: Mapping[str, Path]
     tests: Mapping[str, Sequence[Row]]
 
+    def fit(self, name: str) -> Path:
+        """The rows that an adapter of that name learns from."""
+        return _fit(self.folder.parent / "rows", name)
+
+    def scores(self, tasks: str) -> Path:
+        """The folder of what was measured on a set of tasks, by the set's name."""
+        return self.folder / "scores" / name_file(tasks)
+
+    def mix(self, adapters: Mapping[str, Adapter], name: str) -> Path:
+        """The folder of a mix that is made on data of these adapters."""
+        kind = "composable" if adapters == self.composable else "plain"
+        return self.folder / "mixes" / f"{kind}-{'-'.join(adapters)}-{name.replace(' ', '')}"
+
+
+def name_file(text: str) -> str:
+    """A name in a table as one of a file."""
+    return text.replace(": ", "-").replace(",", "").replace(" ", "-")
+
 
 def prepare(
     base: Path, data: Path, output: Path, seed: int, count: int, tasks: Sequence[str], *, composable: bool = False
@@ -46,18 +61,14 @@ def prepare(
     splits = output / "rows"
     splits.mkdir(parents=True, exist_ok=True)
     for task in tasks:
-        _split(data / f"{task}.train.jsonl", splits / f"{task}.fit.jsonl", splits / f"{task}.labelled.jsonl")
-    controls = tasks == DOMAINS and not composable
+        _split(data / f"{task}.train.jsonl", _fit(splits, task), splits / f"{task}.labelled.jsonl")
+    controls = tasks == SLOTS and not composable
     if controls:
-        _join([splits / f"{task}.fit.jsonl" for task in DOMAINS], splits / f"{ALL}.fit.jsonl")
-        _join([splits / f"{task}.labelled.jsonl" for task in DOMAINS], splits / f"{FEW}.fit.jsonl")
+        _join([_fit(splits, task) for task in SLOTS], _fit(splits, ALL))
+        _join([splits / f"{task}.labelled.jsonl" for task in SLOTS], _fit(splits, FEW))
 
     def trained(name: str, folder: Path, slot: int | None, steps: int) -> Adapter:
-        if not folder.exists():
-            print_note(f"training {folder}")
-            rows = splits / f"{name}.fit.jsonl"
-            train(TrainConfig(str(base), rows, folder, lr=LEARNING_RATE, max_steps=steps, seed=seed, composable=slot))
-        return Adapter.open(folder, folder.name)
+        return Adapter.open(train_adapter(base, _fit(splits, name), folder, seed, steps=steps, composable=slot), folder.name)
 
     folder = output / f"seed-{seed}"
     return Prepared(
@@ -71,22 +82,18 @@ def prepare(
     )
 
 
+def _fit(splits: Path, name: str) -> Path:
+    return splits / f"{name}.fit.jsonl"
+
+
 def _split(source: Path, fit: Path, labelled: Path) -> None:
     """Keeps LABELLED distinct rows out of what adapters learn from; equal rows go the same way."""
     if fit.exists() and labelled.exists():
         return
-    rows = read_rows(source)
-    distinct = list(dict.fromkeys(rows))
-    random.Random(0).shuffle(distinct)
-    kept = distinct[:LABELLED]
-    _write([row for row in rows if row not in set(kept)], fit)
-    _write(kept, labelled)
+    for rows, path in zip(hold_out(read_rows(source), LABELLED), (fit, labelled), strict=True):
+        write_rows(rows, path)
 
 
 def _join(parts: Sequence[Path], whole: Path) -> None:
     if not whole.exists():
-        _write([row for part in parts for row in read_rows(part)], whole)
-
-
-def _write(rows: Sequence[Row], path: Path) -> None:
-    path.write_text("".join(json.dumps(vars(row)) + "\n" for row in rows), encoding="utf-8")
+        write_rows([row for part in parts for row in read_rows(part)], whole)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.composition import add_arguments, find_base, find_data
-from benchmarks.composition_data import DOMAINS, prepare
+from benchmarks.composition import add_arguments
+from benchmarks.composition_data import ALL, name_file, prepare
+from benchmarks.pocket import SLOTS, find_base, find_data
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import Recipe, VariantRecipe
@@ -28,7 +29,7 @@ from edgelora_runtime import Runtime
 if TYPE_CHECKING:
     from benchmarks.composition_data import Prepared
 
-MIXES = {"regmean": "plain-regmean", "regmean + factors": "plain-regmean+factors"}
+MIXES = ("regmean", "regmean + factors")
 KINDS = ("merged", "live")
 MAX_TOKENS = 48
 
@@ -39,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, dict[str, list[float]]] = {}
     for seed in range(arguments.seeds):
-        prepared = prepare(find_base(), find_data(), arguments.output, seed, arguments.rows, DOMAINS)
+        prepared = prepare(find_base(), find_data(), arguments.output, seed, arguments.rows, SLOTS)
         for mix, scores in measure(prepared).items():
             for arm, score in scores.items():
                 found.setdefault(mix, {}).setdefault(arm, []).append(score)
@@ -64,37 +65,32 @@ def measure(prepared: Prepared) -> dict[str, dict[str, float]]:
         kept: dict[str, dict[str, float]] = json.loads(store.read_text())
         return kept
     folders = {name: adapter.folder for name, adapter in prepared.plain.items()}
-    folders |= {stem: prepared.folder / "mixes" / _folder_name(stem) for stem in MIXES.values()}
-    names = {key: key.replace("+", "-") for key in folders}
+    folders |= {name_file(mix): prepared.mix(prepared.plain, mix) for mix in MIXES}
+    names = {key: key.replace("+", "and") for key in folders}  # a variant's name has no +
     variants = {f"{names[key]}.{kind}": VariantRecipe({names[key]: 1.0}, kind) for key in folders for kind in KINDS}
     bundle = prepared.folder / "bundle-int4"
     if not bundle.exists():
         print_note(f"exporting {len(variants)} variants")
         recipe = Recipe(prepared.base, {names[key]: folder for key, folder in folders.items()}, variants, gate=Gate(policy="off"))
-        calibration = prepared.folder.parent / "rows" / "slots-all.fit.jsonl"  # mixes have no training data of their own
-        export(recipe, bundle, calibration=calibration)
-    found: dict[str, dict[str, float]] = {}
+        export(recipe, bundle, calibration=prepared.fit(ALL))  # mixes have no training data of their own
+    served = {"own adapters": {task: task for task in SLOTS}}  # by task, the key of what serves it
+    served |= {mix: dict.fromkeys(SLOTS, name_file(mix)) for mix in MIXES}
+    found: dict[str, dict[str, float]] = {mix: {} for mix in served}
     with Runtime(bundle) as runtime:
         for kind in KINDS:
             print_note(f"{prepared.folder.name}: {kind} int4")
-
-            def score(key: str, task: str, kind: str = kind) -> float:
-                return score_variant(runtime, prepared.tests[task], variant=f"{names[key]}.{kind}", max_tokens=MAX_TOKENS)
-
-            found.setdefault("own adapters", {})[kind] = float(np.mean([score(task, task) for task in DOMAINS]))
-            for mix, stem in MIXES.items():
-                found.setdefault(mix, {})[kind] = float(np.mean([score(stem, task) for task in DOMAINS]))
-    for mix, arm in {"own adapters": "own adapter", **{mix: mix for mix in MIXES}}.items():
-        path = prepared.folder / "scores" / "four-domains" / f"{arm.replace(': ', '-').replace(' ', '-')}.json"
+            for mix, keys in served.items():
+                scores = [
+                    score_variant(runtime, prepared.tests[task], variant=f"{names[key]}.{kind}", max_tokens=MAX_TOKENS)
+                    for task, key in keys.items()
+                ]
+                found[mix][kind] = float(np.mean(scores))
+    for mix, arm in zip(served, ("own adapter", *MIXES), strict=True):
+        path = prepared.scores("four domains") / f"{name_file(arm)}.json"
         counts = {task: np.array(rows) for task, rows in json.loads(path.read_text())["counts"].items()}
         found[mix]["float32"] = float(np.mean([rows[:, 0].sum() / rows[:, 1].sum() for rows in counts.values()]))
     store.write_text(json.dumps(found))
     return found
-
-
-def _folder_name(stem: str) -> str:
-    kind, _, label = stem.partition("-")
-    return f"{kind}-{'-'.join(DOMAINS)}-{label}"
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGE
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.pocket import find_base, find_data, hold_out, train_adapter, write_rows
 from edgelora.adapters import Adapter
 from edgelora.mix import Mix
 from edgelora.mixed_model import MixedModel
@@ -26,7 +24,6 @@ from edgelora.search.objective import Objective, sum_up
 from edgelora.search.run import search
 from edgelora.search.space import Point
 from edgelora.terminal import print_json, print_note, print_table, show_progress
-from edgelora.training import TrainConfig, train
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +35,6 @@ if TYPE_CHECKING:
     from edgelora.search.report import SearchReport
 
 TASKS = ("slots-buses", "sql", "medical")
-STEPS, LEARNING_RATE = 250, 2e-3
 
 
 def main() -> None:
@@ -53,8 +49,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=150, help="test rows per task")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    base = Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
-    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+    base, data = find_base(), find_data()
     methods = DISTINCT if arguments.method == "all" else tuple(arguments.method.split(","))
     tests = {task: read_rows(data / f"{task}.test.jsonl")[: arguments.rows] for task in TASKS}
     held_out = split_rows(data, arguments.output / "data", arguments.held_out)
@@ -87,22 +82,10 @@ def split_rows(data: Path, folder: Path, held_out: int) -> dict[str, tuple[Path,
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for task in TASKS:
-        rows = read_rows(data / f"{task}.train.jsonl")
-        distinct = list(dict.fromkeys(rows))
-        random.Random(0).shuffle(distinct)
-        apart = set(distinct[:held_out])
         files[task] = folder / f"{task}.fit.jsonl", folder / f"{task}.held-out.jsonl"
-        for path, part in zip(files[task], ([row for row in rows if row not in apart], distinct[:held_out]), strict=True):
-            path.write_text("".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
+        for path, part in zip(files[task], hold_out(read_rows(data / f"{task}.train.jsonl"), held_out), strict=True):
+            write_rows(part, path)
     return files
-
-
-def train_adapter(base: Path, rows: Path, folder: Path, seed: int) -> Path:
-    """An adapter, trained where it is not there yet."""
-    if not folder.exists():
-        print_note(f"training {folder.name}, seed {seed}")
-        train(TrainConfig(str(base), rows, folder, lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
-    return folder
 
 
 def measure(base: Path, adapters: Mapping[str, Path], report: SearchReport, tests: Mapping[str, list[Row]]) -> dict[str, object]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from benchmarks.pocket import find_base, find_data, train_adapter
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import Recipe, VariantRecipe
@@ -29,7 +29,6 @@ from edgelora.rows import Row, read_rows
 from edgelora.scores import slot_f1
 from edgelora.terminal import print_json, print_note, print_table
 from edgelora.torch_reference import write_with_torch
-from edgelora.training import TrainConfig, train
 from edgelora_export.fidelity import log_softmax
 from edgelora_export.gate import Gate
 from edgelora_export.variants import Quantization
@@ -46,7 +45,7 @@ if TYPE_CHECKING:
     Logits = Callable[[Sequence[int]], Floats]
 
 TASKS = ("slots-buses", "slots-events", "sql", "medical")
-STEPS, LEARNING_RATE, MAX_TOKENS = 250, 2e-3, 48
+MAX_TOKENS = 48
 RESAMPLES = 2000
 METHODS = ("rtn", "gptq")
 PEER = "onnxruntime-genai"
@@ -60,8 +59,7 @@ def main() -> None:
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with onnxruntime-genai and torch")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    base = Path(os.environ.get("EDGELORA_MODELS", "../shared/models")) / "pocket"
-    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
+    base, data = find_base(), find_data()
     divergences: dict[str, dict[str, list[Doubles]]] = {}
     scores: dict[str, dict[str, list[float]]] = {}
     for seed in range(arguments.seeds):
@@ -75,12 +73,7 @@ def main() -> None:
 
 def measure(base: Path, data: Path, folder: Path, seed: int, count: int, peer: Path | None) -> list[tuple[str, dict[str, Any]]]:
     """Per task: the divergence of each row by arm, and slot F1 by arm where the task is slots."""
-    adapters = {task: folder / task for task in TASKS}
-    for task, adapter in adapters.items():
-        if not adapter.exists():
-            print_note(f"training {task}, seed {seed}")
-            rows = data / f"{task}.train.jsonl"
-            train(TrainConfig(str(base), rows, adapter, lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
+    adapters = {task: train_adapter(base, data / f"{task}.train.jsonl", folder / task, seed) for task in TASKS}
     variants = {task: VariantRecipe({task: 1.0}, merge_base="float") for task in TASKS}  # the teacher's own base
     for method in METHODS:
         print_note(f"exporting with {method}, seed {seed}")

@@ -12,7 +12,6 @@ Needs the task data (EDGELORA_DATA, or ../shared/data). Routers learn from the .
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from benchmarks.pocket import SLOTS, find_base, find_data
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import Recipe, RouterRecipe, VariantRecipe
@@ -34,8 +34,7 @@ from edgelora_runtime.router import AUTO, Router
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-DOMAINS = ("slots-buses", "slots-events", "slots-homes", "slots-rentalcars")
-TASKS = (*DOMAINS, "sql", "medical")
+TASKS = (*SLOTS, "sql", "medical")
 OTHERS = "math"  # a task that no variant is for
 LENGTHS = (100, 400, 1600, 6400)  # bytes of a prompt, about four to a token
 BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)  # of confidence
@@ -48,11 +47,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="score only the first rows of each test file")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
-    results: dict[str, Any] = {"routers": {len(tasks): measure(data, tasks) for tasks in (DOMAINS, TASKS)}}
+    data = find_data()
+    results: dict[str, Any] = {"routers": {len(tasks): measure(data, tasks) for tasks in (SLOTS, TASKS)}}
     if arguments.adapters is not None:
-        models = Path(os.environ.get("EDGELORA_MODELS", "../shared/models"))
-        results["slot_f1"] = measure_f1(models / "pocket", data, arguments.adapters, arguments.limit)
+        results["slot_f1"] = measure_f1(find_base(), data, arguments.adapters, arguments.limit)
     if arguments.json:
         print_json(results)
     else:
@@ -75,7 +73,7 @@ def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
         classes[task] = {
             "rows": len(rows),
             "own": float(own.mean()),
-            "own_with_slots": float(own[slots].mean()) if task in DOMAINS else None,
+            "own_with_slots": float(own[slots].mean()) if task in SLOTS else None,
             "fallback": float(np.mean([fallback for _, _, fallback in picked])),
         }
         confidences += [confidence for _, confidence, _ in picked]
@@ -122,13 +120,13 @@ def measure_f1(base: Path, data: Path, folder: Path, limit: int | None) -> dict[
     """Slot F1 by domain of its own variant, and of the one that the router picks."""
     recipe = Recipe(
         base=str(base),
-        adapters={domain: folder / domain for domain in DOMAINS},
-        variants={"base": VariantRecipe({}), **{domain: VariantRecipe({domain: 1.0}) for domain in DOMAINS}},
+        adapters={domain: folder / domain for domain in SLOTS},
+        variants={"base": VariantRecipe({}), **{domain: VariantRecipe({domain: 1.0}) for domain in SLOTS}},
         quantization=Quantization(method="rtn"),
         merge_base="float",
-        router=RouterRecipe(data={domain: (data / f"{domain}.train.jsonl",) for domain in DOMAINS}),
+        router=RouterRecipe(data={domain: (data / f"{domain}.train.jsonl",) for domain in SLOTS}),
     )
-    tests: Mapping[str, list[Row]] = {domain: read_rows(data / f"{domain}.test.jsonl")[:limit] for domain in DOMAINS}
+    tests: Mapping[str, list[Row]] = {domain: read_rows(data / f"{domain}.test.jsonl")[:limit] for domain in SLOTS}
     with tempfile.TemporaryDirectory() as temporary:
         print_note("exporting")
         export(recipe, Path(temporary) / "bundle", gate="off")

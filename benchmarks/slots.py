@@ -11,10 +11,10 @@ Adapters learn from the .train files alone; F1 is on the whole .test files.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
+from benchmarks.pocket import find_base, find_data, train_adapter
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
 from edgelora.recipe import Recipe, VariantRecipe
@@ -22,12 +22,11 @@ from edgelora.rows import Row, read_rows
 from edgelora.scores import main_score
 from edgelora.terminal import format_share, print_json, print_note, print_table
 from edgelora.torch_reference import write_with_torch
-from edgelora.training import TrainConfig, train
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Runtime
 
 DOMAINS = ("slots-buses", "slots-events")
-STEPS, LEARNING_RATE, MAX_TOKENS = 300, 2e-3, 48
+STEPS, MAX_TOKENS = 300, 48
 ARMS = ("torch, NF4 base", "merged int4", "live int4", "merged float32")
 
 
@@ -37,10 +36,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    models = Path(os.environ.get("EDGELORA_MODELS", "../shared/models"))
-    data = Path(os.environ.get("EDGELORA_DATA", "../shared/data"))
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(str(models / "pocket"), data, arguments.output or Path(folder), arguments.seed)
+        results = measure(find_base(), find_data(), arguments.output or Path(folder), arguments.seed)
     if arguments.json:
         print_json(results)
         return
@@ -52,22 +49,20 @@ def main() -> None:
     print_table("slot F1 (%) on the test files", ["variant", "arm", *DOMAINS], rows)
 
 
-def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
+def measure(base: Path, data: Path, output: Path, seed: int) -> dict[str, dict[str, dict[str, float]]]:
     """F1 per variant, arm and domain."""
-    adapters = {}
-    for domain in DOMAINS:
-        adapters[domain] = output / domain
-        if not adapters[domain].exists():
-            print_note(f"training {domain}")
-            rows = data / f"{domain}.train.jsonl"
-            train(TrainConfig(base, rows, adapters[domain], lr=LEARNING_RATE, max_steps=STEPS, seed=seed))
+    adapters = {
+        domain: train_adapter(base, data / f"{domain}.train.jsonl", output / domain, seed, steps=STEPS) for domain in DOMAINS
+    }
     tests = {domain: read_rows(data / f"{domain}.test.jsonl") for domain in DOMAINS}
     mixes = {"base": {}, **{domain: {domain: 1.0} for domain in DOMAINS}, "mix 0.6 + 0.6": dict.fromkeys(DOMAINS, 0.6)}
     results: dict[str, dict[str, dict[str, float]]] = {variant: {} for variant in mixes}
     for variant, adapter in {"base": None, **adapters}.items():
         print_note(f"evaluating {variant} in torch")
         results[variant][ARMS[0]] = {
-            domain: main_score(write_with_torch(base, adapter, rows, max_tokens=MAX_TOKENS), [row.completion for row in rows])
+            domain: main_score(
+                write_with_torch(str(base), adapter, rows, max_tokens=MAX_TOKENS), [row.completion for row in rows]
+            )
             for domain, rows in tests.items()
         }
     names = {variant: f"v{index}" for index, variant in enumerate(mixes)}
@@ -76,7 +71,7 @@ def measure(base: str, data: Path, output: Path, seed: int) -> dict[str, dict[st
         live = {variant: mix for variant, mix in mixes.items() if mix and bits == 4}
         variants |= {f"{names[variant]}-live": VariantRecipe(mix, kind="live") for variant, mix in live.items()}
         bundle = output / f"bundle-{bits}"
-        export(Recipe(base, adapters, variants, Quantization(bits, method="rtn"), merge_base="float"), bundle, gate="off")
+        export(Recipe(str(base), adapters, variants, Quantization(bits, method="rtn"), merge_base="float"), bundle, gate="off")
         with Runtime(bundle) as runtime:
             for variant, name in names.items():
                 print_note(f"evaluating {variant} with {bits} bits in onnxruntime")
