@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -117,7 +118,10 @@ def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Worke
         raise MissingExtraError("ray", "ray")
     import ray
 
-    own: Any = {"include_dashboard": False} if address == "local" else {}
+    own: Any = {}
+    if address == "local":
+        own["include_dashboard"] = False
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers of every start otherwise
     try:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
