@@ -226,6 +226,10 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were seen less likely.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed for sampling; a random one without it.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for each.")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds after which what was written so far is the answer.")] = None,
+    overflow: Annotated[
+        str, typer.Option(help="Over the context's end: error, or slide, which drops the text's middle.")
+    ] = "error",
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     json: JsonOption = False,
@@ -248,6 +252,8 @@ def run(
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop or (),
+            timeout=timeout,
+            overflow=overflow,
         )
         for piece in stream:
             if not json:
@@ -315,6 +321,28 @@ def evaluate(
     print_table("", columns, [[*row, f"{scores.loss:.3f}", f"{scores.perplexity:.2f}"]])
     if scores.routed:
         print("routed to " + ", ".join(f"{variant} {count}" for variant, count in sorted(scores.routed.items())))
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    variant: Annotated[list[str] | None, typer.Option(help="A variant to measure; repeat for each. All without it.")] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every variant has its turn.")] = 5,
+    threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
+    json: JsonOption = False,
+) -> None:
+    """Measure switching, prefill, decode and memory of a bundle's variants on this machine."""
+    from edgelora.bench import bench as run_bench
+    from edgelora.bench import show_bench
+    from edgelora_runtime import Runtime
+
+    with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("measuring") as on_progress:
+        names = list(dict.fromkeys(variant or runtime.variants))
+        report = run_bench(runtime, names, prompt=prompt, tokens=tokens, rounds=rounds, on_progress=on_progress)
+    show_bench(report, json)
 
 
 @app.command()

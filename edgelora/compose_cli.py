@@ -267,7 +267,7 @@ def report(
     """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
     from edgelora.composition_pages import show_composition, write_composition
     from edgelora.composition_report import report_composition
-    from edgelora_runtime.runtime import parse_bytes
+    from edgelora_runtime.memory import parse_bytes
 
     limits = [size for size in map(parse_bytes, (disk, memory)) if size is not None]
     with show_progress("comparing") as on_progress:

@@ -10,7 +10,7 @@ import numpy as np
 from edgelora_runtime.errors import ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -29,16 +29,25 @@ class KVCache(ABC):
     not in the model, since a cache has one owner.
     """
 
+    _copies = 1  # buffers of each key and value
+
     def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
         self.tokens: list[int] = []
         self.logits: NDArray[np.float32] = np.empty((1, 0, entry.vocab_size), np.float32)
         self._entry = entry
         self._float_type = float_type
+        self._most = 0  # tokens that it has held at once
 
     @property
     @abstractmethod
     def capacity(self) -> int:
         """Positions that fit into its buffers, in tokens."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values that were written; what was reserved and not touched takes none."""
+        position = 2 * self._entry.layers * self._entry.kv_heads * self._entry.head_size * self._float_type.itemsize
+        return self._copies * self._most * position
 
     @abstractmethod
     def reserve(self, positions: int) -> None:
@@ -48,9 +57,18 @@ class KVCache(ABC):
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         """Binds its buffers for a step that reads `count` tokens and writes the logits of the last `keep`."""
 
+    @abstractmethod
+    def state(self, length: int) -> dict[str, Floats]:
+        """Keys and values of the first `length` tokens by {layer}.key and {layer}.value, (kv_heads, length, head_size); views."""
+
+    @abstractmethod
+    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
+        """Takes a copy of another cache's tokens and state in place of its own."""
+
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes over what a step with these tokens wrote into the bound buffers."""
         self.tokens.extend(tokens)
+        self._most = max(self._most, len(self.tokens))
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""

@@ -7,19 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.cache import shared_prefix
+from edgelora_runtime.interruption import InterruptedGeneration
 from edgelora_runtime.sampling import Sampler
 from edgelora_runtime.tokenizer import IncrementalDecoder
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.interruption import Interruption
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
     from edgelora_runtime.router import Route
     from edgelora_runtime.sampling import Sampling
     from edgelora_runtime.streaming import StopFilter
     from edgelora_runtime.tokenizer import Tokenizer
+
+_SINKS = 4  # first tokens that stay when a context slides: as many as the paper finds to be enough
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,10 @@ class Receipt:
 class Generation:
     """A finished answer.
 
-    tokens: what the model wrote, without the end token. finish_reason: stop (an end token or a stop string) or length.
-    reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives the first
-    token; decode_ms gives all others. route: how the variant was chosen, where it was "auto".
+    tokens: what the model wrote, without the end token. finish_reason: stop (an end token or a stop string), length,
+    cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives
+    the first token; decode_ms gives all others. route: how the variant was chosen, where it was "auto". dropped_tokens: what was
+    left out of the middle so that the context could slide on.
     """
 
     text: str
@@ -56,13 +61,15 @@ class Generation:
     decode_ms: float
     receipt: Receipt
     route: Route | None = None
+    dropped_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it, once: the stop filter has a state.
+    """A prompt and how to continue it, once: the stop filter and the interruption have a state.
 
-    end_tokens: the model's own. route: as in Generation.
+    end_tokens: the model's own. context: tokens that the model may see at once; a text that grows longer loses its middle, and
+    one that must not has a max_tokens that fits. route: as in Generation.
     """
 
     prompt: Sequence[int]
@@ -70,15 +77,21 @@ class Request:
     sampling: Sampling
     stop: StopFilter
     end_tokens: frozenset[int]
+    context: int
+    interruption: Interruption
     route: Route | None = None
 
 
 class TextStream:
-    """An iterator over pieces of text that are whole characters; `generation` is there once it is exhausted."""
+    """An iterator over pieces of text that are whole characters; `generation` is there once it is exhausted.
 
-    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
+    `async for` works as `for` does, with each step in a thread of its own; a task that is cancelled ends the generation.
+    """
+
+    def __init__(self, pieces: Generator[str, None, Generation], interruption: Interruption) -> None:
         self.generation: Generation | None = None
         self._pieces = pieces
+        self._interruption = interruption
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -91,8 +104,27 @@ class TextStream:
                 self.generation = end.value
             raise
 
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self
+
+    async def __anext__(self) -> str:
+        import asyncio  # a tenth of the time to import all else, and few await
+
+        try:
+            piece = await asyncio.to_thread(next, self, None)  # StopIteration cannot cross a future
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        if piece is None:
+            raise StopAsyncIteration
+        return piece
+
+    def cancel(self) -> None:
+        """Ends the generation before its next step, from any thread; what was written so far is the answer."""
+        self._interruption.cancel()
+
     def close(self) -> None:
-        """Ends the generation early; what was read so far stays in the KV cache."""
+        """Ends the generation and drops the answer; what was read so far stays in the KV cache."""
         self._pieces.close()
 
 
@@ -113,20 +145,33 @@ def continue_prompt(
     decoder, stop = IncrementalDecoder(tokenizer), request.stop
     tokens: list[int] = []
     shown: list[str] = []
-    unread, ended = list(request.prompt[reused:]), False
-    while not ended and len(tokens) < request.max_tokens:
-        token = sampler.draw(model.read(cache, unread, live=live)[0])
+    unread, reason, dropped = list(request.prompt[reused:]), "length", 0
+    while len(tokens) < request.max_tokens:
+        if len(cache.tokens) + len(unread) > request.context:
+            text = [*cache.tokens, *unread]
+            kept = _slide(text, request.context, request.max_tokens - len(tokens))
+            dropped += len(text) - len(kept)
+            cache.rewind(shared_prefix(cache.tokens, kept))
+            unread = kept[len(cache.tokens) :]
+        try:
+            logits = model.read(cache, unread, live=live, check=request.interruption.check)
+        except InterruptedGeneration as interrupted:
+            reason = interrupted.reason
+            break
+        token = sampler.draw(logits[0])
         if not tokens:
             first_token = time.perf_counter()
         if token in request.end_tokens:
-            ended = True
+            reason = "stop"
             break
         tokens.append(token)
         unread = [token]
         if piece := stop.push(decoder.push(token)):
             shown.append(piece)
             yield piece
-        ended = stop.stopped
+        if stop.stopped:
+            reason = "stop"
+            break
     # Not before the end: an unfinished character, and text that might have become a stop string.
     if piece := stop.push(decoder.flush()) + stop.flush():
         shown.append(piece)
@@ -135,7 +180,7 @@ def continue_prompt(
     return Generation(
         text="".join(shown),
         tokens=tuple(tokens),
-        finish_reason="stop" if ended or stop.stopped else "length",
+        finish_reason="stop" if stop.stopped else reason,
         variant=receipt.variant,
         prompt_tokens=len(request.prompt),
         reused_tokens=reused,
@@ -143,4 +188,15 @@ def continue_prompt(
         decode_ms=(finished - first_token) * 1e3,
         receipt=receipt,
         route=request.route,
+        dropped_tokens=dropped,
     )
+
+
+def _slide(text: Sequence[int], context: int, more: int) -> list[int]:
+    """What stays of a text that outgrew the context, so that as many tokens more fit, up to half a context.
+
+    The first ones stay, since attention rests on them (arXiv 2309.17453, section 3.1), and the last; the middle goes.
+    """
+    kept = min(context, context - min(more, context // 2) + 1)  # the last token is never read back
+    first = min(_SINKS, kept // 2)
+    return [*text[:first], *text[len(text) - (kept - first) :]]

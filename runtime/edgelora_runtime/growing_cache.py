@@ -9,7 +9,7 @@ import numpy as np
 from edgelora_runtime.cache import KVCache
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from edgelora_runtime.binding import Binding
     from edgelora_runtime.cache import Floats
@@ -22,26 +22,31 @@ class GrowingCache(KVCache):
     The start of a buffer, seen as (1, kv_heads, positions, head_size), is what the graph reads or writes: no step allocates.
     """
 
+    _copies = 2
+
     def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
         super().__init__(entry, float_type)
         self._past: list[Floats] = []  # keys of all layers, then values
         self._present: list[Floats] = []
         self._held = 0  # positions in the past buffers; tokens may be fewer after a rewind
-        names = [f"{index}.{kind}" for kind in ("key", "value") for index in range(entry.layers)]
-        self._names = [(f"past_key_values.{name}", f"present.{name}") for name in names]
+        self._keys = [f"{index}.{kind}" for kind in ("key", "value") for index in range(entry.layers)]
+        self._names = [(f"past_key_values.{name}", f"present.{name}") for name in self._keys]
 
     @property
     def capacity(self) -> int:
         return len(self._past[0]) // (self._entry.kv_heads * self._entry.head_size) if self._past else 0
 
     def reserve(self, positions: int) -> None:
-        if positions <= self.capacity:
-            return
-        shape = (self._entry.kv_heads * self._next_capacity(positions) * self._entry.head_size,)
-        past, present = (self._allocate(shape) + self._allocate(shape) for _ in range(2))
-        for new, old in zip(past, self._past, strict=False):
-            self._view(new, self._held)[:] = self._view(old, self._held)
-        self._past, self._present = past, present
+        if positions > self.capacity:
+            self._allocate_buffers(positions, self._held, self.state(self._held))
+
+    def state(self, length: int) -> dict[str, Floats]:
+        return {name: self._view(buffer, self._held)[0, :, :length] for name, buffer in zip(self._keys, self._past, strict=False)}
+
+    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
+        self._allocate_buffers(len(tokens), len(tokens), state)
+        self.tokens = []
+        super().extend(tokens)
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
@@ -59,6 +64,15 @@ class GrowingCache(KVCache):
         super().extend(tokens)
         self._past, self._present = self._present, self._past
         self._held = len(self.tokens)
+
+    def _allocate_buffers(self, positions: int, held: int, state: Mapping[str, Floats]) -> None:
+        """Room for so many positions, of which the first `held` are the state's."""
+        shape = (self._entry.kv_heads * self._next_capacity(positions) * self._entry.head_size,)
+        past, present = (self._allocate(shape) + self._allocate(shape) for _ in range(2))
+        for name, buffer in zip(self._keys, past, strict=True):
+            if held:
+                self._view(buffer, held)[0] = state[name]
+        self._past, self._present, self._held = past, present, held
 
     def _cut(self) -> None:
         """Drops the positions of tokens that were forgotten; heads then move together, so this is a copy."""

@@ -11,6 +11,8 @@ from edgelora_runtime.cache import KVCache
 from edgelora_runtime.errors import ResourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from edgelora_runtime.binding import Binding
     from edgelora_runtime.cache import Floats
     from edgelora_runtime.manifest import ModelEntry
@@ -33,18 +35,16 @@ class InPlaceCache(KVCache):
         return self._capacity
 
     def reserve(self, positions: int) -> None:
-        if positions <= self._capacity:
-            return
-        capacity, used = self._next_capacity(positions), len(self.tokens)
-        shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
-        buffers = {}
-        for kind in ("key", "value"):
-            for index, array in enumerate(self._allocate(shape)):
-                name = f"{index}.{kind}"
-                if used:
-                    array[:, :, :used] = self._buffers[name].numpy()[:, :, :used]
-                buffers[name] = self._place(array)
-        self._buffers, self._capacity = buffers, capacity
+        if positions > self._capacity:
+            self._allocate_buffers(positions, self.state(len(self.tokens)))
+
+    def state(self, length: int) -> dict[str, Floats]:
+        return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
+
+    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
+        self._allocate_buffers(len(tokens), state)
+        self.tokens = []
+        self.extend(tokens)
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
@@ -57,6 +57,19 @@ class InPlaceCache(KVCache):
             binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
         binding.output("logits", self.logits)
         binding.holds = self._buffers
+
+    def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
+        """Room for so many positions, of which the first hold the state."""
+        capacity = self._next_capacity(positions)
+        shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
+        buffers = {}
+        for kind in ("key", "value"):
+            for index, array in enumerate(self._allocate(shape)):
+                name = f"{index}.{kind}"
+                if state:
+                    array[0, :, : state[name].shape[1]] = state[name]
+                buffers[name] = self._place(array)
+        self._buffers, self._capacity = buffers, capacity
 
     def _place(self, array: Floats) -> ort.OrtValue:
         """The array on the cache's device: itself in main memory, else a copy."""

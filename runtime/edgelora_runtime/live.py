@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.manifest import LiveSlots
 
     Floats = NDArray[np.float32]
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     LoraInputs = Mapping[str, NDArray[np.floating[Any]]]  # float32, or float16 for a GPU's graphs
 
 FILE_LIMIT = 1 << 32  # bytes of one adapter file
+_STACKED_MIXES = 8  # mixes whose stacked factors are kept for the way back
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -72,3 +76,38 @@ def stack_mix(
             inputs[name] = stacked_b
         inputs[slot.a] = stacked_a
     return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
+
+
+class LiveMixes:
+    """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._lock = threading.Lock()
+        self._factors: dict[str, Factors] = {}
+        self._stacked: OrderedDict[tuple[tuple[str, float], ...], LoraInputs] = OrderedDict()
+
+    def get(self, mix: tuple[tuple[str, float], ...], float_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
+        """The inputs for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
+        with self._lock:
+            made = 0
+            if mix not in self._stacked:
+                factors = [(self._read(name), weight) for name, weight in mix]
+                self._stacked[mix] = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
+                made = sum(array.nbytes for array in self._stacked[mix].values())
+                while len(self._stacked) > _STACKED_MIXES:
+                    self._stacked.popitem(last=False)
+            self._stacked.move_to_end(mix)
+            return self._stacked[mix], made
+
+    def clear(self) -> None:
+        with self._lock:
+            self._factors.clear()
+            self._stacked.clear()
+
+    def _read(self, name: str) -> Factors:
+        if name not in self._factors:
+            file = self._bundle.manifest.adapters[name].file
+            assert file is not None  # the manifest's references were checked
+            self._factors[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
+        return self._factors[name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +9,13 @@ import onnxruntime as ort
 
 from edgelora_runtime.binding import Binding
 from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
 from edgelora_runtime.providers import CPU, open_session, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -35,10 +35,19 @@ _ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initialize
 class Model:
     """A graph that is ready to run. One step at a time; any number of caches and of live adapters.
 
+    turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
     float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32.
     """
 
-    def __init__(self, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU) -> None:
+    def __init__(
+        self,
+        graph: Path,
+        entry: ModelEntry,
+        *,
+        threads: int | None,
+        provider: Provider = CPU,
+        turns: FairLock | None = None,
+    ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
@@ -50,7 +59,7 @@ class Model:
         self._entry = entry
         self._provider = provider
         self._binding = Binding(session)
-        self._lock = threading.Lock()
+        self._turns = turns or FairLock()
         self._bound_live: LoraInputs | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
@@ -58,28 +67,37 @@ class Model:
 
     def new_cache(self) -> KVCache:
         """An empty cache of the kind that the graph writes."""
-        if self._entry.cache == "growing":
-            return GrowingCache(self._entry, self.float_type)
-        return InPlaceCache(self._entry, self.float_type, self._provider.memory)
+        return new_cache(self._entry, self.float_type, self._provider.memory)
 
-    def read(self, cache: KVCache, tokens: Sequence[int], *, live: LoraInputs | None = None, keep: int = 1) -> Floats:
+    def read(
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        *,
+        live: LoraInputs | None = None,
+        keep: int = 1,
+        check: Callable[[], None] | None = None,
+    ) -> Floats:
         """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
 
-        live: the LoRA inputs to run with; pass the same mapping again to save the binding. The array that is returned is
-        the cache's own: the next call with this cache overwrites it. The caller sees to it that the tokens fit in the context.
+        live: the LoRA inputs to run with; pass the same mapping again to save the binding. check: called before each chunk of a
+        long prompt, may raise to end here; the cache then holds the chunks so far. The array that is returned is the cache's
+        own: the next call with this cache overwrites it. The caller sees to it that the tokens fit in the context.
         """
-        with self._lock:
-            start = 0
-            while True:
-                chunk = tokens[start : start + PREFILL_CHUNK]
-                start += len(chunk)
-                ended = start == len(tokens)
+        start = 0
+        while True:
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            start += len(chunk)
+            ended = start == len(tokens)
+            with self._turns:
+                if check is not None:
+                    check()
                 try:
                     logits = self._step(cache, chunk, live, keep if ended else 1)
                 except RuntimeError as error:  # onnxruntime's, from binding or running
                     raise refusal(self._provider, "run the graph", error) from error
-                if ended:
-                    return logits
+            if ended:
+                return logits
 
     def reserve(self, cache: KVCache, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
@@ -104,6 +122,11 @@ class Model:
         cache.extend(tokens)
         logits: Floats = cache.logits[0]
         return logits
+
+
+def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCache:
+    """An empty cache of the kind that a manifest's graphs write; memory: the device that it lies on, by onnxruntime's name."""
+    return GrowingCache(entry, float_type) if entry.cache == "growing" else InPlaceCache(entry, float_type, memory)
 
 
 def _read_float_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:

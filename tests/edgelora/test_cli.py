@@ -250,6 +250,19 @@ def test_inspect_shows_the_router(call: Callable[..., Result], routed_bundle: Pa
         assert [each["variant"] or "anything else", *figures] in cells
 
 
+def test_bench_as_json(call: Callable[..., Result], bundle32: Path) -> None:
+    sizes = ("--prompt", 20, "--tokens", 5, "--rounds", 2)
+    found = call("bench", bundle32, "--variant", "plain", "--variant", "plain-live", *sizes, "--json").json
+    assert list(found["variants"]) == ["plain", "plain-live"]
+    for figures in found["variants"].values():
+        assert all(value > 0 for value in figures.values())
+        assert figures["cold_ms"] > figures["warm_ms"]
+    assert 0 < found["shared"] < found["mapped"]
+    assert (found["prompt"], found["tokens"], found["rounds"]) == (20, 5, 2)
+    everything = call("bench", bundle32, *sizes)
+    assert all(name in everything.out for name in ("base", "ties", "linear-live", "packed"))
+
+
 def test_doctor_as_json(call: Callable[..., Result]) -> None:
     found = call("doctor", "--json").json
     assert found["edgelora"] == __version__
@@ -316,6 +329,11 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
         "does not exist",
     ),
     "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),
+    "bench of no round": (["bench", "BUNDLE", "--rounds", "0"], 2, "rounds = 0"),
+    "bench over the context": (["bench", "BUNDLE", "--prompt", "1000", "--tokens", "100"], 2, "context of 1024"),
+    "bench of a variant that is not there": (["bench", "BUNDLE", "--variant", "nope"], 2, "no variant 'nope'"),
+    "timeout": (["run", "BUNDLE", "--prompt", "a", "--timeout", "0"], 2, "timeout = 0"),
+    "overflow": (["run", "BUNDLE", "--prompt", "a", "--overflow", "wrap"], 2, "overflow 'wrap'"),
     "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
     "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),
     "no bundle to run": (["run", "TMP", "--prompt", "a"], 3, "no bundle"),

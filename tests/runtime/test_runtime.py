@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from edgelora_runtime import Bundle, InputError, Runtime, UsageError
+from edgelora_runtime.memory import parse_bytes
 from edgelora_runtime.model import PREFILL_CHUNK
-from edgelora_runtime.runtime import parse_bytes
 from tests.tiny import greedy, load_base, random_tokens
 
 if TYPE_CHECKING:
@@ -426,7 +426,7 @@ def graph_bytes(bundle: Path, variant: str) -> int:
 
 
 def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
-    two = graph_bytes(bundle32, "base") + graph_bytes(bundle32, "plain") + 1000
+    two = int(1.25 * (graph_bytes(bundle32, "base") + graph_bytes(bundle32, "plain"))) + 1000
     with Runtime(bundle32, threads=1, memory_budget=two) as runtime:
         runtime.generate(random_tokens(20), variant="base", max_tokens=2)
         runtime.switch("plain")
@@ -437,7 +437,7 @@ def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
         assert runtime.switch("ties").cold
         receipt = runtime.switch("base")
         assert receipt.cold
-        assert receipt.kv_reused_tokens == 0
+        assert receipt.kv_reused_tokens >= 20, "an evicted variant's cached prompts stay"
 
 
 def test_a_variant_larger_than_the_budget_runs_all_the_same(bundle32: Path) -> None:

@@ -1,0 +1,132 @@
+"""What an app pays before its first token: seconds of a fresh process, and bytes of the installed packages, beside the peers'.
+
+    make test                                                        # sets up .venv
+    .venv/bin/python -m benchmarks.first_token                       # exports pocket in int4 and times it
+    .venv/bin/python -m benchmarks.first_token --bundle B --peers-python peers/bin/python
+
+Time runs from before `import edgelora_runtime` to the first piece of text, in a process of its own each round; the files are in
+the system's cache, as they are from the second start on. Sizes are of a package with all that it requires, as pip lists the files
+of each, without compiled Python; a peer is measured where an interpreter that has it is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.pocket import find_base
+from benchmarks.workers import describe_machine
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.terminal import format_bytes, print_json, print_note, print_table
+from edgelora_export.variants import Quantization
+
+OURS = "edgelora"
+PEERS = ("llama-cpp-python", "onnxruntime-genai", "openvino-genai")
+PARTS = ("import", "open", "first_token")
+START = """
+import time
+times = [time.perf_counter()]
+from edgelora_runtime import Runtime
+times.append(time.perf_counter())
+import sys
+runtime = Runtime(sys.argv[1])
+times.append(time.perf_counter())
+next(runtime.stream(sys.argv[2], max_tokens=4, ignore_eos=True))
+times.append(time.perf_counter())
+print(*(after - before for before, after in zip(times, times[1:])))
+"""
+# Runs in the peers' interpreter, which has no edgelora.
+SIZE = """
+import json, re, sys
+from importlib.metadata import PackageNotFoundError, distribution
+
+def add(name, found):
+    name = re.split(r"[ ;<>=!~(\\[]", name, maxsplit=1)[0].lower().replace("_", "-")
+    if name in found:
+        return
+    try:
+        package = distribution(name)
+    except PackageNotFoundError:
+        return
+    files = [package.locate_file(file) for file in package.files or () if file.suffix != ".pyc"]
+    found[name] = sum(file.stat().st_size for file in files if file.is_file())
+    for requirement in package.requires or ():
+        if "extra ==" not in requirement:
+            add(requirement, found)
+
+found = {}
+add(sys.argv[1], found)
+print(json.dumps(found))
+"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """seconds: medians over rounds of each part and of all. bytes: of each package with what it requires."""
+
+    seconds: dict[str, float]
+    bytes: dict[str, int]
+    rounds: int
+    machine: dict[str, object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--bundle", type=Path, help="a bundle to start; pocket in int4 without it")
+    parser.add_argument("--prompt", default="once upon a time there was a")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--peers-python", type=Path, action="append", default=[], help="an interpreter with peers; repeatable")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        bundle = arguments.bundle or make_bundle(Path(temporary) / "bundle")
+        seconds = time_starts(bundle, arguments.prompt, arguments.rounds)
+    sizes = {OURS: measure_size(Path(sys.executable), OURS)}
+    for python in arguments.peers_python:
+        sizes |= {peer: size for peer in PEERS if (size := measure_size(python, peer))}
+    report = Report(seconds, sizes, arguments.rounds, describe_machine())
+    if arguments.json:
+        print_json(report)
+        return
+    print_table(f"median seconds of {arguments.rounds} starts", [*PARTS, "all"], [[f"{value:.3f}" for value in seconds.values()]])
+    print_table(
+        "installed, with all that is required", ["package", "size"], [[name, format_bytes(n)] for name, n in sizes.items()]
+    )
+
+
+def make_bundle(output: Path) -> Path:
+    """An int4 bundle of the real base, with one variant."""
+    print_note("exporting")
+    recipe = Recipe(str(find_base()), {}, {"base": VariantRecipe({})}, Quantization(method="rtn"))
+    export(recipe, output, gate="off")
+    return output
+
+
+def time_starts(bundle: Path, prompt: str, rounds: int) -> dict[str, float]:
+    """Median seconds of each part of a start, and of all of it; the first start, which fills the system's cache, is left out."""
+    found = []
+    for _ in range(rounds + 1):
+        command = [sys.executable, "-c", START, str(bundle), prompt]
+        found.append([float(part) for part in subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()])
+    parts = zip(*found[1:], strict=True)
+    return {
+        **{name: statistics.median(part) for name, part in zip(PARTS, parts, strict=True)},
+        "all": statistics.median(map(sum, found[1:])),
+    }
+
+
+def measure_size(python: Path, package: str) -> int:
+    """Bytes of a package's files and of those that it requires, in the environment of an interpreter; 0 where it is absent."""
+    printed = subprocess.run([str(python), "-c", SIZE, package], check=True, capture_output=True, text=True).stdout
+    return sum(json.loads(printed).values())
+
+
+if __name__ == "__main__":
+    main()

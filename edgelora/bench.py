@@ -1,0 +1,141 @@
+"""`edgelora bench`: what a bundle's variants cost on this machine: switching, prefill, decode, memory."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelora.terminal import format_bytes, print_json, print_table
+from edgelora_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from edgelora_runtime import Runtime
+
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class VariantFigures:
+    """Medians over rounds.
+
+    cold_ms: until a variant that was not loaded can run, its files in the system's cache. warm_ms: the same once it is loaded.
+    prefill, decode: tokens per second. again_ms: first token of a prompt whose keys and values are cached, after other variants
+    ran.
+    """
+
+    cold_ms: float
+    warm_ms: float
+    prefill: float
+    decode: float
+    again_ms: float
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What a run found. prompt, tokens: lengths. Bytes are those with all variants loaded.
+
+    mapped: of weights on disk, each blob once. shared: of those that several variants map. private: of onnxruntime's packed
+    copies. resident: of the process that no file backs; None where the system does not tell.
+    """
+
+    variants: dict[str, VariantFigures]
+    provider: str
+    prompt: int
+    tokens: int
+    rounds: int
+    mapped: int
+    shared: int
+    private: int
+    resident: int | None
+
+
+def bench(
+    runtime: Runtime,
+    variants: Sequence[str],
+    *,
+    prompt: int = 128,
+    tokens: int = 64,
+    rounds: int = 5,
+    on_progress: Callable[[int, int, str], None] = lambda *_: None,
+) -> BenchReport:
+    """Measures variants in turns, with prompts of random tokens; raises UsageError for lengths that do not fit the context."""
+    model = runtime.bundle.manifest.model
+    for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
+        if value < 1:
+            raise UsageError(f"{name} = {value}: use 1 or more")
+    if prompt + tokens > model.context_length:
+        raise UsageError(
+            f"{prompt} tokens of prompt and {tokens} more do not fit the context of {model.context_length}; ask for less"
+        )
+    generator = random.Random(_SEED)  # noqa: S311  (not for secrets)
+    texts = [[generator.randrange(model.vocab_size) for _ in range(prompt)] for _ in range(rounds)]
+    found: dict[str, list[VariantFigures]] = {variant: [] for variant in variants}
+    for number, text in enumerate(texts):
+        on_progress(number, rounds, "round")
+        runtime.close()
+        cold = {variant: runtime.switch(variant).milliseconds for variant in variants}
+        speeds = {}
+        for variant in variants:
+            written = runtime.generate(text, variant=variant, max_tokens=tokens + 1, ignore_eos=True)
+            speeds[variant] = 1e3 * prompt / written.prefill_ms, 1e3 * tokens / written.decode_ms
+        for variant in variants:
+            warm = runtime.switch(variant).milliseconds
+            again = runtime.generate(text, variant=variant, max_tokens=1, ignore_eos=True)
+            found[variant].append(VariantFigures(cold[variant], warm, *speeds[variant], again.prefill_ms))
+    on_progress(rounds, rounds, "round")
+    usage = runtime.memory
+    return BenchReport(
+        variants={variant: _take_medians(figures) for variant, figures in found.items()},
+        provider=runtime.provider,
+        prompt=prompt,
+        tokens=tokens,
+        rounds=rounds,
+        mapped=usage.mapped,
+        shared=usage.shared,
+        private=usage.private,
+        resident=_read_resident(),
+    )
+
+
+def show_bench(report: BenchReport, as_json: bool) -> None:
+    """Prints a report as a table and a line, or as JSON."""
+    if as_json:
+        print_json(report)
+        return
+    columns = ["variant", "cold switch ms", "warm switch ms", "prefill tok/s", "decode tok/s", "cached prompt ms"]
+    rows = [
+        [
+            name,
+            f"{figures.cold_ms:.0f}",
+            f"{figures.warm_ms:.2f}",
+            f"{figures.prefill:.1f}",
+            f"{figures.decode:.1f}",
+            f"{figures.again_ms:.1f}",
+        ]
+        for name, figures in report.variants.items()
+    ]
+    title = f"prompt {report.prompt}, {report.tokens} tokens, medians of {report.rounds} rounds, {report.provider}"
+    print_table(title, columns, rows)
+    resident = "" if report.resident is None else f"; the process holds {format_bytes(report.resident)} beside its files"
+    print(
+        f"loaded: {format_bytes(report.mapped)} of weights, {format_bytes(report.shared)} of them shared, "
+        f"{format_bytes(report.private)} packed{resident}"
+    )
+
+
+def _take_medians(rounds: Sequence[VariantFigures]) -> VariantFigures:
+    return VariantFigures(*(statistics.median(values) for values in zip(*(vars(each).values() for each in rounds), strict=True)))
+
+
+def _read_resident() -> int | None:
+    """Anonymous memory of this process, in bytes (RssAnon of Linux's /proc)."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)

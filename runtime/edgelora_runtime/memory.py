@@ -1,0 +1,78 @@
+"""Sizes of memory: as users write them, and what the machine has free."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from pathlib import Path
+
+from edgelora_runtime.errors import UsageError
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_bytes(size: int | str | None) -> int | None:
+    """Bytes of a size like 4294967296, "4GiB", "512 MB"; both spellings count in powers of 1024. None stays None."""
+    if size is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", str(size), re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"memory size {size!r} is not understood; write bytes, or like 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def find_free_memory() -> int | None:
+    """Bytes that can be taken now without swapping, also of a control group's limit; None where the system does not tell."""
+    if sys.platform == "win32":
+        return _ask_windows()
+    free = [value for value in (_read_meminfo(), _read_cgroup()) if value is not None]
+    if free:
+        return min(free)
+    try:  # macOS has no count of what can be reclaimed in sysconf: half of all is a guess on the safe side
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
+def _read_meminfo() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _read_cgroup() -> int | None:
+    """What a container may still take: its limit less what it uses, its page cache not counted (control groups v2)."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))
+        stat = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        if limit == "max":
+            return None
+        cached = next((int(line.split()[1]) for line in stat if line.startswith("file ")), 0)
+        return max(0, int(limit) - int(used) + cached)
+    except (OSError, ValueError):
+        return None
+
+
+def _ask_windows() -> int | None:
+    class Status(ctypes.Structure):
+        """MEMORYSTATUSEX: https://learn.microsoft.com/windows/win32/api/sysinfoapi/ns-sysinfoapi-memorystatusex."""
+
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *(
+                (name, ctypes.c_ulonglong)
+                for name in ("total", "available", "page", "page_free", "virtual", "virtual_free", "more")
+            ),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    kernel: object = getattr(ctypes, "windll").kernel32  # noqa: B009  (absent from other systems' stubs)
+    if not getattr(kernel, "GlobalMemoryStatusEx")(ctypes.byref(status)):  # noqa: B009
+        return None
+    return int(status.available)

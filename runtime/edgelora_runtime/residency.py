@@ -1,0 +1,131 @@
+"""Which graphs are loaded: lazily, once for all who ask, least recently used out first, under a budget of bytes."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import Counter, OrderedDict
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+    from edgelora_runtime.model import Model
+
+_PACKED = 1.25  # bytes of onnxruntime's packed copy over those of the blobs that it was made from (measured: docs/log.md)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What loaded graphs hold, in bytes.
+
+    graphs: their files, least recently used first. mapped: of the blobs of them all, each counted once. shared: of those that
+    two or more of them map. private: of the packed copies, which each graph has of its own. kv_caches: of keys and values.
+    """
+
+    graphs: tuple[str, ...]
+    mapped: int
+    shared: int
+    private: int
+    kv_caches: int
+
+
+class Residency:
+    """Loaded models by graph.
+
+    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. budget: bytes of packed copies; None for
+    no limit. What is asked for is loaded even where it alone is over the budget. A model that a stream still runs counts until
+    the stream lets go of it.
+    """
+
+    def __init__(self, load: Callable[[str], Model], blobs: Callable[[str], Mapping[str, int]], budget: int | None) -> None:
+        self._load = load
+        self._blobs = blobs
+        self._budget = budget
+        self._lock = threading.Lock()
+        self._models: OrderedDict[str, Future[Model]] = OrderedDict()
+        self._leaving: dict[weakref.ref[Model], int] = {}
+        self._pins: Counter[str] = Counter()
+
+    def get(self, graph: str) -> tuple[Model, bool]:
+        """A graph's model, and whether it had to be loaded; one who asks while it loads waits for it."""
+        with self._lock:
+            found = self._models.get(graph)
+            if found is None:
+                self._make_room(graph)
+                found = self._models[graph] = Future()
+                mine = True
+            else:
+                self._models.move_to_end(graph)
+                mine = False
+        if not mine:
+            return found.result(), False
+        try:
+            model = self._load(graph)
+        except BaseException as error:
+            with self._lock:
+                if self._models.get(graph) is found:
+                    del self._models[graph]
+            found.set_exception(error)
+            raise
+        found.set_result(model)
+        return model, True
+
+    def pin(self, graph: str) -> None:
+        """Keeps a graph loaded, once it is, until it was unpinned as often as pinned."""
+        with self._lock:
+            self._pins[graph] += 1
+
+    def unpin(self, graph: str) -> None:
+        with self._lock:
+            self._pins[graph] -= 1
+            self._pins += Counter()  # drops what is at zero
+
+    def clear(self) -> None:
+        """Lets go of all, pinned ones too."""
+        with self._lock:
+            self._models.clear()
+            self._leaving.clear()
+            self._pins.clear()
+
+    def measure(self, kv_caches: int) -> Usage:
+        """What is held now."""
+        with self._lock:
+            graphs = tuple(self._models)
+            counts: Counter[str] = Counter()
+            sizes: dict[str, int] = {}
+            for graph in graphs:
+                blobs = self._blobs(graph)
+                counts.update(blobs.keys())
+                sizes |= blobs
+            shared = sum(size for name, size in sizes.items() if counts[name] > 1)
+            return Usage(graphs, sum(sizes.values()), shared, self._held(), kv_caches)
+
+    def _make_room(self, graph: str) -> None:
+        """Evicts until the graph fits, or only what is pinned is left."""
+        if self._budget is None:
+            return
+        needed = self._packed(graph)
+        for other in self._evictable():
+            if self._held() + needed <= self._budget:
+                return
+            future = self._models.pop(other)
+            model = future.result()
+            self._leaving[weakref.ref(model, self._forget)] = self._packed(other)
+            del future, model
+
+    def _evictable(self) -> Iterable[str]:
+        """Least recently used first; not what is pinned or still loads."""
+        return [name for name, future in self._models.items() if future.done() and name not in self._pins]
+
+    def _held(self) -> int:
+        return sum(map(self._packed, self._models)) + sum(list(self._leaving.values()))
+
+    def _packed(self, graph: str) -> int:
+        return int(sum(self._blobs(graph).values()) * _PACKED)
+
+    def _forget(self, reference: weakref.ref[Model]) -> None:
+        """A model was freed; may run at any moment, in any thread, also one that holds the lock."""
+        self._leaving.pop(reference, None)

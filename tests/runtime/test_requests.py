@@ -1,0 +1,159 @@
+"""How requests end early, slide over the context's end, and run under asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from edgelora_runtime import Runtime, UsageError
+from edgelora_runtime.interruption import Interruption
+from edgelora_runtime.model import PREFILL_CHUNK, Model
+from tests.runtime.test_runtime import generate_alone
+from tests.tiny import random_tokens
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CONTEXT = 1024
+
+
+# --- the end before its time ------------------------------------------------------------------------------------------------
+
+
+def test_a_cancelled_stream_gives_what_it_has(bundle32: Path, runtime: Runtime) -> None:
+    prompt = random_tokens(20)
+    stream = runtime.stream(prompt, variant="base", max_tokens=500, ignore_eos=True)
+    text = next(stream) + next(stream)
+    stream.cancel()
+    text += "".join(stream)
+    assert stream.generation is not None
+    assert stream.generation.finish_reason == "cancelled"
+    assert stream.generation.text == text
+    whole = generate_alone(bundle32, prompt, variant="base", max_tokens=500, ignore_eos=True)
+    assert stream.generation.tokens == whole[: len(stream.generation.tokens)]
+
+
+def test_a_long_prompt_is_cancelled_between_its_chunks(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second thread cancels while the first chunk is read; the second chunk is not."""
+    prompt = random_tokens(PREFILL_CHUNK + 200)
+    stream = runtime.stream(prompt, variant="base", max_tokens=5)
+    step, chunks = Model._step, []
+
+    def cancel_on_the_way(model: Model, cache: Any, tokens: Any, *rest: Any) -> Any:
+        chunks.append(len(tokens))
+        thread = threading.Thread(target=stream.cancel)
+        thread.start()
+        thread.join()
+        return step(model, cache, tokens, *rest)
+
+    monkeypatch.setattr(Model, "_step", cancel_on_the_way)
+    assert list(stream) == []
+    assert stream.generation is not None
+    assert stream.generation.finish_reason == "cancelled"
+    assert chunks == [PREFILL_CHUNK]
+    monkeypatch.undo()
+    assert runtime.generate(prompt, variant="base", max_tokens=1).reused_tokens == PREFILL_CHUNK, "what was read is kept"
+
+
+def test_a_timeout_ends_a_generation(runtime: Runtime) -> None:
+    started = time.monotonic()
+    found = runtime.generate(random_tokens(5), max_tokens=10**6, overflow="slide", ignore_eos=True, timeout=0.3)
+    assert found.finish_reason == "timeout"
+    assert time.monotonic() - started < 10
+
+
+def test_a_timeout_that_is_over_ends_it_at_once(runtime: Runtime) -> None:
+    stream = runtime.stream(random_tokens(5), timeout=1e-9)
+    time.sleep(0.01)
+    assert list(stream) == []
+    assert stream.generation is not None
+    assert (stream.generation.finish_reason, stream.generation.tokens) == ("timeout", ())
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan")])
+def test_an_impossible_timeout_is_refused(timeout: float) -> None:
+    with pytest.raises(UsageError, match="timeout"):
+        Interruption(timeout)
+
+
+# --- over the context's end ---------------------------------------------------------------------------------------------------
+
+
+def slide_by_hand(bundle: Path, prompt: list[int], count: int) -> list[int]:
+    """What a fresh runtime writes token by token, where the text is cut as the documentation says."""
+    seen = list(prompt)
+    written: list[int] = []
+    with Runtime(bundle, threads=1, cache_budget=0) as runtime:
+        while len(written) < count:
+            if len(seen) > CONTEXT:
+                kept = min(CONTEXT, CONTEXT - min(count - len(written), CONTEXT // 2) + 1)
+                seen = seen[:4] + seen[-(kept - 4) :]
+            token = int(runtime.logits(seen, variant="base")[-1].argmax())
+            written.append(token)
+            seen.append(token)
+    return written
+
+
+@pytest.mark.parametrize(("length", "count"), [(1020, 12), (1024, 3), (1100, 6)])
+def test_a_text_slides_over_the_end_of_the_context(bundle32: Path, runtime: Runtime, length: int, count: int) -> None:
+    prompt = random_tokens(length, seed=7)
+    found = runtime.generate(prompt, variant="base", max_tokens=count, overflow="slide", ignore_eos=True)
+    assert list(found.tokens) == slide_by_hand(bundle32, prompt, count)
+    assert found.dropped_tokens > 0
+    assert found.prompt_tokens == length
+
+
+def test_a_text_slides_many_times(runtime: Runtime) -> None:
+    found = runtime.generate(random_tokens(1000), variant="base", max_tokens=1300, overflow="slide", ignore_eos=True)
+    assert len(found.tokens) == 1300
+    assert found.dropped_tokens >= 1000 + 1300 - 1 - CONTEXT, "the last token is never read back"
+
+
+def test_a_text_that_fits_does_not_slide(runtime: Runtime) -> None:
+    found = runtime.generate(random_tokens(1000), variant="base", max_tokens=25, overflow="slide")
+    assert found.dropped_tokens == 0
+
+
+def test_another_overflow_is_refused(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="overflow 'wrap'"):
+        runtime.stream("a", overflow="wrap")
+
+
+# --- asyncio ------------------------------------------------------------------------------------------------------------------
+
+
+def test_async_calls_write_what_the_others_write(bundle32: Path, runtime: Runtime) -> None:
+    prompts = [random_tokens(20 + seed, seed=seed) for seed in range(4)]
+    expected = [generate_alone(bundle32, prompt, variant="plain", max_tokens=20) for prompt in prompts]
+
+    async def run() -> list[tuple[int, ...]]:
+        found = await asyncio.gather(*(runtime.generate_async(p, variant="plain", max_tokens=20) for p in prompts))
+        stream = runtime.stream(prompts[0], variant="plain", max_tokens=20)
+        pieces = [piece async for piece in stream]
+        assert "".join(pieces) == found[0].text
+        return [each.tokens for each in found]
+
+    assert asyncio.run(run()) == expected
+
+
+def test_a_cancelled_task_frees_the_model(runtime: Runtime) -> None:
+    async def run() -> None:
+        task = asyncio.create_task(
+            runtime.generate_async(random_tokens(5), variant="base", max_tokens=10**6, overflow="slide", ignore_eos=True)
+        )
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(run())  # waits for the threads
+    assert runtime.generate(random_tokens(5), variant="base", max_tokens=1).tokens
+
+
+def test_errors_reach_the_one_who_awaits(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="no variant 'nope'"):
+        asyncio.run(runtime.generate_async("a", variant="nope"))
