@@ -60,19 +60,20 @@ def build_graph(
             describe(value, f"present.{name}", b.float_type, cache_shape)
         caches += past
         presents += (block.key, block.value)
-    logits = read_logits(b, decoder, residual)
+    states = residual.normed(decoder.final_norm)
+    logits = read_logits(b, decoder, states)
     describe(logits, "logits", ir.DataType.FLOAT, (1, "kept", decoder.vocab_size))
+    describe(states, "hidden_states", b.float_type, (1, "kept", decoder.hidden_size))
 
-    model = b.finish([input_ids, mask, *caches, keep, *inputs.inputs], [logits, *presents])
+    model = b.finish([input_ids, mask, *caches, keep, *inputs.inputs], [logits, *presents, states])
     for value in (keep, *inputs.inputs):  # an input that is also an initializer has that as its default
         model.graph.register_initializer(value)
     return model
 
 
-def read_logits(b: GraphBuilder, decoder: Decoder, residual: Residual) -> ir.Value:
-    """The final norm, the head, and the logits' soft cap: float32 from there on, as samplers take them."""
-    normed = residual.normed(decoder.final_norm)
-    logits = b.widen(multiply_matrix(b, decoder.head_product, normed, decoder.hidden_size, decoder.vocab_size))
+def read_logits(b: GraphBuilder, decoder: Decoder, states: ir.Value) -> ir.Value:
+    """The head on normed states, and the logits' soft cap: float32 from there on, as samplers take them."""
+    logits = b.widen(multiply_matrix(b, decoder.head_product, states, decoder.hidden_size, decoder.vocab_size))
     if decoder.logits_cap is None:
         return logits
     cap = b.scalar(decoder.logits_cap, ir.DataType.FLOAT)  # near the cap fp16 would make neighbours equal

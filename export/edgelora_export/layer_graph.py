@@ -70,7 +70,7 @@ def build_head_graph(decoder: Decoder) -> WeightlessGraph:
     weights = InputWeights("")
     b = GraphBuilder(weights)
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
-    logits = read_logits(b, decoder, Residual(b, decoder, hidden))
+    logits = read_logits(b, decoder, Residual(b, decoder, hidden).normed(decoder.final_norm))
     describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
     model = b.finish([hidden, *weights.inputs.values()], [logits])
     return WeightlessGraph(model, {name: str(value.name) for name, value in weights.inputs.items()})

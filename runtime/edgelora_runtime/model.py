@@ -15,7 +15,7 @@ from edgelora_runtime.in_place_cache import InPlaceCache
 from edgelora_runtime.providers import CPU, open_session, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+STATES = "hidden_states"  # an output that graphs have since 1.4 of the format
+_STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits that come with it
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
 _FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 _ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
@@ -36,7 +38,7 @@ class Model:
     """A graph that is ready to run. One step at a time; any number of caches and of live adapters.
 
     turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
-    float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32.
+    float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32. has_states: whether it can read_states().
     """
 
     def __init__(
@@ -56,14 +58,12 @@ class Model:
         if wrong := _compare_shapes(session, entry):
             raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
         self.float_type = _read_float_type(session, graph.name)
+        self.has_states = any(value.name == STATES for value in session.get_outputs())
+        self._session = session
         self._entry = entry
         self._provider = provider
-        self._binding = Binding(session)
         self._turns = turns or FairLock()
-        self._bound_live: LoraInputs | None = None
-        self._keep = np.zeros(1, np.int64)
-        self._ones = np.ones((1, 0), np.int64)
-        self._binding.optional_input("logits_to_keep", self._keep)
+        self._steps = _Steps(session)
 
     def new_cache(self) -> KVCache:
         """An empty cache of the kind that the graph writes."""
@@ -93,35 +93,67 @@ class Model:
                 if check is not None:
                     check()
                 try:
-                    logits = self._step(cache, chunk, live, keep if ended else 1)
+                    self._steps.run(cache, chunk, live, keep if ended else 1)
                 except RuntimeError as error:  # onnxruntime's, from binding or running
                     raise refusal(self._provider, "run the graph", error) from error
             if ended:
+                logits: Floats = cache.logits[0]
                 return logits
+
+    def read_states(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Iterator[Floats]:
+        """The states behind the final norm, (T, hidden_size) float32, some positions at a time, from an empty cache.
+
+        A model whose graph has_states alone can do this. The head runs as well, so positions come few at a time.
+        """
+        steps, cache = _Steps(self._session), self.new_cache()
+        self.reserve(cache, len(tokens))
+        for start in range(0, len(tokens), _STATES_CHUNK):
+            chunk = tokens[start : start + _STATES_CHUNK]
+            states = np.empty((1, len(chunk), self._entry.hidden_size), self.float_type)
+            with self._turns:
+                try:
+                    steps.run(cache, chunk, live, len(chunk), states)
+                except RuntimeError as error:  # as above
+                    raise refusal(self._provider, "run the graph", error) from error
+            yield states[0].astype(np.float32, copy=False)
 
     def reserve(self, cache: KVCache, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
         cache.reserve(min(positions, self._entry.context_length))
 
-    def _step(self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int) -> Floats:
+
+class _Steps:
+    """What is bound to a session from step to step; only what changed is bound anew."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self._binding = Binding(session)
+        self._live: LoraInputs | None = None
+        self._keep = np.zeros(1, np.int64)
+        self._ones = np.ones((1, 0), np.int64)
+        self._binding.optional_input("logits_to_keep", self._keep)
+
+    def run(
+        self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int, states: NDArray[Any] | None = None
+    ) -> None:
+        """One step over tokens, whose last `keep` get logits, and states where an array (1, keep, hidden_size) is given."""
         total = len(cache.tokens) + len(tokens)
         cache.bind(self._binding, len(tokens), keep)
-        if live is not self._bound_live:
+        if live is not self._live:
             for name, array in (live or {}).items():
                 self._binding.optional_input(name, array)
-            self._bound_live = live
+            self._live = live
         if self._ones.shape[1] < total:
             self._ones = np.ones((1, cache.capacity), np.int64)
         if self._keep[0] != keep:
             self._keep[0] = keep
             self._binding.optional_input("logits_to_keep", self._keep)  # a GPU has a copy of its own
+        if states is not None:
+            self._binding.output(STATES, states)
         ids = np.array([tokens], np.int64)
         self._binding.input("input_ids", ids)
         self._binding.input("attention_mask", self._ones, (1, total))
         self._binding.run()
         cache.extend(tokens)
-        logits: Floats = cache.logits[0]
-        return logits
 
 
 def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCache:
@@ -132,14 +164,14 @@ def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCa
 def _read_float_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:
     """The one type of all floating-point inputs and present outputs."""
     kinds = {value.type for value in session.get_inputs() if value.type != "tensor(int64)"}
-    kinds |= {value.type for value in session.get_outputs() if value.name != "logits"}
+    kinds |= {value.type for value in session.get_outputs() if value.name != "logits"}  # presents and states
     if len(kinds) != 1 or not _FLOAT_TYPES.keys() >= kinds:
         raise IntegrityError(f"{name} has a KV cache of {', '.join(sorted(kinds))}; it should be float32 or float16 throughout")
     return _FLOAT_TYPES[kinds.pop()]
 
 
 def _compare_shapes(session: ort.InferenceSession, entry: ModelEntry) -> list[str]:
-    """Which of the sizes that the caches and logits are made by differ from the graph's."""
+    """Which of the sizes that the caches, logits and states are made by differ from the graph's."""
     shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
     layers = min(entry.layers, len(session.get_inputs()))  # a manifest may claim any number
     wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}
@@ -150,6 +182,8 @@ def _compare_shapes(session: ort.InferenceSession, entry: ModelEntry) -> list[st
         for value in (*session.get_inputs(), *session.get_outputs())
         if value.name not in ("input_ids", "attention_mask")
     }
+    if STATES in found:
+        wanted[STATES] = [1, entry.hidden_size]
     return [
         f"{name} has sizes {found.get(name)}, not {wanted.get(name)}"
         for name in sorted(found.keys() | wanted.keys())

@@ -249,6 +249,20 @@ class Runtime:
         picked = self._load_router().pick(self._routed_text(prompt))
         return Route(*picked, milliseconds=(time.perf_counter() - started) * 1e3)
 
+    def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
+        """A text as a vector of length 1, float32 (hidden_size,): the mean of the states behind the final norm.
+
+        Raises UsageError for graphs that were exported before there were states, or traced from another implementation.
+        """
+        tokens = self._check_tokens(self.encode(prompt))
+        model, live, receipt = self._prepare(self._choose(variant, mix))
+        if not model.has_states:
+            raise UsageError(f"the graph of {receipt.variant} gives no hidden states; export it with this edgelora's own builder")
+        total = np.zeros(self._manifest.model.hidden_size, np.float64)
+        for states in model.read_states(tokens, live=live):
+            total += states.sum(axis=0, dtype=np.float64)
+        return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
+
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Logits at every position, float32 (T, V), from an empty KV cache."""
         found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)

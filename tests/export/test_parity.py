@@ -165,9 +165,10 @@ def test_graph_gives_all_logits_when_nothing_is_said_of_logits_to_keep(long_mode
     empty = np.zeros((1, manifest.model.kv_heads, 0, manifest.model.head_size), np.float32)
     feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, 9), np.int64)}
     feeds |= {f"past_key_values.{i}.{kind}": empty for i in range(manifest.model.layers) for kind in ("key", "value")}
-    logits, *presents = session.run(None, feeds)
+    logits, *presents, states = session.run(None, feeds)
     assert np.abs(logits[0] - torch_logits(theirs, tokens)).max() <= TOLERANCE
     assert {present.shape for present in presents} == {(1, manifest.model.kv_heads, 9, manifest.model.head_size)}
+    assert states.shape == (1, 9, manifest.model.hidden_size)
 
 
 def test_context_length_cuts_the_tables_not_the_numbers(tmp_path: Path) -> None:

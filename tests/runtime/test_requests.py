@@ -11,7 +11,7 @@ import pytest
 
 from edgelora_runtime import Runtime, UsageError
 from edgelora_runtime.interruption import Interruption
-from edgelora_runtime.model import PREFILL_CHUNK, Model
+from edgelora_runtime.model import PREFILL_CHUNK, _Steps
 from tests.runtime.test_runtime import generate_alone
 from tests.tiny import random_tokens
 
@@ -41,16 +41,16 @@ def test_a_long_prompt_is_cancelled_between_its_chunks(runtime: Runtime, monkeyp
     """The second thread cancels while the first chunk is read; the second chunk is not."""
     prompt = random_tokens(PREFILL_CHUNK + 200)
     stream = runtime.stream(prompt, variant="base", max_tokens=5)
-    step, chunks = Model._step, []
+    step, chunks = _Steps.run, []
 
-    def cancel_on_the_way(model: Model, cache: Any, tokens: Any, *rest: Any) -> Any:
+    def cancel_on_the_way(steps: _Steps, cache: Any, tokens: Any, *rest: Any) -> Any:
         chunks.append(len(tokens))
         thread = threading.Thread(target=stream.cancel)
         thread.start()
         thread.join()
-        return step(model, cache, tokens, *rest)
+        return step(steps, cache, tokens, *rest)
 
-    monkeypatch.setattr(Model, "_step", cancel_on_the_way)
+    monkeypatch.setattr(_Steps, "run", cancel_on_the_way)
     assert list(stream) == []
     assert stream.generation is not None
     assert stream.generation.finish_reason == "cancelled"
