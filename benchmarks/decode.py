@@ -7,7 +7,8 @@
 All engines get one checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32 by each engine's own
 tool (peer_models.py). They run in turns, A B C A B C, each in a process of its own that idles between its turns; each
 round has a prompt of its own, so that no prompt cache helps. `llama.cpp` is what `llama-quantize` makes by Q4_0, whose
-tied head has 6 or 8 bits; `llama.cpp-pure` has a head of 4 bits, as the others do. Loading is from warm files.
+tied head has 6 or 8 bits; `llama.cpp-pure` has a head of 4 bits, as the others do. Loading is from warm files. The share of the
+machine's memory bandwidth is that of our weights: each decoded token reads all of them once, the tied embedding as the head.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,12 +39,14 @@ from benchmarks.workers import (
     report,
     start_workers,
 )
+from edgelora_runtime import Bundle
 
 if TYPE_CHECKING:
     from benchmarks.workers import Worker
 
 REST = 0.2  # seconds before each turn, for the threads of the engine before to stop spinning
 WARM_UP = 16  # single-token passes before the first timed round
+BANDWIDTH_BYTES = 1 << 28  # read by each thread
 NOISE = 0.05  # share of the CPU in other hands from which the table warns
 SAME_MODEL = 0.98  # least correlation of logits: int8 activations cost thousandths, wrongly ordered rows leave 0.1
 
@@ -81,25 +85,48 @@ class Report:
     rounds: int
     machine: dict[str, Any]
     other_work: float | None  # share of the CPU that other programs took, between 0 and 1
+    bandwidth: float  # bytes a second that the threads read from memory, the median of a look per round
+    bandwidth_share: float | None  # what our decode reads of it; None without ours
     engines: dict[str, Figures]
     ratios: dict[str, dict[str, Ratio]]  # by peer, then prefill and decode
     missing: dict[str, str]
 
 
-def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int) -> dict[str, Figures]:
-    """A warm-up with the first prompt, then a round per further prompt, engine after engine."""
+def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int, threads: int) -> tuple[dict[str, Figures], float]:
+    """A warm-up with the first prompt, then a round per further prompt, engine after engine; and the memory's bandwidth."""
     figures: dict[str, Figures] = {}
     for name, worker in workers.items():
         warm = worker.ask(verb="warm", prompt=prompts[0], tokens=WARM_UP)
         figures[name] = Figures(worker.version, warm["settings"], worker.load_seconds)
+    bandwidths = []
     for turn, prompt in enumerate(prompts[1:], 1):
+        bandwidths.append(measure_bandwidth(threads))
         report(f"round {turn} of {len(prompts) - 1}")
         for name, worker in workers.items():
             time.sleep(REST)
             result = worker.ask(verb="round", prompt=prompt, tokens=tokens)
             figures[name].prefill.append(len(prompt) / result["prefill_seconds"])
             figures[name].decode.append(tokens / result["decode_seconds"])
-    return figures
+    return figures, statistics.median(bandwidths)
+
+
+def measure_bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads together read from arrays too large for any cache, the best of five."""
+    arrays = [np.ones(BANDWIDTH_BYTES // 8, np.int64) for _ in range(threads)]
+    seconds = []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(np.max, arrays))  # numpy lets go of the GIL
+            seconds.append(time.perf_counter() - start)
+    return threads * BANDWIDTH_BYTES / min(seconds)
+
+
+def count_weight_bytes(bundle: Path) -> int:
+    """Bytes of the blobs of a bundle's one variant."""
+    manifest = Bundle.open(bundle).manifest
+    graph = manifest.variants[manifest.default_variant].graphs["cpu"]
+    return sum(manifest.files[name].size for name in graph.blobs)
 
 
 def compare(figures: dict[str, Figures]) -> dict[str, dict[str, Ratio]]:
@@ -127,6 +154,10 @@ def format_table(found: Report) -> str:
     if found.other_work is not None:
         warning = ": do not trust these figures" if found.other_work > NOISE else ""
         lines.append(f"other programs took {found.other_work:.0%} of the CPU{warning}")
+    if found.bandwidth_share is not None:
+        lines.append(
+            f"memory is read at {found.bandwidth / 1e9:.1f} GB/s; our decode reads weights at {found.bandwidth_share:.0%} of that"
+        )
     lines += ["", f"{'':20}{'load s':>8}{'prefill tok/s':>15}{'decode tok/s':>15}   version"]
     for name, figures in found.engines.items():
         speeds = f"{statistics.median(figures.prefill):15.1f}{statistics.median(figures.decode):15.1f}"
@@ -189,7 +220,10 @@ def main() -> int:
             text = "\n".join([f"{shape.name}: correlation of logits with transformers in fp32", *lines])
         else:
             other = OtherWork(workers)
-            figures = measure(workers, prompts, arguments.tokens)
+            figures, bandwidth = measure(workers, prompts, arguments.tokens, arguments.threads)
+            share = None
+            if OURS in figures:
+                share = statistics.median(figures[OURS].decode) * count_weight_bytes(cache / "bundle") / bandwidth
             found = Report(
                 shape.name,
                 arguments.prompt,
@@ -198,6 +232,8 @@ def main() -> int:
                 arguments.rounds,
                 describe_machine(),
                 other.share(),
+                bandwidth,
+                share,
                 figures,
                 compare(figures),
                 missing,
