@@ -140,7 +140,7 @@ def test_genai_config_names_what_the_graph_has(bundle4: Path) -> None:
     for key in ("inputs", "outputs"):
         formats = decoder[key].values()
         named = {form % index if "%d" in form else form for form in formats for index in range(decoder["num_hidden_layers"])}
-        assert named == names[key].keys() - {"logits_to_keep"}  # which has a default
+        assert named == names[key].keys() - {"logits_to_keep", "hidden_states"}  # neither need be known
     cache = names["inputs"]["past_key_values.0.key"].type.tensor_type.shape.dim
     assert (cache[1].dim_value, cache[3].dim_value) == (decoder["num_key_value_heads"], decoder["head_size"])
     model = config["model"]
