@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
     Factors = Mapping[str, NDArray[np.float16]]
+    Weights = tuple[tuple[str, float], ...]  # by adapter, sorted
     LoraInputs = Mapping[str, NDArray[np.floating[Any]]]  # float32, or float16 for a GPU's graphs
 
 FILE_LIMIT = 1 << 32  # bytes of one adapter file
-_STACKED_MIXES = 8  # mixes whose stacked factors are kept for the way back
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -79,35 +79,49 @@ def stack_mix(
 
 
 class LiveMixes:
-    """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for."""
+    """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for.
 
-    def __init__(self, bundle: Bundle) -> None:
+    budget: bytes of factors and LoRA inputs kept for the way back, least recently used out first; the last mix always stays.
+    """
+
+    def __init__(self, bundle: Bundle, budget: int) -> None:
         self._bundle = bundle
+        self._budget = budget
         self._lock = threading.Lock()
-        self._factors: dict[str, Factors] = {}
-        self._stacked: OrderedDict[tuple[tuple[str, float], ...], LoraInputs] = OrderedDict()
+        self._kept: OrderedDict[str | Weights, Mapping[str, NDArray[Any]]] = OrderedDict()  # factors by adapter, inputs by mix
 
-    def get(self, mix: tuple[tuple[str, float], ...], float_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
+    def get(self, mix: Weights, float_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
         """The inputs for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
         with self._lock:
             made = 0
-            if mix not in self._stacked:
+            if mix not in self._kept:
                 factors = [(self._read(name), weight) for name, weight in mix]
-                self._stacked[mix] = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
-                made = sum(array.nbytes for array in self._stacked[mix].values())
-                while len(self._stacked) > _STACKED_MIXES:
-                    self._stacked.popitem(last=False)
-            self._stacked.move_to_end(mix)
-            return self._stacked[mix], made
+                self._kept[mix] = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
+                made = _count_bytes(self._kept[mix])
+            self._kept.move_to_end(mix)
+            inputs = self._kept[mix]
+            while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self._budget:
+                self._kept.popitem(last=False)
+            return inputs, made
+
+    @property
+    def bytes(self) -> int:
+        """What is kept now."""
+        with self._lock:
+            return sum(map(_count_bytes, self._kept.values()))
 
     def clear(self) -> None:
         with self._lock:
-            self._factors.clear()
-            self._stacked.clear()
+            self._kept.clear()
 
     def _read(self, name: str) -> Factors:
-        if name not in self._factors:
+        if name not in self._kept:
             file = self._bundle.manifest.adapters[name].file
             assert file is not None  # the manifest's references were checked
-            self._factors[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
-        return self._factors[name]
+            self._kept[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+
+def _count_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays.values())

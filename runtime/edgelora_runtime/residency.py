@@ -22,13 +22,15 @@ class Usage:
     """What loaded graphs hold, in bytes.
 
     graphs: their files, least recently used first. mapped: of the blobs of them all, each counted once. shared: of those that
-    two or more of them map. private: of the packed copies, which each graph has of its own. kv_caches: of keys and values.
+    two or more of them map. private: of the packed copies, which each graph has of its own. live: of factors of live adapters and
+    of LoRA inputs made from them. kv_caches: of keys and values that no request uses now.
     """
 
     graphs: tuple[str, ...]
     mapped: int
     shared: int
     private: int
+    live: int
     kv_caches: int
 
 
@@ -90,8 +92,8 @@ class Residency:
             self._leaving.clear()
             self._pins.clear()
 
-    def measure(self, kv_caches: int) -> Usage:
-        """What is held now."""
+    def measure(self, live: int, kv_caches: int) -> Usage:
+        """What is held now, beside what is counted elsewhere."""
         with self._lock:
             graphs = tuple(self._models)
             counts: Counter[str] = Counter()
@@ -101,7 +103,7 @@ class Residency:
                 counts.update(blobs.keys())
                 sizes |= blobs
             shared = sum(size for name, size in sizes.items() if counts[name] > 1)
-            return Usage(graphs, sum(sizes.values()), shared, self._held(), kv_caches)
+            return Usage(graphs, sum(sizes.values()), shared, self._held(), live, kv_caches)
 
     def _make_room(self, graph: str) -> None:
         """Evicts until the graph fits, or only what is pinned is left."""

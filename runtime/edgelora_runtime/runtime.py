@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     Prompt = str | Sequence[Message] | Sequence[int]
 
 OVERFLOWS = ("error", "slide")
+_LIVE_SHARE, _LEAST_LIVE = 0.15, 32 << 20  # of a live graph's blobs, and in bytes
 _MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
 
@@ -90,7 +91,7 @@ class Runtime:
         self._turns = FairLock()
         self._residency = Residency(self._load_model, self._list_blobs, budgets[0])
         self._prompts = PromptCache(budgets[1])
-        self._live = LiveMixes(self._bundle)
+        self._live = LiveMixes(self._bundle, self._find_live_budget())
         self._router: Router | None = None
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
 
@@ -133,7 +134,7 @@ class Runtime:
     @property
     def memory(self) -> Usage:
         """What loaded variants and cached prompts hold now."""
-        return self._residency.measure(self._prompts.bytes)
+        return self._residency.measure(self._live.bytes, self._prompts.bytes)
 
     def switch(self, variant: str | None = None, *, mix: Mapping[str, float] | None = None) -> Receipt:
         """Makes a variant, or a mix of live adapters, ready and current; says what that cost.
@@ -387,6 +388,12 @@ class Runtime:
             provider=self._provider,
             turns=self._turns,
         )
+
+    def _find_live_budget(self) -> int:
+        """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""
+        graphs = {entry.graphs[self._target].file for entry in self._manifest.variants.values() if entry.kind == "live"}
+        sizes = [sum(self._list_blobs(graph).values()) for graph in graphs]
+        return max(_LEAST_LIVE, int(_LIVE_SHARE * max(sizes, default=0)))
 
     def _list_blobs(self, graph: str) -> dict[str, int]:
         """The blobs that a graph maps, with their bytes."""

@@ -6,10 +6,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
 from edgelora_runtime import Bundle, Runtime, UsageError
 from edgelora_runtime.fair_lock import FairLock
+from edgelora_runtime.live import LiveMixes
 from edgelora_runtime.memory import find_free_memory
 from edgelora_runtime.residency import Residency
 from tests.tiny import random_tokens
@@ -35,10 +37,10 @@ def make_residency(sizes: dict[str, dict[str, int]], budget: int | None) -> tupl
 def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
     residency, _ = make_residency({"a": {"x": 100, "y": 8}, "b": {"x": 100, "z": 12}}, None)
     residency.get("a")
-    assert residency.measure(0).shared == 0
+    assert residency.measure(0, 0).shared == 0
     residency.get("b")
-    usage = residency.measure(7)
-    assert (usage.mapped, usage.shared, usage.kv_caches) == (120, 100, 7)
+    usage = residency.measure(3, 7)
+    assert (usage.mapped, usage.shared, usage.live, usage.kv_caches) == (120, 100, 3, 7)
     assert usage.private == int(108 * 1.25) + int(112 * 1.25)
     assert usage.graphs == ("a", "b")
 
@@ -48,12 +50,12 @@ def test_a_model_in_use_counts_until_it_is_let_go() -> None:
     held, _ = residency.get("a")
     residency.get("b")
     residency.get("c")  # neither fits beside a, which is still held
-    assert residency.measure(0).private == 250, "a, which left, and c"
-    assert residency.measure(0).graphs == ("c",)
+    assert residency.measure(0, 0).private == 250, "a, which left, and c"
+    assert residency.measure(0, 0).graphs == ("c",)
     del held
-    assert residency.measure(0).private == 125
+    assert residency.measure(0, 0).private == 125
     residency.get("a")
-    assert residency.measure(0).graphs == ("c", "a")
+    assert residency.measure(0, 0).graphs == ("c", "a")
 
 
 def test_pinned_ones_stay_whatever_comes() -> None:
@@ -61,10 +63,10 @@ def test_pinned_ones_stay_whatever_comes() -> None:
     residency.pin("a")
     for graph in "abcb":
         residency.get(graph)
-    assert residency.measure(0).graphs == ("a", "b")
+    assert residency.measure(0, 0).graphs == ("a", "b")
     residency.unpin("a")
     residency.get("c")
-    assert residency.measure(0).graphs == ("c",)
+    assert residency.measure(0, 0).graphs == ("c",)
     assert loaded == list("abcbc")
 
 
@@ -105,7 +107,7 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
     residency = Residency(load, lambda _: {}, None)  # type: ignore[arg-type]
     with pytest.raises(UsageError):
         residency.get("a")
-    assert residency.measure(0).graphs == ()
+    assert residency.measure(0, 0).graphs == ()
     assert residency.get("a")[1]
 
 
@@ -147,6 +149,24 @@ def test_a_pinned_variant_stays_loaded(bundle32: Path) -> None:
         assert runtime.switch("base").cold
         with pytest.raises(UsageError):
             runtime.pin("nope")
+
+
+@pytest.mark.parametrize("budget", [0, 1 << 30])
+def test_live_mixes_are_kept_under_their_budget(bundle32: Path, budget: int) -> None:
+    bundle = Bundle.open(bundle32)
+    mixes = LiveMixes(bundle, budget)
+    float32 = np.dtype(np.float32)
+    first, made = mixes.get((("plain", 1.0),), float32)
+    assert made == sum(array.nbytes for array in first.values())
+    second, _ = mixes.get((("other", 0.5), ("plain", 1.0)), float32)
+    assert mixes.get((("other", 0.5), ("plain", 1.0)), float32)[0] is second, "the last one stays"
+    again, made = mixes.get((("plain", 1.0),), float32)
+    assert (again is first) == (made == 0) == (budget > 0)
+    for name, array in first.items():
+        np.testing.assert_array_equal(again[name], array)
+    assert mixes.bytes > (0 if budget == 0 else made)
+    mixes.clear()
+    assert mixes.bytes == 0
 
 
 def test_free_memory_is_less_than_all() -> None:
