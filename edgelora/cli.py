@@ -230,6 +230,7 @@ def run(
     overflow: Annotated[
         str, typer.Option(help="Over the context's end: error, or slide, which drops the text's middle.")
     ] = "error",
+    logprobs: Annotated[int, typer.Option(help="With --json: log probabilities of so many likeliest tokens; 0 for none.")] = 0,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     json: JsonOption = False,
@@ -254,6 +255,7 @@ def run(
             stop=stop or (),
             timeout=timeout,
             overflow=overflow,
+            logprobs=logprobs,
         )
         for piece in stream:
             if not json:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from edgelora_runtime.cache import shared_prefix
 from edgelora_runtime.interruption import InterruptedGeneration
+from edgelora_runtime.logprobs import TokenLogprob, rate_token
 from edgelora_runtime.sampling import Sampler
 from edgelora_runtime.tokenizer import IncrementalDecoder
 
@@ -48,7 +49,7 @@ class Generation:
     tokens: what the model wrote, without the end token. finish_reason: stop (an end token or a stop string), length,
     cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives
     the first token; decode_ms gives all others. route: how the variant was chosen, where it was "auto". dropped_tokens: what was
-    left out of the middle so that the context could slide on.
+    left out of the middle so that the context could slide on. logprobs: one per token, where they were asked for.
     """
 
     text: str
@@ -62,6 +63,7 @@ class Generation:
     receipt: Receipt
     route: Route | None = None
     dropped_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Request:
     """A prompt and how to continue it, once: the stop filter and the interruption have a state.
 
     end_tokens: the model's own. context: tokens that the model may see at once; a text that grows longer loses its middle, and
-    one that must not has a max_tokens that fits. route: as in Generation.
+    one that must not has a max_tokens that fits. route: as in Generation. logprobs: how many alternatives to give for each token,
+    0 for no log probabilities at all.
     """
 
     prompt: Sequence[int]
@@ -80,6 +83,7 @@ class Request:
     context: int
     interruption: Interruption
     route: Route | None = None
+    logprobs: int = 0
 
 
 class TextStream:
@@ -144,6 +148,7 @@ def continue_prompt(
     sampler = Sampler(request.sampling, request.prompt)
     decoder, stop = IncrementalDecoder(tokenizer), request.stop
     tokens: list[int] = []
+    logprobs: list[TokenLogprob] = []
     shown: list[str] = []
     unread, reason, dropped = list(request.prompt[reused:]), "length", 0
     while len(tokens) < request.max_tokens:
@@ -165,6 +170,8 @@ def continue_prompt(
             reason = "stop"
             break
         tokens.append(token)
+        if request.logprobs:
+            logprobs.append(rate_token(logits[0], token, request.logprobs))
         unread = [token]
         if piece := stop.push(decoder.push(token)):
             shown.append(piece)
@@ -189,6 +196,7 @@ def continue_prompt(
         receipt=receipt,
         route=request.route,
         dropped_tokens=dropped,
+        logprobs=tuple(logprobs),
     )
 
 

@@ -24,3 +24,4 @@ class GenerateOptions(TypedDict, total=False):
     timeout: float | None
     overflow: str
     ignore_eos: bool
+    logprobs: int

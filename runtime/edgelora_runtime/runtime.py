@@ -207,6 +207,7 @@ class Runtime:
         timeout: float | None = None,
         overflow: str = "error",
         ignore_eos: bool = False,
+        logprobs: int = 0,
     ) -> TextStream:
         """Continues a prompt, piece by piece; for `for`, and for `async for`.
 
@@ -215,11 +216,14 @@ class Runtime:
         that route() picks. max_tokens: 1 or more. Sampling: see Sampling. stop: strings that end the answer and are left out.
         timeout: seconds from now, after which what was written so far is the answer. overflow: "error" refuses a prompt over
         the context, whose end cuts an answer short; "slide" drops the middle of the text as often as it takes, and reads the
-        rest again. ignore_eos: write on after an end token, for measurements.
+        rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
+        the log probabilities at each position, in Generation.logprobs; 0 for none.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context.
         """
         if max_tokens < 1:
             raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")
+        if logprobs < 0:
+            raise UsageError(f"logprobs = {logprobs}: use 0 (none) or more")
         if overflow not in OVERFLOWS:
             raise UsageError(f"overflow {overflow!r} is not supported; use one of {', '.join(OVERFLOWS)}")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -237,6 +241,7 @@ class Runtime:
             context=context,
             interruption=interruption,
             route=route,
+            logprobs=logprobs,
         )
         return TextStream(self._run(choice, request), interruption)
 

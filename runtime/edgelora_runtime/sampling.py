@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+_FIRST_SLICE, _GROWTH = 64, 8  # tokens that are sorted at first, and by how much more where these do not do
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn.
@@ -81,19 +84,49 @@ def _penalize(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats
     return changed
 
 
+def _take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
+    """The tokens of so many largest logits, largest first, of equal ones that of the lowest number first."""
+    last = logits.size - count
+    tokens = np.sort(np.argpartition(logits, last)[last:]) if last > 0 else np.arange(logits.size)
+    return tokens[np.argsort(-logits[tokens], kind="stable")]
+
+
+def _weigh(logits: Floats, largest: np.float32, temperature: float) -> NDArray[np.float64]:
+    """Probabilities relative to the likeliest token's."""
+    weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
+    return weights
+
+
+def _take_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The likeliest tokens, as many as top-p and min-p may keep or more, and their probabilities among all.
+
+    Only a slice is sorted, which grows until it has what is needed: the vocabulary's long end is mostly filtered out.
+    """
+    weights = _weigh(logits, logits.max(), settings.temperature)
+    total = weights.sum()
+    count = _FIRST_SLICE if settings.top_p < 1 or settings.min_p > 0 else logits.size
+    while count < logits.size:
+        tokens = _take_largest(logits, count)
+        taken = weights[tokens]
+        # A hair more than is asked for, since sums in another order differ in their last bits.
+        if taken.sum() > settings.top_p * total * (1 + 1e-9) or taken[-1] < settings.min_p:
+            return tokens, taken / total
+        count *= _GROWTH
+    tokens = _take_largest(logits, logits.size)
+    return tokens, weights[tokens] / total
+
+
 def keep_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """The tokens that may be drawn, likeliest first, and their probabilities (float64, sum 1).
 
     Filters apply in the order top-k, top-p, min-p, each on the distribution after temperature; the likeliest always stays.
     """
-    count = logits.size if settings.top_k == 0 else min(settings.top_k, logits.size)
-    tokens = (
-        np.argpartition(logits, logits.size - count)[logits.size - count :] if count < logits.size else np.arange(logits.size)
-    )
-    tokens = tokens[np.argsort(-logits[tokens], kind="stable")]
-    scaled = logits[tokens].astype(np.float64)
-    probabilities = np.exp((scaled - scaled[0]) / settings.temperature)
-    probabilities /= probabilities.sum()
+    if 0 < settings.top_k < logits.size:
+        tokens = _take_largest(logits, settings.top_k)
+        probabilities = _weigh(logits[tokens], logits[tokens[0]], settings.temperature)
+        probabilities /= probabilities.sum()
+    else:
+        tokens, probabilities = _take_likely(logits, settings)
     reached_before = np.cumsum(probabilities) - probabilities
     kept = (reached_before < settings.top_p) & (probabilities >= settings.min_p * probabilities[0])
     kept[0] = True

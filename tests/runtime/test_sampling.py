@@ -68,6 +68,31 @@ def test_kept_tokens_and_probabilities(logits: NDArray[np.float32], sampling: Sa
         assert dict(zip(tokens.tolist(), probabilities.tolist(), strict=True)) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
+def sort_all(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The filters on the whole vocabulary, sorted."""
+    tokens = np.argsort(-logits, kind="stable")
+    weights = np.exp((logits[tokens].astype(np.float64) - logits.max()) / sampling.temperature)
+    probabilities = weights / weights.sum()
+    kept = (np.cumsum(probabilities) - probabilities < sampling.top_p) & (probabilities >= sampling.min_p * probabilities[0])
+    kept[0] = True
+    return tokens[kept], probabilities[kept] / probabilities[kept].sum()
+
+
+@given(st.integers(0, 10**6), st.integers(60, 3000), st.floats(0.1, 4), st.floats(0.01, 1), st.floats(0, 0.5) | st.just(0.0))
+@settings(deadline=None)
+def test_a_sorted_slice_keeps_what_sorting_all_does(seed: int, size: int, temperature: float, top_p: float, min_p: float) -> None:
+    logits = (np.random.default_rng(seed).normal(size=size) * 4).astype(np.float32)
+    logits[:: max(1, seed % 7)] = logits[0]  # ties
+    sampling = Sampling(temperature, top_p=top_p, min_p=min_p)
+    tokens, probabilities = keep_likely(logits, sampling)
+    for form in (-1e-9, 0.0, 1e-9):  # a rounding error may decide about the last one
+        expected, theirs = sort_all(logits, Sampling(temperature, top_p=min(1.0, top_p * (1 + form)), min_p=min_p))
+        if len(expected) == len(tokens):
+            break
+    np.testing.assert_allclose(logits[tokens], logits[expected])
+    np.testing.assert_allclose(probabilities, theirs, rtol=1e-9)
+
+
 @given(LOGITS)
 def test_greedy_is_argmax(logits: NDArray[np.float32]) -> None:
     best = int(logits.argmax())
