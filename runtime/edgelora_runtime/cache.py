@@ -50,10 +50,6 @@ class KVCache(ABC):
         return self._copies * self._most * position
 
     @abstractmethod
-    def reserve(self, positions: int) -> None:
-        """Makes room for at least that many positions, keeping what is there; untouched memory costs nothing."""
-
-    @abstractmethod
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         """Binds its buffers for a step that reads `count` tokens and writes the logits of the last `keep`."""
 
@@ -62,8 +58,19 @@ class KVCache(ABC):
         """Keys and values of the first `length` tokens by {layer}.key and {layer}.value, (kv_heads, length, head_size); views."""
 
     @abstractmethod
+    def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
+        """Makes its buffers anew, with room for so many positions, of which the first hold the state; {} is none."""
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for at least that many positions, keeping what is there; untouched memory costs nothing."""
+        if positions > self.capacity:
+            self._allocate_buffers(positions, self.state(len(self.tokens)))
+
     def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
         """Takes a copy of another cache's tokens and state in place of its own."""
+        self._allocate_buffers(len(tokens), state)
+        self.tokens = list(tokens)
+        self._most = max(self._most, len(tokens))
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Takes over what a step with these tokens wrote into the bound buffers."""

@@ -36,17 +36,8 @@ class GrowingCache(KVCache):
     def capacity(self) -> int:
         return len(self._past[0]) // (self._entry.kv_heads * self._entry.head_size) if self._past else 0
 
-    def reserve(self, positions: int) -> None:
-        if positions > self.capacity:
-            self._allocate_buffers(positions, self._held, self.state(self._held))
-
     def state(self, length: int) -> dict[str, Floats]:
         return {name: self._view(buffer, self._held)[0, :, :length] for name, buffer in zip(self._keys, self._past, strict=False)}
-
-    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
-        self._allocate_buffers(len(tokens), len(tokens), state)
-        self.tokens = []
-        super().extend(tokens)
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
@@ -65,12 +56,12 @@ class GrowingCache(KVCache):
         self._past, self._present = self._present, self._past
         self._held = len(self.tokens)
 
-    def _allocate_buffers(self, positions: int, held: int, state: Mapping[str, Floats]) -> None:
-        """Room for so many positions, of which the first `held` are the state's."""
+    def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
         shape = (self._entry.kv_heads * self._next_capacity(positions) * self._entry.head_size,)
         past, present = (self._allocate(shape) + self._allocate(shape) for _ in range(2))
-        for name, buffer in zip(self._keys, past, strict=True):
-            if held:
+        held = next(iter(state.values())).shape[1] if state else 0
+        if held:
+            for name, buffer in zip(self._keys, past, strict=True):
                 self._view(buffer, held)[0] = state[name]
         self._past, self._present, self._held = past, present, held
 

@@ -11,7 +11,7 @@ from edgelora_runtime.cache import KVCache
 from edgelora_runtime.errors import ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from edgelora_runtime.binding import Binding
     from edgelora_runtime.cache import Floats
@@ -34,17 +34,8 @@ class InPlaceCache(KVCache):
     def capacity(self) -> int:
         return self._capacity
 
-    def reserve(self, positions: int) -> None:
-        if positions > self._capacity:
-            self._allocate_buffers(positions, self.state(len(self.tokens)))
-
     def state(self, length: int) -> dict[str, Floats]:
         return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
-
-    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
-        self._allocate_buffers(len(tokens), state)
-        self.tokens = []
-        self.extend(tokens)
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
@@ -59,7 +50,6 @@ class InPlaceCache(KVCache):
         binding.holds = self._buffers
 
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
-        """Room for so many positions, of which the first hold the state."""
         capacity = self._next_capacity(positions)
         shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
         buffers = {}
