@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_runtime.sampling import take_largest
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -25,11 +27,8 @@ class TokenLogprob:
 
 def rate_token(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
     """The log probability of a token and of the `count` likeliest, for logits of shape (V,); computed in float64."""
-    count = min(count, logits.size)
     values = logits.astype(np.float64)
     largest = values.max()
     total = largest + np.log(np.exp(values - largest).sum())
-    likely = np.argpartition(values, values.size - count)[values.size - count :]
-    likely = likely[np.lexsort((likely, -values[likely]))]
-    top = tuple((int(each), float(values[each] - total)) for each in likely)
+    top = tuple((int(each), float(values[each] - total)) for each in take_largest(logits, count))
     return TokenLogprob(token, float(values[token] - total), top)

@@ -84,7 +84,7 @@ def _penalize(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats
     return changed
 
 
-def _take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
+def take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
     """The tokens of so many largest logits, largest first, of equal ones that of the lowest number first."""
     last = logits.size - count
     tokens = np.sort(np.argpartition(logits, last)[last:]) if last > 0 else np.arange(logits.size)
@@ -106,13 +106,13 @@ def _take_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64],
     total = weights.sum()
     count = _FIRST_SLICE if settings.top_p < 1 or settings.min_p > 0 else logits.size
     while count < logits.size:
-        tokens = _take_largest(logits, count)
+        tokens = take_largest(logits, count)
         taken = weights[tokens]
         # A hair more than is asked for, since sums in another order differ in their last bits.
         if taken.sum() > settings.top_p * total * (1 + 1e-9) or taken[-1] < settings.min_p:
             return tokens, taken / total
         count *= _GROWTH
-    tokens = _take_largest(logits, logits.size)
+    tokens = take_largest(logits, logits.size)
     return tokens, weights[tokens] / total
 
 
@@ -122,7 +122,7 @@ def keep_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64], 
     Filters apply in the order top-k, top-p, min-p, each on the distribution after temperature; the likeliest always stays.
     """
     if 0 < settings.top_k < logits.size:
-        tokens = _take_largest(logits, settings.top_k)
+        tokens = take_largest(logits, settings.top_k)
         probabilities = _weigh(logits[tokens], logits[tokens[0]], settings.temperature)
         probabilities /= probabilities.sum()
     else:
