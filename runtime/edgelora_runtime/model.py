@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -89,13 +90,10 @@ class Model:
             chunk = tokens[start : start + PREFILL_CHUNK]
             start += len(chunk)
             ended = start == len(tokens)
-            with self._turns:
+            with self._turn():
                 if check is not None:
                     check()
-                try:
-                    self._steps.run(cache, chunk, live, keep if ended else 1)
-                except RuntimeError as error:  # onnxruntime's, from binding or running
-                    raise refusal(self._provider, "run the graph", error) from error
+                self._steps.run(cache, chunk, live, keep if ended else 1)
             if ended:
                 logits: Floats = cache.logits[0]
                 return logits
@@ -110,16 +108,22 @@ class Model:
         for start in range(0, len(tokens), _STATES_CHUNK):
             chunk = tokens[start : start + _STATES_CHUNK]
             states = np.empty((1, len(chunk), self._entry.hidden_size), self.float_type)
-            with self._turns:
-                try:
-                    steps.run(cache, chunk, live, len(chunk), states)
-                except RuntimeError as error:  # as above
-                    raise refusal(self._provider, "run the graph", error) from error
+            with self._turn():
+                steps.run(cache, chunk, live, len(chunk), states)
             yield states[0].astype(np.float32, copy=False)
 
     def reserve(self, cache: KVCache, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
         cache.reserve(min(positions, self._entry.context_length))
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The time of one step, which no other model has that takes turns with this one."""
+        with self._turns:
+            try:
+                yield
+            except RuntimeError as error:  # onnxruntime's, from binding or running
+                raise refusal(self._provider, "run the graph", error) from error
 
 
 class _Steps:
