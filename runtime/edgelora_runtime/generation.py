@@ -177,7 +177,6 @@ def continue_prompt(
             shown.append(piece)
             yield piece
         if stop.stopped:
-            reason = "stop"
             break
     # Not before the end: an unfinished character, and text that might have become a stop string.
     if piece := stop.push(decoder.flush()) + stop.flush():

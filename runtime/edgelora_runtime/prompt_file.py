@@ -66,19 +66,18 @@ def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPro
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise InputError(f"{path} holds no cached prompts of this version; make it with Runtime.save_prompts()")
-            found = []
+            found, names = [], _names(bundle.manifest)
             for number, entry in enumerate(json.loads(metadata["prompts"])):
                 choice = _find_choice(bundle.manifest, target, entry)
                 if choice is not None:
-                    names = _names(bundle.manifest)
                     state = {name: file.get_tensor(f"{number}.{name}") for name in names}
                     found.append(_check(SavedPrompt(choice, tuple(entry["tokens"]), state), bundle.manifest))
             return found
+    except InputError:  # a ValueError, too
+        raise
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path} is not a file of cached prompts ({error})") from error
 
 
