@@ -125,8 +125,7 @@ def measure_bandwidth(threads: int) -> float:
 def count_weight_bytes(bundle: Path) -> int:
     """Bytes of the blobs of a bundle's one variant."""
     manifest = Bundle.open(bundle).manifest
-    graph = manifest.variants[manifest.default_variant].graphs["cpu"]
-    return sum(manifest.files[name].size for name in graph.blobs)
+    return sum(manifest.blob_bytes(manifest.variants[manifest.default_variant].graphs["cpu"]).values())
 
 
 def compare(figures: dict[str, Figures]) -> dict[str, dict[str, Ratio]]:

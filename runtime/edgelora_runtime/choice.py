@@ -40,8 +40,7 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
 
 def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Choice:
     """The choice of live adapters by weight; UsageError for what the bundle does not have and weights that are not finite."""
-    live_graphs = (entry.graphs[target].file for entry in manifest.variants.values() if entry.kind == "live")
-    graph = next(live_graphs, None)
+    graph = manifest.live_graph(target)
     adapters = [name for name, entry in manifest.adapters.items() if entry.file is not None]
     if graph is None:
         raise UsageError("this bundle has no live variant, so no mix can be made at request time; export one with kind = 'live'")
@@ -50,7 +49,7 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
     if wrong := [f"{name} = {weight}" for name, weight in mix.items() if not math.isfinite(weight)]:
         raise UsageError(f"weights of a mix must be finite: {', '.join(wrong)}")
     live = _sort_weights(mix)
-    return Choice(" + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)", graph, live)
+    return Choice(" + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)", graph.file, live)
 
 
 def _sort_weights(mix: Mapping[str, float]) -> tuple[tuple[str, float], ...]:

@@ -214,6 +214,15 @@ class Manifest:
     files: dict[str, FileEntry]
     router: RouterEntry | None = None
 
+    def blob_bytes(self, graph: GraphEntry) -> dict[str, int]:
+        """The blobs that a graph maps, with their bytes."""
+        return {name: self.files[name].size for name in graph.blobs}
+
+    def live_graph(self, target: str) -> GraphEntry | None:
+        """The graph that all live variants run on; None without any."""
+        graphs = (entry.graphs[target] for entry in self.variants.values() if entry.kind == "live")
+        return next(graphs, None)
+
     def dump(self) -> bytes:
         """The JSON text of the manifest, keys in the order of the schema."""
         value = {"format": FORMAT, "version": ".".join(map(str, VERSION)), **asdict(self)}

@@ -42,7 +42,7 @@ class Residency:
     the stream lets go of it.
     """
 
-    def __init__(self, load: Callable[[str], Model], blobs: Callable[[str], Mapping[str, int]], budget: int | None) -> None:
+    def __init__(self, load: Callable[[str], Model], blobs: Mapping[str, Mapping[str, int]], budget: int | None) -> None:
         self._load = load
         self._blobs = blobs
         self._budget = budget
@@ -99,7 +99,7 @@ class Residency:
             counts: Counter[str] = Counter()
             sizes: dict[str, int] = {}
             for graph in graphs:
-                blobs = self._blobs(graph)
+                blobs = self._blobs[graph]
                 counts.update(blobs.keys())
                 sizes |= blobs
             shared = sum(size for name, size in sizes.items() if counts[name] > 1)
@@ -126,7 +126,7 @@ class Residency:
         return sum(map(self._packed, self._models)) + sum(list(self._leaving.values()))
 
     def _packed(self, graph: str) -> int:
-        return int(sum(self._blobs(graph).values()) * _PACKED)
+        return int(sum(self._blobs[graph].values()) * _PACKED)
 
     def _forget(self, reference: weakref.ref[Model]) -> None:
         """A model was freed; may run at any moment, in any thread, also one that holds the lock."""

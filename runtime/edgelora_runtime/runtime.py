@@ -89,7 +89,9 @@ class Runtime:
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
         self._tokenizer = Tokenizer(self._bundle)
         self._turns = FairLock()
-        self._residency = Residency(self._load_model, self._list_blobs, budgets[0])
+        graphs = [entry.graphs[self._target] for entry in self._manifest.variants.values()]
+        self._blobs = {graph.file: self._manifest.blob_bytes(graph) for graph in graphs}
+        self._residency = Residency(self._load_model, self._blobs, budgets[0])
         self._prompts = PromptCache(budgets[1])
         self._live = LiveMixes(self._bundle, self._find_live_budget())
         self._router: Router | None = None
@@ -376,7 +378,7 @@ class Runtime:
         """The model and LoRA inputs of a choice, loaded where they are not yet."""
         started = time.perf_counter()
         model, cold = self._residency.get(choice.graph)
-        opened = sum(self._list_blobs(choice.graph).values()) if cold else 0
+        opened = sum(self._blobs[choice.graph].values()) if cold else 0
         live = None
         if choice.live is not None:
             live, made = self._live.get(choice.live, model.float_type)
@@ -396,15 +398,8 @@ class Runtime:
 
     def _find_live_budget(self) -> int:
         """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""
-        graphs = {entry.graphs[self._target].file for entry in self._manifest.variants.values() if entry.kind == "live"}
-        sizes = [sum(self._list_blobs(graph).values()) for graph in graphs]
-        return max(_LEAST_LIVE, int(_LIVE_SHARE * max(sizes, default=0)))
-
-    def _list_blobs(self, graph: str) -> dict[str, int]:
-        """The blobs that a graph maps, with their bytes."""
-        entries = (entry.graphs[self._target] for entry in self._manifest.variants.values())
-        blobs = next(entry.blobs for entry in entries if entry.file == graph)
-        return {name: self._manifest.files[name].size for name in blobs}
+        graph = self._manifest.live_graph(self._target)
+        return _LEAST_LIVE if graph is None else max(_LEAST_LIVE, int(_LIVE_SHARE * sum(self._blobs[graph.file].values())))
 
 
 def _find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[int | None, int | None]:

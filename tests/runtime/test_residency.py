@@ -31,7 +31,7 @@ def make_residency(sizes: dict[str, dict[str, int]], budget: int | None) -> tupl
         loaded.append(graph)
         return FakeModel()
 
-    return Residency(load, sizes.__getitem__, budget), loaded  # type: ignore[arg-type]
+    return Residency(load, sizes, budget), loaded  # type: ignore[arg-type]
 
 
 def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
@@ -80,7 +80,7 @@ def test_one_loads_and_the_others_wait() -> None:
         go.wait(10)
         return FakeModel()
 
-    residency = Residency(load, lambda _: {"x": 1}, None)  # type: ignore[arg-type]
+    residency = Residency(load, {"a": {"x": 1}}, None)  # type: ignore[arg-type]
     found: list[tuple[object, bool]] = []
     threads = [threading.Thread(target=lambda: found.append(residency.get("a"))) for _ in range(5)]
     threads[0].start()
@@ -104,7 +104,7 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
             raise UsageError("no")
         return FakeModel()
 
-    residency = Residency(load, lambda _: {}, None)  # type: ignore[arg-type]
+    residency = Residency(load, {"a": {}}, None)  # type: ignore[arg-type]
     with pytest.raises(UsageError):
         residency.get("a")
     assert residency.measure(0, 0).graphs == ()
