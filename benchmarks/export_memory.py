@@ -27,6 +27,7 @@ from benchmarks.workers import default_cache, last_line, report
 from edgelora.inspection import describe_bundle
 from edgelora.terminal import print_json, print_table
 from edgelora_runtime import Bundle
+from edgelora_runtime.memory import find_anonymous_memory
 
 ADAPTERS = ("first", "second", "third")
 METHODS = ("rtn", "gptq")
@@ -123,7 +124,7 @@ def watch(command: list[str]) -> Figures:
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
-            peak = max(peak, sum(map(anonymous_bytes, family(process.pid))))
+            peak = max(peak, sum(find_anonymous_memory(pid) or 0 for pid in family(process.pid)))  # none once it has ended
             time.sleep(INTERVAL)
         seconds = time.perf_counter() - start
         if process.returncode != 0:
@@ -142,15 +143,6 @@ def family(pid: int) -> list[int]:
             except OSError:  # ended meanwhile
                 continue
     return found
-
-
-def anonymous_bytes(pid: int) -> int:
-    """RssAnon of a process; 0 once it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")), 0)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.terminal import format_bytes, print_json, print_table
 from edgelora_runtime.errors import UsageError
+from edgelora_runtime.memory import find_anonymous_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -98,7 +98,7 @@ def bench(
         mapped=usage.mapped,
         shared=usage.shared,
         private=usage.private,
-        resident=_read_resident(),
+        resident=find_anonymous_memory(),
     )
 
 
@@ -130,12 +130,3 @@ def show_bench(report: BenchReport, as_json: bool) -> None:
 
 def _take_medians(rounds: Sequence[VariantFigures]) -> VariantFigures:
     return VariantFigures(*(statistics.median(values) for values in zip(*(vars(each).values() for each in rounds), strict=True)))
-
-
-def _read_resident() -> int | None:
-    """Anonymous memory of this process, in bytes (RssAnon of Linux's /proc)."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)

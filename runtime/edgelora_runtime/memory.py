@@ -1,4 +1,4 @@
-"""Sizes of memory: as users write them, and what the machine has free."""
+"""Sizes of memory: as users write them, what the machine has free, and what a process holds."""
 
 from __future__ import annotations
 
@@ -34,6 +34,15 @@ def find_free_memory() -> int | None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def find_anonymous_memory(process: int | str = "self") -> int | None:
+    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None where there is no such process or figure."""
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)
 
 
 def _read_meminfo() -> int | None:
