@@ -19,7 +19,7 @@ from edgelora.rows import read_rows
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base import Base
 from edgelora_export.store import check_modules
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, list_wrong
 from edgelora_runtime.tokenizer import TOKENIZER, load_tokenizer
 
 if TYPE_CHECKING:
@@ -75,9 +75,8 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         unknown = sorted((set(self.labelled) | set(self.prompts)) - set(self.adapters))
-        wrong = [
-            f"{name} = {value}: use {allowed}"
-            for name, value, holds, allowed in (
+        wrong = list_wrong(
+            (
                 ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
                 ("data", unknown, not unknown, f"names of adapters: {', '.join(self.adapters)}"),
                 ("start", self.start, self.start in STARTS, f"one of {', '.join(STARTS)}"),
@@ -89,8 +88,7 @@ class LearnConfig:
                 ("soft", self.soft, 0 <= self.soft <= 1, "a share, from 0 to 1"),
                 ("seed", self.seed, self.seed >= 0, "0 or more"),
             )
-            if not holds
-        ]
+        )
         if wrong:
             raise InputError("; ".join(wrong))
 

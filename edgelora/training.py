@@ -20,7 +20,7 @@ from edgelora_export.base import Base
 from edgelora_export.files import read_toml
 from edgelora_export.int4 import quantize_rtn
 from edgelora_export.publish import staged_folder
-from edgelora_runtime.errors import InputError, MissingExtraError
+from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,24 +64,22 @@ class TrainConfig:
     composable: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} = {getattr(self, name)}: use {allowed}"
-            for name, holds, allowed in (
-                ("quant", self.quant in QUANTS, f"one of {', '.join(QUANTS)}"),
-                ("rank", self.rank >= 1, "1 or more"),
-                ("alpha", self.alpha > 0, "more than 0"),
-                ("epochs", self.epochs > 0, "more than 0"),
-                ("lr", self.lr > 0, "more than 0"),
-                ("max_steps", self.max_steps is None or self.max_steps >= 1, "1 or more"),
-                ("seed", 0 <= self.seed < 1 << 32, "0 to 2^32 - 1"),
-                ("batch_size", self.batch_size >= 1, "1 or more"),
-                ("warmup", 0 <= self.warmup < 1, "a share, 0 or more and less than 1"),
-                ("dropout", 0 <= self.dropout < 1, "a share, 0 or more and less than 1"),
-                ("max_length", self.max_length >= 2, "2 or more"),
-                ("composable", self.composable is None or self.composable >= 0, "a slot, 0 or more"),
+        wrong = list_wrong(
+            (
+                ("quant", self.quant, self.quant in QUANTS, f"one of {', '.join(QUANTS)}"),
+                ("rank", self.rank, self.rank >= 1, "1 or more"),
+                ("alpha", self.alpha, self.alpha > 0, "more than 0"),
+                ("epochs", self.epochs, self.epochs > 0, "more than 0"),
+                ("lr", self.lr, self.lr > 0, "more than 0"),
+                ("max_steps", self.max_steps, self.max_steps is None or self.max_steps >= 1, "1 or more"),
+                ("seed", self.seed, 0 <= self.seed < 1 << 32, "0 to 2^32 - 1"),
+                ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
+                ("warmup", self.warmup, 0 <= self.warmup < 1, "a share, 0 or more and less than 1"),
+                ("dropout", self.dropout, 0 <= self.dropout < 1, "a share, 0 or more and less than 1"),
+                ("max_length", self.max_length, self.max_length >= 2, "2 or more"),
+                ("composable", self.composable, self.composable is None or self.composable >= 0, "a slot, 0 or more"),
             )
-            if not holds
-        ]
+        )
         if wrong:
             raise InputError("; ".join(wrong))
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora.methods import METHODS
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, list_wrong
 from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 OBJECTIVES = ("loss", "score")
@@ -54,28 +54,27 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         least = len(self.adapters) + 2
-        wrong = [
-            f"{name} = {_show(value)}: use {allowed}"
-            for name, value, holds, allowed in (
-                ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
-                ("data", sorted(self.data), len(self.data) >= 1, "one file or more"),
+        wrong = list_wrong(
+            (
+                ("adapters", _show(sorted(self.adapters)), len(self.adapters) >= 2, "two or more"),
+                ("data", _show(sorted(self.data)), len(self.data) >= 1, "one file or more"),
                 (
                     "budget",
                     self.budget,
                     self.budget > least,
                     f"more than {least}: the base, each adapter alone and equal weights come first",
                 ),
-                ("methods", self.methods, _are_methods(self.methods), f"some of {', '.join(METHODS)}, each once"),
-                ("weights", self.weights, _is_range(self.weights), "two finite numbers, the lower one first"),
+                ("methods", _show(self.methods), _are_methods(self.methods), f"some of {', '.join(METHODS)}, each once"),
+                ("weights", _show(self.weights), _is_range(self.weights), "two finite numbers, the lower one first"),
                 (
                     "density",
-                    self.density,
+                    _show(self.density),
                     _is_range(self.density) and self.density[0] > 0 and self.density[1] <= 1,
                     "two shares, more than 0 and at most 1, the lower one first",
                 ),
                 (
                     "scale",
-                    self.scale,
+                    _show(self.scale or ()),
                     self.scale is None or (_is_range(self.scale) and self.scale[0] > 0),
                     "two finite numbers above 0, the lower one first",
                 ),
@@ -86,8 +85,7 @@ class SearchConfig:
                 ("seed", self.seed, 0 <= self.seed < 1 << 32, "0 to 2^32 - 1"),
                 ("max_tokens", self.max_tokens, self.max_tokens >= 1, "1 or more"),
             )
-            if not holds
-        ]
+        )
         wrong += [f"adapters = {name}: {reason}" for name in self.adapters if (reason := check_variant_name(name))]
         if wrong:
             raise InputError("; ".join(wrong))
@@ -101,5 +99,5 @@ def _is_range(pair: tuple[float, float]) -> bool:
     return all(map(math.isfinite, pair)) and pair[0] < pair[1]
 
 
-def _show(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+def _show(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values)) or "none"

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 
 class EdgeloraError(Exception):
     """Base of the tree; its message is one line that says what, which value, and what to do."""
@@ -40,3 +45,8 @@ class MissingExtraError(EdgeloraError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'edgelora[{extra}]'")
+
+
+def list_wrong(checks: Iterable[tuple[str, object, bool, str]]) -> list[str]:
+    """What to say of each (name, value, whether it may be so, what may be) that may not be so."""
+    return [f"{name} = {value}: use {allowed}" for name, value, holds, allowed in checks if not holds]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, list_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,18 +38,16 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name} = {getattr(self, name)}: use {allowed}"
-            for name, holds, allowed in (
-                ("temperature", 0 <= self.temperature < np.inf, "0 (greedy) or more"),
-                ("top_k", self.top_k >= 0, "0 (all) or more"),
-                ("top_p", 0 < self.top_p <= 1, "more than 0, at most 1"),
-                ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-                ("repetition_penalty", 0 < self.repetition_penalty < np.inf, "more than 0; 1 is none"),
-                ("seed", self.seed is None or self.seed >= 0, "a whole number, 0 or more"),
+        wrong = list_wrong(
+            (
+                ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 (greedy) or more"),
+                ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+                ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+                ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
+                ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "more than 0; 1 is none"),
+                ("seed", self.seed, self.seed is None or self.seed >= 0, "a whole number, 0 or more"),
             )
-            if not holds
-        ]
+        )
         if wrong:
             raise UsageError("; ".join(wrong))
 
