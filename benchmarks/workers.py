@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgelora_runtime.cache_folder import find_cache_folder
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_VERSION = "1"  # raise it when what shapes.py or peer_models.py write changes
 OURS, REFERENCE = "edgelora", "transformers"
@@ -162,14 +164,8 @@ def report(what: str) -> None:
 
 
 def default_cache() -> Path:
-    """The platform's cache folder for benchmarks."""
-    if sys.platform == "darwin":
-        home = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        home = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return home / "edgelora-bench"
+    """The folder for what benchmarks make."""
+    return find_cache_folder() / "edgelora-bench"
 
 
 def count_cores() -> int:

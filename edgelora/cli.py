@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -15,6 +15,9 @@ from edgelora.terminal import format_bytes, format_share, print_json, print_note
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
 from edgelora_runtime.router import AUTO
+
+if TYPE_CHECKING:
+    from edgelora_runtime import Runtime
 
 # Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -39,6 +42,9 @@ MixOption = Annotated[
 ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores without it.")]
 ProviderOption = Annotated[
     str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU where there is one and the bundle has graphs for it.")
+]
+PackedCacheOption = Annotated[
+    bool, typer.Option("--packed-cache", help="Map packed weights from this machine's cache; what is not there yet is written.")
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 
@@ -84,6 +90,12 @@ def _report(message: str, code: int, as_json: bool) -> int:
     if as_json:
         print_json({"error": line, "exit_code": code})
     return code
+
+
+def _open_runtime(bundle: Path, threads: int | None, provider: str, packed_cache: bool) -> Runtime:
+    from edgelora_runtime import PackedCache, Runtime
+
+    return Runtime(bundle, threads=threads, provider=provider, packed_cache=PackedCache() if packed_cache else None)
 
 
 def _show_version(value: bool) -> None:
@@ -233,14 +245,14 @@ def run(
     logprobs: Annotated[int, typer.Option(help="With --json: log probabilities of so many likeliest tokens; 0 for none.")] = 0,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
+    packed_cache: PackedCacheOption = False,
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora.chat import describe_route
-    from edgelora_runtime import Runtime
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with Runtime(bundle, threads=threads, provider=provider) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache) as runtime:
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
@@ -278,13 +290,13 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
+    packed_cache: PackedCacheOption = False,
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.chat import run_chat
-    from edgelora_runtime import Runtime
 
-    with Runtime(bundle, threads=threads, provider=provider) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache) as runtime:
         turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
     if json:
         print_json({"turns": turns})
@@ -300,17 +312,17 @@ def evaluate(
     max_tokens: MaxTokensOption = 64,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
+    packed_cache: PackedCacheOption = False,
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
     from edgelora.evaluation import evaluate as run_evaluation
     from edgelora.rows import read_rows
-    from edgelora_runtime import Runtime
 
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
-    with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("evaluating") as on_progress:
+    with _open_runtime(bundle, threads, provider, packed_cache) as runtime, show_progress("evaluating") as on_progress:
         name, weights = variant, parse_mix(mix)
         if variant != AUTO:
             name = runtime.switch(variant, mix=weights).variant
@@ -334,14 +346,14 @@ def bench(
     rounds: Annotated[int, typer.Option(help="Rounds, in each of which every variant has its turn.")] = 5,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
+    packed_cache: PackedCacheOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure switching, prefill, decode and memory of a bundle's variants on this machine."""
     from edgelora.bench import bench as run_bench
     from edgelora.bench import show_bench
-    from edgelora_runtime import Runtime
 
-    with Runtime(bundle, threads=threads, provider=provider) as runtime, show_progress("measuring") as on_progress:
+    with _open_runtime(bundle, threads, provider, packed_cache) as runtime, show_progress("measuring") as on_progress:
         names = list(dict.fromkeys(variant or runtime.variants))
         report = run_bench(runtime, names, prompt=prompt, tokens=tokens, rounds=rounds, on_progress=on_progress)
     show_bench(report, json)

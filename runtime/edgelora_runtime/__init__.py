@@ -11,6 +11,7 @@ from edgelora_runtime.errors import (
     UsageError,
 )
 from edgelora_runtime.generation import Generation, Receipt, TextStream
+from edgelora_runtime.packed_cache import PackedCache
 from edgelora_runtime.router import Route
 from edgelora_runtime.runtime import Runtime
 from edgelora_runtime.sampling import Sampling
@@ -22,6 +23,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "MissingExtraError",
+    "PackedCache",
     "Receipt",
     "ResourceError",
     "Route",

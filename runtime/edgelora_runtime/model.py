@@ -39,7 +39,8 @@ class Model:
     """A graph that is ready to run. One step at a time; any number of caches and of live adapters.
 
     turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
-    float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32. has_states: whether it can read_states().
+    mapped: whether the graph's packed weights are a file that is mapped, see PackedCache. float_type: of its KV cache and LoRA
+    inputs, float32 or float16; logits are float32. has_states: whether it can read_states().
     """
 
     def __init__(
@@ -50,14 +51,18 @@ class Model:
         threads: int | None,
         provider: Provider = CPU,
         turns: FairLock | None = None,
+        mapped: bool = False,
     ) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
+        if mapped:  # it was optimized when it was written
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = open_session(graph, options, provider)
         if wrong := _compare_shapes(session, entry):
             raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
+        self.mapped = mapped
         self.float_type = _read_float_type(session, graph.name)
         self.has_states = any(value.name == STATES for value in session.get_outputs())
         self._session = session

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.model import Model
 
-_PACKED = 1.25  # bytes of onnxruntime's packed copy over those of the blobs that it was made from (measured: docs/log.md)
+# Bytes of its own that a session holds over those of the blobs that it was made from (measured: docs/log.md): onnxruntime's
+# packed copy, or what is left where that is a mapped file.
+_PACKED, _MAPPED = 1.25, 0.06
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Usage:
     """What loaded graphs hold, in bytes.
 
     graphs: their files, least recently used first. mapped: of the blobs of them all, each counted once. shared: of those that
-    two or more of them map. private: of the packed copies, which each graph has of its own. live: of factors of live adapters and
+    two or more of them map. private: of what each has of its own, packed copies above all. live: of factors of live adapters and
     of LoRA inputs made from them. kv_caches: of keys and values that no request uses now.
     """
 
@@ -37,15 +39,22 @@ class Usage:
 class Residency:
     """Loaded models by graph.
 
-    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. budget: bytes of packed copies; None for
-    no limit. What is asked for is loaded even where it alone is over the budget. A model that a stream still runs counts until
-    the stream lets go of it.
+    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. budget: bytes of Usage.private; None for
+    no limit. will_map: whether a graph that is not loaded would be mapped (PackedCache). What is asked for is loaded even where
+    it alone is over the budget. A model that a stream still runs counts until the stream lets go of it.
     """
 
-    def __init__(self, load: Callable[[str], Model], blobs: Mapping[str, Mapping[str, int]], budget: int | None) -> None:
+    def __init__(
+        self,
+        load: Callable[[str], Model],
+        blobs: Mapping[str, Mapping[str, int]],
+        budget: int | None,
+        will_map: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._load = load
         self._blobs = blobs
         self._budget = budget
+        self._will_map = will_map
         self._lock = threading.Lock()
         self._models: OrderedDict[str, Future[Model]] = OrderedDict()
         self._leaving: dict[weakref.ref[Model], int] = {}
@@ -109,24 +118,26 @@ class Residency:
         """Evicts until the graph fits, or only what is pinned is left."""
         if self._budget is None:
             return
-        needed = self._packed(graph)
+        needed = self._private(graph)
         for other in self._evictable():
             if self._held() + needed <= self._budget:
                 return
-            future = self._models.pop(other)
-            model = future.result()
-            self._leaving[weakref.ref(model, self._forget)] = self._packed(other)
-            del future, model
+            size = self._private(other)
+            model = self._models.pop(other).result()
+            self._leaving[weakref.ref(model, self._forget)] = size
+            del model
 
     def _evictable(self) -> Iterable[str]:
         """Least recently used first; not what is pinned or still loads."""
         return [name for name, future in self._models.items() if future.done() and name not in self._pins]
 
     def _held(self) -> int:
-        return sum(map(self._packed, self._models)) + sum(list(self._leaving.values()))
+        return sum(map(self._private, self._models)) + sum(list(self._leaving.values()))
 
-    def _packed(self, graph: str) -> int:
-        return int(sum(self._blobs[graph].values()) * _PACKED)
+    def _private(self, graph: str) -> int:
+        future = self._models.get(graph)
+        mapped = future.result().mapped if future is not None and future.done() else self._will_map(graph)
+        return int(sum(self._blobs[graph].values()) * (_MAPPED if mapped else _PACKED))
 
     def _forget(self, reference: weakref.ref[Model]) -> None:
         """A model was freed; may run at any moment, in any thread, also one that holds the lock."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import numpy as np
 
 from edgelora_runtime.bundle import Bundle
 from edgelora_runtime.choice import Choice, choose_mix, choose_variant
-from edgelora_runtime.errors import InputError, UsageError
+from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
 from edgelora_runtime.interruption import Interruption
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.manifest import VariantEntry
     from edgelora_runtime.options import GenerateOptions
+    from edgelora_runtime.packed_cache import PackedCache
     from edgelora_runtime.tokenizer import Message
 
     Floats = NDArray[np.float32]
@@ -55,7 +57,9 @@ class Runtime:
 
     bundle: a folder or an opened Bundle. memory_budget: bytes of variants kept loaded, as a number or like "4GiB"; three quarters
     of the free memory without it. cache_budget: the same for keys and values of earlier requests; a tenth of it without. In
-    both the least recently used go first. threads: None leaves the choice to onnxruntime (physical cores).
+    both the least recently used go first. packed_cache: where packed weights are kept and mapped from, so that a further variant
+    costs little memory; each is written there when it is first loaded, which takes several times as long as loading does.
+    threads: None leaves the choice to onnxruntime (physical cores).
     provider: "cpu", "cuda", "webgpu", or "auto": a GPU where there is one and the bundle has graphs for it, else the CPU.
     target: which graphs to run, "cpu" (float32) or "gpu" (fp16); None for those that are built for the provider. Any provider
     runs either: cpu graphs serve a GPU that lacks fp16, and gpu graphs on the CPU show, slowly, what they compute.
@@ -69,6 +73,7 @@ class Runtime:
         *,
         memory_budget: int | str | None = None,
         cache_budget: int | str | None = None,
+        packed_cache: PackedCache | None = None,
         threads: int | None = None,
         provider: str = "auto",
         target: str | None = None,
@@ -90,8 +95,10 @@ class Runtime:
         self._tokenizer = Tokenizer(self._bundle)
         self._turns = FairLock()
         graphs = [entry.graphs[self._target] for entry in self._manifest.variants.values()]
+        self._graphs = {graph.file: graph for graph in graphs}
         self._blobs = {graph.file: self._manifest.blob_bytes(graph) for graph in graphs}
-        self._residency = Residency(self._load_model, self._blobs, budgets[0])
+        self._packed_cache = packed_cache if self._provider.name == "cpu" else None
+        self._residency = Residency(self._load_model, self._blobs, budgets[0], self._is_packed)
         self._prompts = PromptCache(budgets[1])
         self._live = LiveMixes(self._bundle, self._find_live_budget())
         self._router: Router | None = None
@@ -388,13 +395,21 @@ class Runtime:
 
     def _load_model(self, graph: str) -> Model:
         self._bundle.read(graph)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
-        return Model(
-            self._bundle.path(graph),
-            self._manifest.model,
-            threads=self._threads,
-            provider=self._provider,
-            turns=self._turns,
-        )
+        entry = self._graphs[graph]
+        packed = None
+        if self._packed_cache is not None:
+            packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
+        if packed is not None:
+            with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
+                return self._open_model(packed, mapped=True)
+        return self._open_model(self._bundle.path(graph), mapped=False)
+
+    def _open_model(self, graph: Path, *, mapped: bool) -> Model:
+        model = self._manifest.model
+        return Model(graph, model, threads=self._threads, provider=self._provider, turns=self._turns, mapped=mapped)
+
+    def _is_packed(self, graph: str) -> bool:
+        return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._graphs[graph]) is not None
 
     def _find_live_budget(self) -> int:
         """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""

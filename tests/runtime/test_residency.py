@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 class FakeModel:
-    """Stands for a loaded graph: residency only ever holds on to it."""
+    """Stands for a loaded graph: residency only ever holds on to it and asks whether it is mapped."""
+
+    def __init__(self, mapped: bool = False) -> None:
+        self.mapped = mapped
 
 
 def make_residency(sizes: dict[str, dict[str, int]], budget: int | None) -> tuple[Residency, list[str]]:

@@ -1,0 +1,185 @@
+"""Packed weights on this machine's disk, mapped by every session and process that runs them.
+
+onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
+file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
+and out as it does any file. The files hang on the CPU and on onnxruntime's version, so they are made where they are used, never
+shipped.
+
+An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, and
+ENTRY, which says how large they are and when they were written. It is made under another name and renamed when it is whole, so
+several processes may make the same one. Entries are trusted as far as the user's own files are: a folder that others may write
+is refused, and blobs are checked against the manifest's hashes before they are packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnxruntime as ort
+
+from edgelora_runtime.bundle import hash_file
+from edgelora_runtime.cache_folder import find_cache_folder
+from edgelora_runtime.errors import IntegrityError, UsageError
+from edgelora_runtime.memory import parse_bytes
+from edgelora_runtime.providers import CPU, open_session
+
+if TYPE_CHECKING:
+    from edgelora_runtime.bundle import Bundle
+    from edgelora_runtime.manifest import GraphEntry
+
+GRAPH, WEIGHTS, ENTRY = "graph.onnx", "weights.bin", "entry.json"
+_LAYOUT = 1  # of an entry
+_UNFINISHED, _LEAVING = ".unfinished-", ".leaving-"
+_ABANDONED = 3600  # seconds after which an unfinished entry is nobody's
+_DISK_SHARE = 3  # bytes an entry may take over those of its blobs (measured: 2.4)
+
+
+class PackedCache:
+    """A folder of packed weights.
+
+    folder: the platform's cache folder without one. budget: bytes, as a number or like "8GiB"; the least recently used
+    entries go first. Give it to Runtime(packed_cache=…); several runtimes and processes may share one folder.
+    Raises UsageError for a folder that cannot be made, belongs to someone else or that others may write.
+    """
+
+    def __init__(self, folder: str | Path | None = None, *, budget: int | str = "16GiB") -> None:
+        self.folder = Path(folder) if folder is not None else find_cache_folder() / "edgelora" / "packed"
+        self._budget = parse_bytes(budget) or 0
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = self.folder.stat()
+        except OSError as error:
+            raise UsageError(f"the packed cache {self.folder} cannot be used ({error.strerror}); name another folder") from error
+        if sys.platform != "win32" and (info.st_uid != os.getuid() or info.st_mode & 0o022):
+            raise UsageError(f"the packed cache {self.folder} can be written by others; name a folder that only you can write")
+
+    def find(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
+        """The graph that maps packed weights, where there is one; it counts as used now."""
+        entry = self.folder / _name_entry(bundle, graph)
+        if not _is_whole(entry):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry / ENTRY)
+        return entry / GRAPH
+
+    def write(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
+        """Packs a graph's weights and writes them; None where that fails or they are too large for budget or disk.
+
+        Takes several times as long as loading, and for its time the memory of two sessions. Raises IntegrityError where the
+        bundle is not what its manifest says.
+        """
+        most = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
+        broken = [name for name in graph.blobs if hash_file(bundle.path(name)) != bundle.manifest.files[name].sha256]
+        if broken:
+            raise IntegrityError(f"bundle {bundle.folder}: {', '.join(broken)} differ from the manifest; copy the bundle again")
+        entry = self.folder / _name_entry(bundle, graph)
+        try:
+            self._sweep()
+            self._make_room(most)
+            if most > min(self._budget, shutil.disk_usage(self.folder).free):
+                return None
+            with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
+                _write_entry(bundle.path(graph.file), Path(unfinished))
+                if not _is_whole(entry):
+                    self._delete(entry)
+                with contextlib.suppress(OSError):  # another process was first
+                    Path(unfinished).rename(entry)
+        except (OSError, IntegrityError):  # the disk is full, or onnxruntime says so
+            return None
+        return self.find(bundle, graph)
+
+    def measure(self) -> int:
+        """Bytes of all entries."""
+        return sum(_measure(entry) for entry in self._entries())
+
+    def clear(self) -> None:
+        """Deletes all entries; what has one open keeps it until it is closed (Windows: and so does the cache)."""
+        for entry in self._entries():
+            self._delete(entry)
+
+    def _entries(self) -> list[Path]:
+        """Least recently used first."""
+        used = []
+        for entry in self.folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            with contextlib.suppress(OSError):
+                used.append(((entry / ENTRY).stat().st_mtime_ns, entry))
+        return [entry for _, entry in sorted(used)]
+
+    def _sweep(self) -> None:
+        """Deletes what processes left that were killed."""
+        for folder in (*self.folder.glob(f"{_UNFINISHED}*"), *self.folder.glob(f"{_LEAVING}*")):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        entries = self._entries()
+        held = sum(map(_measure, entries))
+        while entries and held + size > self._budget:
+            held -= _measure(entries[0])
+            self._delete(entries.pop(0))
+
+    def _delete(self, entry: Path) -> None:
+        """Renames first, so that nobody finds half of it."""
+        leaving = self.folder / f"{_LEAVING}{entry.name}-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            entry.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _name_entry(bundle: Bundle, graph: GraphEntry) -> str:
+    files = bundle.manifest.files
+    parts = {
+        "layout": _LAYOUT,
+        "onnxruntime": ort.__version__,
+        "cpu": _describe_cpu(),
+        "graph": files[graph.file].sha256,
+        "blobs": [files[name].sha256 for name in graph.blobs],
+    }
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _describe_cpu() -> str:
+    """What kernels are chosen by: the instructions that the CPU has, as far as the system tells them."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(" ".join(line.split()) for line in lines if line.lower().startswith(("flags", "features")))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _write_entry(graph: Path, folder: Path) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # fatal: it warns that such a graph is for this machine alone
+    options.optimized_model_filepath = str(folder / GRAPH)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    open_session(graph, options, CPU)
+    sizes = {name: (folder / name).stat().st_size for name in (GRAPH, WEIGHTS) if (folder / name).exists()}
+    (folder / ENTRY).write_text(json.dumps(sizes), encoding="ascii")
+
+
+def _is_whole(entry: Path) -> bool:
+    try:
+        sizes = json.loads((entry / ENTRY).read_text(encoding="ascii"))
+        return bool(sizes) and all((entry / name).stat().st_size == sizes[name] for name in (GRAPH, WEIGHTS))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _measure(entry: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in entry.iterdir())
+    return 0
