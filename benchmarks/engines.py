@@ -3,8 +3,8 @@
     python -m benchmarks.engines ENGINE MODEL --threads 2 --length 256
 
 A worker imports its own engine only, so a peer's interpreter needs no edgelora. `--length` is the number of positions
-that the KV cache holds. Its first line out says how long loading took; then it answers requests: `warm`, `round`, and
-`logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last position only,
+that the KV cache holds. Its first line out says how long loading took; then it answers requests: `warm`, `round`,
+`reload` and `logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last position only,
 the first token picked from them, then N single-token passes, each with a greedy pick.
 """
 
@@ -52,6 +52,9 @@ class Engine(Protocol):
     def warm_up(self, prompt: list[int], count: int) -> None:
         """Runs once untimed, and finds the settings that are fastest here where an engine leaves a choice."""
 
+    def reload(self) -> None:
+        """Lets go of the model and loads it again, until it can run."""
+
     def logits(self, prompt: list[int]) -> Floats:
         """The logits behind the prompt, float32 (vocab,)."""
 
@@ -86,6 +89,10 @@ class EdgeloraEngine:
     def warm_up(self, prompt: list[int], count: int) -> None:
         self.run_round(prompt, count)
 
+    def reload(self) -> None:
+        self.runtime.close()
+        self.runtime.switch()
+
     def logits(self, prompt: list[int]) -> Floats:
         logits: Floats = self.runtime.logits(prompt)[-1]
         return logits
@@ -101,12 +108,16 @@ class GenaiEngine:
         self.version = f"{importlib.metadata.version('onnxruntime-genai')} on onnxruntime {runtime}"
         self.settings = "fp32 KV cache"
         self.library: Any = onnxruntime_genai
-        config = self.library.Config(str(model))
-        session = {"intra_op_num_threads": threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
-        self.model = self.library.Model(config)
-        self.length = length
+        self.path, self.threads, self.length = model, threads, length
+        self.model = self.open_model()
         self.generator: Any = None
+
+    def open_model(self) -> Any:
+        """The model, with our number of threads."""
+        config = self.library.Config(str(self.path))
+        session = {"intra_op_num_threads": self.threads}
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        return self.library.Model(config)
 
     def reset(self) -> None:
         """Makes a new generator, with an empty cache; not timed."""
@@ -133,6 +144,10 @@ class GenaiEngine:
     def warm_up(self, prompt: list[int], count: int) -> None:
         self.run_round(prompt, count)
 
+    def reload(self) -> None:
+        self.generator = self.model = None
+        self.model = self.open_model()
+
     def logits(self, prompt: list[int]) -> Floats:
         self.reset()
         self.generator.append_tokens(np.array(prompt, np.int32))
@@ -151,18 +166,23 @@ class LlamaCppEngine:
 
         self.library: Any = llama_cpp
         self.version = importlib.metadata.version("llama-cpp-python")
-        self.threads, self.length = threads, length
+        self.path, self.threads, self.length = model, threads, length
         self.log = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
-        self.model = llama_cpp.llama_model_load_from_file(str(model).encode(), llama_cpp.llama_model_default_params())
-        if not self.model:
-            raise RuntimeError(f"llama.cpp cannot load {model}")
+        self.model = self.open_model()
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(length, 0, 1)
         self.position = 0
         self.context = self.open_context(flash=False)
         self.settings = "fp16 KV cache"
+
+    def open_model(self) -> Any:
+        """The weights, packed for this CPU where llama.cpp does that."""
+        model = self.library.llama_model_load_from_file(str(self.path).encode(), self.library.llama_model_default_params())
+        if not model:
+            raise RuntimeError(f"llama.cpp cannot load {self.path}")
+        return model
 
     def open_context(self, *, flash: bool) -> Any:
         """Opens a context over the loaded weights."""
@@ -209,6 +229,12 @@ class LlamaCppEngine:
         self.context = contexts[best]
         self.settings = f"fp16 KV cache, flash attention {'on' if best else 'off'}, {self.list_features()}"
 
+    def reload(self) -> None:
+        self.library.llama_free(self.context)
+        self.library.llama_model_free(self.model)
+        self.model = self.open_model()
+        self.context = self.open_context(flash=False)
+
     def list_features(self) -> str:
         """The CPU features that its build uses."""
         text = self.library.llama_print_system_info().decode().split(":", 1)[-1]
@@ -237,6 +263,9 @@ class TransformersEngine:
     def warm_up(self, prompt: list[int], count: int) -> None:
         """Nothing to warm."""
 
+    def reload(self) -> None:
+        raise NotImplementedError("the reference is not timed")
+
     def logits(self, prompt: list[int]) -> Floats:
         with self.torch.no_grad():
             output = self.model(self.torch.tensor([prompt]), logits_to_keep=1)
@@ -259,6 +288,10 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     if request["verb"] == "warm":
         engine.warm_up(request["prompt"], request["tokens"])
         return {"settings": engine.settings}
+    if request["verb"] == "reload":
+        start = time.perf_counter()
+        engine.reload()
+        return {"seconds": time.perf_counter() - start}
     return vars(engine.run_round(request["prompt"], request["tokens"]))
 
 

@@ -1,0 +1,208 @@
+"""What switching costs at a real model's shape, in time and memory, next to loading a model in llama.cpp and onnxruntime-genai.
+
+    python -m benchmarks.switching --shape llama-3.2-1b --peers-python peers/bin/python    # peers: see decode.py
+
+Random weights, a base and merged variants that differ in their attention, eight live adapters on every linear layer. Cold: the
+variant was let go of, its files are in the system's cache; what peers need for the same is loading their model again, in a
+process that has loaded it before. All of them take turns, a round each. A cached context is one that the variant read before
+others ran. Memory is anonymous memory of the process, as onnxruntime leaves it after one token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.shapes import ALL_LINEAR, ATTENTION, SHAPES, Shape, random_prompt, write_adapter, write_checkpoint
+from benchmarks.workers import (
+    CACHE_VERSION,
+    PEERS,
+    OtherWork,
+    count_cores,
+    default_cache,
+    describe_machine,
+    report,
+    start_workers,
+)
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.terminal import print_json, print_note, print_table
+from edgelora_export.variants import Quantization
+from edgelora_runtime import Bundle, PackedCache, Runtime
+from edgelora_runtime.memory import find_anonymous_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.workers import Worker
+
+MERGED = ("base", "merged1", "merged2", "merged3")
+LIVE = tuple(f"live{number}" for number in range(1, 9))
+CONTEXT, STEPS = 500, 16  # tokens of the cached context, and single-token passes that its decode step is the mean of
+
+
+@dataclass
+class Figures:
+    """Milliseconds, a value per round and variant, cold ones by who loads: plain (edgelora), packed (with its packed cache), peers.
+
+    steps: the first token behind a cached context, over a decode step there.
+    """
+
+    warm: list[float] = field(default_factory=list)
+    live: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+    cold: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that a further merged variant holds of its own, over those of its weights; and eight live variants over one."""
+
+    plain: float
+    packed: float
+    live: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=count_cores(), help="default: physical cores")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, some GB")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    shape = SHAPES[arguments.shape]
+    cache = arguments.cache / f"v{CACHE_VERSION}" / shape.name
+    bundle = export_bundle(shape, cache)
+    packed = PackedCache(arguments.cache / "packed", budget="64GiB")
+    report("writing packed weights")
+    with Runtime(bundle, threads=arguments.threads, packed_cache=packed) as runtime:
+        for variant in (*MERGED, LIVE[0]):
+            runtime.switch(variant)
+            runtime.close()
+    report("measuring memory")
+    memory = measure_memory(bundle, packed, arguments.threads)
+    workers, missing = start_workers(list(PEERS), cache, arguments.peers_python, arguments.threads, CONTEXT)
+    other = OtherWork(workers)
+    figures = measure(bundle, packed, shape, arguments.threads, workers, arguments.rounds)
+    share = other.share()
+    for worker in workers.values():
+        worker.close()
+    if arguments.json:
+        print_json(
+            {
+                "shape": shape.name,
+                "machine": describe_machine(),
+                "other_work": share,
+                "figures": figures,
+                "memory": memory,
+                "missing": missing,
+            }
+        )
+        return
+    for name, reason in missing.items():
+        print_note(f"{name}: {reason}")
+    if share is not None:
+        print_note(f"other programs took {share:.0%} of the CPU")
+    show(figures, memory, shape)
+
+
+def export_bundle(shape: Shape, cache: Path) -> Path:
+    """The base, merged and live variants, rounded to nearest."""
+    report(f"writing {shape.name}, random weights")
+    checkpoint = write_checkpoint(shape, cache)
+    kinds = dict.fromkeys(MERGED[1:], ATTENTION) | dict.fromkeys(LIVE, ALL_LINEAR)
+    adapters = {
+        name: write_adapter(shape, checkpoint, cache / name, modules, rank=16, seed=seed)
+        for seed, (name, modules) in enumerate(kinds.items())
+    }
+    variants = {MERGED[0]: VariantRecipe({})}
+    variants |= {name: VariantRecipe({name: 1.0}) for name in MERGED[1:]}
+    variants |= {name: VariantRecipe({name: 1.0}, kind="live") for name in LIVE}
+    report("exporting")
+    bundle = cache / "switching-bundle"
+    export(Recipe(str(checkpoint), adapters, variants, Quantization(method="rtn")), bundle, gate="off")
+    return bundle
+
+
+def measure_memory(bundle: Path, packed: PackedCache, threads: int) -> Memory:
+    """Each in a process of its own; what the first variant takes once, such as onnxruntime's own memory, does not count."""
+    manifest = Bundle.open(bundle).manifest
+    sizes = [sum(manifest.blob_bytes(manifest.variants[name].graphs["cpu"]).values()) for name in MERGED[1:]]
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
+        plain, mapped = (pool.submit(hold, bundle, cache, MERGED, threads).result()[1:] for cache in (None, packed))
+        before, *live = pool.submit(hold, bundle, None, LIVE, threads).result()
+    shares = [
+        statistics.median((b - a) / size for a, b, size in zip(held, held[1:], sizes, strict=True)) for held in (plain, mapped)
+    ]
+    return Memory(plain=shares[0], packed=shares[1], live=(live[-1] - before) / (live[0] - before))
+
+
+def hold(bundle: Path, packed: PackedCache | None, variants: Sequence[str], threads: int) -> list[int]:
+    """Anonymous memory before any variant, and after each wrote a token, the ones before still loaded."""
+    held = [find_anonymous_memory() or 0]
+    with Runtime(bundle, threads=threads, packed_cache=packed, memory_budget="64GiB") as runtime:
+        for variant in variants:
+            runtime.generate([1, 2, 3], variant=variant, max_tokens=1)
+            held.append(find_anonymous_memory() or 0)
+    return held
+
+
+def measure(bundle: Path, packed: PackedCache, shape: Shape, threads: int, workers: dict[str, Worker], rounds: int) -> Figures:
+    found = Figures()
+    with (
+        Runtime(bundle, threads=threads) as plain,
+        Runtime(bundle, threads=threads, packed_cache=packed, memory_budget="64GiB") as mapped,
+    ):
+        for turn in range(rounds):
+            report(f"round {turn + 1} of {rounds}")
+            for name, runtime in (("plain", plain), ("packed", mapped)):
+                runtime.close()
+                cold = runtime.switch(MERGED[1 + turn % 3])
+                assert cold.cold
+                found.cold.setdefault(name, []).append(cold.milliseconds)
+            plain.close()
+            for name, worker in workers.items():
+                found.cold.setdefault(name, []).append(1e3 * worker.ask(verb="reload")["seconds"])
+            measure_warm(mapped, shape, turn, found)
+    return found
+
+
+def measure_warm(runtime: Runtime, shape: Shape, turn: int, found: Figures) -> None:
+    """Switching between variants that are loaded, and back to what they have read."""
+    for variant in (*MERGED, *LIVE):
+        runtime.switch(variant)
+    found.warm += [runtime.switch(variant).milliseconds for variant in MERGED]
+    found.live += [runtime.switch(variant).milliseconds for variant in LIVE]
+    prompt, other = (random_prompt(shape, CONTEXT, 2 * turn + seed) for seed in range(2))
+    read = runtime.generate(prompt, variant=MERGED[1], max_tokens=1 + STEPS, ignore_eos=True)
+    runtime.generate(other, variant=MERGED[2], max_tokens=2, ignore_eos=True)
+    again = runtime.generate(prompt, variant=MERGED[1], max_tokens=1)
+    found.steps.append((again.receipt.milliseconds + again.prefill_ms) / (read.decode_ms / STEPS))
+
+
+def show(figures: Figures, memory: Memory, shape: Shape) -> None:
+    rows = [["warm switch", _spread(figures.warm, "ms")], ["live switch", _spread(figures.live, "ms")]]
+    rows += [["first token behind a cached context", _spread(figures.steps, "decode steps")]]
+    rows += [[f"cold: {name}", _spread(values, "ms")] for name, values in figures.cold.items()]
+    for name in figures.cold.keys() - {"plain", "packed"}:
+        ratios = [ours / peer for ours, peer in zip(figures.cold["packed"], figures.cold[name], strict=True)]
+        rows.append([f"cold: packed over {name}", _spread(ratios, "")])
+    rows += [["a further merged variant over its weights, plain", f"{memory.plain:.1%}"]]
+    rows += [["the same, packed", f"{memory.packed:.1%}"], ["eight live variants over one", f"{memory.live:.2f}"]]
+    print_table(f"{shape.name}, random weights: median (least–greatest)", ["", ""], rows)
+
+
+def _spread(values: list[float], unit: str) -> str:
+    return f"{statistics.median(values):.3g} ({min(values):.3g}–{max(values):.3g}) {unit}".rstrip()
+
+
+if __name__ == "__main__":
+    main()
