@@ -49,7 +49,7 @@ CONTEXT, STEPS = 500, 16  # tokens of the cached context, and single-token passe
 
 @dataclass
 class Figures:
-    """Milliseconds, a value per round and variant, cold ones by who loads: plain (edgelora), packed (with its packed cache), peers.
+    """Milliseconds, a value per round and variant. cold: by who loads: plain (edgelora), packed (with a packed cache), the peers.
 
     steps: the first token behind a cached context, over a decode step there.
     """
