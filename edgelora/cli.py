@@ -372,6 +372,8 @@ def doctor(json: JsonOption = False) -> None:
     print(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
     print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}")
     print_table("", ["package", "version"], [[name, version or "absent"] for name, version in found.packages.items()])
+    folder, held = found.packed_cache
+    print(f"packed cache: {format_bytes(held)} in {folder}, which may be deleted at any time")
     for line in found.advice:
         print(f"- {line}")
 

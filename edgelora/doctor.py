@@ -7,6 +7,12 @@ import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.packed_cache import PackedCache, find_packed_folder
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 RUNTIME = ("numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "typer", "rich")
 EXTRAS = {
@@ -22,7 +28,7 @@ _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", 
 class Diagnosis:
     """python, system: versions. cores: logical. memory: bytes, None if unknown. packages: version or None per package.
 
-    providers: onnxruntime's. advice: one line per thing to do, empty if all is well.
+    providers: onnxruntime's. packed_cache: its folder, the bytes in it. advice: one line per thing to do, empty if all is well.
     """
 
     python: str
@@ -31,6 +37,7 @@ class Diagnosis:
     memory: int | None
     providers: tuple[str, ...]
     packages: dict[str, str | None]
+    packed_cache: tuple[Path, int]
     advice: tuple[str, ...]
 
 
@@ -56,8 +63,14 @@ def diagnose() -> Diagnosis:
         memory=_memory(),
         providers=providers,
         packages=packages,
+        packed_cache=_measure_packed_cache(),
         advice=tuple(advice),
     )
+
+
+def _measure_packed_cache() -> tuple[Path, int]:
+    folder = find_packed_folder()
+    return folder, PackedCache(folder).measure() if folder.is_dir() else 0
 
 
 def _version(package: str) -> str | None:

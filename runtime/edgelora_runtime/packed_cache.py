@@ -53,7 +53,7 @@ class PackedCache:
     """
 
     def __init__(self, folder: str | Path | None = None, *, budget: int | str = "16GiB") -> None:
-        self.folder = Path(folder) if folder is not None else find_cache_folder() / "edgelora" / "packed"
+        self.folder = Path(folder) if folder is not None else find_packed_folder()
         self._budget = parse_bytes(budget) or 0
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -137,6 +137,11 @@ class PackedCache:
         with contextlib.suppress(OSError):
             entry.rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)
+
+
+def find_packed_folder() -> Path:
+    """Where packed weights lie unless an app says otherwise."""
+    return find_cache_folder() / "edgelora" / "packed"
 
 
 def _name_entry(bundle: Bundle, graph: GraphEntry) -> str:

@@ -263,6 +263,16 @@ def test_bench_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert all(name in everything.out for name in ("base", "ties", "linear-live", "packed"))
 
 
+def test_packed_weights_are_kept_and_told_of(
+    call: Callable[..., Result], bundle32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgelora_runtime.packed_cache.find_cache_folder", lambda: tmp_path)
+    plain = call("run", bundle32, "--prompt", "a cat", "--max-tokens", 4)
+    assert call("doctor", "--json").json["packed_cache"] == [str(tmp_path / "edgelora" / "packed"), 0]
+    assert call("run", bundle32, "--prompt", "a cat", "--max-tokens", 4, "--packed-cache").out == plain.out
+    assert call("doctor", "--json").json["packed_cache"][1] > 0
+
+
 def test_doctor_as_json(call: Callable[..., Result]) -> None:
     found = call("doctor", "--json").json
     assert found["edgelora"] == __version__
