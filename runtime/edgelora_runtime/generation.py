@@ -48,9 +48,10 @@ class Generation:
     """A finished answer.
 
     tokens: what the model wrote, without the end token. finish_reason: stop (an end token, a stop string, or the end of what
-    the answer had to fit), length, cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives
-    the first token; decode_ms gives all others. route: how the variant was chosen, where it was "auto". dropped_tokens: what was
-    left out of the middle so that the context could slide on. logprobs: one per token, where they were asked for.
+    the answer had to fit), length, cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms
+    reads the rest of the prompt and gives the first token; decode_ms gives all others. route: how the variant was chosen,
+    where it was "auto". dropped_tokens: what was left out of the middle so that the context could slide on. logprobs: one per
+    token, where they were asked for.
     """
 
     text: str
