@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
 _BLANKS = r" |\n[ ]{0,32}"
+_QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
 
 
 class Constraint:
@@ -58,7 +60,7 @@ class Constraint:
         allowed = np.unpackbits(bits, count=self._masked.size, bitorder="little").view(np.bool_)
         allowed[self._end_tokens] = self._matcher.is_accepting()  # an end token may be plain text to the tokenizer
         if not allowed.any():
-            raise UsageError(f"{self._name}: none of the model's tokens fits here; allow for more, or for an end")
+            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
         return allowed
 
     def _check(self) -> None:
@@ -137,6 +139,5 @@ def _write_schema(schema: Mapping[str, Any] | str) -> str:
 
 def _find_reason(matcher: LLMatcher) -> str:
     """Why a matcher failed, on one line: without the source that llguidance quotes below its reason."""
-    lines = matcher.get_error().splitlines()
-    quoted = next((at for at, line in enumerate(lines) if line.lstrip()[:1].isdigit() and " | " in line), len(lines))
-    return " ".join(" ".join(lines[:quoted]).split())[:300] or "no answer can fit"
+    reason = " ".join(_QUOTED.split(matcher.get_error(), maxsplit=1)[0].split())
+    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason[:300]
