@@ -6,7 +6,6 @@ import json
 import re
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,6 +25,7 @@ from tests.tiny import export_base, make_base, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 SCHEMA = {
     "type": "object",
@@ -39,7 +39,16 @@ SCHEMA = {
     "required": ["name", "count", "kind", "tags", "inner"],
     "additionalProperties": False,
 }
-REGEXES = ("(yes|no)", "[a-c]{1,5}x?", "[0-9]{4}-[0-9]{2}-[0-9]{2}", " {1,3}[a-z ]{2,4}!", "(the|a) (cat|day){1,3}", "[日本é🙂]{1,4}", "a?", "")
+REGEXES = (
+    "(yes|no)",
+    "[a-c]{1,5}x?",
+    "[0-9]{4}-[0-9]{2}-[0-9]{2}",
+    " {1,3}[a-z ]{2,4}!",
+    "(the|a) (cat|day){1,3}",
+    "[日本é🙂]{1,4}",
+    "a?",
+    "",
+)
 ANYTHING = "(?s:.)*"
 
 
@@ -76,7 +85,9 @@ def opened(request: pytest.FixtureRequest) -> Iterator[Runtime]:
 # --- what comes out -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [{}, *({"temperature": 1.0, "seed": seed} for seed in range(5)), {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"repetition_penalty": 1.5}, *({"temperature": 1.0, "seed": seed} for seed in range(5))]
+)
 @pytest.mark.parametrize("as_text", [False, True])
 def test_an_answer_is_json_that_fits_the_schema(opened: Runtime, sampling: dict[str, Any], as_text: bool) -> None:
     found = opened.generate("the cat", json_schema=json.dumps(SCHEMA) if as_text else SCHEMA, max_tokens=600, **sampling)
@@ -311,7 +322,8 @@ def test_what_cannot_be_followed_is_refused_before_anything_is_read(runtime: Run
 
 
 def test_a_tokenizer_of_another_kind_is_refused(runtime: Runtime) -> None:
-    tokenizer = SimpleNamespace(size=300, to_json=lambda: json.dumps({**json.loads(runtime.tokenizer.to_json()), "decoder": None}))
+    text = json.dumps({**json.loads(runtime.tokenizer.to_json()), "decoder": None})
+    tokenizer = SimpleNamespace(size=300, to_json=lambda: text)
     with pytest.raises(UsageError, match="cannot read this bundle's tokenizer"):
         Grammars(cast("Any", tokenizer), runtime._manifest.model).compile(regex="a")
 
