@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 # Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
 _BLANKS = r" |\n[ ]{0,32}"
+_REASON = 300  # characters that are shown
 _QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
 
 
@@ -95,14 +96,18 @@ class Grammars:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
             raise MissingExtraError("llguidance", "grammar") from error
-        if json_schema is not None:
-            schema = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": _BLANKS})
-        elif regex is not None:
-            schema = LLMatcher.grammar_from_regex(regex)
-        else:
-            assert grammar is not None
-            schema = LLMatcher.grammar_from_lark(grammar)
-        matcher = LLMatcher(self._load_tokenizer(), schema, log_level=0, limits=LLParserLimits(verbose_errors=False))
+        tokenizer, limits = self._load_tokenizer(), LLParserLimits(verbose_errors=False)
+        try:
+            if json_schema is not None:
+                source = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": _BLANKS})
+            elif regex is not None:
+                source = LLMatcher.grammar_from_regex(regex)
+            else:
+                assert grammar is not None
+                source = LLMatcher.grammar_from_lark(grammar)
+            matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+        except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
+            raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
         size, ends = self._model.vocab_size, self._model.eos_token_ids
         return Constraint(names[0], matcher, size, np.array([token for token in ends if 0 <= token < size], np.int64))
 
@@ -126,18 +131,20 @@ class Grammars:
 
 
 def _write_schema(schema: Mapping[str, Any] | str) -> str:
-    """A schema as JSON; UsageError where it is no object, or where one of its values is none of JSON's."""
-    try:
-        value = json.loads(schema) if isinstance(schema, str) else dict(schema)
-        text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UsageError(f"json_schema is not valid JSON ({error})") from error
+    """A schema as JSON; ValueError or TypeError where it is no object, or where one of its values is none of JSON's."""
+    value = json.loads(schema) if isinstance(schema, str) else dict(schema)
     if not isinstance(value, dict):
-        raise UsageError(f"json_schema holds {type(value).__name__}; use an object, such as {{}} for any JSON")
-    return text
+        raise TypeError(f"{type(value).__name__} is no schema; use an object, such as {{}} for any JSON")
+    return json.dumps(value, allow_nan=False)
 
 
 def _find_reason(matcher: LLMatcher) -> str:
     """Why a matcher failed, on one line: without the source that llguidance quotes below its reason."""
-    reason = " ".join(_QUOTED.split(matcher.get_error(), maxsplit=1)[0].split())
-    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason[:300]
+    reason = _shorten(_QUOTED.split(matcher.get_error(), maxsplit=1)[0])
+    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason
+
+
+def _shorten(reason: str) -> str:
+    """The start and the end, on one line, of a reason that may quote all of a pattern in between."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"

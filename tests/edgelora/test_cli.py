@@ -346,7 +346,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "regex": (["run", "BUNDLE", "--prompt", "a", "--regex", "(a"], 2, "unclosed group"),
     "regex and grammar": (["run", "BUNDLE", "--prompt", "a", "--regex", "a", "--grammar", "TMP/wrong.toml"], 2, "one of them"),
     "no schema": (["run", "BUNDLE", "--prompt", "a", "--json-schema", "TMP/no.json"], 3, "--json-schema"),
-    "a schema that is none": (["run", "BUNDLE", "--prompt", "a", "--json-schema", "TMP/wrong.toml"], 2, "not valid JSON"),
+    "a schema that is none": (["run", "BUNDLE", "--prompt", "a", "--json-schema", "TMP/wrong.toml"], 2, "json_schema: Expecting"),
     "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
     "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),
     "no bundle to run": (["run", "TMP", "--prompt", "a"], 3, "no bundle"),
