@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.weights import EVERYWHERE
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,6 +26,16 @@ def is_given(context: typer.Context, name: str) -> bool:
     """Whether a call names an option, rather than leaving it at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def read_option_file(path: Path | None, option: str) -> str | None:
+    """The text of a file that an option names; InputError where it cannot be read."""
+    try:
+        return None if path is None else path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{option} {path} does not exist; name a file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{option} {path} is not readable UTF-8 text ({error})") from error
 
 
 def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:

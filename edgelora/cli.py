@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from edgelora import compose_cli
-from edgelora.arguments import BaseOption, JsonOption, SeedOption, is_given, parse_mix, parse_pairs
+from edgelora.arguments import BaseOption, JsonOption, SeedOption, is_given, parse_mix, parse_pairs, read_option_file
 from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
@@ -243,6 +243,11 @@ def run(
         str, typer.Option(help="Over the context's end: error, or slide, which drops the text's middle.")
     ] = "error",
     logprobs: Annotated[int, typer.Option(help="With --json: log probabilities of so many likeliest tokens; 0 for none.")] = 0,
+    json_schema: Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON schema that the answer is to fit.")] = None,
+    regex: Annotated[str | None, typer.Option(help="A regular expression that the whole answer is to match.")] = None,
+    grammar: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A grammar in Lark's notation that the answer is to fit.")
+    ] = None,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
@@ -268,6 +273,9 @@ def run(
             timeout=timeout,
             overflow=overflow,
             logprobs=logprobs,
+            json_schema=read_option_file(json_schema, "--json-schema"),
+            regex=regex,
+            grammar=read_option_file(grammar, "--grammar"),
         )
         for piece in stream:
             if not json:

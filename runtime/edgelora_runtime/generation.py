@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.grammar import Constraint
     from edgelora_runtime.interruption import Interruption
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
@@ -46,10 +47,11 @@ class Receipt:
 class Generation:
     """A finished answer.
 
-    tokens: what the model wrote, without the end token. finish_reason: stop (an end token or a stop string), length,
-    cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms reads the rest of the prompt and gives
-    the first token; decode_ms gives all others. route: how the variant was chosen, where it was "auto". dropped_tokens: what was
-    left out of the middle so that the context could slide on. logprobs: one per token, where they were asked for.
+    tokens: what the model wrote, without the end token. finish_reason: stop (an end token, a stop string, or the end of what
+    the answer had to fit), length, cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms
+    reads the rest of the prompt and gives the first token; decode_ms gives all others. route: how the variant was chosen,
+    where it was "auto". dropped_tokens: what was left out of the middle so that the context could slide on. logprobs: one per
+    token, where they were asked for.
     """
 
     text: str
@@ -72,7 +74,7 @@ class Request:
 
     end_tokens: the model's own. context: tokens that the model may see at once; a text that grows longer loses its middle, and
     one that must not has a max_tokens that fits. route: as in Generation. logprobs: how many alternatives to give for each token,
-    0 for no log probabilities at all.
+    0 for no log probabilities at all. constraint: what the answer has to fit, which has a state, too.
     """
 
     prompt: Sequence[int]
@@ -84,6 +86,7 @@ class Request:
     interruption: Interruption
     route: Route | None = None
     logprobs: int = 0
+    constraint: Constraint | None = None
 
 
 class TextStream:
@@ -146,7 +149,8 @@ def continue_prompt(
     cache.rewind(reused)
     model.reserve(cache, len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
-    decoder, stop = IncrementalDecoder(tokenizer), request.stop
+    constraint, stop = request.constraint, request.stop
+    decoder = IncrementalDecoder(tokenizer, keep_space=constraint is not None)
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
     shown: list[str] = []
@@ -163,7 +167,7 @@ def continue_prompt(
         except InterruptedGeneration as interrupted:
             reason = interrupted.reason
             break
-        token = sampler.draw(logits[0])
+        token = sampler.draw(logits[0] if constraint is None else constraint.mask(logits[0]))
         if not tokens:
             first_token = time.perf_counter()
         if token in request.end_tokens:
@@ -176,7 +180,8 @@ def continue_prompt(
         if piece := stop.push(decoder.push(token)):
             shown.append(piece)
             yield piece
-        if stop.stopped:
+        if stop.stopped or (constraint is not None and not constraint.advance(token)):
+            reason = "stop"
             break
     # Not before the end: an unfinished character, and text that might have become a stop string.
     if piece := stop.push(decoder.flush()) + stop.flush():

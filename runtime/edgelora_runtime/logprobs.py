@@ -1,4 +1,4 @@
-"""How likely the model held a token, and which it held likelier: log probabilities before temperature and filters."""
+"""How likely the model held a token, and which it held likelier: log probabilities before temperature, filters, constraints."""
 
 from __future__ import annotations
 

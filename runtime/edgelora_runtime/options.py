@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from typing import Any
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -25,3 +26,6 @@ class GenerateOptions(TypedDict, total=False):
     overflow: str
     ignore_eos: bool
     logprobs: int
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None

@@ -17,6 +17,7 @@ from edgelora_runtime.choice import Choice, choose_mix, choose_variant
 from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
+from edgelora_runtime.grammar import Grammars
 from edgelora_runtime.interruption import Interruption
 from edgelora_runtime.live import LiveMixes
 from edgelora_runtime.memory import find_free_memory, parse_bytes
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
-    from typing import Self, Unpack
+    from typing import Any, Self, Unpack
 
     from numpy.typing import NDArray
 
@@ -93,6 +94,7 @@ class Runtime:
         if self._target not in ("cpu", "gpu"):
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
         self._tokenizer = Tokenizer(self._bundle)
+        self._grammars = Grammars(self._tokenizer, self._manifest.model)
         self._turns = FairLock()
         graphs = [entry.graphs[self._target] for entry in self._manifest.variants.values()]
         self._graphs = {graph.file: graph for graph in graphs}
@@ -115,6 +117,7 @@ class Runtime:
         self._residency.clear()
         self._prompts.clear()
         self._live.clear()
+        self._grammars.clear()
         self._router = None
 
     @property
@@ -217,6 +220,9 @@ class Runtime:
         overflow: str = "error",
         ignore_eos: bool = False,
         logprobs: int = 0,
+        json_schema: Mapping[str, Any] | str | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
     ) -> TextStream:
         """Continues a prompt, piece by piece; for `for`, and for `async for`.
 
@@ -226,7 +232,9 @@ class Runtime:
         timeout: seconds from now, after which what was written so far is the answer. overflow: "error" refuses a prompt over
         the context, whose end cuts an answer short; "slide" drops the middle of the text as often as it takes, and reads the
         rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
-        the log probabilities at each position, in Generation.logprobs; 0 for none.
+        the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
+        or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
+        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context.
         """
         if max_tokens < 1:
@@ -235,6 +243,9 @@ class Runtime:
             raise UsageError(f"logprobs = {logprobs}: use 0 (none) or more")
         if overflow not in OVERFLOWS:
             raise UsageError(f"overflow {overflow!r} is not supported; use one of {', '.join(OVERFLOWS)}")
+        constraint = self._grammars.compile(json_schema, regex, grammar)
+        if constraint is not None and ignore_eos:
+            raise UsageError("ignore_eos goes on after the end, where nothing fits json_schema, regex or grammar; leave one out")
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         interruption = Interruption(timeout)
         route = self.route(prompt) if variant == AUTO and mix is None else None
@@ -251,6 +262,7 @@ class Runtime:
             interruption=interruption,
             route=route,
             logprobs=logprobs,
+            constraint=constraint,
         )
         return TextStream(self._run(choice, request), interruption)
 

@@ -40,6 +40,16 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._template is not None
 
+    @property
+    def size(self) -> int:
+        """One more than the highest token id; ids may have gaps."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def to_json(self) -> str:
+        """What a tokenizer.json of it holds."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a plain prompt, with the special tokens that the tokenizer itself adds."""
         return list(self._tokenizer.encode(text).ids)
@@ -87,13 +97,14 @@ class IncrementalDecoder:
 
     A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each
     piece is the difference between two decodings of a short window, and text that ends in U+FFFD waits for its rest.
+    keep_space: the text may start with a space, which some decoders would drop.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
+        self._ids = tokenizer.encode("a") if keep_space else []  # a text that the rest goes on from
         self._window = 0  # first token of the window
-        self._read = 0  # tokens whose text has been given out
+        self._read = len(self._ids)  # tokens whose text has been given out
 
     def push(self, token: int) -> str:
         """The text that this token completes, often its own, sometimes none."""

@@ -117,6 +117,15 @@ def test_run_samples_by_seed_and_stops(call: Callable[..., Result], bundle32: Pa
     assert stopped["finish_reason"] == "stop"
 
 
+def test_run_fits_a_schema_a_regex_or_a_grammar(call: Callable[..., Result], bundle32: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"enum": ["yes", "no"]}', encoding="utf-8")
+    (tmp_path / "answer.lark").write_text('start: "yes" | "no"\n', encoding="utf-8")
+    command = ("run", bundle32, "--prompt", "the cat", "--json")
+    assert call(*command, "--json-schema", tmp_path / "schema.json").json["text"] in ('"yes"', '"no"')
+    assert call(*command, "--grammar", tmp_path / "answer.lark").json["text"] in ("yes", "no")
+    assert call(*command, "--regex", "yes|no").json["text"] in ("yes", "no")
+
+
 def test_eval_as_json(call: Callable[..., Result], bundle32: Path, rows: Path) -> None:
     """Exact match, and the loss that torch's cross entropy gives for the completions alone."""
     import torch
@@ -344,6 +353,10 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "bench of a variant that is not there": (["bench", "BUNDLE", "--variant", "nope"], 2, "no variant 'nope'"),
     "timeout": (["run", "BUNDLE", "--prompt", "a", "--timeout", "0"], 2, "timeout = 0"),
     "overflow": (["run", "BUNDLE", "--prompt", "a", "--overflow", "wrap"], 2, "overflow 'wrap'"),
+    "regex": (["run", "BUNDLE", "--prompt", "a", "--regex", "(a"], 2, "unclosed group"),
+    "regex and grammar": (["run", "BUNDLE", "--prompt", "a", "--regex", "a", "--grammar", "TMP/wrong.toml"], 2, "one of them"),
+    "no schema": (["run", "BUNDLE", "--prompt", "a", "--json-schema", "TMP/no.json"], 3, "--json-schema"),
+    "a schema that is none": (["run", "BUNDLE", "--prompt", "a", "--json-schema", "TMP/wrong.toml"], 2, "json_schema: Expecting"),
     "empty prompt": (["run", "BUNDLE", "--prompt", ""], 3, "empty"),
     "no bundle": (["inspect", "TMP/nothing"], 3, "no bundle"),
     "no bundle to run": (["run", "TMP", "--prompt", "a"], 3, "no bundle"),

@@ -1,0 +1,150 @@
+"""Structured output: which tokens may come next, so that an answer fits a JSON schema, a regular expression or a grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora_runtime.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.manifest import ModelEntry
+    from edgelora_runtime.tokenizer import Tokenizer
+
+    Floats = NDArray[np.float32]
+    Bools = NDArray[np.bool_]
+
+# Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
+_BLANKS = r" |\n[ ]{0,32}"
+_REASON = 300  # characters that are shown
+_QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
+
+
+class Constraint:
+    """How far one answer has come in its grammar. end_tokens: those of the model, which may come where the grammar accepts."""
+
+    def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: NDArray[np.int64]) -> None:
+        self._name = name
+        self._matcher = matcher
+        self._end_tokens = end_tokens
+        self._masked = np.empty(vocab_size, np.float32)
+        self._find_allowed()  # so that what no answer can fit is refused before a prompt is read
+
+    def mask(self, logits: Floats) -> Floats:
+        """The logits, float32 (V,), with -inf for tokens that may not come next; overwritten by the next call.
+
+        Raises UsageError where none may, or where finding out takes more steps than llguidance allows itself.
+        """
+        allowed = self._find_allowed()
+        self._masked.fill(-np.inf)
+        np.copyto(self._masked, logits, where=allowed)
+        return self._masked
+
+    def advance(self, token: int) -> bool:
+        """Takes a token that the mask allowed; returns whether anything but the end may follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        return not self._matcher.is_stopped()
+
+    def _find_allowed(self) -> Bools:
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()  # a matcher that failed allows the end token, as one does that is done
+        allowed = np.unpackbits(bits, count=self._masked.size, bitorder="little").view(np.bool_)
+        allowed[self._end_tokens] = self._matcher.is_accepting()  # an end token may be plain text to the tokenizer
+        if not allowed.any():
+            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
+        return allowed
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UsageError(f"{self._name}: {_find_reason(self._matcher)}")
+
+
+class Grammars:
+    """Makes constraints over a bundle's tokenizer, which llguidance reads once, when the first is asked for; for any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
+        self._source = tokenizer
+        self._model = model
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def compile(
+        self, json_schema: Mapping[str, Any] | str | None = None, regex: str | None = None, grammar: str | None = None
+    ) -> Constraint | None:
+        """The constraint of a request, None for none.
+
+        Raises UsageError for more than one, for what llguidance cannot read or does not support, and for a tokenizer of a kind
+        that it does not; MissingExtraError where it is not installed.
+        """
+        given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} are given together; use one of them")
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError as error:
+            raise MissingExtraError("llguidance", "grammar") from error
+        tokenizer, limits = self._load_tokenizer(), LLParserLimits(verbose_errors=False)
+        try:
+            if json_schema is not None:
+                source = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": _BLANKS})
+            elif regex is not None:
+                source = LLMatcher.grammar_from_regex(regex)
+            else:
+                assert grammar is not None
+                source = LLMatcher.grammar_from_lark(grammar)
+            matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+        except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
+            raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
+        size, ends = self._model.vocab_size, self._model.eos_token_ids
+        return Constraint(names[0], matcher, size, np.array([token for token in ends if 0 <= token < size], np.int64))
+
+    def clear(self) -> None:
+        """Frees llguidance's view of the tokenizer; a later call makes it again."""
+        self._tokenizer = None
+
+    def _load_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        with self._lock:
+            if self._tokenizer is None:
+                # A model can have more tokens than its tokenizer, and fewer.
+                size = max(self._model.vocab_size, self._source.size)
+                ends = [token for token in self._model.eos_token_ids if 0 <= token < size]
+                try:
+                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=ends or None)
+                except ValueError as error:
+                    raise UsageError(f"llguidance cannot read this bundle's tokenizer ({error}); use no constraint") from error
+            return self._tokenizer
+
+
+def _write_schema(schema: Mapping[str, Any] | str) -> str:
+    """A schema as JSON; ValueError or TypeError where it is no object, or where one of its values is none of JSON's."""
+    value = json.loads(schema) if isinstance(schema, str) else dict(schema)
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} is no schema; use an object, such as {{}} for any JSON")
+    return json.dumps(value, allow_nan=False)
+
+
+def _find_reason(matcher: LLMatcher) -> str:
+    """Why a matcher failed, on one line: without the source that llguidance quotes below its reason."""
+    reason = _shorten(_QUOTED.split(matcher.get_error(), maxsplit=1)[0])
+    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason
+
+
+def _shorten(reason: str) -> str:
+    """The start and the end, on one line, of a reason that may quote all of a pattern in between."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"
