@@ -15,6 +15,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,7 +141,7 @@ def measure_memory(bundle: Path, packed: PackedCache, threads: int) -> Memory:
         plain, mapped = (pool.submit(hold, bundle, cache, MERGED, threads).result()[1:] for cache in (None, packed))
         before, *live = pool.submit(hold, bundle, None, LIVE, threads).result()
     shares = [
-        statistics.median((b - a) / size for a, b, size in zip(held, held[1:], sizes, strict=True)) for held in (plain, mapped)
+        statistics.median((b - a) / size for (a, b), size in zip(pairwise(held), sizes, strict=True)) for held in (plain, mapped)
     ]
     return Memory(plain=shares[0], packed=shares[1], live=(live[-1] - before) / (live[0] - before))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
+from edgelora_runtime.memory import reuse_freed_memory
 from edgelora_runtime.providers import CPU, open_session, refusal
 
 if TYPE_CHECKING:
@@ -57,9 +58,12 @@ class Model:
         options.log_severity_level = _ERRORS_ONLY
         if threads is not None:
             options.intra_op_num_threads = threads
-        if mapped:  # it was optimized when it was written
+        if (
+            mapped
+        ):  # it was optimized when it was written; onnxruntime packs each weight and, where it is the same, takes the file's
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = open_session(graph, options, provider)
+        with reuse_freed_memory() if mapped else nullcontext():
+            session = open_session(graph, options, provider)
         if wrong := _compare_shapes(session, entry):
             raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
         self.mapped = mapped
