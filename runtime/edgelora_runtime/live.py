@@ -10,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from edgelora_runtime.choice import choose_variant
 from edgelora_runtime.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.manifest import LiveSlots
+    from edgelora_runtime.packed_cache import PackedCache
 
     Floats = NDArray[np.float32]
     Factors = Mapping[str, NDArray[np.float16]]
@@ -82,27 +84,28 @@ class LiveMixes:
     """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for.
 
     budget: bytes of factors and LoRA inputs kept for the way back, least recently used out first; the last mix always stays.
+    packed_cache: keeps the inputs of live variants, which then are mapped and take nothing of the budget.
     """
 
-    def __init__(self, bundle: Bundle, budget: int) -> None:
+    def __init__(self, bundle: Bundle, budget: int, packed_cache: PackedCache | None = None) -> None:
         self._bundle = bundle
         self._budget = budget
+        self._packed_cache = packed_cache
+        self._variants = {choose_variant(bundle.manifest, "cpu", name).live for name in bundle.manifest.variants}
+        self._mapped: dict[Weights, LoraInputs] = {}
         self._lock = threading.Lock()
         self._kept: OrderedDict[str | Weights, Mapping[str, NDArray[Any]]] = OrderedDict()  # factors by adapter, inputs by mix
 
     def get(self, mix: Weights, float_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
         """The inputs for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
         with self._lock:
-            made = 0
-            if mix not in self._kept:
-                factors = [(self._read(name), weight) for name, weight in mix]
-                self._kept[mix] = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
-                made = _count_bytes(self._kept[mix])
-            self._kept.move_to_end(mix)
-            inputs = self._kept[mix]
-            while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self._budget:
-                self._kept.popitem(last=False)
-            return inputs, made
+            if mix in self._mapped:
+                return self._mapped[mix], 0
+            if mix in self._kept:
+                self._kept.move_to_end(mix)
+                return self._kept[mix], 0
+            inputs = self._open(mix, float_type)
+            return inputs, _count_bytes(inputs)
 
     @property
     def bytes(self) -> int:
@@ -113,6 +116,27 @@ class LiveMixes:
     def clear(self) -> None:
         with self._lock:
             self._kept.clear()
+            self._mapped.clear()
+
+    def _open(self, mix: Weights, float_type: np.dtype[Any]) -> LoraInputs:
+        """Maps the inputs of a live variant, written where they are not yet; makes those of any other mix."""
+        cache = self._packed_cache if mix in self._variants and float_type == _FLOAT32 else None
+        mapped = None if cache is None else cache.find_inputs(self._bundle, mix)
+        if mapped is None:
+            factors = [(self._read(name), weight) for name, weight in mix]
+            made = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
+            mapped = None if cache is None else cache.write_inputs(self._bundle, mix, made)
+            if mapped is None:
+                self._kept[mix] = made
+            self._make_room()
+        if mapped is None:
+            return made
+        self._mapped[mix] = mapped
+        return mapped
+
+    def _make_room(self) -> None:
+        while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self._budget:
+            self._kept.popitem(last=False)
 
     def _read(self, name: str) -> Factors:
         if name not in self._kept:

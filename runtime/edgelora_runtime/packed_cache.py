@@ -1,14 +1,15 @@
-"""Packed weights on this machine's disk, mapped by every session and process that runs them.
+"""Packed weights and unpacked factors on this machine's disk, mapped by every session and process that runs them.
 
 onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
 file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
-and out as it does any file. The files hang on the CPU and on onnxruntime's version, so they are made where they are used, never
+and out as it does any file. A live adapter's factors, which bundles hold in fp16 and graphs take in float32, are kept likewise.
+The files hang on the CPU and on onnxruntime's version, so they are made where they are used, never
 shipped.
 
-An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, and
-ENTRY, which says how large they are and when they were written. It is made under another name and renamed when it is whole, so
-several processes may make the same one. Entries are trusted as far as the user's own files are: a folder that others may write
-is refused, and blobs are checked against the manifest's hashes before they are packed.
+An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, or INPUTS,
+one behind the other, with their SHAPES; and ENTRY, which says how large the files are. It is made under another name and
+renamed when it is whole, so several processes may make the same one. Entries are trusted as far as the user's own files are:
+a folder that others may write is refused, and blobs are checked against the manifest's hashes before they are packed.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnxruntime as ort
 
 from edgelora_runtime.bundle import hash_file
@@ -34,10 +38,13 @@ from edgelora_runtime.memory import parse_bytes
 from edgelora_runtime.providers import CPU, open_session
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from edgelora_runtime.bundle import Bundle
+    from edgelora_runtime.live import LoraInputs, Weights
     from edgelora_runtime.manifest import GraphEntry
 
-GRAPH, WEIGHTS, ENTRY = "graph.onnx", "weights.bin", "entry.json"
+GRAPH, WEIGHTS, INPUTS, SHAPES, ENTRY = "graph.onnx", "weights.bin", "inputs.npy", "shapes.json", "entry.json"
 _LAYOUT = 1  # of an entry
 _UNFINISHED, _LEAVING = ".unfinished-", ".leaving-"
 _ABANDONED = 3600  # seconds after which an unfinished entry is nobody's
@@ -65,12 +72,8 @@ class PackedCache:
 
     def find(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
         """The graph that maps packed weights, where there is one; it counts as used now."""
-        entry = self.folder / _name_entry(bundle, graph)
-        if not _is_whole(entry):
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(entry / ENTRY)
-        return entry / GRAPH
+        entry = self._find(_name_graph(bundle, graph))
+        return None if entry is None else entry / GRAPH
 
     def write(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
         """Packs a graph's weights and writes them; None where that fails or they are too large for budget or disk.
@@ -82,21 +85,19 @@ class PackedCache:
         broken = [name for name in graph.blobs if hash_file(bundle.path(name)) != bundle.manifest.files[name].sha256]
         if broken:
             raise IntegrityError(f"bundle {bundle.folder}: {', '.join(broken)} differ from the manifest; copy the bundle again")
-        entry = self.folder / _name_entry(bundle, graph)
-        try:
-            self._sweep()
-            self._make_room(most)
-            if most > min(self._budget, shutil.disk_usage(self.folder).free):
-                return None
-            with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
-                _write_entry(bundle.path(graph.file), Path(unfinished))
-                if not _is_whole(entry):
-                    self._delete(entry)
-                with contextlib.suppress(OSError):  # another process was first
-                    Path(unfinished).rename(entry)
-        except (OSError, IntegrityError):  # the disk is full, or onnxruntime says so
-            return None
+        self._write(_name_graph(bundle, graph), most, lambda folder: _write_graph(bundle.path(graph.file), folder))
         return self.find(bundle, graph)
+
+    def find_inputs(self, bundle: Bundle, mix: Weights) -> LoraInputs | None:
+        """The mapped LoRA inputs of a live mix, float32, where they are kept."""
+        entry = self._find(_name_inputs(bundle, mix))
+        return None if entry is None else _map_inputs(entry)
+
+    def write_inputs(self, bundle: Bundle, mix: Weights, inputs: LoraInputs) -> LoraInputs | None:
+        """Writes LoRA inputs and maps them; None where they are too large for budget or disk."""
+        size = sum(array.nbytes for array in inputs.values())
+        self._write(_name_inputs(bundle, mix), size, lambda folder: _write_inputs(inputs, folder))
+        return self.find_inputs(bundle, mix)
 
     def measure(self) -> int:
         """Bytes of all entries."""
@@ -106,6 +107,32 @@ class PackedCache:
         """Deletes all entries; what has one open keeps it until it is closed (Windows: and so does the cache)."""
         for entry in self._entries():
             self._delete(entry)
+
+    def _find(self, name: str) -> Path | None:
+        entry = self.folder / name
+        if not _is_whole(entry):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry / ENTRY)
+        return entry
+
+    def _write(self, name: str, most: int, fill: Callable[[Path], None]) -> None:
+        """Makes an entry of so many bytes at the most; none where they are too many, or something fails."""
+        entry = self.folder / name
+        with contextlib.suppress(OSError, IntegrityError):  # the disk is full, or onnxruntime says so
+            self._sweep()
+            self._make_room(most)
+            if most > min(self._budget, shutil.disk_usage(self.folder).free):
+                return
+            with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
+                folder = Path(unfinished)
+                fill(folder)
+                sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+                (folder / ENTRY).write_text(json.dumps(sizes), encoding="ascii")
+                if not _is_whole(entry):
+                    self._delete(entry)
+                with contextlib.suppress(OSError):  # another process was first
+                    folder.rename(entry)
 
     def _entries(self) -> list[Path]:
         """Least recently used first."""
@@ -144,16 +171,20 @@ def find_packed_folder() -> Path:
     return find_cache_folder() / "edgelora" / "packed"
 
 
-def _name_entry(bundle: Bundle, graph: GraphEntry) -> str:
-    files = bundle.manifest.files
-    parts = {
-        "layout": _LAYOUT,
-        "onnxruntime": ort.__version__,
-        "cpu": _describe_cpu(),
-        "graph": files[graph.file].sha256,
-        "blobs": [files[name].sha256 for name in graph.blobs],
-    }
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def _name_graph(bundle: Bundle, graph: GraphEntry) -> str:
+    files = [bundle.manifest.files[name].sha256 for name in (graph.file, *graph.blobs)]
+    return _digest(onnxruntime=ort.__version__, cpu=_describe_cpu(), files=files)
+
+
+def _name_inputs(bundle: Bundle, mix: Weights) -> str:
+    manifest = bundle.manifest
+    files = [manifest.adapters[name].file for name, _ in mix]
+    adapters = [(manifest.files[file].sha256, weight) for file, (_, weight) in zip(files, mix, strict=True) if file is not None]
+    return _digest(slots=[asdict(slot) for slot in manifest.live_slots], adapters=adapters)
+
+
+def _digest(**parts: object) -> str:
+    return hashlib.sha256(json.dumps({"layout": _LAYOUT, **parts}).encode()).hexdigest()[:32]
 
 
 def _describe_cpu() -> str:
@@ -164,7 +195,7 @@ def _describe_cpu() -> str:
     return f"{platform.machine()} {platform.processor()}"
 
 
-def _write_entry(graph: Path, folder: Path) -> None:
+def _write_graph(graph: Path, folder: Path) -> None:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # fatal: it warns that such a graph is for this machine alone
     options.optimized_model_filepath = str(folder / GRAPH)
@@ -172,15 +203,29 @@ def _write_entry(graph: Path, folder: Path) -> None:
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     open_session(graph, options, CPU)
-    sizes = {name: (folder / name).stat().st_size for name in (GRAPH, WEIGHTS) if (folder / name).exists()}
-    (folder / ENTRY).write_text(json.dumps(sizes), encoding="ascii")
+
+
+def _write_inputs(inputs: LoraInputs, folder: Path) -> None:
+    np.save(folder / INPUTS, np.concatenate([array.reshape(-1) for array in inputs.values()]), allow_pickle=False)
+    (folder / SHAPES).write_text(json.dumps({name: array.shape for name, array in inputs.items()}), encoding="utf-8")
+
+
+def _map_inputs(entry: Path) -> LoraInputs | None:
+    try:
+        flat = np.load(entry / INPUTS, mmap_mode="c", allow_pickle=False).view(np.ndarray)
+        shapes = json.loads((entry / SHAPES).read_text(encoding="utf-8"))
+        stops = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        parts = np.split(flat, stops[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    except (OSError, ValueError):  # deleted just now to make room
+        return None
 
 
 def _is_whole(entry: Path) -> bool:
     try:
         sizes = json.loads((entry / ENTRY).read_text(encoding="ascii"))
-        return bool(sizes) and all((entry / name).stat().st_size == sizes[name] for name in (GRAPH, WEIGHTS))
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(sizes) and all((entry / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
         return False
 
 

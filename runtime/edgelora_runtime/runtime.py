@@ -102,7 +102,7 @@ class Runtime:
         self._packed_cache = packed_cache if self._provider.name == "cpu" else None
         self._residency = Residency(self._load_model, self._blobs, budgets[0], self._is_packed)
         self._prompts = PromptCache(budgets[1])
-        self._live = LiveMixes(self._bundle, self._find_live_budget())
+        self._live = LiveMixes(self._bundle, self._find_live_budget(), self._packed_cache)
         self._router: Router | None = None
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
 

@@ -53,6 +53,32 @@ def test_mixes_of_live_adapters_run_on_mapped_weights(bundle4: Path, mapped: Run
         np.testing.assert_array_equal(mapped.logits(tokens, mix=mix), plain.logits(tokens, mix=mix))
 
 
+def test_live_variants_are_mapped_and_other_mixes_made(bundle4: Path, mapped: Runtime, folder: Path) -> None:
+    tokens = random_tokens(9, seed=2)
+    live = [name for name, entry in mapped.variants.items() if entry.kind == "live" and entry.live]
+    with Runtime(bundle4, threads=1) as plain:
+        for variant in live:
+            expected = plain.logits(tokens, variant=variant)
+            for _ in range(3):  # as they are written, kept and found
+                np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), expected)
+            mapped.close()
+            np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), expected)
+            assert mapped.memory.live == 0
+    count = len(entries(folder))
+    mapped.logits(tokens, mix={"plain": 0.123})
+    assert mapped.memory.live > 0
+    assert len(entries(folder)) == count
+
+
+def test_inputs_are_those_of_the_adapters_file(bundle4: Path, mapped: Runtime, folder: Path) -> None:
+    variant = next(name for name, entry in mapped.variants.items() if entry.kind == "live" and entry.live)
+    mapped.logits([1, 2], variant=variant)
+    inputs = next(entry for entry in entries(folder) if (entry / module.INPUTS).exists())
+    (inputs / module.SHAPES).write_text("{}" + " " * ((inputs / module.SHAPES).stat().st_size - 2), encoding="utf-8")
+    with Runtime(bundle4, threads=1) as plain, Runtime(bundle4, threads=1, packed_cache=PackedCache(folder)) as other:
+        np.testing.assert_array_equal(other.logits([1, 2], variant=variant), plain.logits([1, 2], variant=variant))
+
+
 def test_an_entry_holds_packed_weights_and_is_found_by_others(bundle4: Path, folder: Path) -> None:
     bundle, cache = Bundle.open(bundle4), PackedCache(folder)
     graph = bundle.manifest.variants["base"].graphs["cpu"]
