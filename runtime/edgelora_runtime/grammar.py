@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 # Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
 _BLANKS = r" |\n[ ]{0,32}"
 # What each of eight logits is bounded by, float32 (256, 8), for each byte of a mask: cheaper than a choice per logit.
-_BOUNDS = np.where(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"), np.inf, -np.inf).astype(
-    np.float32
-)
+_BOUNDS = np.array([-np.inf, np.inf], np.float32)[
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+]
 _REASON = 300  # characters that are shown
 _QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
 
@@ -75,7 +75,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
         self._source = tokenizer
-        self._model = model
+        self._size = model.vocab_size
+        self._end_tokens = [token for token in model.eos_token_ids if 0 <= token < model.vocab_size]
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
@@ -109,8 +110,7 @@ class Grammars:
             matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
         except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
             raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
-        size, ends = self._model.vocab_size, self._model.eos_token_ids
-        return Constraint(names[0], matcher, size, [token for token in ends if token < size])
+        return Constraint(names[0], matcher, self._size, self._end_tokens)
 
     def clear(self) -> None:
         """Frees llguidance's view of the tokenizer; a later call makes it again."""
@@ -122,10 +122,9 @@ class Grammars:
         with self._lock:
             if self._tokenizer is None:
                 # A model can have more tokens than its tokenizer, and fewer.
-                size = max(self._model.vocab_size, self._source.size)
-                ends = [token for token in self._model.eos_token_ids if token < size]
+                size = max(self._size, self._source.size)
                 try:
-                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=ends or None)
+                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._end_tokens or None)
                 except ValueError as error:
                     raise UsageError(f"llguidance cannot read this bundle's tokenizer ({error}); use no constraint") from error
             return self._tokenizer
