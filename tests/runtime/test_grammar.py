@@ -50,6 +50,27 @@ REGEXES = (
     "",
 )
 ANYTHING = "(?s:.)*"
+_NAMES = st.lists(st.sampled_from(["a", "é", "x y", '"q', "d"]), min_size=1, max_size=3, unique=True)
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [{"type": "boolean"}, {"const": "日本"}, {"enum": ['é"\\\n', 2.5, None, [1]]}, {"type": "string", "maxLength": 3}]
+    )
+    | st.integers(-300, 300).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 40})
+    | st.sampled_from(["^[a-z]{1,3}$", "^(foo|bar)$"]).map(lambda pattern: {"type": "string", "pattern": pattern}),
+    lambda inner: (
+        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2})
+        | st.lists(inner, min_size=2, max_size=2).map(lambda kinds: {"anyOf": kinds})
+        | st.tuples(_NAMES, inner).map(
+            lambda both: {
+                "type": "object",
+                "properties": dict.fromkeys(both[0], both[1]),
+                "required": both[0][:1],
+                "additionalProperties": False,
+            }
+        )
+    ),
+    max_leaves=4,
+)
 
 
 def make_sentencepiece_tokenizer() -> RustTokenizer:
@@ -264,6 +285,14 @@ def test_real_tokenizers_write_json_that_fits(real: tuple[Grammars, Tokenizer, t
     constraint = real[0].compile(json_schema=SCHEMA)
     assert constraint is not None
     jsonschema.validate(json.loads(write_freely(constraint, *real[1:], seed)), SCHEMA)
+
+
+@given(schema=SCHEMAS, seed=st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_random_schemas_are_fitted(real: tuple[Grammars, Tokenizer, tuple[int, ...], int], schema: Any, seed: int) -> None:
+    constraint = real[0].compile(json_schema=schema)
+    assert constraint is not None
+    jsonschema.validate(json.loads(write_freely(constraint, *real[1:], seed)), schema)
 
 
 @pytest.mark.parametrize("regex", REGEXES)
