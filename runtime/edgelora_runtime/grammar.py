@@ -12,7 +12,7 @@ import numpy as np
 from edgelora_runtime.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from llguidance import LLMatcher, LLTokenizer
     from numpy.typing import NDArray
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from edgelora_runtime.tokenizer import Tokenizer
 
     Floats = NDArray[np.float32]
-    Bools = NDArray[np.bool_]
 
 # Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
 _BLANKS = r" |\n[ ]{0,32}"
+# What each of eight logits is bounded by, float32 (256, 8), for each byte of a mask: cheaper than a choice per logit.
+_BOUNDS = np.array([-np.inf, np.inf], np.float32)[
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+]
 _REASON = 300  # characters that are shown
 _QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
 
@@ -32,21 +35,28 @@ _QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's rea
 class Constraint:
     """How far one answer has come in its grammar. end_tokens: those of the model, which may come where the grammar accepts."""
 
-    def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: NDArray[np.int64]) -> None:
+    def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._name = name
         self._matcher = matcher
-        self._end_tokens = end_tokens
+        self._end_tokens = np.array(end_tokens, np.int64)
         self._masked = np.empty(vocab_size, np.float32)
-        self._find_allowed()  # so that what no answer can fit is refused before a prompt is read
+        self._bounds = np.empty((len(matcher.compute_bitmask()), 8), np.float32)
+        self.mask(np.zeros(vocab_size, np.float32))  # so that what nothing fits is refused before a prompt is read
 
     def mask(self, logits: Floats) -> Floats:
         """The logits, float32 (V,), with -inf for tokens that may not come next; overwritten by the next call.
 
         Raises UsageError where none may, or where finding out takes more steps than llguidance allows itself.
         """
-        allowed = self._find_allowed()
-        self._masked.fill(-np.inf)
-        np.copyto(self._masked, logits, where=allowed)
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()  # a matcher that failed allows the end tokens, as one does that is done
+        np.take(_BOUNDS, bits, axis=0, out=self._bounds, mode="clip")  # numpy would copy `out` to raise errors
+        bounds = self._bounds.reshape(-1)[: self._masked.size]
+        if not self._matcher.is_accepting():
+            bounds[self._end_tokens] = -np.inf  # which may be plain text to the tokenizer
+        np.minimum(logits, bounds, out=self._masked)
+        if np.isneginf(self._masked.max()):
+            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
         return self._masked
 
     def advance(self, token: int) -> bool:
@@ -54,15 +64,6 @@ class Constraint:
         self._matcher.consume_token(token)
         self._check()
         return not self._matcher.is_stopped()
-
-    def _find_allowed(self) -> Bools:
-        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()  # a matcher that failed allows the end token, as one does that is done
-        allowed = np.unpackbits(bits, count=self._masked.size, bitorder="little").view(np.bool_)
-        allowed[self._end_tokens] = self._matcher.is_accepting()  # an end token may be plain text to the tokenizer
-        if not allowed.any():
-            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
-        return allowed
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -74,7 +75,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
         self._source = tokenizer
-        self._model = model
+        self._size = model.vocab_size
+        self._end_tokens = [token for token in model.eos_token_ids if 0 <= token < model.vocab_size]
         self._lock = threading.Lock()
         self._tokenizer: LLTokenizer | None = None
 
@@ -108,8 +110,7 @@ class Grammars:
             matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
         except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
             raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
-        size, ends = self._model.vocab_size, self._model.eos_token_ids
-        return Constraint(names[0], matcher, size, np.array([token for token in ends if 0 <= token < size], np.int64))
+        return Constraint(names[0], matcher, self._size, self._end_tokens)
 
     def clear(self) -> None:
         """Frees llguidance's view of the tokenizer; a later call makes it again."""
@@ -121,10 +122,9 @@ class Grammars:
         with self._lock:
             if self._tokenizer is None:
                 # A model can have more tokens than its tokenizer, and fewer.
-                size = max(self._model.vocab_size, self._source.size)
-                ends = [token for token in self._model.eos_token_ids if 0 <= token < size]
+                size = max(self._size, self._source.size)
                 try:
-                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=ends or None)
+                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._end_tokens or None)
                 except ValueError as error:
                     raise UsageError(f"llguidance cannot read this bundle's tokenizer ({error}); use no constraint") from error
             return self._tokenizer

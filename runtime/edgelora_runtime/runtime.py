@@ -235,7 +235,8 @@ class Runtime:
         the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
         or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
         finish_reason is stop and no stop string ended it, and can still come to fit it otherwise.
-        Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context.
+        Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
+        for a json_schema, regex or grammar without llguidance.
         """
         if max_tokens < 1:
             raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")

@@ -50,6 +50,27 @@ REGEXES = (
     "",
 )
 ANYTHING = "(?s:.)*"
+_NAMES = st.lists(st.sampled_from(["a", "é", "x y", '"q', "d"]), min_size=1, max_size=3, unique=True)
+SCHEMAS = st.recursive(
+    st.sampled_from(
+        [{"type": "boolean"}, {"const": "日本"}, {"enum": ['é"\\\n', 2.5, None, [1]]}, {"type": "string", "maxLength": 3}]
+    )
+    | st.integers(-300, 300).map(lambda low: {"type": "integer", "minimum": low, "maximum": low + 40})
+    | st.sampled_from(["^[a-z]{1,3}$", "^(foo|bar)$"]).map(lambda pattern: {"type": "string", "pattern": pattern}),
+    lambda inner: (
+        inner.map(lambda items: {"type": "array", "items": items, "minItems": 1, "maxItems": 2})
+        | st.lists(inner, min_size=2, max_size=2).map(lambda kinds: {"anyOf": kinds})
+        | st.tuples(_NAMES, inner).map(
+            lambda both: {
+                "type": "object",
+                "properties": dict.fromkeys(both[0], both[1]),
+                "required": both[0][:1],
+                "additionalProperties": False,
+            }
+        )
+    ),
+    max_leaves=4,
+)
 
 
 def make_sentencepiece_tokenizer() -> RustTokenizer:
@@ -143,7 +164,7 @@ def test_the_end_may_only_come_where_the_grammar_accepts(opened: Runtime) -> Non
     constraint = grammars.compile(regex="no*")
     assert constraint is not None
     assert np.isneginf(constraint.mask(likes_the_end)[1])
-    assert constraint.advance(opened.tokenizer._tokenizer.token_to_id("n"))
+    assert constraint.advance(cast("int", opened.tokenizer._tokenizer.token_to_id("n")))
     assert constraint.mask(likes_the_end).argmax() == 1
 
 
@@ -230,6 +251,11 @@ def test_the_tokenizer_is_read_once_and_again_after_close(opened: Runtime) -> No
 # --- real tokenizers ----------------------------------------------------------------------------------------------------------
 
 
+def make_grammars(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Grammars:
+    """For a model of so many tokens, of which these are the end tokens."""
+    return Grammars(tokenizer, ModelEntry("llama", 1, 1, 1, 1, vocab_size=size, context_length=1, eos_token_ids=ends))
+
+
 def write_freely(constraint: Constraint, tokenizer: Tokenizer, ends: tuple[int, ...], size: int, seed: int) -> str:
     """What a model of random logits writes; the end only where it must."""
     random, tokens = np.random.default_rng(seed), list[int]()
@@ -251,8 +277,7 @@ def real(request: pytest.FixtureRequest) -> tuple[Grammars, Tokenizer, tuple[int
     bundle = SimpleNamespace(read=lambda file, limit=0: (folder / file).read_bytes(), has=lambda file: file == "tokenizer.json")
     tokenizer = Tokenizer(cast("Any", bundle))
     size, ends = {"pocket": (4096, (1,)), "gpt2": (50257, (50256,)), "phi3": (32064, (32000, 32007))}[name]
-    model = ModelEntry(**{**dict.fromkeys(ModelEntry.__dataclass_fields__, 1), "vocab_size": size, "eos_token_ids": ends})
-    return Grammars(tokenizer, model), tokenizer, ends, size
+    return make_grammars(tokenizer, size, ends), tokenizer, ends, size
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -260,6 +285,14 @@ def test_real_tokenizers_write_json_that_fits(real: tuple[Grammars, Tokenizer, t
     constraint = real[0].compile(json_schema=SCHEMA)
     assert constraint is not None
     jsonschema.validate(json.loads(write_freely(constraint, *real[1:], seed)), SCHEMA)
+
+
+@given(schema=SCHEMAS, seed=st.integers(0, 10**6))
+@settings(max_examples=60)
+def test_random_schemas_are_fitted(real: tuple[Grammars, Tokenizer, tuple[int, ...], int], schema: Any, seed: int) -> None:
+    constraint = real[0].compile(json_schema=schema)
+    assert constraint is not None
+    jsonschema.validate(json.loads(write_freely(constraint, *real[1:], seed)), schema)
 
 
 @pytest.mark.parametrize("regex", REGEXES)
@@ -283,12 +316,11 @@ def test_every_end_token_may_end_it_and_no_row_without_a_token_is_drawn(
 
 def test_an_end_token_that_is_plain_text_ends_nothing_early(real: tuple[Grammars, Tokenizer, tuple[int, ...], int]) -> None:
     _, tokenizer, _, size = real
-    comma = tokenizer._tokenizer.token_to_id(",")
-    model = ModelEntry(**{**dict.fromkeys(ModelEntry.__dataclass_fields__, 1), "vocab_size": size, "eos_token_ids": (comma,)})
-    constraint = Grammars(tokenizer, model).compile(regex="a,?[a,]{3}")
+    letter, comma = (cast("int", tokenizer._tokenizer.token_to_id(text)) for text in "a,")
+    constraint = make_grammars(tokenizer, size, (comma,)).compile(regex="a,?[a,]{3}")
     assert constraint is not None
     assert np.isfinite(constraint.mask(np.zeros(size, np.float32))).any()
-    constraint.advance(tokenizer._tokenizer.token_to_id("a"))
+    constraint.advance(letter)
     assert np.isneginf(constraint.mask(np.zeros(size, np.float32))[comma])
 
 
