@@ -1,4 +1,4 @@
-"""Sizes of memory: as users write them, what the machine has free, and what a process holds."""
+"""Sizes of memory: as users write them, what the machine has free, and what a process holds; and giving back what it freed."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ def find_anonymous_memory(process: int | str = "self") -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)
+
+
+def return_freed_memory() -> None:
+    """Hands the system what was freed but is still kept for allocations to come; only glibc can be asked to.
+
+    It keeps whole pages of freed memory as long as anything is allocated above them.
+    """
+    try:
+        library = ctypes.CDLL(None)
+    except (OSError, TypeError):  # Windows
+        return
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 def _read_meminfo() -> int | None:
