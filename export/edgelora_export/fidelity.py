@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-_LOGITS_BYTES = 1 << 26  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
+_LOGITS_BYTES = 1 << 25  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
 _WIDE = 1 << 20  # numbers that are compared in float64 at a time
 
 
@@ -156,6 +156,7 @@ def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int], int
             agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
             nats -= float(_pick(found, rows.targets[part]).sum())
             teacher_nats -= float(_pick(wanted, rows.targets[part]).sum())
+        del predicted  # else the next batch's would be made beside it
     divergence = np.concatenate(divergences)
     tokens = len(divergence)
     return Comparison(
