@@ -22,7 +22,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks.shapes import ATTENTION, SHAPES, Shape, write_adapter, write_checkpoint, write_texts
+from benchmarks.shapes import ADAPTER_SIZE, ATTENTION, SHAPES, Shape, write_adapter, write_checkpoint, write_texts
 from benchmarks.workers import default_cache, last_line, report
 from edgelora.inspection import describe_bundle
 from edgelora.terminal import print_json, print_table
@@ -41,12 +41,15 @@ MIB = 2**20
 class Figures:
     """What one export took.
 
-    variant_share: bytes of a variant that no other maps, over the base variant's; the largest, None for the peer.
+    variant_share: bytes of a merged variant that no other maps, over the base variant's; the largest, None without one. merged,
+    live: how many of the variants with an adapter ended as what, as the gate can turn merged ones live; None for the peer.
     """
 
     peak_bytes: int
     seconds: float
     variant_share: float | None = None
+    merged: int | None = None
+    live: int | None = None
 
 
 def main() -> None:
@@ -76,24 +79,30 @@ def main() -> None:
             f"{figures.peak_bytes / MIB:.0f}",
             f"{figures.seconds:.0f}",
             "" if figures.variant_share is None else f"{figures.variant_share:.1%}",
+            "" if figures.merged is None else f"{figures.merged} / {figures.live}",
         ]
         for name, figures in found.items()
     ]
-    print_table(f"export of {shape.name}, random weights", ["exporter", "peak MiB", "seconds", "largest variant adds"], rows)
+    columns = ["exporter", "peak MiB", "seconds", "largest merged variant adds", "merged / live"]
+    print_table(f"export of {shape.name}, random weights", columns, rows)
 
 
 def write_inputs(shape: Shape, cache: Path) -> None:
     """The checkpoint, three adapters and texts to calibrate on, where they are missing."""
     checkpoint = write_checkpoint(shape, cache)
     for seed, name in enumerate(ADAPTERS):
-        write_adapter(shape, checkpoint, cache / name, ATTENTION, rank=16, seed=seed)
+        write_adapter(shape, checkpoint, adapter_folder(cache, name), ATTENTION, rank=16, seed=seed)
     write_texts(shape, cache / "texts.jsonl", TEXTS)
+
+
+def adapter_folder(cache: Path, name: str) -> Path:
+    return cache / f"{name}-{ADAPTER_SIZE}"
 
 
 def measure_export(cache: Path, method: str) -> Figures:
     """A base and a merged variant per adapter, exported by the command line."""
     recipe = [f"base = {json.dumps(str(cache / 'checkpoint'))}", "[adapters]"]
-    recipe += [f"{name} = {json.dumps(str(cache / name))}" for name in ADAPTERS]
+    recipe += [f"{name} = {json.dumps(str(adapter_folder(cache, name)))}" for name in ADAPTERS]
     recipe += ["[quantization]", "bits = 4", "block_size = 32", f'method = "{method}"']
     recipe += ["[variants.base]", "mix = {}"]
     for name in ADAPTERS:
@@ -106,8 +115,9 @@ def measure_export(cache: Path, method: str) -> Figures:
         report(f"exporting with {method}")
         figures = watch(command)
         variants = {variant.name: variant for variant in describe_bundle(Bundle.open(bundle)).variants}
-    added = max(variants[name].private_bytes for name in ADAPTERS)
-    return replace(figures, variant_share=added / variants["base"].bytes)
+    merged = [variants[name] for name in ADAPTERS if variants[name].kind == "merged"]
+    added = max((variant.private_bytes / variants["base"].bytes for variant in merged), default=None)
+    return replace(figures, variant_share=added, merged=len(merged), live=len(ADAPTERS) - len(merged))
 
 
 def measure_builder(cache: Path, python: Path) -> Figures:

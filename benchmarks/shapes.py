@@ -8,6 +8,7 @@ after quantization all engines still run the same model, and their logits can be
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ BLOCK = 32  # elements per scale of the int4 grid
 SCALES = np.array([-1.5, -1.25, -1.0, 1.0, 1.25, 1.5], np.float32)  # in weight units; exact in fp16 after any code
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
+DEVIATION = 5.0  # of the weights that draw_tensor draws, in weight units
+# Of an adapter's change over the weight's own size. Trained adapters are far smaller, but lie where the inputs are; random ones
+# meet random inputs no better than the noise of rounding does (7% of a weight), and at this size lead it as trained ones do.
+ADAPTER_SIZE = 0.5
 FIRST_FREE_TOKEN = 258  # 256 bytes, then bos and eos
 
 
@@ -216,16 +221,20 @@ def write_checkpoint(shape: Shape, cache: Path) -> Path:
 
 
 def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequence[str], *, rank: int, seed: int) -> Path:
-    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values, written unless it is there."""
+    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values, written unless it is there.
+
+    Its change of a weight, 2 * B @ A, is ADAPTER_SIZE times as large as the weight.
+    """
     if folder.exists():
         return folder
     generator = np.random.default_rng(seed)
+    deviation = math.sqrt(ADAPTER_SIZE * DEVIATION * shape.weight_unit / (2 * math.sqrt(rank)))
     tensors = {}
     for name, size in shape.tensors():
         module = name.removesuffix(".weight")
         if module.rpartition(".")[2] in modules:
             for factor, (rows, columns) in {"A": (rank, size[1]), "B": (size[0], rank)}.items():
-                values = shape.weight_unit * generator.standard_normal((rows, columns))
+                values = deviation * generator.standard_normal((rows, columns))
                 tensors[f"base_model.model.{module}.lora_{factor}.weight"] = values.astype(np.float16)
     draft = folder.with_name(folder.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)

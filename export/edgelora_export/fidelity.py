@@ -10,7 +10,7 @@ import numpy as np
 from edgelora_export.gptq import output_error
 from edgelora_export.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.store import load_matrix, read_linear, touches
+from edgelora_export.store import load_matrix, read_linear, touches, touches_ends
 from edgelora_runtime.manifest import ProductFidelity
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-_LOGITS_BYTES = 1 << 26  # of one float64 array of logits, several of which are alive at once
+_LOGITS_BYTES = 1 << 25  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
+_WIDE = 1 << 20  # numbers that are compared in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,38 @@ def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambd
     bare = embed(draft.base, decoder, samples)
     adapted = embed(draft.base, decoder, samples, variant.delta)
     products: dict[str, ProductFidelity] = {}
-    for index, layer in enumerate(decoder.layers):
+    for index in range(len(decoder.layers)):
         on_layer(index)
-        plain = read_layer(draft.base, decoder, index, None)
-        own = [linear for linear in layer.linears if variant.live is None and touches(variant.delta, linear)]
-        inputs: dict[str, list[Floats]] = {linear.name: [] for linear in own}
-        tuned = read_layer(draft.base, decoder, index, variant.delta)
-        adapted = stream.run(index, tuned, adapted, {product: seen.append for product, seen in inputs.items()})
-        bare = stream.run(index, plain, bare)
-        for linear in own:
-            seen = np.concatenate(inputs.pop(linear.name))
-            products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], tuned[linear.name], seen)
+        adapted, bare = _run_layer(draft, name, stream, index, adapted, bare, products)
     trained = None
     if variant.trained is not None:
         unmerged = variant.trained.unmerged
         trained = Said(unmerged, stream.final_states(draft.base, samples, unmerged))
     return Teacher(samples, Said(variant.delta, adapted), Said(None, bare), trained, products)
+
+
+def _run_layer(
+    draft: Draft,
+    name: str,
+    stream: LayerStream,
+    index: int,
+    adapted: list[Floats],
+    bare: list[Floats],
+    products: dict[str, ProductFidelity],
+) -> tuple[list[Floats], list[Floats]]:
+    """Takes the states with and without a variant's delta through a layer, and adds the figures of its products."""
+    variant, layer = draft.variants[name], draft.decoder.layers[index]
+    assert variant.delta is not None
+    plain = read_layer(draft.base, draft.decoder, index, None)
+    touched = [linear for linear in layer.linears if touches(variant.delta, linear)]
+    tuned = plain | {linear.name: read_linear(draft.base, linear, variant.delta) for linear in touched}
+    inputs: dict[str, list[Floats]] = {linear.name: [] for linear in touched if variant.live is None}
+    adapted = stream.run(index, tuned, adapted, {product: seen.append for product, seen in inputs.items()})
+    bare = stream.run(index, plain, bare)
+    for linear in touched if inputs else ():
+        seen = np.concatenate(inputs.pop(linear.name))
+        products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], tuned[linear.name], seen)
+    return adapted, bare
 
 
 def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta) -> float:
@@ -109,8 +126,9 @@ def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta:
     said = Said(delta, stream.final_states(base, samples, delta))
     nats, tokens = 0.0, 0
     for rows in _gather_rows(samples, _say_nothing, decoder.vocab_size):
-        found = _predict(stream, base, said, rows)
-        nats -= float(found[np.arange(len(rows.targets)), rows.targets].sum())
+        (logits,) = _predict(stream, base, decoder, [said], rows)
+        for part in _split(logits):
+            nats -= float(_pick(log_softmax(logits[part]), rows.targets[part]).sum())
         tokens += len(rows.targets)
     return nats / tokens
 
@@ -121,21 +139,24 @@ def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int], int
     logits: from token ids and a number of positions, the variant's logits float32 (P, V) of that many at a time.
     """
     stream = LayerStream(draft.decoder)
+    saids = [said for said in (teacher.adapted, teacher.bare, teacher.trained) if said is not None]
     divergences: list[Doubles] = []
     moved: list[Doubles] = []
     from_trained: list[Doubles] = []
     agreed, nats, teacher_nats = 0, 0.0, 0.0
     for rows in _gather_rows(teacher.samples, logits, draft.decoder.vocab_size):
-        wanted, found = _predict(stream, draft.base, teacher.adapted, rows), log_softmax(rows.found)
-        divergences.append(_divergence(wanted, found))
-        if teacher.bare is not None:
-            moved.append(_divergence(wanted, _predict(stream, draft.base, teacher.bare, rows)))
-        if teacher.trained is not None:
-            from_trained.append(_divergence(_predict(stream, draft.base, teacher.trained, rows), found))
-        agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
-        places = np.arange(len(rows.targets))
-        nats -= float(found[places, rows.targets].sum())
-        teacher_nats -= float(wanted[places, rows.targets].sum())
+        predicted = _predict(stream, draft.base, draft.decoder, saids, rows)
+        for part in _split(rows.found):
+            found, wanted, *others = (log_softmax(each[part]) for each in (rows.found, *predicted))
+            divergences.append(_divergence(wanted, found))
+            if teacher.bare is not None:
+                moved.append(_divergence(wanted, others[0]))
+            if teacher.trained is not None:
+                from_trained.append(_divergence(others[-1], found))
+            agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
+            nats -= float(_pick(found, rows.targets[part]).sum())
+            teacher_nats -= float(_pick(wanted, rows.targets[part]).sum())
+        del predicted  # else the next batch's would be made beside it
     divergence = np.concatenate(divergences)
     tokens = len(divergence)
     return Comparison(
@@ -162,28 +183,34 @@ class _Rows:
 def _gather_rows(
     samples: Sequence[Sample], logits: Callable[[Sequence[int], int], Iterator[Floats]], vocabulary: int
 ) -> Iterator[_Rows]:
-    """The predictions that count, as many at a time as memory has room for: each batch reads the whole head once."""
-    count = max(1, _LOGITS_BYTES // (8 * vocabulary))
-    waiting: list[tuple[tuple[int, slice], NDArray[np.int64], Floats]] = []
+    """The predictions that count, as many at a time as memory has room for: each batch reads the whole head once.
 
-    def join() -> _Rows:
-        positions, targets, found = zip(*waiting, strict=True)
-        waiting.clear()
-        return _Rows(list(positions), np.concatenate(targets), np.concatenate(found))
-
+    A batch's logits are overwritten by the next one's.
+    """
+    count = max(1, _LOGITS_BYTES // (4 * vocabulary))
+    room: Floats | None = None
+    positions: list[tuple[int, slice]] = []
+    targets: list[int] = []
     for place, sample in enumerate(samples):
         start = 0
         for found in logits(sample.tokens[:-1], count):
+            if room is None:
+                room = np.empty((count, found.shape[1]), np.float32)
             stop = start + len(found)
             first = max(sample.start - 1, start)
-            if first < stop:
-                targets = np.array(sample.tokens[first + 1 : stop + 1], np.int64)
-                waiting.append(((place, slice(first, stop)), targets, found[first - start :].copy()))
+            while first < stop:
+                filled = len(targets)
+                last = min(stop, first + count - filled)
+                room[filled : filled + last - first] = found[first - start : last - start]
+                positions.append((place, slice(first, last)))
+                targets += sample.tokens[first + 1 : last + 1]
+                first = last
+                if len(targets) == count:
+                    yield _Rows(positions, np.array(targets, np.int64), room)
+                    positions, targets = [], []
             start = stop
-            if sum(len(targets) for _, targets, _ in waiting) >= count:
-                yield join()
-    if waiting:
-        yield join()
+    if room is not None and targets:
+        yield _Rows(positions, np.array(targets, np.int64), room[: len(targets)])
 
 
 def _say_nothing(tokens: Sequence[int], count: int) -> Iterator[Floats]:
@@ -192,10 +219,24 @@ def _say_nothing(tokens: Sequence[int], count: int) -> Iterator[Floats]:
         yield np.empty((min(count, len(tokens) - start), 0), np.float32)
 
 
-def _predict(stream: LayerStream, base: Base, said: Said, rows: _Rows) -> Doubles:
-    """Log probabilities (P, V) of the rows' predictions."""
-    chosen = np.concatenate([said.states[place][part] for place, part in rows.positions])
-    return log_softmax(stream.logits(base, chosen, said.delta))
+def _predict(stream: LayerStream, base: Base, decoder: Decoder, saids: Sequence[Said], rows: _Rows) -> list[Floats]:
+    """Logits (P, V) of the rows' predictions, by each of those who have a say; the head is read once if it is all theirs."""
+    chosen = [np.concatenate([said.states[place][part] for place, part in rows.positions]) for said in saids]
+    if any(touches_ends(said.delta, decoder) for said in saids):
+        return [stream.logits(base, states, said.delta) for said, states in zip(saids, chosen, strict=True)]
+    return np.split(stream.logits(base, np.concatenate(chosen)), len(saids))
+
+
+def _split(logits: Floats) -> Iterator[slice]:
+    """Rows of logits (P, V), as many at a time as float64 has room for."""
+    count = max(1, _WIDE // max(1, logits.shape[1]))
+    return (slice(start, start + count) for start in range(0, len(logits), count))
+
+
+def _pick(predicted: Doubles, targets: NDArray[np.int64]) -> Doubles:
+    """The log probability of each row's own token (P,)."""
+    picked: Doubles = predicted[np.arange(len(targets)), targets]
+    return picked
 
 
 def log_softmax(logits: Floats) -> Doubles:

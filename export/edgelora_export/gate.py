@@ -10,6 +10,7 @@ from edgelora_export.fidelity import Comparison, Teacher, compare, run_teacher
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import InputError, IntegrityError
 from edgelora_runtime.manifest import FidelityEntry
+from edgelora_runtime.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,23 +80,28 @@ def judge(draft: Draft, gate: Gate) -> Manifest:
     Raises IntegrityError, naming variants and layers, where the policy is to fail or nothing helps.
     """
     draft.write(final=False)
-    refused: list[str] = []
-    for name in judged(draft):
-        variant = draft.variants[name]
-        teacher = run_teacher(draft, name, draft.progress.through(f"checking {name}"))
-        found = _measure(draft, name, teacher)
-        outcome: Outcome = "measured" if variant.live is None else "live"
-        if variant.delta is not None and variant.live is None:
-            outcome = "passed"
-            lacking = gate.shortfalls(found)
-            if lacking and gate.policy == "fail":
-                refused.append(f"{name} {' and '.join(lacking)}; most is lost in {_name_worst(teacher)}")
-            elif lacking:
-                outcome, found, teacher = _mend(draft, name, gate, teacher, found)
-        draft.fidelity[name] = _describe(found, teacher, outcome)
+    refused = [refusal for name in judged(draft) if (refusal := _judge_variant(draft, name, gate))]
     if refused:
         raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
     return draft.write(final=True)
+
+
+def _judge_variant(draft: Draft, name: str, gate: Gate) -> str | None:
+    """Judges one variant and forgets what it took; says what it lacks where the policy is to fail."""
+    variant = draft.variants[name]
+    teacher = run_teacher(draft, name, draft.progress.through(f"checking {name}"))
+    found = _measure(draft, name, teacher)
+    outcome: Outcome = "measured" if variant.live is None else "live"
+    refusal = None
+    if variant.delta is not None and variant.live is None:
+        outcome = "passed"
+        lacking = gate.shortfalls(found)
+        if lacking and gate.policy == "fail":
+            refusal = f"{name} {' and '.join(lacking)}; most is lost in {_name_worst(teacher)}"
+        elif lacking:
+            outcome, found, teacher = _mend(draft, name, gate, teacher, found)
+    draft.fidelity[name] = _describe(found, teacher, outcome)
+    return refusal
 
 
 def _mend(draft: Draft, name: str, gate: Gate, teacher: Teacher, found: Comparison) -> tuple[Outcome, Comparison, Teacher]:
@@ -143,6 +149,7 @@ def _why_not_live(draft: Draft, variant: Variant) -> str | None:
 
 
 def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
+    return_freed_memory()  # what quantizing, the teacher and an earlier session freed, since this one packs the whole model
     with Runtime(draft.folder, provider="cpu") as runtime:
         return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
 

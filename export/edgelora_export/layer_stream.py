@@ -10,7 +10,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.store import read_bias, read_end, read_linear, read_norm, read_rows, touches_ends
+from edgelora_export.store import read_bias, read_end, read_end_rows, read_linear, read_norm, read_rows, touches_ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     OnInput = Callable[[Floats], object]
 
-_HEAD_ROWS = 16384  # of the vocabulary at once: a head of 128k rows would be a gigabyte
+_HEAD_ROWS = 16384  # of the vocabulary at once, at the most
 
 
 def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
@@ -114,15 +114,16 @@ class LayerStream:
         session = self._session(graph.model)
         head = decoder.head_product
         norm = read_norm(base, decoder.final_norm)
-        changed = read_end(base, decoder, head, delta) if touches_ends(delta, decoder) else None
-        parts = []
-        for start in range(0, decoder.vocab_size, _HEAD_ROWS):
-            wanted = np.arange(start, min(start + _HEAD_ROWS, decoder.vocab_size))
-            rows = read_rows(base, decoder.head, wanted) if changed is None else changed[wanted]
-            weights = {head: rows, decoder.final_norm.name: norm}
-            feeds = {short: weights[name] for name, short in graph.weights.items()}
-            parts.append(session.run([LOGITS], feeds | {HIDDEN: hidden[None]})[0][0])
-        return np.concatenate(parts, axis=1)
+        logits = np.empty((len(hidden), decoder.vocab_size), np.float32)
+        done = 0
+        for rows in read_end_rows(base, decoder, head, delta):
+            for start in range(0, len(rows), _HEAD_ROWS):
+                weights = {head: rows[start : start + _HEAD_ROWS], decoder.final_norm.name: norm}
+                feeds = {short: weights[name] for name, short in graph.weights.items()}
+                (part,) = session.run([LOGITS], feeds | {HIDDEN: hidden[None]})
+                logits[:, done : done + part.shape[2]] = part[0]
+                done += part.shape[2]
+        return logits
 
     def _session(self, model: ir.Model) -> ort.InferenceSession:
         raw = ir.serde.serialize_model(model).SerializeToString()

@@ -1,4 +1,4 @@
-"""Sizes of memory: as users write them, what the machine has free, and what a process holds."""
+"""Sizes of memory: as users write them, what the machine has free, and what a process holds; and giving back what it freed."""
 
 from __future__ import annotations
 
@@ -49,6 +49,16 @@ def find_anonymous_memory(process: int | str = "self") -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon:")), None)
+
+
+def return_freed_memory() -> None:
+    """Hands the system what was freed but is still kept for allocations to come; glibc alone.
+
+    It keeps whole pages of freed memory as long as anything is allocated above them.
+    """
+    library = _find_glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 @contextmanager

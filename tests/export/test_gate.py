@@ -79,7 +79,7 @@ def softmax(logits: Floats) -> Doubles:
 def test_figures_are_those_of_peft_against_the_runtime(
     tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fidelity, "_LOGITS_BYTES", positions * 8 * 300)  # of the tiny base's 300 tokens
+    monkeypatch.setattr(fidelity, "_LOGITS_BYTES", positions * 4 * 300)  # of the tiny base's 300 tokens
     manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(retention=-100.0), kind=kind)
     found = manifest.variants["tuned"].fidelity
     assert found is not None
