@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 OVERFLOWS = ("error", "slide")
 _LIVE_SHARE, _LEAST_LIVE = 0.15, 32 << 20  # of a live graph's blobs, and in bytes
+_SPIN_BELOW = 32 << 20  # bytes of weights; what reads more takes much longer than waking a thread (docs/log.md)
 _MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
 
@@ -414,12 +415,19 @@ class Runtime:
             packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
         if packed is not None:
             with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return self._open_model(packed, mapped=True)
-        return self._open_model(self._bundle.path(graph), mapped=False)
+                return self._open_model(graph, packed, mapped=True)
+        return self._open_model(graph, self._bundle.path(graph), mapped=False)
 
-    def _open_model(self, graph: Path, *, mapped: bool) -> Model:
-        model = self._manifest.model
-        return Model(graph, model, threads=self._threads, provider=self._provider, turns=self._turns, mapped=mapped)
+    def _open_model(self, graph: str, path: Path, *, mapped: bool) -> Model:
+        return Model(
+            path,
+            self._manifest.model,
+            threads=self._threads,
+            provider=self._provider,
+            turns=self._turns,
+            spin=sum(self._blobs[graph].values()) < _SPIN_BELOW,
+            mapped=mapped,
+        )
 
     def _is_packed(self, graph: str) -> bool:
         return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._graphs[graph]) is not None

@@ -102,7 +102,7 @@ def _take_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64],
     """
     weights = _weigh(logits, logits.max(), settings.temperature)
     total = weights.sum()
-    count = _FIRST_SLICE if settings.top_p < 1 or settings.min_p > 0 else logits.size
+    count = _FIRST_SLICE
     while count < logits.size:
         tokens = take_largest(logits, count)
         taken = weights[tokens]
@@ -118,7 +118,11 @@ def keep_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64], 
     """The tokens that may be drawn, likeliest first, and their probabilities (float64, sum 1).
 
     Filters apply in the order top-k, top-p, min-p, each on the distribution after temperature; the likeliest always stays.
+    Without any, all tokens by number.
     """
+    if not 0 < settings.top_k < logits.size and settings.top_p >= 1 and settings.min_p <= 0:
+        weights = _weigh(logits, logits.max(), settings.temperature)
+        return np.arange(logits.size), weights / weights.sum()
     if 0 < settings.top_k < logits.size:
         tokens = take_largest(logits, settings.top_k)
         probabilities = _weigh(logits[tokens], logits[tokens[0]], settings.temperature)

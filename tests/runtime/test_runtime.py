@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from edgelora_runtime import Bundle, InputError, Runtime, UsageError
+from edgelora_runtime import model as model_module
+from edgelora_runtime import runtime as runtime_module
 from edgelora_runtime.memory import parse_bytes
 from edgelora_runtime.model import PREFILL_CHUNK
 from tests.tiny import greedy, load_base, random_tokens
@@ -16,6 +18,10 @@ from tests.tiny import greedy, load_base, random_tokens
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+    import onnxruntime
+
+    from edgelora_runtime.providers import Provider
 
 PROMPT = "the cat sat"
 MIX = {"plain": 0.5, "other": -0.8}
@@ -423,6 +429,25 @@ def test_a_failed_switch_changes_nothing(runtime: Runtime) -> None:
 def graph_bytes(bundle: Path, variant: str) -> int:
     manifest = Bundle.open(bundle).manifest
     return sum(manifest.files[name].size for name in manifest.variants[variant].graphs["cpu"].blobs)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_threads_of_large_models_alone_sleep_between_steps(
+    bundle32: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    opened: list[onnxruntime.SessionOptions] = []
+    open_session = model_module.open_session
+
+    def watch(graph: Path, options: onnxruntime.SessionOptions, provider: Provider) -> onnxruntime.InferenceSession:
+        opened.append(options)
+        return open_session(graph, options, provider)
+
+    monkeypatch.setattr(model_module, "open_session", watch)
+    if large:
+        monkeypatch.setattr(runtime_module, "_SPIN_BELOW", 0)
+    with Runtime(bundle32, threads=2) as other:
+        assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
+    assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))
 
 
 def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
