@@ -7,7 +7,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pytest
 
 from edgelora.adapters import Adapter
 from edgelora_export import fidelity, gate
@@ -23,6 +22,8 @@ from tests.tiny import make_adapter, make_base, random_tokens
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    import pytest
 
     from edgelora_runtime.manifest import Manifest
 
