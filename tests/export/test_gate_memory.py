@@ -15,8 +15,8 @@ from edgelora_export.build import build_bundle
 from edgelora_export.calibration import Calibration, Sample
 from edgelora_export.gate import Gate
 from edgelora_export.variants import Quantization, Variant
-from edgelora_runtime import runtime
 from edgelora_runtime.manifest import AdapterEntry
+from edgelora_runtime.model import Model
 from tests.tiny import make_adapter, make_base, random_tokens
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def test_nothing_of_a_judged_variant_is_left_when_the_next_one_is_judged(
 ) -> None:
     held: list[weakref.ref[Any]] = []
     steps: list[str] = []
-    run_teacher, model_class = gate.run_teacher, runtime.Model
+    run_teacher = gate.run_teacher
 
     def watched_teacher(*arguments: Any) -> Any:
         assert [reference() for reference in held] == [None] * len(held)
@@ -79,13 +79,13 @@ def test_nothing_of_a_judged_variant_is_left_when_the_next_one_is_judged(
         return teacher
 
     def watched_model(*arguments: Any, **settings: Any) -> Any:
-        model = model_class(*arguments, **settings)
+        model = Model(*arguments, **settings)
         held.append(weakref.ref(model))
         steps.append("session")
         return model
 
     monkeypatch.setattr(gate, "run_teacher", watched_teacher)
-    monkeypatch.setattr(runtime, "Model", watched_model)
+    monkeypatch.setattr("edgelora_runtime.runtime.Model", watched_model)
     monkeypatch.setattr(gate, "return_freed_memory", lambda: steps.append("returned"))
     judge_variants(tiny_base, tmp_path, count=2)
     assert steps == ["teacher", "returned", "session"] * 3
@@ -96,14 +96,13 @@ def test_a_comparison_holds_float32_logits_of_one_batch(tmp_path: Path, monkeypa
     make_base(tmp_path / "base", vocab_size=vocabulary)
     monkeypatch.setattr(fidelity, "_LOGITS_BYTES", batch)
     monkeypatch.setattr(fidelity, "_WIDE", vocabulary)
-    model_class = runtime.Model
 
     def loaded(*arguments: Any, **settings: Any) -> Any:
-        model = model_class(*arguments, **settings)
+        model = Model(*arguments, **settings)
         tracemalloc.reset_peak()  # reading the graph reserves room for the largest that it might be
         return model
 
-    monkeypatch.setattr(runtime, "Model", loaded)
+    monkeypatch.setattr("edgelora_runtime.runtime.Model", loaded)
     peaks = watch_peak(monkeypatch, "compare")
     manifest = judge_variants(tmp_path / "base", tmp_path)
     # What the variant says and a copy of it, which a change of batch doubles, two teachers, and a part of the head.
