@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgelora_runtime import Bundle, InputError, Runtime, UsageError
-from edgelora_runtime import model as model_module
-from edgelora_runtime import runtime as runtime_module
+from edgelora_runtime import Bundle, InputError, Runtime, UsageError, providers
 from edgelora_runtime.memory import parse_bytes
 from edgelora_runtime.model import PREFILL_CHUNK
 from tests.tiny import greedy, load_base, random_tokens
@@ -436,15 +434,14 @@ def test_threads_of_large_models_alone_sleep_between_steps(
     bundle32: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, large: bool
 ) -> None:
     opened: list[onnxruntime.SessionOptions] = []
-    open_session = model_module.open_session
 
     def watch(graph: Path, options: onnxruntime.SessionOptions, provider: Provider) -> onnxruntime.InferenceSession:
         opened.append(options)
-        return open_session(graph, options, provider)
+        return providers.open_session(graph, options, provider)
 
-    monkeypatch.setattr(model_module, "open_session", watch)
+    monkeypatch.setattr("edgelora_runtime.model.open_session", watch)
     if large:
-        monkeypatch.setattr(runtime_module, "_SPIN_BELOW", 0)
+        monkeypatch.setattr("edgelora_runtime.runtime._SPIN_BELOW", 0)
     with Runtime(bundle32, threads=2) as other:
         assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
     assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))

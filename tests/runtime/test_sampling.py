@@ -78,8 +78,6 @@ def sort_all(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[n
     return tokens[kept], probabilities[kept] / probabilities[kept].sum()
 
 
-@given(st.integers(0, 10**6), st.integers(60, 3000), st.floats(0.1, 4), st.floats(0.01, 1), st.floats(0, 0.5) | st.just(0.0))
-@settings(deadline=None)
 def test_without_filters_nothing_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("edgelora_runtime.sampling.take_largest", None)
     logits = np.random.default_rng(0).normal(size=1000).astype(np.float32)
@@ -89,6 +87,8 @@ def test_without_filters_nothing_is_sorted(monkeypatch: pytest.MonkeyPatch) -> N
     np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-12)
 
 
+@given(st.integers(0, 10**6), st.integers(60, 3000), st.floats(0.1, 4), st.floats(0.01, 1), st.floats(0, 0.5) | st.just(0.0))
+@settings(deadline=None)
 def test_a_sorted_slice_keeps_what_sorting_all_does(seed: int, size: int, temperature: float, top_p: float, min_p: float) -> None:
     logits = (np.random.default_rng(seed).normal(size=size) * 4).astype(np.float32)
     logits[:: max(1, seed % 7)] = logits[0]  # ties
