@@ -69,11 +69,10 @@ def test_nothing_of_a_judged_variant_is_left_when_the_next_one_is_judged(
 ) -> None:
     held: list[weakref.ref[Any]] = []
     steps: list[str] = []
-    run_teacher = gate.run_teacher
 
     def watched_teacher(*arguments: Any) -> Any:
         assert [reference() for reference in held] == [None] * len(held)
-        teacher = run_teacher(*arguments)
+        teacher = fidelity.run_teacher(*arguments)
         held.append(weakref.ref(teacher))
         steps.append("teacher")
         return teacher
