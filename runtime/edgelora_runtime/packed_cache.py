@@ -3,8 +3,7 @@
 onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
 file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
 and out as it does any file. A live adapter's factors, which bundles hold in fp16 and graphs take in float32, are kept likewise.
-The files hang on the CPU and on onnxruntime's version, so they are made where they are used, never
-shipped.
+Packed files hang on the CPU and on onnxruntime's version, so they are made where they are used, never shipped.
 
 An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, or INPUTS,
 one behind the other, with their SHAPES; and ENTRY, which says how large the files are. It is made under another name and
@@ -82,6 +81,8 @@ class PackedCache:
         bundle is not what its manifest says.
         """
         most = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
+        if most > self._budget:
+            return None
         broken = [name for name in graph.blobs if hash_file(bundle.path(name)) != bundle.manifest.files[name].sha256]
         if broken:
             raise IntegrityError(f"bundle {bundle.folder}: {', '.join(broken)} differ from the manifest; copy the bundle again")
@@ -118,11 +119,13 @@ class PackedCache:
 
     def _write(self, name: str, most: int, fill: Callable[[Path], None]) -> None:
         """Makes an entry of so many bytes at the most; none where they are too many, or something fails."""
+        if most > self._budget:
+            return
         entry = self.folder / name
         with contextlib.suppress(OSError, IntegrityError):  # the disk is full, or onnxruntime says so
             self._sweep()
             self._make_room(most)
-            if most > min(self._budget, shutil.disk_usage(self.folder).free):
+            if most > shutil.disk_usage(self.folder).free:
                 return
             with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
                 folder = Path(unfinished)

@@ -171,6 +171,16 @@ def test_the_least_recently_used_entry_goes_first(bundle4: Path, folder: Path) -
     assert [tight.find(bundle, graph) is not None for graph in graphs] == [True, False, True]
 
 
+def test_what_is_over_the_budget_drives_nothing_out(bundle4: Path, folder: Path) -> None:
+    bundle = Bundle.open(bundle4)
+    graphs = [bundle.manifest.variants[name].graphs["cpu"] for name in ("base", "plain")]
+    assert PackedCache(folder).write(bundle, graphs[0]) is not None
+    tight = PackedCache(folder, budget="10KB")
+    assert tight.write(bundle, graphs[1]) is None
+    assert tight.write_inputs(bundle, (("plain", 1.0),), {"a": np.zeros(10_000, np.float32)}) is None
+    assert tight.find(bundle, graphs[0]) is not None
+
+
 def test_what_is_over_the_budget_is_not_written(bundle4: Path, folder: Path) -> None:
     with Runtime(bundle4, threads=1, packed_cache=PackedCache(folder, budget="10KB")) as runtime:
         assert len(runtime.generate([1, 2], max_tokens=2, ignore_eos=True).tokens) == 2
