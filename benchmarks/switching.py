@@ -28,6 +28,7 @@ from benchmarks.workers import (
     count_cores,
     default_cache,
     describe_machine,
+    read_once,
     report,
     start_workers,
 )
@@ -171,6 +172,7 @@ def measure(bundle: Path, packed: PackedCache, shape: Shape, threads: int, worke
             report(f"round {turn + 1} of {rounds}")
             for name, runtime in (("plain", plain), ("packed", mapped)):
                 runtime.close()
+                read_once(bundle)
                 cold = runtime.switch(MERGED[1 + turn % 3])
                 assert cold.cold
                 found.cold.setdefault(name, []).append(cold.milliseconds)
