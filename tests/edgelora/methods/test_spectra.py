@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelora.methods.spectra import truncate, truncate_product
+from edgelora.methods.spectra import orthonormalize, truncate, truncate_product
 from tests.edgelora.methods.made import Made, any_factors
 
 
@@ -71,3 +71,16 @@ def test_truncating_nothing_gives_nothing(shape: tuple[int, int]) -> None:
     a, b, error = truncate(np.zeros(shape, np.float32), 2)
     assert error == 0
     assert not (b @ a).any()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 60), st.floats(-14, 0), st.integers(0, 3))
+@settings(deadline=None)
+def test_tall_columns_become_orthonormal_however_dependent(seed: int, count: int, more: int, last: float, zeros: int) -> None:
+    generator = np.random.default_rng(seed)
+    columns = generator.standard_normal((count + more, count)) * np.logspace(0, last, count)
+    columns = columns @ generator.standard_normal((count, count))
+    columns[:, :zeros] = 0
+    q, r = orthonormalize(columns)
+    np.testing.assert_allclose(q.T @ q, np.eye(count), atol=1e-9)
+    np.testing.assert_allclose(q @ r, columns, atol=1e-12 * max(1.0, np.abs(columns).max()))
+    np.testing.assert_allclose(np.tril(r, -1), 0, atol=1e-12)
