@@ -95,7 +95,7 @@ def test_knots_is_ties_on_the_parts_of_the_wide_decomposition(made: Made, densit
 @given(gaussian_factors(), st.sampled_from([0.2, 0.5, 0.83]))
 def test_knots_counts_no_directions_that_are_rounding(made: Made, density: float) -> None:
     """An adapter that is there twice adds none, so that the share that is kept is one of what there is."""
-    twice = Made([*made.factors, made.factors[0]], [*made.weights, 0.37])  # no weight that is drawn cancels it
+    twice = Made([*made.factors, made.factors[0]], [*made.weights, 0.375])  # no weights that are drawn cancel it
     expected = reference_knots(twice, lambda parts: reference_ties(parts, twice.weights, density))
     np.testing.assert_allclose(apply("knots", twice, density=density), expected, atol=1e-5 * twice.size)
 
