@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgelora.rows import read_text
 from edgelora.weights import EVERYWHERE
-from edgelora_runtime.errors import InputError, UsageError
+from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,13 +30,8 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def read_option_file(path: Path | None, option: str) -> str | None:
-    """The text of a file that an option names; InputError where it cannot be read."""
-    try:
-        return None if path is None else path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{option} {path} does not exist; name a file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{option} {path} is not readable UTF-8 text ({error})") from error
+    """The text of a file that an option names, if it does; InputError where it cannot be read."""
+    return None if path is None else read_text(path, option)
 
 
 def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:

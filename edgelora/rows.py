@@ -19,17 +19,21 @@ class Row:
 
 def read_rows(path: Path | str) -> list[Row]:
     """Reads a JSONL file; InputError names the file and the first line that is not a row. Blank lines are skipped."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"data file {path} does not exist") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data file {path} is not readable UTF-8 text ({error})") from error
+    text = read_text(Path(path), "data file")
     rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
         raise InputError(f'data file {path} holds no rows; each line is {{"prompt": …, "completion": …}}')
     return rows
+
+
+def read_text(path: Path, what: str) -> str:
+    """The text of a file that the user named; InputError, which calls it what it is, where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{what} {path} does not exist; name a file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path} is not readable UTF-8 text ({error})") from error
 
 
 def _read_row(line: str, where: str) -> Row:
