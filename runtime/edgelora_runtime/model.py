@@ -61,9 +61,8 @@ class Model:
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
-        if (
-            mapped
-        ):  # the graph was optimized when it was written; weights are packed anew, but only to be compared with the file's
+        if mapped:
+            # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         with reuse_freed_memory() if mapped else nullcontext():
             session = open_session(graph, options, provider)

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,6 +191,7 @@ def _digest(**parts: object) -> str:
     return hashlib.sha256(json.dumps({"layout": _LAYOUT, **parts}).encode()).hexdigest()[:32]
 
 
+@cache
 def _describe_cpu() -> str:
     """What kernels are chosen by: the instructions that the CPU has, as far as the system tells them."""
     with contextlib.suppress(OSError, StopIteration):

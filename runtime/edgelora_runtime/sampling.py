@@ -120,13 +120,13 @@ def keep_likely(logits: Floats, settings: Sampling) -> tuple[NDArray[np.int64], 
     Filters apply in the order top-k, top-p, min-p, each on the distribution after temperature; the likeliest always stays.
     Without any, all tokens by number.
     """
-    if not 0 < settings.top_k < logits.size and settings.top_p >= 1 and settings.min_p <= 0:
-        weights = _weigh(logits, logits.max(), settings.temperature)
-        return np.arange(logits.size), weights / weights.sum()
     if 0 < settings.top_k < logits.size:
         tokens = take_largest(logits, settings.top_k)
         probabilities = _weigh(logits[tokens], logits[tokens[0]], settings.temperature)
         probabilities /= probabilities.sum()
+    elif settings.top_p >= 1 and settings.min_p <= 0:
+        weights = _weigh(logits, logits.max(), settings.temperature)
+        return np.arange(logits.size), weights / weights.sum()
     else:
         tokens, probabilities = _take_likely(logits, settings)
     reached_before = np.cumsum(probabilities) - probabilities
