@@ -22,6 +22,7 @@ class Residual:
 
     The last update stays beside it until somebody reads, so that the addition and the norm that reads it become one node.
     Where the model's sums leave fp16's range, it and its norms are float32 whatever the graph's activations are.
+    cuts: the sum and the update after each addition: all that a graph that is cut there hands on (stages.py).
     """
 
     def __init__(self, b: GraphBuilder, decoder: Decoder, hidden: ir.Value) -> None:
@@ -30,6 +31,7 @@ class Residual:
         self._epsilon = decoder.norm_epsilon
         self._sum = b.widen(hidden) if self._wide else hidden
         self._update: ir.Value | None = None
+        self.cuts: list[tuple[ir.Value, ir.Value]] = []
 
     def add(self, update: ir.Value, norm: Norm | None = None) -> None:
         """Adds an activation, normalized where there is a norm."""
@@ -38,6 +40,7 @@ class Residual:
         if norm is not None:
             update = normalize(self._b, update, norm, self._epsilon)
         self._sum, self._update = self.total(), update
+        self.cuts.append((self._sum, update))
 
     def total(self) -> ir.Value:
         """The sum, all updates added."""

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from edgelora_export.embeddings import store_embeddings
 from edgelora_export.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.graph import build_graph
+from edgelora_export.graph_builder import mapped_blobs, pack_graph
 from edgelora_export.halves import HalfStore
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.progress import COMPENSATED
 from edgelora_export.publish import BLOB, write_file
 from edgelora_export.quantizing import compensates, store_products
+from edgelora_export.stages import split_graphs
 from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
 from edgelora_export.targets import CPU, TARGETS
 from edgelora_runtime._version import __version__
@@ -31,12 +32,15 @@ from edgelora_runtime.manifest import (
     Manifest,
     ModelEntry,
     QuantizationEntry,
+    StageEntry,
     VariantEntry,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
+
+    import onnx_ir as ir
 
     from edgelora_export.base import Base
     from edgelora_export.calibration import Calibration
@@ -192,7 +196,7 @@ class Draft:
         graphs = self._write_graphs()
         files = self._write_adapters()
         self._write_genai_config(graphs[self.default_variant][CPU.name].file)
-        used = {file for entries in graphs.values() for entry in entries.values() for file in (entry.file, *entry.blobs)}
+        used = {file for entries in graphs.values() for entry in entries.values() for file in entry.files}
         if not final:
             for weights in (self.shared, self.bare):
                 used |= weights.blobs if weights is not None else set()
@@ -264,22 +268,33 @@ class Draft:
 
     def _write_graphs(self) -> dict[str, dict[str, GraphEntry]]:
         """Graphs by variant and target."""
-        written: dict[str, dict[str, GraphEntry]] = {}
-        for name, variant in self.variants.items():
-            stem = name if variant.live is None else _LIVE
-            if stem not in written:
-                live = frozenset[str]() if variant.live is None else self._live_products()
-                written[stem] = {target: self._write_graph(stem, self.weights_of(name), live, target) for target in self.targets}
-        return {name: written[name if variant.live is None else _LIVE] for name, variant in self.variants.items()}
+        stems = {name: name if variant.live is None else _LIVE for name, variant in self.variants.items()}
+        sources = {stem: name for name, stem in stems.items()}
+        written: dict[str, dict[str, GraphEntry]] = {stem: {} for stem in sources}
+        for target in self.targets:
+            models = {stem: self._build_graph(name, target) for stem, name in sources.items()}
+            stages = split_graphs(models, self.folder) if target == CPU.name else {}
+            for stem, model in models.items():
+                file = f"{stem}.{target}.onnx"
+                write_file(self.folder / file, [pack_graph(model)])
+                parts = tuple(self._write_stage(stage) for stage in stages.get(stem, ()))
+                written[stem][target] = GraphEntry(file, mapped_blobs(model), parts)
+        return {name: written[stem] for name, stem in stems.items()}
 
-    def _write_graph(self, stem: str, weights: Weights, live: frozenset[str], name: str) -> GraphEntry:
-        target = TARGETS[name]
-        if target.float_type != CPU.float_type:
+    def _build_graph(self, name: str, target: str) -> ir.Model:
+        """The graph that a variant runs on; the live one's is that of all."""
+        live = frozenset[str]() if self.variants[name].live is None else self._live_products()
+        weights = self.weights_of(name)
+        if TARGETS[target].float_type != CPU.float_type:
             weights = self._halves.halve(weights)
-        model = build_graph(self.decoder, weights, self.folder, live=live, target=target)
-        file = f"{stem}.{name}.onnx"
-        write_file(self.folder / file, [ir.serde.serialize_model(model).SerializeToString()])
-        return GraphEntry(file, tuple(sorted(weights.blobs)))
+        return build_graph(self.decoder, weights, self.folder, live=live, target=TARGETS[target])
+
+    def _write_stage(self, stage: ir.Model) -> StageEntry:
+        """Writes a stage under the hash of its bytes, so that equal ones are one file."""
+        raw = pack_graph(stage)
+        file = f"{hashlib.sha256(raw).hexdigest()}.onnx"
+        write_file(self.folder / file, [raw])
+        return StageEntry(file, mapped_blobs(stage))
 
 
 def describe_file(path: Path) -> FileEntry:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from edgelora_export.block import Positions, Residual, add_block, multiply_matrix, packed_zeros
 from edgelora_export.graph_builder import CONTRIB, BlobWeights, GraphBuilder, describe, graph_input
 from edgelora_export.live_inputs import LiveInputs
+from edgelora_export.stages import CUT
 from edgelora_export.targets import CPU
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def build_graph(
             describe(value, f"present.{name}", b.float_type, cache_shape)
         caches += past
         presents += (block.key, block.value)
+    if target is CPU:
+        _name_cuts(residual, decoder.hidden_size)
     states = residual.normed(decoder.final_norm)
     logits = read_logits(b, decoder, states)
     describe(logits, "logits", ir.DataType.FLOAT, (1, "kept", decoder.vocab_size))
@@ -69,6 +72,14 @@ def build_graph(
     for value in (keep, *inputs.inputs):  # an input that is also an initializer has that as its default
         model.graph.register_initializer(value)
     return model
+
+
+def _name_cuts(residual: Residual, hidden_size: int) -> None:
+    """Gives what crosses a cut a name, and the symbolic length that the runtime makes room by."""
+    for index, crossing in enumerate(residual.cuts):
+        kept = index >= len(residual.cuts) - 2  # the last block goes on with the positions that get logits
+        for value, role in zip(crossing, ("sum", "update"), strict=True):
+            describe(value, f"{CUT}.{index}.{role}", ir.DataType.FLOAT, (1, "kept" if kept else "S", hidden_size))
 
 
 def read_logits(b: GraphBuilder, decoder: Decoder, states: ir.Value) -> ir.Value:

@@ -167,3 +167,14 @@ def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir
 def describe(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
     """Gives an output its name, type and shape."""
     value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+
+
+def mapped_blobs(model: ir.Model) -> tuple[str, ...]:
+    """The files that a graph's initializers lie in."""
+    tensors = (value.const_value for value in model.graph.initializers.values())
+    return tuple(sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}))
+
+
+def pack_graph(model: ir.Model) -> bytes:
+    """The bytes of a graph's file."""
+    return bytes(ir.serde.serialize_model(model).SerializeToString())

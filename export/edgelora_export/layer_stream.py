@@ -6,15 +6,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 import onnxruntime as ort
 
+from edgelora_export.graph_builder import pack_graph
 from edgelora_export.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
 from edgelora_export.store import read_bias, read_end, read_end_rows, read_linear, read_norm, read_rows, touches_ends
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    import onnx_ir as ir
     from numpy.typing import NDArray
 
     from edgelora_export.base import Base
@@ -126,7 +127,7 @@ class LayerStream:
         return logits
 
     def _session(self, model: ir.Model) -> ort.InferenceSession:
-        raw = ir.serde.serialize_model(model).SerializeToString()
+        raw = pack_graph(model)
         if raw not in self._sessions:
             options = ort.SessionOptions()
             options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs

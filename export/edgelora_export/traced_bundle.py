@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx_ir as ir
-
 from edgelora_export.build import check_names, copy_texts
 from edgelora_export.draft import describe_base, describe_file, end_tokens
+from edgelora_export.graph_builder import mapped_blobs, pack_graph
 from edgelora_export.optimum_front import digest
 from edgelora_export.publish import staged_folder, write_file
 from edgelora_export.store import Weights, store_rounded
 from edgelora_export.targets import CPU
-from edgelora_export.traced_graph import find_lookups, find_products, mapped_blobs, rewrite_graph
+from edgelora_export.traced_graph import find_lookups, find_products, rewrite_graph
 from edgelora_runtime._version import __version__
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, GraphEntry, Manifest, ModelEntry, QuantizationEntry, VariantEntry
@@ -114,7 +113,7 @@ def build_traced_bundle(
         for variant in variants:
             model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
             file = f"{variant.name}.{CPU.name}.onnx"
-            write_file(folder / file, [ir.serde.serialize_model(model).SerializeToString()])
+            write_file(folder / file, [pack_graph(model)])
             graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
         manifest = Manifest(
             created_by=f"edgelora {__version__}",

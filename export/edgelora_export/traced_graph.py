@@ -152,12 +152,6 @@ def rewrite_graph(
     return model
 
 
-def mapped_blobs(model: ir.Model) -> tuple[str, ...]:
-    """The files that a graph's initializers lie in."""
-    tensors = (value.const_value for value in model.graph.initializers.values())
-    return tuple(sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}))
-
-
 def _find_matrix(value: ir.Value | None) -> Matrix | None:
     """The float matrix that a value is, or is the transpose of."""
     if value is None:

@@ -1,40 +1,81 @@
-"""The inputs and outputs of one onnxruntime session, bound to numpy arrays by address, or to a cache on its device."""
+"""What the next step reads and writes: arrays bound by address, or a cache on its device, to the stages that take them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnxruntime as ort
 
+from edgelora_runtime.errors import IntegrityError
+
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 
 class Binding:
-    """What the next run reads and writes. The arrays are not copied: whoever binds one keeps it alive and in place."""
+    """The inputs and outputs of sessions that run one after the other, each name once.
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._session = session
-        self._binding = session.io_binding()
+    Arrays are not copied: whoever binds one keeps it alive and in place. What one session hands to the next lies in arrays of the
+    binding's own.
+    """
+
+    def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
+        self._parts = [(session, session.io_binding()) for session in sessions]
+        self._readers: dict[str, list[ort.SessionIOBinding]] = {}
+        self._writers: dict[str, ort.SessionIOBinding] = {}
+        for session, binding in self._parts:
+            for value in (*session.get_inputs(), *session.get_overridable_initializers()):
+                self._readers.setdefault(value.name, []).append(binding)
+            self._writers |= {value.name: binding for value in session.get_outputs()}
+        self._crossing = [[value for value in session.get_outputs() if value.name in self._readers] for session, _ in self._parts]
+        self._lengths: dict[str, int] = {}
+        self._arrays: dict[tuple[int, int, str], NDArray[np.float32]] = {}
         self.holds: object = None  # set by a cache to tell whether it is its own buffers that are bound
 
     def input(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
         """Binds an array, or the start of it seen in another shape."""
-        self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
+        for binding in self._find_readers(name):
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
     def optional_input(self, name: str, array: NDArray[np.generic]) -> None:
         """Binds an input that has a default in the graph: onnxruntime takes those as values of its own alone."""
-        self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        for binding in self._find_readers(name):
+            binding.bind_ortvalue_input(name, value)
 
     def cache(self, past: str, present: str, buffer: ort.OrtValue) -> None:
         """Binds one buffer as past and present, wherever it lies."""
-        self._binding.bind_ortvalue_input(past, buffer)
-        self._binding.bind_ortvalue_output(present, buffer)
+        for binding in self._find_readers(past):
+            binding.bind_ortvalue_input(past, buffer)
+        self._writers[present].bind_ortvalue_output(present, buffer)
 
     def output(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
         """Binds an array, or the start of it, to be written to; the shape must be the one that comes out."""
-        self._binding.bind_output(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
+        self._writers[name].bind_output(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
-    def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+    def run(self, **lengths: int) -> None:
+        """Runs the sessions in order. lengths: how long the symbolic axes are of what crosses from one to the next."""
+        if lengths != self._lengths:
+            self._make_room(lengths)
+        for session, binding in self._parts:
+            session.run_with_iobinding(binding)
+
+    def _find_readers(self, name: str) -> list[ort.SessionIOBinding]:
+        if name not in self._readers:
+            raise IntegrityError(f"the graph has no input {name}, which the manifest speaks of; export the bundle again")
+        return self._readers[name]
+
+    def _make_room(self, lengths: dict[str, int]) -> None:
+        """Binds what crosses: two sets of arrays are enough, for a session reads one and writes the other."""
+        self._lengths, self._arrays = lengths, {}
+        for place, values in enumerate(self._crossing):
+            for index, value in enumerate(values):
+                _, axis, width = value.shape
+                key = (place % 2, index, axis)
+                if key not in self._arrays:
+                    self._arrays[key] = np.empty((1, lengths[axis], width), np.float32)
+                self.output(value.name, self._arrays[key])
+                self.input(value.name, self._arrays[key])

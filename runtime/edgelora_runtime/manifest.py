@@ -14,7 +14,7 @@ from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
-VERSION = (1, 4)  # readers refuse another major number, and skip unknown keys of a later minor one
+VERSION = (1, 5)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -92,11 +92,28 @@ class LiveSlots:
 
 
 @dataclass(frozen=True)
-class GraphEntry:
-    """A graph and the blobs that it maps."""
+class StageEntry:
+    """A graph that is a part of another, and the blobs that it maps."""
 
     file: str
     blobs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class GraphEntry(StageEntry):
+    """A graph and the blobs that it maps. stages: graphs that do the same one after the other, and that others share; or none."""
+
+    stages: tuple[StageEntry, ...] = ()
+
+    @property
+    def files(self) -> set[str]:
+        """All files that it needs, itself among them."""
+        return {
+            self.file,
+            *self.blobs,
+            *(stage.file for stage in self.stages),
+            *(b for stage in self.stages for b in stage.blobs),
+        }
 
 
 @dataclass(frozen=True)
@@ -214,7 +231,7 @@ class Manifest:
     files: dict[str, FileEntry]
     router: RouterEntry | None = None
 
-    def blob_bytes(self, graph: GraphEntry) -> dict[str, int]:
+    def blob_bytes(self, graph: StageEntry) -> dict[str, int]:
         """The blobs that a graph maps, with their bytes."""
         return {name: self.files[name].size for name in graph.blobs}
 
@@ -364,11 +381,12 @@ def _check_references(manifest: Manifest) -> None:
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         for graph in variant.graphs.values():
-            wrong += [
-                f"variant {name} uses {file}, which files lacks"
-                for file in (graph.file, *graph.blobs)
-                if file not in manifest.files
-            ]
+            wrong += [f"variant {name} uses {file}, which files lacks" for file in sorted(graph.files - manifest.files.keys())]
+        if any(
+            graph.stages and {b for stage in graph.stages for b in stage.blobs} != set(graph.blobs)
+            for graph in variant.graphs.values()
+        ):
+            wrong.append(f"variant {name} has stages that map other blobs than its graph")
         for adapter in variant.live:
             if adapter not in manifest.adapters or manifest.adapters[adapter].file is None:
                 wrong.append(f"variant {name} needs adapter {adapter}, which adapters lacks or gives no file")

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import onnxruntime as ort
 
 from edgelora_runtime.binding import Binding
 from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
-from edgelora_runtime.memory import reuse_freed_memory
-from edgelora_runtime.providers import CPU, open_session, refusal
+from edgelora_runtime.providers import CPU, refusal
+from edgelora_runtime.stage import Stage, open_stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    import onnxruntime as ort
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
@@ -28,54 +28,50 @@ if TYPE_CHECKING:
     from edgelora_runtime.providers import Provider
 
     Floats = NDArray[np.float32]
+    Values = tuple[ort.NodeArg, ...]
 
 STATES = "hidden_states"  # an output that graphs have since 1.4 of the format
 _STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits that come with it
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
 _FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
-_ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
 
 
 class Model:
-    """A graph that is ready to run. One step at a time; any number of caches and of live adapters.
+    """A graph that is ready to run, as one stage or several. One step at a time; any number of caches and of live adapters.
 
     turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
-    spin: whether threads wait for the next step awake, which saves a small model a tenth of a step, but takes cores from another
-    model whose step comes right after. mapped: whether the packed weights are a file that is mapped, see PackedCache.
-    float_type: of its KV cache and LoRA inputs, float32 or float16; logits are float32. has_states: whether it can read_states().
+    opened: bytes of weights that had to be opened for it. float_type: of its KV cache and LoRA inputs, float32 or float16; logits
+    are float32. has_states: whether it can read_states().
     """
 
     def __init__(
         self,
-        graph: Path,
+        stages: Sequence[Stage],
         entry: ModelEntry,
         *,
-        threads: int | None,
+        name: str,
         provider: Provider = CPU,
         turns: FairLock | None = None,
-        spin: bool = True,
-        mapped: bool = False,
+        opened: int = 0,
     ) -> None:
-        options = ort.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
-        if mapped:
-            # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        with reuse_freed_memory() if mapped else nullcontext():
-            session = open_session(graph, options, provider)
-        if wrong := _compare_shapes(session, entry):
-            raise IntegrityError(f"{graph.name} is not what the manifest says: {'; '.join(wrong[:4])}")
-        self.mapped = mapped
-        self.float_type = _read_float_type(session, graph.name)
-        self.has_states = any(value.name == STATES for value in session.get_outputs())
-        self._session = session
+        sessions = [stage.session for stage in stages]
+        inputs, outputs = _read_ends(sessions, entry, name)
+        if wrong := _compare_shapes(inputs + outputs, entry):
+            raise IntegrityError(f"{name} is not what the manifest says: {'; '.join(wrong[:4])}")
+        self.opened = opened
+        self.float_type = _read_float_type(inputs + outputs, name)
+        self.has_states = any(value.name == STATES for value in outputs)
+        self._stages = stages  # shared ones are open as long as somebody holds them
+        self._sessions = sessions
         self._entry = entry
         self._provider = provider
         self._turns = turns or FairLock()
-        self._steps = _Steps(session)
+        self._steps = _Steps(sessions)
+
+    @classmethod
+    def open(cls, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU) -> Model:
+        """A model of its own over a whole graph."""
+        return cls([open_stage(graph, threads=threads, provider=provider)], entry, name=graph.name, provider=provider)
 
     def new_cache(self) -> KVCache:
         """An empty cache of the kind that the graph writes."""
@@ -114,7 +110,7 @@ class Model:
 
         A model whose graph has_states alone can do this. The head runs as well, so positions come few at a time.
         """
-        steps, cache = _Steps(self._session), self.new_cache()
+        steps, cache = _Steps(self._sessions), self.new_cache()
         self.reserve(cache, len(tokens))
         for start in range(0, len(tokens), _STATES_CHUNK):
             chunk = tokens[start : start + _STATES_CHUNK]
@@ -140,8 +136,8 @@ class Model:
 class _Steps:
     """What is bound to a session from step to step; only what changed is bound anew."""
 
-    def __init__(self, session: ort.InferenceSession) -> None:
-        self._binding = Binding(session)
+    def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
+        self._binding = Binding(sessions)
         self._live: LoraInputs | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
@@ -167,7 +163,7 @@ class _Steps:
         ids = np.array([tokens], np.int64)
         self._binding.input("input_ids", ids)
         self._binding.input("attention_mask", self._ones, (1, total))
-        self._binding.run()
+        self._binding.run(S=len(tokens), kept=keep)
         cache.extend(tokens)
 
 
@@ -176,25 +172,40 @@ def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCa
     return GrowingCache(entry, float_type) if entry.cache == "growing" else InPlaceCache(entry, float_type, memory)
 
 
-def _read_float_type(session: ort.InferenceSession, name: str) -> np.dtype[Any]:
+def _read_ends(sessions: Sequence[ort.InferenceSession], entry: ModelEntry, name: str) -> tuple[Values, Values]:
+    """The inputs and outputs of a chain of sessions, without what one hands to the next."""
+    inputs = [{value.name: value for value in session.get_inputs()} for session in sessions]
+    outputs = [{value.name: value for value in session.get_outputs()} for session in sessions]
+    crossing: set[str] = set()
+    for place, written in enumerate(outputs):
+        for reader, read in enumerate(inputs):
+            handed = written.keys() & read.keys()
+            fits = all(written[key].shape in ([1, "S", entry.hidden_size], [1, "kept", entry.hidden_size]) for key in handed)
+            if handed and not (reader == place + 1 and fits):
+                raise IntegrityError(f"the stages of {name} do not fit together; export the bundle again")
+            crossing |= handed
+    ends = [{key: value for part in parts for key, value in part.items() if key not in crossing} for parts in (inputs, outputs)]
+    return tuple(ends[0].values()), tuple(ends[1].values())
+
+
+def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
     """The one type of all floating-point inputs and present outputs."""
-    kinds = {value.type for value in session.get_inputs() if value.type != "tensor(int64)"}
-    kinds |= {value.type for value in session.get_outputs() if value.name != "logits"}  # presents and states
+    kinds = {value.type for value in values if value.type != "tensor(int64)" and value.name != "logits"}
     if len(kinds) != 1 or not _FLOAT_TYPES.keys() >= kinds:
         raise IntegrityError(f"{name} has a KV cache of {', '.join(sorted(kinds))}; it should be float32 or float16 throughout")
     return _FLOAT_TYPES[kinds.pop()]
 
 
-def _compare_shapes(session: ort.InferenceSession, entry: ModelEntry) -> list[str]:
+def _compare_shapes(values: Values, entry: ModelEntry) -> list[str]:
     """Which of the sizes that the caches, logits and states are made by differ from the graph's."""
     shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
-    layers = min(entry.layers, len(session.get_inputs()))  # a manifest may claim any number
+    layers = min(entry.layers, len(values))  # a manifest may claim any number
     wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}
     for pair in ("past_key_values", "present"):
         wanted |= {f"{pair}.{index}.{kind}": shape for index in range(layers) for kind in ("key", "value")}
     found = {
         value.name: [size for size in value.shape if isinstance(size, int)]
-        for value in (*session.get_inputs(), *session.get_outputs())
+        for value in values
         if value.name not in ("input_ids", "attention_mask")
     }
     if STATES in found:

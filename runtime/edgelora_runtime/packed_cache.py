@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.live import LoraInputs, Weights
-    from edgelora_runtime.manifest import GraphEntry
+    from edgelora_runtime.manifest import StageEntry
 
 GRAPH, WEIGHTS, INPUTS, SHAPES, ENTRY = "graph.onnx", "weights.bin", "inputs.npy", "shapes.json", "entry.json"
 _LAYOUT = 1  # of an entry
@@ -70,12 +70,12 @@ class PackedCache:
         if sys.platform != "win32" and (info.st_uid != os.getuid() or info.st_mode & 0o022):
             raise UsageError(f"the packed cache {self.folder} can be written by others; name a folder that only you can write")
 
-    def find(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
+    def find(self, bundle: Bundle, graph: StageEntry) -> Path | None:
         """The graph that maps packed weights, where there is one; it counts as used now."""
         entry = self._find(_name_graph(bundle, graph))
         return None if entry is None else entry / GRAPH
 
-    def write(self, bundle: Bundle, graph: GraphEntry) -> Path | None:
+    def write(self, bundle: Bundle, graph: StageEntry) -> Path | None:
         """Packs a graph's weights and writes them; None where that fails or they are too large for budget or disk.
 
         Takes several times as long as loading, and for its time the memory of two sessions. Raises IntegrityError where the
@@ -175,7 +175,7 @@ def find_packed_folder() -> Path:
     return find_cache_folder() / "edgelora" / "packed"
 
 
-def _name_graph(bundle: Bundle, graph: GraphEntry) -> str:
+def _name_graph(bundle: Bundle, graph: StageEntry) -> str:
     files = [bundle.manifest.files[name].sha256 for name in (graph.file, *graph.blobs)]
     return _digest(onnxruntime=ort.__version__, cpu=_describe_cpu(), files=files)
 

@@ -39,8 +39,9 @@ class Usage:
 class Residency:
     """Loaded models by graph.
 
-    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. budget: bytes of Usage.private; None for
-    no limit. will_map: whether a graph that is not loaded would be mapped (PackedCache). What is asked for is loaded even where
+    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. stages: of each graph its stages with the
+    bytes of weights that they pack; graphs share stages of one name. budget: bytes of Usage.private; None for no limit.
+    is_mapped: whether a stage's packed weights are mapped, or would be (PackedCache). What is asked for is loaded even where
     it alone is over the budget. A model that a stream still runs counts until the stream lets go of it.
     """
 
@@ -48,16 +49,18 @@ class Residency:
         self,
         load: Callable[[str], Model],
         blobs: Mapping[str, Mapping[str, int]],
+        stages: Mapping[str, Mapping[str, int]],
         budget: int | None,
-        will_map: Callable[[str], bool] = lambda _: False,
+        is_mapped: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._load = load
         self._blobs = blobs
+        self._stages = stages
         self._budget = budget
-        self._will_map = will_map
+        self._is_mapped = is_mapped
         self._lock = threading.Lock()
         self._models: OrderedDict[str, Future[Model]] = OrderedDict()
-        self._leaving: dict[weakref.ref[Model], int] = {}
+        self._leaving: dict[weakref.ref[Model], str] = {}
         self._pins: Counter[str] = Counter()
 
     def get(self, graph: str) -> tuple[Model, bool]:
@@ -118,26 +121,25 @@ class Residency:
         """Evicts until the graph fits, or only what is pinned is left."""
         if self._budget is None:
             return
-        needed = self._private(graph)
         for other in self._evictable():
-            if self._held() + needed <= self._budget:
+            if self._held(graph) <= self._budget:
                 return
-            size = self._private(other)
             model = self._models.pop(other).result()
-            self._leaving[weakref.ref(model, self._forget)] = size
+            self._leaving[weakref.ref(model, self._forget)] = other
             del model
 
     def _evictable(self) -> Iterable[str]:
         """Least recently used first; not what is pinned or still loads."""
         return [name for name, future in self._models.items() if future.done() and name not in self._pins]
 
-    def _held(self) -> int:
-        return sum(map(self._private, self._models)) + sum(list(self._leaving.values()))
-
-    def _private(self, graph: str) -> int:
-        future = self._models.get(graph)
-        mapped = future.result().mapped if future is not None and future.done() else self._will_map(graph)
-        return int(sum(self._blobs[graph].values()) * (_MAPPED if mapped else _PACKED))
+    def _held(self, *more: str) -> int:
+        """Bytes of all stages that are loaded, or that would be with more graphs."""
+        held = {
+            stage: size
+            for graph in (*self._models, *list(self._leaving.values()), *more)
+            for stage, size in self._stages[graph].items()
+        }
+        return sum(int(size * (_MAPPED if self._is_mapped(stage) else _PACKED)) for stage, size in held.items())
 
     def _forget(self, reference: weakref.ref[Model]) -> None:
         """A model was freed; may run at any moment, in any thread, also one that holds the lock."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
 from types import MappingProxyType
@@ -28,6 +29,7 @@ from edgelora_runtime.providers import find_provider
 from edgelora_runtime.residency import Residency, Usage
 from edgelora_runtime.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
 from edgelora_runtime.sampling import Sampling
+from edgelora_runtime.stage import Stage, Stages, open_stage
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
 
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.live import LoraInputs
-    from edgelora_runtime.manifest import VariantEntry
+    from edgelora_runtime.manifest import Manifest, StageEntry, VariantEntry
     from edgelora_runtime.options import GenerateOptions
     from edgelora_runtime.packed_cache import PackedCache
     from edgelora_runtime.tokenizer import Message
@@ -98,10 +100,15 @@ class Runtime:
         self._grammars = Grammars(self._tokenizer, self._manifest.model)
         self._turns = FairLock()
         graphs = [entry.graphs[self._target] for entry in self._manifest.variants.values()]
-        self._graphs = {graph.file: graph for graph in graphs}
         self._blobs = {graph.file: self._manifest.blob_bytes(graph) for graph in graphs}
-        self._packed_cache = packed_cache if self._provider.name == "cpu" else None
-        self._residency = Residency(self._load_model, self._blobs, budgets[0], self._is_packed)
+        on_cpu = self._provider.name == "cpu"  # elsewhere what crosses from stage to stage would go through main memory
+        chains = {graph.file: (graph.stages if on_cpu else ()) or (graph,) for graph in graphs}
+        self._chains = {graph: [stage.file for stage in stages] for graph, stages in chains.items()}
+        self._entries = {stage.file: stage for stages in chains.values() for stage in stages}
+        self._stages = Stages(self._open_stage)
+        self._packed_cache = packed_cache if on_cpu else None
+        sizes = {graph: _count_packed(self._manifest, stages) for graph, stages in chains.items()}
+        self._residency = Residency(self._load_model, self._blobs, sizes, budgets[0], self._is_mapped)
         self._prompts = PromptCache(budgets[1])
         self._live = LiveMixes(self._bundle, self._find_live_budget(), self._packed_cache)
         self._router: Router | None = None
@@ -399,7 +406,7 @@ class Runtime:
         """The model and LoRA inputs of a choice, loaded where they are not yet."""
         started = time.perf_counter()
         model, cold = self._residency.get(choice.graph)
-        opened = sum(self._blobs[choice.graph].values()) if cold else 0
+        opened = model.opened if cold else 0
         live = None
         if choice.live is not None:
             live, made = self._live.get(choice.live, model.float_type)
@@ -408,34 +415,56 @@ class Runtime:
         return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))
 
     def _load_model(self, graph: str) -> Model:
-        self._bundle.read(graph)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
-        entry = self._graphs[graph]
-        packed = None
-        if self._packed_cache is not None:
-            packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
-        if packed is not None:
-            with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return self._open_model(graph, packed, mapped=True)
-        return self._open_model(graph, self._bundle.path(graph), mapped=False)
-
-    def _open_model(self, graph: str, path: Path, *, mapped: bool) -> Model:
+        stages = [self._stages.get(file) for file in self._chains[graph]]
+        opened = {
+            blob
+            for file, (_, is_new) in zip(self._chains[graph], stages, strict=True)
+            if is_new
+            for blob in self._entries[file].blobs
+        }
         return Model(
-            path,
+            [stage for stage, _ in stages],
             self._manifest.model,
-            threads=self._threads,
+            name=graph,
             provider=self._provider,
             turns=self._turns,
-            spin=sum(self._blobs[graph].values()) < _SPIN_BELOW,
-            mapped=mapped,
+            opened=sum(self._blobs[graph][blob] for blob in opened),
         )
 
-    def _is_packed(self, graph: str) -> bool:
-        return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._graphs[graph]) is not None
+    def _open_stage(self, file: str) -> Stage:
+        self._bundle.read(file)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
+        entry, packed = self._entries[file], None
+        if self._packed_cache is not None:
+            packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
+        spin = max(sum(self._blobs[graph].values()) for graph, files in self._chains.items() if file in files) < _SPIN_BELOW
+        if packed is not None:
+            with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
+                return open_stage(packed, threads=self._threads, provider=self._provider, spin=spin, mapped=True)
+        return open_stage(self._bundle.path(file), threads=self._threads, provider=self._provider, spin=spin)
+
+    def _is_mapped(self, file: str) -> bool:
+        """Whether a stage's packed weights are mapped, or would be once it is open."""
+        stage = self._stages.find(file)
+        if stage is not None:
+            return stage.mapped
+        return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._entries[file]) is not None
 
     def _find_live_budget(self) -> int:
         """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""
         graph = self._manifest.live_graph(self._target)
         return _LEAST_LIVE if graph is None else max(_LEAST_LIVE, int(_LIVE_SHARE * sum(self._blobs[graph.file].values())))
+
+
+def _count_packed(manifest: Manifest, stages: Sequence[StageEntry]) -> dict[str, int]:
+    """Bytes of weights that each stage packs, at the most.
+
+    What several stages map, norms and rotary tables, is packed by none; but a tied embedding is, for the head, which comes last.
+    """
+    mapped = Counter(blob for stage in stages for blob in stage.blobs)
+    return {
+        stage.file: sum(manifest.files[blob].size for blob in stage.blobs if mapped[blob] == 1 or stage is stages[-1])
+        for stage in stages
+    }
 
 
 def _find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[int | None, int | None]:

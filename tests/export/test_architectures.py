@@ -150,7 +150,7 @@ def test_float32_export_gives_transformers_logits(config_class: Any, settings: d
     assert expected.std() > 0.1, "logits that hardly differ would make any comparison pass"
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
         assert np.abs(runtime.logits(TOKENS) - expected).max() <= TOLERANCE
-    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
     assert np.abs(stepwise(model, TOKENS) - expected).max() <= TOLERANCE
     cache = model.new_cache()
     model.read(cache, TOKENS[:19])
@@ -162,7 +162,7 @@ def test_windows_reach_across_prefill_chunks(window: int, tmp_path: Path) -> Non
     theirs = make(tmp_path / "base", MistralConfig, {"sliding_window": window})
     manifest = export_base(tmp_path / "base", tmp_path / "bundle")
     tokens = random_tokens(2 * PREFILL_CHUNK - 100)
-    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
     ours = model.read(model.new_cache(), tokens, keep=100)
     assert np.abs(ours - torch_logits(theirs, tokens)[-100:]).max() <= TOLERANCE
 
@@ -172,7 +172,7 @@ def test_int4_export_runs(config_class: Any, settings: dict[str, Any], tmp_path:
     theirs = make(tmp_path / "base", config_class, settings)
     manifest = export_base(tmp_path / "base", tmp_path / "bundle", bits=4, block_size=16)
     expected = torch_logits(theirs, TOKENS)
-    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
     whole = model.read(model.new_cache(), TOKENS, keep=len(TOKENS)).copy()
     assert np.corrcoef(whole.ravel(), expected.ravel())[0, 1] > 0.7
     assert np.abs(stepwise(model, TOKENS) - whole).max() <= 0.05 * whole.std()

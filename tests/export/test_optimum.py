@@ -104,7 +104,7 @@ def make_base(folder: Path, kind: Any, settings: dict[str, Any]) -> Any:
 def read_stepwise(bundle: Path, tokens: list[int], prefix: int) -> Floats:
     """Logits (T - prefix + 1, V), all but a prefix read token by token through the growing cache."""
     opened = Bundle.open(bundle)
-    model = Model(bundle / "base.cpu.onnx", opened.manifest.model, threads=1)
+    model = Model.open(bundle / "base.cpu.onnx", opened.manifest.model, threads=1)
     cache = model.new_cache()
     rows = [model.read(cache, tokens[:prefix])[0].copy()]
     rows += [model.read(cache, [token])[0].copy() for token in tokens[prefix:]]

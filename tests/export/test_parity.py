@@ -77,7 +77,7 @@ def test_float32_export_gives_transformers_logits(shape: dict[str, Any], tmp_pat
     assert expected.std() > 0.1, "logits that hardly differ would make any comparison pass"
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
         assert np.abs(runtime.logits(tokens) - expected).max() <= TOLERANCE
-    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
     assert np.abs(stepwise(model, tokens) - expected[2:]).max() <= TOLERANCE
 
 
@@ -101,7 +101,7 @@ def test_prompt_longer_than_a_prefill_chunk(long_model: tuple[Any, Path, Manifes
     expected = torch_logits(theirs, tokens)
     with Runtime(bundle) as runtime:
         assert np.abs(runtime.logits(tokens) - expected).max() <= TOLERANCE
-    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=None)
+    model = Model.open(bundle / "base.cpu.onnx", manifest.model, threads=None)
     cache = model.new_cache()
     assert np.abs(model.read(cache, tokens)[0] - expected[-1]).max() <= TOLERANCE
     assert cache.tokens == tokens
@@ -110,7 +110,7 @@ def test_prompt_longer_than_a_prefill_chunk(long_model: tuple[Any, Path, Manifes
 def test_cache_growth_keeps_what_was_read(long_model: tuple[Any, Path, Manifest]) -> None:
     theirs, bundle, manifest = long_model
     tokens = random_tokens(540, seed=3)
-    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(bundle / "base.cpu.onnx", manifest.model, threads=1)
     cache = model.new_cache()
     model.read(cache, tokens[:250])
     capacities, rows = {cache.capacity}, []
@@ -123,7 +123,7 @@ def test_cache_growth_keeps_what_was_read(long_model: tuple[Any, Path, Manifest]
 
 def test_two_caches_on_one_model_do_not_mix(long_model: tuple[Any, Path, Manifest]) -> None:
     theirs, bundle, manifest = long_model
-    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(bundle / "base.cpu.onnx", manifest.model, threads=1)
     texts = [random_tokens(30, seed=seed) for seed in (5, 6)]
     caches = [model.new_cache(), model.new_cache()]
     rows: list[list[Any]] = [[], []]
@@ -136,7 +136,7 @@ def test_two_caches_on_one_model_do_not_mix(long_model: tuple[Any, Path, Manifes
 
 def test_rewound_cache_reads_like_a_fresh_one(long_model: tuple[Any, Path, Manifest]) -> None:
     theirs, bundle, manifest = long_model
-    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(bundle / "base.cpu.onnx", manifest.model, threads=1)
     cache = model.new_cache()
     first, second = random_tokens(60, seed=7), random_tokens(60, seed=8)
     model.read(cache, first)
@@ -149,7 +149,7 @@ def test_rewound_cache_reads_like_a_fresh_one(long_model: tuple[Any, Path, Manif
 def test_logits_to_keep_is_the_tail_of_the_full_logits(long_model: tuple[Any, Path, Manifest], keep: int) -> None:
     theirs, bundle, manifest = long_model
     tokens = random_tokens(33)
-    model = Model(bundle / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(bundle / "base.cpu.onnx", manifest.model, threads=1)
     kept = model.read(model.new_cache(), tokens, keep=keep)
     assert kept.shape == (keep, 300)
     assert np.abs(kept - torch_logits(theirs, tokens)[-keep:]).max() <= TOLERANCE
@@ -280,7 +280,7 @@ def test_int4_prefill_and_decode_agree(bundle4: Path) -> None:
 
     manifest = Bundle.open(bundle4).manifest
     tokens = random_tokens(40)
-    model = Model(bundle4 / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(bundle4 / "base.cpu.onnx", manifest.model, threads=1)
     whole = model.read(model.new_cache(), tokens, keep=len(tokens)).copy()
     apart = stepwise(model, tokens) - whole[2:]
     # One row and many rows have kernels of their own, which round activations alike on some CPUs and not on others: with AVX2

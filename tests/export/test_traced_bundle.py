@@ -204,7 +204,7 @@ def test_positions_go_on_where_the_cache_ends(chunk: int, tmp_path: Path) -> Non
     traced = make_traced(tmp_path / "base", next(iter(HEADS)))
     manifest = build(traced, tmp_path / "bundle", [Variant("base")])
     tokens = random_tokens(20)
-    model = Model(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
+    model = Model.open(tmp_path / "bundle" / "base.cpu.onnx", manifest.model, threads=1)
     cache = model.new_cache()
     parts = [tokens[start : start + chunk] for start in range(0, 20, chunk)]
     found = np.concatenate([model.read(cache, part, keep=len(part)).copy() for part in parts])

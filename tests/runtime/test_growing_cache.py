@@ -140,7 +140,7 @@ def reference(weights: dict[str, Floats], tokens: list[int]) -> Floats:
 
 
 def open_model(bundle: Path) -> Model:
-    return Model(bundle / "base.cpu.onnx", ENTRY, threads=1)
+    return Model.open(bundle / "base.cpu.onnx", ENTRY, threads=1)
 
 
 def test_prefill_in_chunks(bundle: Path, weights: dict[str, Floats]) -> None:
@@ -222,4 +222,4 @@ def test_second_prompt_reuses_the_first_ones_prefix(bundle: Path, weights: dict[
 def test_other_sizes_than_the_manifests_are_refused(bundle: Path) -> None:
     wrong = ModelEntry("hand-made", HEADS * SIZE, 1, SIZE, HEADS, VOCABULARY, CONTEXT, (1,), "growing")
     with pytest.raises(IntegrityError, match=r"past_key_values\.0\.key has sizes \[1, 2, 4\], not \[1, 4, 2\]"):
-        Model(bundle / "base.cpu.onnx", wrong, threads=1)
+        Model.open(bundle / "base.cpu.onnx", wrong, threads=1)

@@ -60,18 +60,18 @@ def test_a_provider_that_this_machine_lacks_is_named(tmp_path: Path) -> None:
     absent = next(name for name in ort.get_all_providers() if name not in ort.get_available_providers())
     provider = type(CPU)("other", "cpu", absent, "cpu")
     with pytest.warns(UserWarning, match=absent), pytest.raises(UsageError, match="provider 'other' does not start here"):
-        Model(graph, ENTRY, threads=1, provider=provider)
+        Model.open(graph, ENTRY, threads=1, provider=provider)
 
 
 @pytest.mark.parametrize("kind", ["float", "float16"])
 def test_the_caches_type_is_the_graphs(kind: str, tmp_path: Path) -> None:
-    model = Model(write_graph(tmp_path, kind), ENTRY, threads=1)
+    model = Model.open(write_graph(tmp_path, kind), ENTRY, threads=1)
     assert str(model.float_type) == {"float": "float32", "float16": "float16"}[kind]
 
 
 def test_a_cache_of_another_type_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"KV cache of tensor\(double\); it should be float32 or float16"):
-        Model(write_graph(tmp_path, "double"), ENTRY, threads=1)
+        Model.open(write_graph(tmp_path, "double"), ENTRY, threads=1)
 
 
 ENTRY = ModelEntry("hand-made", 8, 1, 2, 4, 300, 64)

@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 
 
 class FakeModel:
-    """Stands for a loaded graph: residency only ever holds on to it and asks whether it is mapped."""
-
-    def __init__(self, mapped: bool = False) -> None:
-        self.mapped = mapped
+    """Stands for a loaded graph: residency only ever holds on to it."""
 
 
-def make_residency(sizes: dict[str, dict[str, int]], budget: int | None) -> tuple[Residency, list[str]]:
+def make_residency(
+    sizes: dict[str, dict[str, int]], budget: int | None, stages: dict[str, dict[str, int]] | None = None
+) -> tuple[Residency, list[str]]:
+    """Residency over graphs of such blobs, each one stage unless stages are given; and what it loads."""
     loaded: list[str] = []
 
     def load(graph: str) -> FakeModel:
         loaded.append(graph)
         return FakeModel()
 
-    return Residency(load, sizes, budget), loaded  # type: ignore[arg-type]
+    whole = {graph: {graph: sum(blobs.values())} for graph, blobs in sizes.items()}
+    return Residency(load, sizes, stages or whole, budget), loaded  # type: ignore[arg-type]
 
 
 def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
@@ -61,6 +62,17 @@ def test_a_model_in_use_counts_until_it_is_let_go() -> None:
     assert residency.measure(0, 0).graphs == ("c", "a")
 
 
+def test_stages_count_once_and_stay_with_whoever_shares_them() -> None:
+    stages = {"a": {"a1": 10, "both": 100}, "b": {"b1": 20, "both": 100}, "c": {"c1": 40}}
+    residency, loaded = make_residency({name: {} for name in stages}, 163, stages)
+    residency.get("a")
+    residency.get("b")
+    assert residency.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
+    residency.get("c")
+    assert residency.measure(0, 0).graphs == ("c",), "b had to go as well: without a it still needs what they shared"
+    assert loaded == ["a", "b", "c"]
+
+
 def test_pinned_ones_stay_whatever_comes() -> None:
     residency, loaded = make_residency({name: {name: 100} for name in "abc"}, 130)
     residency.pin("a")
@@ -83,7 +95,7 @@ def test_one_loads_and_the_others_wait() -> None:
         go.wait(10)
         return FakeModel()
 
-    residency = Residency(load, {"a": {"x": 1}}, None)  # type: ignore[arg-type]
+    residency = Residency(load, {"a": {"x": 1}}, {"a": {"a": 1}}, None)  # type: ignore[arg-type]
     found: list[tuple[object, bool]] = []
     threads = [threading.Thread(target=lambda: found.append(residency.get("a"))) for _ in range(5)]
     threads[0].start()
@@ -107,7 +119,7 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
             raise UsageError("no")
         return FakeModel()
 
-    residency = Residency(load, {"a": {}}, None)  # type: ignore[arg-type]
+    residency = Residency(load, {"a": {}}, {"a": {}}, None)  # type: ignore[arg-type]
     with pytest.raises(UsageError):
         residency.get("a")
     assert residency.measure(0, 0).graphs == ()

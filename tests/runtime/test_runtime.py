@@ -439,7 +439,7 @@ def test_threads_of_large_models_alone_sleep_between_steps(
         opened.append(options)
         return providers.open_session(graph, options, provider)
 
-    monkeypatch.setattr("edgelora_runtime.model.open_session", watch)
+    monkeypatch.setattr("edgelora_runtime.stage.open_session", watch)
     if large:
         monkeypatch.setattr("edgelora_runtime.runtime._SPIN_BELOW", 0)
     with Runtime(bundle32, threads=2) as other:
