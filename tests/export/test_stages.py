@@ -41,7 +41,7 @@ class Noise:
         return {self.module}
 
     def dense(self, module: str, weight: Floats) -> Floats:
-        return np.random.default_rng(0).standard_normal(weight.shape).astype(np.float32) / 10
+        return np.random.default_rng(0).standard_normal(weight.shape, np.float32) * np.float32(0.1)
 
 
 @pytest.fixture(scope="module")
