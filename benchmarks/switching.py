@@ -3,9 +3,10 @@
     python -m benchmarks.switching --shape llama-3.2-1b --peers-python peers/bin/python    # peers: see decode.py
 
 Random weights, a base and merged variants that differ in their attention, eight live adapters on every linear layer. Cold: the
-variant was let go of, its files are in the system's cache; what peers need for the same is loading their model again, in a
-process that has loaded it before. All of them take turns, a round each. A cached context is one that the variant read before
-others ran. Memory is anonymous memory of the process, as onnxruntime leaves it after one token.
+variant was let go of, its files are in the system's cache, and no variant is loaded, or another one is; what peers need for
+either is loading their model again, in a process that has loaded it before. All of them take turns, a round each. A cached
+context is one that the variant read before others ran. Memory is anonymous memory of the process, as onnxruntime leaves it after
+one token.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ CONTEXT, STEPS = 500, 16  # tokens of the cached context, and single-token passe
 class Figures:
     """Milliseconds, a value per round and variant. cold: by who loads: plain (edgelora), packed (with a packed cache), the peers.
 
-    steps: the first token behind a cached context, over a decode step there.
+    beside: the same while another merged variant is loaded. steps: the first token behind a cached context, over a decode step
+    there.
     """
 
     warm: list[float] = field(default_factory=list)
     live: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     cold: dict[str, list[float]] = field(default_factory=dict)
+    beside: dict[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -173,9 +176,10 @@ def measure(bundle: Path, packed: PackedCache, shape: Shape, threads: int, worke
             for name, runtime in (("plain", plain), ("packed", mapped)):
                 runtime.close()
                 read_once(bundle)
-                cold = runtime.switch(MERGED[1 + turn % 3])
-                assert cold.cold
-                found.cold.setdefault(name, []).append(cold.milliseconds)
+                for seconds, place in ((found.cold, turn), (found.beside, turn + 1)):
+                    cold = runtime.switch(MERGED[1 + place % 3])
+                    assert cold.cold
+                    seconds.setdefault(name, []).append(cold.milliseconds)
             plain.close()
             for name, worker in workers.items():
                 found.cold.setdefault(name, []).append(1e3 * worker.ask(verb="reload")["seconds"])
@@ -200,9 +204,11 @@ def show(figures: Figures, memory: Memory, shape: Shape) -> None:
     rows = [["warm switch", _spread(figures.warm, "ms")], ["live switch", _spread(figures.live, "ms")]]
     rows += [["first token behind a cached context", _spread(figures.steps, "decode steps")]]
     rows += [[f"cold: {name}", _spread(values, "ms")] for name, values in figures.cold.items()]
-    for name in figures.cold.keys() - {"plain", "packed"}:
-        ratios = [ours / peer for ours, peer in zip(figures.cold["packed"], figures.cold[name], strict=True)]
-        rows.append([f"cold: packed over {name}", _spread(ratios, "")])
+    rows += [[f"cold, another is loaded: {name}", _spread(values, "ms")] for name, values in figures.beside.items()]
+    for name in figures.cold.keys() - figures.beside.keys():
+        for title, found in (("cold", figures.cold), ("cold, another is loaded", figures.beside)):
+            ratios = [ours / peer for ours, peer in zip(found["plain"], figures.cold[name], strict=True)]
+            rows.append([f"{title}: plain over {name}", _spread(ratios, "")])
     rows += [["a further merged variant over its weights, plain", f"{memory.plain:.1%}"]]
     rows += [["the same, packed", f"{memory.packed:.1%}"]]
     rows += [["eight live variants over one, plain and packed", f"{memory.live:.2f}, {memory.live_packed:.2f}"]]

@@ -1,15 +1,16 @@
-"""Cuts the graphs of a bundle into stages, so that variants share the sessions of those whose weights are the same.
+"""Cuts the graphs of a bundle into stages: variants share those whose weights are the same, and a reader opens them side by side.
 
 A stage is a graph of its own, and a graph's stages, run one after the other, compute what it computes. What may be cut apart are
-blocks: the embedding with the first attention, each MLP, each attention, the head. A graph is cut only where the set of graphs
-changes that it shares a block with: variants that differ in their attention come apart at every block, those that differ
-everywhere at the head alone.
+blocks: the embedding with the first attention, each MLP, each attention, the head. A graph is cut where the set of graphs changes
+that it shares a block with, so variants that differ in their attention come apart at every block, those that differ everywhere
+at the head; and a stage ends where it is large, since onnxruntime packs the weights of a session on one thread.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -21,25 +22,36 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CUT = "cut"  # begins the names of values that cross a cut: cut.{index}.sum, cut.{index}.update
-LEAST_BYTES = 16 << 20  # of weights, per stage: calling one costs as long as reading some 0.5 MB (docs/log.md)
+LEAST_BYTES = 16 << 20  # of weights per stage, on average: calling one costs as long as reading some 0.5 MB (docs/log.md)
+FULL_BYTES = 64 << 20  # of weights, from which on a stage ends
 
 
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
-    """The stages of each graph, in the order in which they run; none for a graph that shares nothing or is too small.
+    """The stages of each graph, in the order in which they run; none for a graph that is too small.
 
     models: graphs of one decoder, as build_graph makes them, with their blobs in folder.
     """
-    blocks = {name: [pack_graph(block) for block in _cut(model, range(_count_cuts(model)))] for name, model in models.items()}
+    blocks = {name: _cut(model, range(_count_cuts(model))) for name, model in models.items()}
+    packed = {name: [pack_graph(block) for block in parts] for name, parts in blocks.items()}
     stages = {}
     for name, model in models.items():
-        partners = [
-            frozenset(other for other in models if blocks[other][index] == block) for index, block in enumerate(blocks[name])
-        ]
-        cuts = [index for index in range(len(partners) - 1) if partners[index] != partners[index + 1]]
-        size = sum((folder / blob).stat().st_size for blob in mapped_blobs(model))
-        pays = any(len(sharing) > 1 for sharing in partners) and size >= LEAST_BYTES * (len(cuts) + 1)
-        stages[name] = _cut(model, cuts) if cuts and pays else []
+        partners = [{other for other in models if packed[other][index] == block} for index, block in enumerate(packed[name])]
+        sizes = _measure(blocks[name], folder)
+        cuts, size = [], 0
+        for index in range(len(sizes) - 1):
+            size += sizes[index]
+            if partners[index] != partners[index + 1] or size >= FULL_BYTES:
+                cuts.append(index)
+                size = 0
+        stages[name] = _cut(model, cuts) if cuts and sum(sizes) >= LEAST_BYTES * (len(cuts) + 1) else []
     return stages
+
+
+def _measure(blocks: Sequence[ir.Model], folder: Path) -> list[int]:
+    """Bytes of each block's weights, without what others map as well, which are norms and tables."""
+    mapped = [mapped_blobs(block) for block in blocks]
+    counts = Counter(blob for blobs in mapped for blob in blobs)
+    return [sum((folder / blob).stat().st_size for blob in blobs if counts[blob] == 1) for blobs in mapped]
 
 
 def _count_cuts(model: ir.Model) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from edgelora_runtime.generation import Generation, Receipt, Request, TextStream
 from edgelora_runtime.grammar import Grammars
 from edgelora_runtime.interruption import Interruption
 from edgelora_runtime.live import LiveMixes
-from edgelora_runtime.memory import find_free_memory, parse_bytes
+from edgelora_runtime.memory import find_free_memory, parse_bytes, reuse_freed_memory
 from edgelora_runtime.model import PREFILL_CHUNK, Model, new_cache
 from edgelora_runtime.prompt_cache import PromptCache
 from edgelora_runtime.prompt_file import read_prompts, write_prompts
@@ -107,8 +108,8 @@ class Runtime:
         self._entries = {stage.file: stage for stages in chains.values() for stage in stages}
         self._stages = Stages(self._open_stage)
         self._packed_cache = packed_cache if on_cpu else None
-        sizes = {graph: _count_packed(self._manifest, stages) for graph, stages in chains.items()}
-        self._residency = Residency(self._load_model, self._blobs, sizes, budgets[0], self._is_mapped)
+        self._sizes = {graph: _count_packed(self._manifest, stages) for graph, stages in chains.items()}
+        self._residency = Residency(self._load_model, self._blobs, self._sizes, budgets[0], self._is_mapped)
         self._prompts = PromptCache(budgets[1])
         self._live = LiveMixes(self._bundle, self._find_live_budget(), self._packed_cache)
         self._router: Router | None = None
@@ -415,15 +416,15 @@ class Runtime:
         return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))
 
     def _load_model(self, graph: str) -> Model:
-        stages = [self._stages.get(file) for file in self._chains[graph]]
-        opened = {
-            blob
-            for file, (_, is_new) in zip(self._chains[graph], stages, strict=True)
-            if is_new
-            for blob in self._entries[file].blobs
-        }
+        """Opens the stages that are not open yet, side by side, the largest first."""
+        sizes = self._sizes[graph]
+        keep_freed = contextlib.nullcontext() if self._packed_cache is None else reuse_freed_memory()
+        with ThreadPoolExecutor(self._threads or os.cpu_count(), "edgelora-load") as pool, keep_freed:
+            opening = {file: pool.submit(self._stages.get, file) for file in sorted(sizes, key=lambda file: -sizes[file])}
+            found = {file: future.result() for file, future in opening.items()}
+        opened = {blob for file, (_, is_new) in found.items() if is_new for blob in self._entries[file].blobs}
         return Model(
-            [stage for stage, _ in stages],
+            [found[file][0] for file in self._chains[graph]],
             self._manifest.model,
             name=graph,
             provider=self._provider,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import threading
 import weakref
 from concurrent.futures import Future
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
-from edgelora_runtime.memory import reuse_freed_memory
 from edgelora_runtime.providers import CPU, open_session
 
 if TYPE_CHECKING:
@@ -47,8 +45,7 @@ def open_stage(graph: Path, *, threads: int | None, provider: Provider = CPU, sp
     if mapped:
         # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with reuse_freed_memory() if mapped else nullcontext():
-        return Stage(open_session(graph, options, provider), mapped=mapped)
+    return Stage(open_session(graph, options, provider), mapped=mapped)
 
 
 class Stages:
