@@ -142,6 +142,10 @@ def test_a_variant_opens_what_no_other_has_open(staged: Path) -> None:
     with Runtime(staged, threads=1, memory_budget=1) as runtime:
         runtime.switch("base")
         assert runtime.switch("attention").bytes_mapped > receipt.bytes_mapped, "base left, and nobody held its stages"
+    with Runtime(staged, threads=1, whole_graphs=True) as runtime:
+        runtime.switch("base")
+        graph = manifest.variants["attention"].graphs["cpu"]
+        assert runtime.switch("attention").bytes_mapped == sum(manifest.blob_bytes(graph).values())
 
 
 def test_stages_of_a_variant_in_use_stay_open(staged: Path) -> None:
