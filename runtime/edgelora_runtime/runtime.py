@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -16,13 +13,13 @@ import numpy as np
 
 from edgelora_runtime.bundle import Bundle
 from edgelora_runtime.choice import Choice, choose_mix, choose_variant
-from edgelora_runtime.errors import InputError, IntegrityError, UsageError
-from edgelora_runtime.fair_lock import FairLock
+from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
 from edgelora_runtime.grammar import Grammars
 from edgelora_runtime.interruption import Interruption
 from edgelora_runtime.live import LiveMixes
-from edgelora_runtime.memory import find_free_memory, parse_bytes, reuse_freed_memory
+from edgelora_runtime.loader import Loader
+from edgelora_runtime.memory import find_free_memory, parse_bytes
 from edgelora_runtime.model import PREFILL_CHUNK, Model, new_cache
 from edgelora_runtime.prompt_cache import PromptCache
 from edgelora_runtime.prompt_file import read_prompts, write_prompts
@@ -30,7 +27,6 @@ from edgelora_runtime.providers import find_provider
 from edgelora_runtime.residency import Residency, Usage
 from edgelora_runtime.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
 from edgelora_runtime.sampling import Sampling
-from edgelora_runtime.stage import Stage, Stages, open_stage
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
 
@@ -43,7 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.live import LoraInputs
-    from edgelora_runtime.manifest import Manifest, StageEntry, VariantEntry
+    from edgelora_runtime.manifest import VariantEntry
     from edgelora_runtime.options import GenerateOptions
     from edgelora_runtime.packed_cache import PackedCache
     from edgelora_runtime.tokenizer import Message
@@ -53,7 +49,6 @@ if TYPE_CHECKING:
 
 OVERFLOWS = ("error", "slide")
 _LIVE_SHARE, _LEAST_LIVE = 0.15, 32 << 20  # of a live graph's blobs, and in bytes
-_SPIN_BELOW = 32 << 20  # bytes of weights; what reads more takes much longer than waking a thread (docs/log.md)
 _MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
 
@@ -89,7 +84,6 @@ class Runtime:
         if threads is not None and threads < 1:
             raise UsageError(f"threads = {threads}: use 1 or more, or None for all physical cores")
         budgets = _find_budgets(memory_budget, cache_budget)
-        self._threads = threads
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._manifest = self._bundle.manifest
         has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
@@ -102,19 +96,20 @@ class Runtime:
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
         self._tokenizer = Tokenizer(self._bundle)
         self._grammars = Grammars(self._tokenizer, self._manifest.model)
-        self._turns = FairLock()
-        graphs = [entry.graphs[self._target] for entry in self._manifest.variants.values()]
-        self._blobs = {graph.file: self._manifest.blob_bytes(graph) for graph in graphs}
-        on_cpu = self._provider.name == "cpu"  # elsewhere what crosses from stage to stage would go through main memory
-        chains = {graph.file: (graph.stages if on_cpu and not whole_graphs else ()) or (graph,) for graph in graphs}
-        self._chains = {graph: [stage.file for stage in stages] for graph, stages in chains.items()}
-        self._entries = {stage.file: stage for stages in chains.values() for stage in stages}
-        self._stages = Stages(self._open_stage)
-        self._packed_cache = packed_cache if on_cpu else None
-        self._sizes = {graph: _count_packed(self._manifest, stages) for graph, stages in chains.items()}
-        self._residency = Residency(self._load_model, self._blobs, self._sizes, budgets[0], self._is_mapped)
+        graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
+        on_cpu = self._provider.name == "cpu"  # elsewhere what goes from stage to stage would go through main memory
+        cache = packed_cache if on_cpu else None
+        self._loader = Loader(
+            self._bundle,
+            graphs.values(),
+            self._provider,
+            threads=threads,
+            packed_cache=cache,
+            whole=whole_graphs or not on_cpu,
+        )
+        self._residency = Residency(self._loader.load, self._loader.blobs, self._loader.sizes, budgets[0], self._loader.is_mapped)
         self._prompts = PromptCache(budgets[1])
-        self._live = LiveMixes(self._bundle, self._find_live_budget(), self._packed_cache)
+        self._live = LiveMixes(self._bundle, self._find_live_budget(), cache)
         self._router: Router | None = None
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
 
@@ -418,57 +413,10 @@ class Runtime:
         milliseconds = (time.perf_counter() - started) * 1e3
         return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))
 
-    def _load_model(self, graph: str) -> Model:
-        """Opens the stages that are not open yet, side by side, the largest first."""
-        sizes = self._sizes[graph]
-        keep_freed = contextlib.nullcontext() if self._packed_cache is None else reuse_freed_memory()
-        with ThreadPoolExecutor(self._threads or os.cpu_count(), "edgelora-load") as pool, keep_freed:
-            opening = {file: pool.submit(self._stages.get, file) for file in sorted(sizes, key=lambda file: -sizes[file])}
-            found = {file: future.result() for file, future in opening.items()}
-        opened = {blob for file, (_, is_new) in found.items() if is_new for blob in self._entries[file].blobs}
-        return Model(
-            [found[file][0] for file in self._chains[graph]],
-            self._manifest.model,
-            name=graph,
-            provider=self._provider,
-            turns=self._turns,
-            opened=sum(self._blobs[graph][blob] for blob in opened),
-        )
-
-    def _open_stage(self, file: str) -> Stage:
-        self._bundle.read(file)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
-        entry, packed = self._entries[file], None
-        if self._packed_cache is not None:
-            packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
-        spin = max(sum(self._blobs[graph].values()) for graph, files in self._chains.items() if file in files) < _SPIN_BELOW
-        if packed is not None:
-            with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return open_stage(packed, threads=self._threads, provider=self._provider, spin=spin, mapped=True)
-        return open_stage(self._bundle.path(file), threads=self._threads, provider=self._provider, spin=spin)
-
-    def _is_mapped(self, file: str) -> bool:
-        """Whether a stage's packed weights are mapped, or would be once it is open."""
-        stage = self._stages.find(file)
-        if stage is not None:
-            return stage.mapped
-        return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._entries[file]) is not None
-
     def _find_live_budget(self) -> int:
         """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""
         graph = self._manifest.live_graph(self._target)
-        return _LEAST_LIVE if graph is None else max(_LEAST_LIVE, int(_LIVE_SHARE * sum(self._blobs[graph.file].values())))
-
-
-def _count_packed(manifest: Manifest, stages: Sequence[StageEntry]) -> dict[str, int]:
-    """Bytes of weights that each stage packs, at the most.
-
-    What several stages map, norms and rotary tables, is packed by none; but a tied embedding is, for the head, which comes last.
-    """
-    mapped = Counter(blob for stage in stages for blob in stage.blobs)
-    return {
-        stage.file: sum(manifest.files[blob].size for blob in stage.blobs if mapped[blob] == 1 or stage is stages[-1])
-        for stage in stages
-    }
+        return _LEAST_LIVE if graph is None else max(_LEAST_LIVE, int(_LIVE_SHARE * sum(self._loader.blobs[graph.file].values())))
 
 
 def _find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[int | None, int | None]:

@@ -84,7 +84,7 @@ def test_nothing_of_a_judged_variant_is_left_when_the_next_one_is_judged(
         return model
 
     monkeypatch.setattr(gate, "run_teacher", watched_teacher)
-    monkeypatch.setattr("edgelora_runtime.runtime.Model", watched_model)
+    monkeypatch.setattr("edgelora_runtime.loader.Model", watched_model)
     monkeypatch.setattr(gate, "return_freed_memory", lambda: steps.append("returned"))
     judge_variants(tiny_base, tmp_path, count=2)
     assert steps == ["teacher", "returned", "session"] * 3
@@ -101,7 +101,7 @@ def test_a_comparison_holds_float32_logits_of_one_batch(tmp_path: Path, monkeypa
         tracemalloc.reset_peak()  # reading the graph reserves room for the largest that it might be
         return model
 
-    monkeypatch.setattr("edgelora_runtime.runtime.Model", loaded)
+    monkeypatch.setattr("edgelora_runtime.loader.Model", loaded)
     peaks = watch_peak(monkeypatch, "compare")
     manifest = judge_variants(tmp_path / "base", tmp_path)
     # What the variant says and a copy of it, which a change of batch doubles, two teachers, and a part of the head.

@@ -441,7 +441,7 @@ def test_threads_of_large_models_alone_sleep_between_steps(
 
     monkeypatch.setattr("edgelora_runtime.stage.open_session", watch)
     if large:
-        monkeypatch.setattr("edgelora_runtime.runtime._SPIN_BELOW", 0)
+        monkeypatch.setattr("edgelora_runtime.loader._SPIN_BELOW", 0)
     with Runtime(bundle32, threads=2) as other:
         assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
     assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))
