@@ -18,6 +18,7 @@ class Binding:
         self._session = session
         self._binding = session.io_binding()
         self.holds: object = None  # set by a cache to tell whether it is its own buffers that are bound
+        self.writes: object = None  # the same for its logits
 
     def input(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
         """Binds an array, or the start of it seen in another shape."""

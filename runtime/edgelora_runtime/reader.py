@@ -1,0 +1,102 @@
+"""Reads a text into a KV cache and hands out the logits of its positions, some of them from guesses that came true."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.step_costs import MOST_GUESSES, choose_length
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.drafting import Drafter, Guess, HitRates
+    from edgelora_runtime.live import LoraInputs
+    from edgelora_runtime.model import Model
+
+    Floats = NDArray[np.float32]
+
+
+class Reader:
+    """One request's way to its model."""
+
+    drafted = accepted = 0  # guesses that were read, and those of them that came true
+
+    def __init__(self, model: Model, cache: KVCache, live: LoraInputs | None) -> None:
+        self.cache = cache
+        self._model = model
+        self._live = live
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for that many positions at once, so that no step has to."""
+        self._model.reserve(self.cache, positions)
+
+    def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for guesses)
+        """Appends tokens to the cache; returns the logits (V,) behind them, which the next call overwrites.
+
+        room: for how many further tokens there is use. check: called before each step, may raise to end here.
+        """
+        logits: Floats = self._model.read(self.cache, tokens, live=self._live, check=check)[0]
+        return logits
+
+
+class SpeculatingReader(Reader):
+    """Appends guesses to what it reads, so that one step gives the logits of several positions.
+
+    What is drawn is drawn from the logits of its own position, one after another, as without guesses: a guess only decides
+    whether these are there already. So it is right with the probability that the model gives it, and where it is wrong the
+    draw was one of all other tokens: what speculative sampling (arXiv 2211.17192, section 2.3) comes to for certain guesses,
+    with the same use of random numbers as without. The cache's tokens are only ever what was drawn; keys and values of
+    wrong guesses lie behind them, until they are overwritten.
+
+    least_rows: of a step. Where the machine's kernel for one row gives other last bits than the one for many, 2 keeps to the
+    latter: a step without a guess reads the token before once more. Then guesses change no bit.
+    """
+
+    def __init__(
+        self, model: Model, cache: KVCache, live: LoraInputs | None, drafter: Drafter, rates: HitRates, *, least_rows: int
+    ) -> None:
+        super().__init__(model, cache, live)
+        self._drafter = drafter
+        self._rates = rates
+        self._least_rows = least_rows
+        self._guesses: list[Guess] = []  # from the position behind the last step's tokens on; the first ones were read with them
+        self._logits: Sequence[Floats] = ()  # behind those tokens, and behind each guess that was read
+        self._at = 0  # the row of these that was handed out last
+        self._is_prompt = True
+
+    def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:
+        if not self._is_prompt:
+            self._drafter.append(tokens[-1])
+        if self._at < len(self._guesses):
+            guess = self._guesses[self._at]
+            self._rates.learn(guess, tokens[-1])
+            self._at += 1
+            if guess.token == tokens[-1] and self._at < len(self._logits):
+                self.accepted += 1
+                self.cache.extend(tokens)
+                return self._logits[self._at]
+        self._guesses, self._at = ([] if self._is_prompt else self._drafter.guess(min(room, MOST_GUESSES))), 0
+        self._is_prompt = False
+        draft = [guess.token for guess in self._guesses[: self._choose_length()]]
+        self._logits = self._step(tokens, draft, check)
+        self.drafted += len(draft)
+        return self._logits[0]
+
+    def _choose_length(self) -> int:
+        costs, most = self._model.costs, len(self._guesses)
+        chosen = choose_length([guess.chance for guess in self._guesses], costs.estimate(most, self._least_rows))
+        return costs.probe(chosen, most)
+
+    def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
+        """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""
+        rows = [*tokens, *draft]
+        if len(rows) < self._least_rows and self.cache.tokens:
+            rows.insert(0, self.cache.tokens[-1])
+            self.cache.rewind(len(self.cache.tokens) - 1)
+        logits = self._model.read(self.cache, rows, live=self._live, keep=len(draft) + 1, check=check)
+        self.cache.rewind(len(self.cache.tokens) - len(draft))
+        return list(logits)
