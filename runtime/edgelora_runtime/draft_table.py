@@ -13,6 +13,7 @@ from edgelora_runtime.errors import IntegrityError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+DRAFT_TABLE = ".drafts.safetensors"  # how its file's name ends, behind the file's SHA-256
 LONGEST_CONTEXT = 4  # tokens
 MOST_ENTRIES = 1 << 14
 TABLE_LIMIT = 1 << 20  # bytes of a table's file

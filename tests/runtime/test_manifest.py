@@ -145,7 +145,7 @@ def test_parse_inverts_dump(manifest: Manifest) -> None:
 def test_dump_is_stable_and_ends_in_a_newline() -> None:
     assert example().dump() == parse_manifest(example().dump()).dump()
     assert example().dump().endswith(b"}\n")
-    assert json.loads(example().dump())["version"] == "1.4"
+    assert json.loads(example().dump())["version"] == "1.5"
 
 
 def changed(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
