@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 _TEXT_CHANCES = (0.15, 0.4, 0.6)  # of a guess after 1, 2 and 3 tokens that stood in the text before, until it is known better
 _SHARES = 8  # classes of a table's guesses, by their share in the training data
 _NEWEST = 1 / 32  # weight of the newest guess in a class's running share
-_LEAST_CHANCE = 0.05  # that all guesses up to one are right; further ones are not looked up
 
 
 class Guess(NamedTuple):
@@ -67,8 +66,11 @@ class Drafter:
                 following[tuple(self._text[-length:])] = token
         self._text.append(token)
 
-    def guess(self, most: int) -> list[Guess]:
-        """The likeliest continuation, at most so many tokens; each guess is made as if those before it were right."""
+    def guess(self, most: int, least_chance: float = 0.0) -> list[Guess]:
+        """The likeliest continuation, at most so many tokens; each guess is made as if those before it were right.
+
+        least_chance: that all guesses up to one are right; no further ones are looked up, but always the first.
+        """
         guesses: list[Guess] = []
         tail = tuple(self._text[-LONGEST_CONTEXT:])
         reached = 1.0
@@ -77,7 +79,7 @@ class Drafter:
             if found is None or found.token in self._end_tokens:
                 break
             reached *= found.chance
-            if guesses and reached < _LEAST_CHANCE:
+            if guesses and reached < least_chance:
                 break
             guesses.append(found)
             tail = (*tail[-LONGEST_CONTEXT + 1 :], found.token)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.step_costs import MOST_GUESSES, choose_length
+from edgelora_runtime.step_costs import MOST_GUESSES, choose_length, find_least_chance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,17 +79,19 @@ class SpeculatingReader(Reader):
                 self.accepted += 1
                 self.cache.extend(tokens)
                 return self._logits[self._at]
-        self._guesses, self._at = ([] if self._is_prompt else self._drafter.guess(min(room, MOST_GUESSES))), 0
-        self._is_prompt = False
-        draft = [guess.token for guess in self._guesses[: self._choose_length()]]
+        draft = [] if self._is_prompt else self._draft(min(room, MOST_GUESSES))
         self._logits = self._step(tokens, draft, check)
+        self._at, self._is_prompt = 0, False
         self.drafted += len(draft)
         return self._logits[0]
 
-    def _choose_length(self) -> int:
-        costs, most = self._model.costs, len(self._guesses)
-        chosen = choose_length([guess.chance for guess in self._guesses], costs.estimate(most, self._least_rows))
-        return costs.probe(chosen, most)
+    def _draft(self, most: int) -> list[int]:
+        """As many guesses as pay, and now and then one more or fewer; whatever else was guessed is kept to learn from."""
+        costs = self._model.costs
+        seconds = costs.estimate(most, self._least_rows)
+        self._guesses = self._drafter.guess(most, find_least_chance(seconds))
+        chosen = choose_length([guess.chance for guess in self._guesses], seconds)
+        return [guess.token for guess in self._guesses[: costs.probe(chosen, len(self._guesses))]]
 
     def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
         """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""

@@ -40,6 +40,11 @@ class StepCosts:
         return min(most, max(0, chosen + (1 if self._steps // _PROBE % 2 else -1)))
 
 
+def find_least_chance(seconds: list[float]) -> float:
+    """The chance to be right below which a guess cannot pay: what one more costs on the average, in steps without any."""
+    return (seconds[-1] / seconds[0] - 1) / (len(seconds) - 1) if len(seconds) > 1 else 0.0
+
+
 def choose_length(chances: list[float], seconds: list[float]) -> int:
     """How many guesses give the most tokens per second.
 
