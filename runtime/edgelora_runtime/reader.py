@@ -79,9 +79,9 @@ class SpeculatingReader(Reader):
                 self.accepted += 1
                 self.cache.extend(tokens)
                 return self._logits[self._at]
-        draft = [] if self._is_prompt else self._draft(min(room, MOST_GUESSES))
+        self._guesses, self._at, self._is_prompt = [], 0, False
+        draft = self._draft(min(room, MOST_GUESSES)) if len(tokens) == 1 else []  # reading more costs what was not measured
         self._logits = self._step(tokens, draft, check)
-        self._at, self._is_prompt = 0, False
         self.drafted += len(draft)
         return self._logits[0]
 
