@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 _TEXT_CHANCES = (0.15, 0.4, 0.6)  # of a guess after 1, 2 and 3 tokens that stood in the text before, until it is known better
 _SHARES = 8  # classes of a table's guesses, by their share in the training data
-_NEWEST = 1 / 32  # weight of the newest guess in a class's running share
+_NEWEST = 1 / 32  # weight of the newest in a running average
+_FIRST_COST = 0.9  # of a token, in steps of one row, until it is known better
+_TRIAL = 16  # requests
 
 
 class Guess(NamedTuple):
@@ -25,11 +27,16 @@ class Guess(NamedTuple):
     chance: float
 
 
-class HitRates:
-    """Running shares of guesses that were right: by matching tokens of the text, then by share in a table."""
+class Experience:
+    """How guesses did of late for one variant or mix: shares that were right, by class, and what a token came to cost.
+
+    Classes are how many tokens of the text matched, and then shares in a table. Threads share it without a lock.
+    """
 
     def __init__(self) -> None:
         self._rates = [*_TEXT_CHANCES, *((level + 0.5) / _SHARES for level in range(_SHARES))]
+        self._cost = _FIRST_COST
+        self._requests = 0
 
     def guess_from_text(self, token: int, matching: int) -> Guess:
         return self._rate(token, matching - 1)
@@ -41,6 +48,15 @@ class HitRates:
         """Takes into account which token it was that came."""
         self._rates[guess.kind] += ((guess.token == token) - self._rates[guess.kind]) * _NEWEST
 
+    def note_cost(self, cost: float) -> None:
+        """Takes into account what the latest token cost, in steps of one row."""
+        self._cost += (cost - self._cost) * _NEWEST
+
+    def recommend(self) -> bool:
+        """Whether the next request should speculate: if that paid of late; now and then the other, to see if it still does."""
+        self._requests += 1
+        return (self._cost < 1) != (self._requests % _TRIAL == 0)
+
     def _rate(self, token: int, kind: int) -> Guess:
         return Guess(token, kind, self._rates[kind])
 
@@ -49,11 +65,11 @@ class Drafter:
     """Guesses for one text as it grows. end_tokens: never guessed, since nothing is read behind them."""
 
     def __init__(
-        self, text: Sequence[int], tables: Sequence[DraftTable], rates: HitRates, end_tokens: Collection[int] = ()
+        self, text: Sequence[int], tables: Sequence[DraftTable], experience: Experience, end_tokens: Collection[int] = ()
     ) -> None:
         self._text = list(text)
         self._tables = tables
-        self._rates = rates
+        self._experience = experience
         self._end_tokens = end_tokens
         self._next = [  # by 1, 2, 3 tokens: the one that followed them last
             dict(zip(zip(*(text[start:] for start in range(length)), strict=False), text[length:], strict=False))
@@ -90,8 +106,8 @@ class Drafter:
         for length in range(len(self._next), 0, -1):
             token = self._next[length - 1].get(tail[-length:])
             if token is not None:
-                found.append(self._rates.guess_from_text(token, length))
+                found.append(self._experience.guess_from_text(token, length))
                 break
         entries = [entry for table in self._tables if (entry := table.find(tail)) is not None]
-        found += [self._rates.guess_from_table(*entry) for entry in entries]
+        found += [self._experience.guess_from_table(*entry) for entry in entries]
         return max(found, key=attrgetter("chance"), default=None)

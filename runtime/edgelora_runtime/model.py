@@ -16,7 +16,7 @@ from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
 from edgelora_runtime.memory import reuse_freed_memory
 from edgelora_runtime.providers import CPU, open_session, refusal
-from edgelora_runtime.step_costs import MOST_GUESSES, StepCosts
+from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES, StepCosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -75,7 +75,6 @@ class Model:
         self.float_type = _read_float_type(session, graph.name)
         self.has_states = any(value.name == STATES for value in session.get_outputs())
         self.costs = StepCosts()
-        self._splits_exactly: dict[bool, bool] = {}  # by whether there are LoRA inputs
         self._session = session
         self._entry = entry
         self._provider = provider
@@ -111,8 +110,8 @@ class Model:
                     check()
                 started = time.perf_counter()
                 self._steps.run(cache, chunk, live, keep if ended else 1)
-                if len(chunk) <= MOST_GUESSES + 1:
-                    self.costs.note(len(chunk), keep, time.perf_counter() - started)
+                if len(chunk) <= min(max(keep, LEAST_ROWS), MOST_GUESSES + 1):  # a step of decoding
+                    self.costs.note(len(chunk), time.perf_counter() - started)
             if ended:
                 logits: Floats = cache.logits[0]
                 return logits
@@ -130,20 +129,6 @@ class Model:
             with self._turn():
                 steps.run(cache, chunk, live, len(chunk), states)
             yield states[0].astype(np.float32, copy=False)
-
-    def splits_exactly(self, live: LoraInputs | None = None) -> bool:
-        """Whether a token that is read alone gets the same logits, bit for bit, as in one step with others; found out once.
-
-        onnxruntime's int4 products do so by AVX-512, but not by AVX2, where one row has a kernel of its own.
-        """
-        key = live is not None
-        if key not in self._splits_exactly:
-            size, cache = self._entry.vocab_size, self.new_cache()
-            tokens = [0, size // 2, size - 1][: self._entry.context_length]
-            together = self.read(cache, tokens, live=live).copy()
-            cache.rewind(len(tokens) - 1)
-            self._splits_exactly[key] = np.array_equal(together, self.read(cache, tokens[-1:], live=live))
-        return self._splits_exactly[key]
 
     def reserve(self, cache: KVCache, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""

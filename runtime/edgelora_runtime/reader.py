@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.step_costs import MOST_GUESSES, choose_length, find_least_chance
+from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES, choose_length, find_least_chance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
-    from edgelora_runtime.drafting import Drafter, Guess, HitRates
+    from edgelora_runtime.drafting import Drafter, Experience, Guess
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
 
@@ -52,17 +52,16 @@ class SpeculatingReader(Reader):
     with the same use of random numbers as without. The cache's tokens are only ever what was drawn; keys and values of
     wrong guesses lie behind them, until they are overwritten.
 
-    least_rows: of a step. Where the machine's kernel for one row gives other last bits than the one for many, 2 keeps to the
-    latter: a step without a guess reads the token before once more. Then guesses change no bit.
+    onnxruntime's kernels for one row, of int4 products by AVX2 and of attention, give other last bits than those for several
+    rows, which agree with each other whatever their number. So no step here has one row: one without a guess reads the token
+    before once more. Hence guesses change no bit of an answer; beside an answer without speculation it can differ where two
+    tokens are nearly equally likely.
     """
 
-    def __init__(
-        self, model: Model, cache: KVCache, live: LoraInputs | None, drafter: Drafter, rates: HitRates, *, least_rows: int
-    ) -> None:
+    def __init__(self, model: Model, cache: KVCache, live: LoraInputs | None, drafter: Drafter, experience: Experience) -> None:
         super().__init__(model, cache, live)
         self._drafter = drafter
-        self._rates = rates
-        self._least_rows = least_rows
+        self._experience = experience
         self._guesses: list[Guess] = []  # from the position behind the last step's tokens on; the first ones were read with them
         self._logits: Sequence[Floats] = ()  # behind those tokens, and behind each guess that was read
         self._at = 0  # the row of these that was handed out last
@@ -73,10 +72,11 @@ class SpeculatingReader(Reader):
             self._drafter.append(tokens[-1])
         if self._at < len(self._guesses):
             guess = self._guesses[self._at]
-            self._rates.learn(guess, tokens[-1])
+            self._experience.learn(guess, tokens[-1])
             self._at += 1
             if guess.token == tokens[-1] and self._at < len(self._logits):
                 self.accepted += 1
+                self._experience.note_cost(0.0)
                 self.cache.extend(tokens)
                 return self._logits[self._at]
         self._guesses, self._at, self._is_prompt = [], 0, False
@@ -88,15 +88,18 @@ class SpeculatingReader(Reader):
     def _draft(self, most: int) -> list[int]:
         """As many guesses as pay, and now and then one more or fewer; whatever else was guessed is kept to learn from."""
         costs = self._model.costs
-        seconds = costs.estimate(most, self._least_rows)
+        seconds = costs.estimate(most)
         self._guesses = self._drafter.guess(most, find_least_chance(seconds))
         chosen = choose_length([guess.chance for guess in self._guesses], seconds)
-        return [guess.token for guess in self._guesses[: costs.probe(chosen, len(self._guesses))]]
+        chosen = costs.probe(chosen, len(self._guesses))
+        if seconds and costs.plain is not None:
+            self._experience.note_cost(seconds[chosen] / costs.plain)
+        return [guess.token for guess in self._guesses[:chosen]]
 
     def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
         """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""
         rows = [*tokens, *draft]
-        if len(rows) < self._least_rows and self.cache.tokens:
+        if len(rows) < LEAST_ROWS and self.cache.tokens:
             rows.insert(0, self.cache.tokens[-1])
             self.cache.rewind(len(self.cache.tokens) - 1)
         logits = self._model.read(self.cache, rows, live=self._live, keep=len(draft) + 1, check=check)

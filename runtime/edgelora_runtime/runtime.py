@@ -227,7 +227,7 @@ class Runtime:
         json_schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
-        speculation: str = "auto",
+        speculation: str = "off",
     ) -> TextStream:
         """Continues a prompt, piece by piece; for `for`, and for `async for`.
 
@@ -239,10 +239,11 @@ class Runtime:
         rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
         the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
         or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
-        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise. speculation: whether steps read
-        guesses of the next tokens along, as many as pay by what steps were measured to cost: "auto" where this machine's kernels
-        give the same bits either way, so that no answer changes; "on" also elsewhere, where the answer is then the one that the
-        kernel for several rows gives, whatever is guessed; "off" never. Caches that grow never.
+        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise. speculation: "on" reads
+        guesses of the next tokens along in each step, as many as pay by what steps were measured to cost. Guesses never change
+        an answer, but steps of several rows round otherwise than those of one: where two tokens are nearly equally likely, it
+        can differ from that of "off". "auto" does either, whichever was faster for the variant of late, so that such an answer
+        can change from call to call. Caches that grow have no room for guesses.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
         for a json_schema, regex or grammar without llguidance.
         """

@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.draft_table import TABLE_LIMIT, DraftTable
-from edgelora_runtime.drafting import Drafter, HitRates
+from edgelora_runtime.drafting import Drafter, Experience
 from edgelora_runtime.reader import Reader, SpeculatingReader
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.cache import KVCache
     from edgelora_runtime.choice import Choice
@@ -22,12 +20,12 @@ SPECULATIONS = ("auto", "on", "off")
 
 
 class Speculation:
-    """A bundle's draft tables, read when they are first asked for, and how guesses did for each variant and mix so far."""
+    """A bundle's draft tables, read when they are first asked for, and how guesses did so far."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._tables: dict[str, DraftTable] = {}  # by file
-        self._rates: dict[Choice, HitRates] = {}
+        self._experiences: dict[tuple[str, ...], Experience] = {}  # by graph and adapters, whatever they weigh
 
     def open_reader(
         self, mode: str, choice: Choice, request: Request, model: Model, cache: KVCache, live: LoraInputs | None
@@ -35,23 +33,25 @@ class Speculation:
         """How a request reads: mode is one of SPECULATIONS, as in Runtime.stream(). Caches that grow have no room for guesses."""
         if mode == "off" or self._bundle.manifest.model.cache == "growing":
             return Reader(model, cache, live)
-        agrees = model.splits_exactly(live)
-        if mode == "auto" and not agrees:
+        adapters = self._find_adapters(choice)
+        experience = self._experiences.setdefault((choice.graph, *adapters), Experience())
+        if mode == "auto" and (model.costs.plain is None or not experience.recommend()):
             return Reader(model, cache, live)
-        rates = self._rates.setdefault(choice, HitRates())
-        drafter = Drafter(request.prompt, self._find_tables(choice), rates, request.end_tokens)
-        return SpeculatingReader(model, cache, live, drafter, rates, least_rows=1 if agrees else 2)
+        tables = [
+            self._load_table(file) for name in adapters if (file := self._bundle.manifest.adapters[name].drafts) is not None
+        ]
+        drafter = Drafter(request.prompt, tables, experience, request.end_tokens)
+        return SpeculatingReader(model, cache, live, drafter, experience)
 
     def clear(self) -> None:
         """Frees the tables; a later request reads them again."""
         self._tables.clear()
 
-    def _find_tables(self, choice: Choice) -> Sequence[DraftTable]:
-        """Those of the adapters that a variant or mix is made of."""
+    def _find_adapters(self, choice: Choice) -> list[str]:
+        """Those that a variant or mix adds, rather than takes away."""
         manifest = self._bundle.manifest
         weights = manifest.variants[choice.label].mix if choice.live is None else dict(choice.live)
-        files = [manifest.adapters[name].drafts for name in weights if name in manifest.adapters]
-        return [self._load_table(file) for file in files if file is not None]
+        return [name for name, weight in weights.items() if weight >= 0 and name in manifest.adapters]
 
     def _load_table(self, file: str) -> DraftTable:
         table = self._tables.get(file)

@@ -1,36 +1,41 @@
-"""What a step costs on this machine by how many tokens it reads ahead: averages of the steps that were taken."""
+"""What steps cost on this machine by how many tokens they read, and how many guesses that makes worth while."""
 
 from __future__ import annotations
 
 MOST_GUESSES = 8  # in one step
-_SLOWER, _FASTER = 1 / 16, 1 / 2  # how far an average follows a step: other work on the machine makes steps slower alone
-_UNTRIED = 1 / 8  # of a step without guesses: what one more costs until it was tried, too little so that it is tried
-_PROBE = 32  # steps from one that tries another number of guesses to the next, so that averages do not grow old
+LEAST_ROWS = 2  # of a step that may have guesses: see SpeculatingReader
+_NEWEST = 1 / 64  # weight of the newest step in a running average
+_FIRST_SLOPE = 1 / 8  # of a step: what one more row is taken to cost until it was tried, too little so that it is tried
+_PRIOR = 4.0  # how much that counts, in steps that are a row away from the mean
+_PROBE = 32  # steps from one that tries another number of guesses to the next, so that there is always a slope to see
 
 
 class StepCosts:
-    """Seconds of one model's steps. Threads share it without a lock: an average that is off by a step does no harm."""
+    """Seconds of one model's steps: an average for those of one row, a line through those of more, since each row adds alike."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, int], float] = {}  # by rows that were read, and of these the ones that got logits
+        self.plain: float | None = None  # a step of one row, once one was taken
+        self._weight = self._rows = self._seconds = 0.0  # decaying sums over steps of several rows, here of 1, r and s
+        self._rows_squared = self._products = 0.0  # of r * r and r * s
         self._steps = 0
 
-    def note(self, rows: int, kept: int, seconds: float) -> None:
-        """Takes a step into account; what takes more than twice the average counts as twice."""
-        before = self._seconds.setdefault((rows, kept), seconds)
-        change = min(seconds - before, before)
-        self._seconds[rows, kept] = before + change * (_SLOWER if change > 0 else _FASTER)
+    def note(self, rows: int, seconds: float) -> None:
+        """Takes a step into account; one that takes more than twice what was expected, as by other work, counts as twice."""
+        if rows < LEAST_ROWS:
+            self.plain = seconds if self.plain is None else self.plain + (min(seconds, 2 * self.plain) - self.plain) * _NEWEST
+            return
+        if self._weight:
+            seconds = min(seconds, 2 * self._expect(rows))
+        keep = 1 - _NEWEST
+        self._weight = keep * self._weight + 1
+        self._rows = keep * self._rows + rows
+        self._seconds = keep * self._seconds + seconds
+        self._rows_squared = keep * self._rows_squared + rows * rows
+        self._products = keep * self._products + rows * seconds
 
-    def estimate(self, most: int, least_rows: int = 1) -> list[float]:
-        """Seconds of steps with 0 to `most` guesses, each of at least so many rows; [] until one without guesses was taken."""
-        first = self._seconds.get((least_rows, 1))
-        if first is None:
-            return []
-        found = [first]
-        for guesses in range(1, most + 1):
-            untried = found[-1] + _UNTRIED * first
-            found.append(self._seconds.get((max(guesses + 1, least_rows), guesses + 1), untried))
-        return found
+    def estimate(self, most: int) -> list[float]:
+        """Seconds of steps with 0 to `most` guesses; [] until a step of several rows was taken."""
+        return [self._expect(max(guesses + 1, LEAST_ROWS)) for guesses in range(most + 1)] if self._weight else []
 
     def probe(self, chosen: int, most: int) -> int:
         """The number of guesses that was chosen, or now and then one more or fewer, from 0 to `most`."""
@@ -38,6 +43,14 @@ class StepCosts:
         if self._steps % _PROBE:
             return chosen
         return min(most, max(0, chosen + (1 if self._steps // _PROBE % 2 else -1)))
+
+    def _expect(self, rows: int) -> float:
+        """Seconds by the line of least squares, whose slope is drawn towards _FIRST_SLOPE while rows hardly varied."""
+        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
+        spread = self._rows_squared - self._rows * mean_rows
+        slope = (self._products - self._rows * mean_seconds + _PRIOR * _FIRST_SLOPE * mean_seconds) / (spread + _PRIOR)
+        slope = min(max(slope, 0.0), mean_seconds / mean_rows)  # a step without rows would cost 0 or more
+        return mean_seconds + slope * (rows - mean_rows)
 
 
 def find_least_chance(seconds: list[float]) -> float:
