@@ -102,6 +102,7 @@ class SpeculatingReader(Reader):
         if len(rows) < LEAST_ROWS and self.cache.tokens:
             rows.insert(0, self.cache.tokens[-1])
             self.cache.rewind(len(self.cache.tokens) - 1)
-        logits = self._model.read(self.cache, rows, live=self._live, keep=len(draft) + 1, check=check)
+        keep = max(len(draft) + 1, min(len(rows), LEAST_ROWS))  # the head, too, has a kernel for one row
+        logits = self._model.read(self.cache, rows, live=self._live, keep=keep, check=check)
         self.cache.rewind(len(self.cache.tokens) - len(draft))
-        return list(logits)
+        return list(logits[keep - len(draft) - 1 :])

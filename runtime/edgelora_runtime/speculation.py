@@ -9,6 +9,8 @@ from edgelora_runtime.drafting import Drafter, Experience
 from edgelora_runtime.reader import Reader, SpeculatingReader
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.cache import KVCache
     from edgelora_runtime.choice import Choice
@@ -37,10 +39,7 @@ class Speculation:
         experience = self._experiences.setdefault((choice.graph, *adapters), Experience())
         if mode == "auto" and (model.costs.plain is None or not experience.recommend()):
             return Reader(model, cache, live)
-        tables = [
-            self._load_table(file) for name in adapters if (file := self._bundle.manifest.adapters[name].drafts) is not None
-        ]
-        drafter = Drafter(request.prompt, tables, experience, request.end_tokens)
+        drafter = Drafter(request.prompt, self._find_tables(adapters), experience, request.end_tokens)
         return SpeculatingReader(model, cache, live, drafter, experience)
 
     def clear(self) -> None:
@@ -52,6 +51,10 @@ class Speculation:
         manifest = self._bundle.manifest
         weights = manifest.variants[choice.label].mix if choice.live is None else dict(choice.live)
         return [name for name, weight in weights.items() if weight >= 0 and name in manifest.adapters]
+
+    def _find_tables(self, adapters: Sequence[str]) -> list[DraftTable]:
+        files = [self._bundle.manifest.adapters[name].drafts for name in adapters]
+        return [self._load_table(file) for file in files if file is not None]
 
     def _load_table(self, file: str) -> DraftTable:
         table = self._tables.get(file)

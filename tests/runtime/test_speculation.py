@@ -59,9 +59,7 @@ def know(monkeypatch: pytest.MonkeyPatch, *texts: list[int], wrong_at: int = 0) 
         for end in range(1, len(text)):
             token = (text[end] + 1) % 300 if wrong_at and end % wrong_at == 0 else text[end]
             entries[tuple(text[max(0, end - 3) : end])] = token, 1.0
-    monkeypatch.setattr(Speculation, "_find_adapters", lambda speculation, choice: ["plain"])
-    monkeypatch.setattr(Speculation, "_load_table", lambda speculation, file: DraftTable(entries))
-    monkeypatch.setattr("edgelora_runtime.manifest.AdapterEntry.drafts", "x")
+    monkeypatch.setattr(Speculation, "_find_tables", lambda speculation, adapters: [DraftTable(entries)])
 
 
 # --- the same answers -----------------------------------------------------------------------------------------------------
@@ -74,7 +72,8 @@ def test_guesses_change_no_bit(bundle: Path, opened: Runtime, variant: str, monk
     accepted = drafted = 0
     for seed in range(6):
         prompt = random_tokens(20, seed=seed) * 2
-        for sampling in ({}, {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1}):
+        drawn: dict[str, Any] = {"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.1}
+        for sampling in ({}, drawn):
             expected = generate_unguessed(bundle, prompt, seed=seed, **options, **sampling)
             know(monkeypatch, [*prompt, *expected.tokens], wrong_at=7)
             found = opened.generate(prompt, seed=seed, speculation="on", **options, **sampling)
@@ -98,7 +97,7 @@ def test_answers_are_those_without_speculation(runtime: Runtime) -> None:
 
 def test_draws_have_the_models_probabilities(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all answers of three tokens, against the product of what the model gives each, with the likeliest as a guess."""
-    prompt, count, top_k, temperature = random_tokens(8), 3000, 3, 0.5
+    prompt, count, top_k, temperature = random_tokens(8), 1000, 3, 0.5
     likeliest = runtime.generate(prompt, max_tokens=3, ignore_eos=True).tokens
     know(monkeypatch, [*prompt, *likeliest])
     expected: dict[tuple[int, ...], float] = {(): 1.0}
