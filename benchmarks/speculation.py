@@ -160,7 +160,7 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
 def find_break_even(cost: float, guesses: int) -> float:
     """The share p of right guesses with which 1 + p + p² + … + p^guesses tokens are worth a step's cost; over 1 if none is."""
     shares = np.arange(0, 1001) / 1000
-    worth = sum(shares**power for power in range(guesses + 1)) >= cost
+    worth = np.sum([shares**power for power in range(guesses + 1)], axis=0) >= cost
     return float(shares[worth.argmax()]) if worth.any() else float("inf")
 
 
