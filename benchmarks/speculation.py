@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -125,10 +126,8 @@ def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int
             for prompt in prompts:
                 yield runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode).tokens
 
-    guess = Drafter.guess
-    Drafter.guess = lambda drafter, most, least_chance=0.0: []  # type: ignore[method-assign]
-    unguessed = list(answer("on"))
-    Drafter.guess = guess  # type: ignore[method-assign]
+    with patch.object(Drafter, "guess", lambda drafter, most, least_chance=0.0: []):
+        unguessed = list(answer("on"))
     guessed, plain = list(answer("on")), list(answer("off"))
     same = sum(one == other for one, other in zip(guessed, unguessed, strict=True))
     alike = sum(one == other for one, other in zip(guessed, plain, strict=True))

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 _TEXT_CHANCES = (0.15, 0.4, 0.6)  # of a guess after 1, 2 and 3 tokens that stood in the text before, until it is known better
 _SHARES = 8  # classes of a table's guesses, by their share in the training data
-_NEWEST = 1 / 32  # weight of the newest in a running average
+_NEWEST = 1 / 32  # weight of the newest guess in its class's running share
+_NEWEST_COST = 1 / 256  # of the newest token: answers differ, and a few dear ones in a row should not end speculation
 _FIRST_COST = 0.9  # of a token, in steps of one row, until it is known better
 _TRIAL = 16  # requests
 
@@ -50,7 +51,7 @@ class Experience:
 
     def note_cost(self, cost: float) -> None:
         """Takes into account what the latest token cost, in steps of one row."""
-        self._cost += (cost - self._cost) * _NEWEST
+        self._cost += (cost - self._cost) * _NEWEST_COST
 
     def recommend(self) -> bool:
         """Whether the next request should speculate: if that paid of late; now and then the other, to see if it still does."""
