@@ -248,6 +248,7 @@ def run(
     grammar: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A grammar in Lark's notation that the answer is to fit.")
     ] = None,
+    speculation: Annotated[str, typer.Option(help="Guess tokens ahead: on, auto (where it was faster of late), or off.")] = "off",
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
@@ -276,6 +277,7 @@ def run(
             json_schema=read_option_file(json_schema, "--json-schema"),
             regex=regex,
             grammar=read_option_file(grammar, "--grammar"),
+            speculation=speculation,
         )
         for piece in stream:
             if not json:

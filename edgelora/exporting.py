@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.adapters import Adapter, check_same_base
 from edgelora.calibration_data import GENERAL_SHARE, find_training_data, gather_calibration
+from edgelora.draft_tables import make_draft_tables
 from edgelora.mix import Mix
 from edgelora.recipe import Recipe, read_recipe
 from edgelora.routing import make_router
@@ -20,6 +21,7 @@ from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.auto_round_backend import require_auto_round
 from edgelora_export.base import Base
 from edgelora_export.build import build_bundle
+from edgelora_export.draft import end_tokens
 from edgelora_export.optimum_front import trace_decoder
 from edgelora_export.targets import CPU
 from edgelora_export.traced_bundle import TracedMatrices, build_traced_bundle, check_traceable
@@ -84,6 +86,10 @@ def export(
         )
     variants = _plan_variants(recipe, adapters, sets, decoder, on_note)
     entries = {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()}
+    if recipe.drafts:
+        on_progress(0, 1, "counting how completions go on")
+    ends = end_tokens(base)
+    tables = make_draft_tables(adapters, sets.encode, ends[0] if ends else None) if recipe.drafts else {}
     try:
         manifest = build_bundle(
             base,
@@ -98,6 +104,7 @@ def export(
             context_length=recipe.context_length,
             targets=recipe.targets,
             router=router,
+            draft_tables=tables,
             plan=_hash_plan(base, recipe, entries, [sets.of(adapters), *(variant.calibration for variant in variants)]),
             on_progress=on_progress,
         )
@@ -114,9 +121,9 @@ def export(
 
 
 def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
-    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    """One hash of all that decides the blobs of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
     mixes = (recipe.merge_base, dict(recipe.variants), dict(adapters))
-    parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations)
+    parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations, recipe.drafts)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -186,10 +193,10 @@ class _Calibrations:
             trained_on = [path for path in found if path is not None]
             files = [*trained_on, *([self._general] if self._general else [])]
             share = 0.0 if not self._own_text else GENERAL_SHARE if trained_on else 1.0
-            self._sets[key] = gather_calibration(files, self._encode, widest=self._widest, general_share=share)
+            self._sets[key] = gather_calibration(files, self.encode, widest=self._widest, general_share=share)
         return self._sets[key]
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text).ids)
 
     @cached_property

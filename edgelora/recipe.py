@@ -62,7 +62,8 @@ class Recipe:
     the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
     text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
     each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
-    base as their adapters' training held it), or auto, the better. router: None for a bundle without one.
+    base as their adapters' training held it), or auto, the better. router: None for a bundle without one. drafts: whether
+    the bundle holds draft tables of the adapters' training data, for speculation.
     """
 
     base: str
@@ -76,6 +77,7 @@ class Recipe:
     targets: tuple[str, ...] = (CPU.name,)
     merge_base: str = "auto"
     router: RouterRecipe | None = None
+    drafts: bool = True
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -101,7 +103,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         return taken
 
     tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict, "router": dict}
-    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str}
+    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str, "drafts": bool}
     top = take(value, "", base=str, default=str, **keys, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
@@ -166,6 +168,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         targets=tuple(targets),
         merge_base=top.get("merge_base", "auto"),
         router=_read_router(router, folder) if "router" in top else None,
+        drafts=top.get("drafts", True),
     )
 
 

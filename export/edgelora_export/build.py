@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from edgelora_export.architectures import read_decoder
@@ -15,6 +18,7 @@ from edgelora_export.progress import Progress
 from edgelora_export.publish import journal_of, staged_folder, write_file
 from edgelora_export.store import check_modules
 from edgelora_export.targets import CPU, check_targets
+from edgelora_runtime.draft_table import DRAFT_TABLE
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
 from edgelora_runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -46,6 +50,7 @@ def build_bundle(
     targets: Sequence[str] = (CPU.name,),
     plan: str | None = None,
     router: PackedRouter | None = None,
+    draft_tables: Mapping[str, bytes] = MappingProxyType({}),
     on_progress: OnProgress = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
@@ -55,7 +60,7 @@ def build_bundle(
     variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
     variant gets a graph for, see targets.py; cpu must be among them. plan: one line that two calls share only if they make the
     same weights; the second then takes over what the first had finished when it was killed. router: what picks a variant for
-    a prompt. on_progress(done, total, what) is called per layer.
+    a prompt. draft_tables: files of them by adapter. on_progress(done, total, what) is called per layer.
     Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
     where a variant does not pass the gate.
     """
@@ -66,6 +71,9 @@ def build_bundle(
         copy_texts(base, folder)
         if router is not None:
             write_file(folder / router.entry.file, [router.content])
+        tables = {name: f"{hashlib.sha256(table).hexdigest()}{DRAFT_TABLE}" for name, table in draft_tables.items()}
+        for file, table in {tables[name]: table for name, table in draft_tables.items()}.items():
+            write_file(folder / file, [table])
         draft = Draft(
             base=base,
             decoder=decoder,
@@ -73,7 +81,7 @@ def build_bundle(
             default_variant=variants[0].name if default_variant is None else default_variant,
             quantization=quantization,
             variants={variant.name: variant for variant in variants},
-            adapters=adapters,
+            adapters={name: replace(entry, drafts=tables.get(name)) for name, entry in adapters.items()},
             factors=live_adapters,
             base_calibration=base_calibration or Calibration(),
             progress=Progress(on_progress, len(decoder.layers)),

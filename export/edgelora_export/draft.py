@@ -23,7 +23,6 @@ from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle import hash_file
 from edgelora_runtime.manifest import (
     MANIFEST,
-    AdapterEntry,
     BaseEntry,
     CalibrationEntry,
     FidelityEntry,
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
     from edgelora_export.journal import Journal
     from edgelora_export.progress import Progress
     from edgelora_export.variants import LowRank, Quantization, Variant
-    from edgelora_runtime.manifest import RouterEntry
+    from edgelora_runtime.manifest import AdapterEntry, RouterEntry
 
 _LIVE = "live"  # stem of the one graph that serves all live variants; no variant may be called so
 
@@ -212,7 +211,7 @@ class Draft:
             quantization=QuantizationEntry(
                 self.quantization.bits, self.quantization.block_size, self.quantization.symmetric, self.quantization.method
             ),
-            adapters={name: AdapterEntry(entry.sha256, entry.rank, files.get(name)) for name, entry in self.adapters.items()},
+            adapters={name: replace(entry, file=files.get(name)) for name, entry in self.adapters.items()},
             live_slots=tuple(live_slots(linear) for linear in self.decoder.linears if linear.name in live),
             variants={name: self._describe_variant(variant, graphs[name]) for name, variant in self.variants.items()},
             files={path.name: describe_file(path) for path in sorted(self.folder.iterdir()) if path.name != MANIFEST},

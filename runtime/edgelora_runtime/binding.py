@@ -34,6 +34,7 @@ class Binding:
         self._lengths: dict[str, int] = {}
         self._arrays: dict[tuple[int, int, str], NDArray[np.float32]] = {}
         self.holds: object = None  # set by a cache to tell whether it is its own buffers that are bound
+        self.writes: object = None  # the same for its logits
 
     def input(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
         """Binds an array, or the start of it seen in another shape."""

@@ -15,11 +15,9 @@ from edgelora_runtime.tokenizer import IncrementalDecoder
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 
-    from edgelora_runtime.cache import KVCache
     from edgelora_runtime.grammar import Constraint
     from edgelora_runtime.interruption import Interruption
-    from edgelora_runtime.live import LoraInputs
-    from edgelora_runtime.model import Model
+    from edgelora_runtime.reader import Reader
     from edgelora_runtime.router import Route
     from edgelora_runtime.sampling import Sampling
     from edgelora_runtime.streaming import StopFilter
@@ -51,7 +49,8 @@ class Generation:
     the answer had to fit), length, cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms
     reads the rest of the prompt and gives the first token; decode_ms gives all others. route: how the variant was chosen,
     where it was "auto". dropped_tokens: what was left out of the middle so that the context could slide on. logprobs: one per
-    token, where they were asked for.
+    token, where they were asked for. drafted_tokens: guesses that steps read along. accepted_tokens: those of them that came
+    true, each of which saved a step.
     """
 
     text: str
@@ -66,6 +65,8 @@ class Generation:
     route: Route | None = None
     dropped_tokens: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,15 +140,14 @@ def continue_prompt(
     request: Request,
     receipt: Receipt,
     tokenizer: Tokenizer,
-    model: Model,
-    cache: KVCache,
-    live: LoraInputs | None,
+    reader: Reader,
 ) -> Generator[str, None, Generation]:
     """Reads what the cache lacks of the prompt, then writes token by token; yields text, returns the account."""
     started = first_token = time.perf_counter()
+    cache = reader.cache
     reused = min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
     cache.rewind(reused)
-    model.reserve(cache, len(request.prompt) + request.max_tokens)
+    reader.reserve(len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
     constraint, stop = request.constraint, request.stop
     decoder = IncrementalDecoder(tokenizer, keep_space=constraint is not None)
@@ -163,11 +163,12 @@ def continue_prompt(
             cache.rewind(shared_prefix(cache.tokens, kept))
             unread = kept[len(cache.tokens) :]
         try:
-            logits = model.read(cache, unread, live=live, check=request.interruption.check)
+            room = min(request.max_tokens - len(tokens) - 1, request.context - len(cache.tokens) - len(unread))
+            logits = reader.read(unread, room, request.interruption.check)
         except InterruptedGeneration as interrupted:
             reason = interrupted.reason
             break
-        token = sampler.draw(logits[0] if constraint is None else constraint.mask(logits[0]))
+        token = sampler.draw(logits if constraint is None else constraint.mask(logits))
         if not tokens:
             first_token = time.perf_counter()
         if token in request.end_tokens:
@@ -175,7 +176,7 @@ def continue_prompt(
             break
         tokens.append(token)
         if request.logprobs:
-            logprobs.append(rate_token(logits[0], token, request.logprobs))
+            logprobs.append(rate_token(logits, token, request.logprobs))
         unread = [token]
         if piece := stop.push(decoder.push(token)):
             shown.append(piece)
@@ -201,6 +202,8 @@ def continue_prompt(
         route=request.route,
         dropped_tokens=dropped,
         logprobs=tuple(logprobs),
+        drafted_tokens=reader.drafted,
+        accepted_tokens=reader.accepted,
     )
 
 

@@ -41,13 +41,13 @@ class InPlaceCache(KVCache):
         self.reserve(len(self.tokens) + count)
         if self.logits.shape[1] != keep:
             self.logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
-            self._buffers = dict(self._buffers)
-        if binding.holds is self._buffers:
-            return
-        for name, buffer in self._buffers.items():
-            binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
-        binding.output("logits", self.logits)
-        binding.holds = self._buffers
+        if binding.holds is not self._buffers:
+            for name, buffer in self._buffers.items():
+                binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
+            binding.holds = self._buffers
+        if binding.writes is not self.logits:
+            binding.output("logits", self.logits)
+            binding.writes = self.logits
 
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
         capacity = self._next_capacity(positions)

@@ -70,11 +70,12 @@ class QuantizationEntry:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that the bundle was made from. file: its A and B, where a live variant needs them."""
+    """An adapter that the bundle was made from. file: its A and B, where a live variant needs them. drafts: its draft table."""
 
     sha256: str
     rank: int
     file: str | None = None
+    drafts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -391,8 +392,11 @@ def _check_references(manifest: Manifest) -> None:
             if adapter not in manifest.adapters or manifest.adapters[adapter].file is None:
                 wrong.append(f"variant {name} needs adapter {adapter}, which adapters lacks or gives no file")
     for name, entry in manifest.adapters.items():
-        if entry.file is not None and entry.file not in manifest.files:
-            wrong.append(f"adapter {name} uses {entry.file}, which files lacks")
+        wrong += [
+            f"adapter {name} uses {file}, which files lacks"
+            for file in (entry.file, entry.drafts)
+            if file is not None and file not in manifest.files
+        ]
     for slots in manifest.live_slots:
         if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")

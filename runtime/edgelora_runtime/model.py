@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
 from edgelora_runtime.providers import CPU, refusal
 from edgelora_runtime.stage import Stage, open_stage
+from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES, StepCosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +43,7 @@ class Model:
 
     turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
     opened: bytes of weights that had to be opened for it. float_type: of its KV cache and LoRA inputs, float32 or float16; logits
-    are float32. has_states: whether it can read_states().
+    are float32. has_states: whether it can read_states(). costs: of its steps over few tokens.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Model:
         self.opened = opened
         self.float_type = _read_float_type(inputs + outputs, name)
         self.has_states = any(value.name == STATES for value in outputs)
+        self.costs = StepCosts()
         self._stages = stages  # shared ones are open as long as somebody holds them
         self._sessions = sessions
         self._entry = entry
@@ -100,7 +103,10 @@ class Model:
             with self._turn():
                 if check is not None:
                     check()
+                started = time.perf_counter()
                 self._steps.run(cache, chunk, live, keep if ended else 1)
+                if len(chunk) <= min(max(keep, LEAST_ROWS), MOST_GUESSES + 1):  # a step of decoding
+                    self.costs.note(len(chunk), time.perf_counter() - started)
             if ended:
                 logits: Floats = cache.logits[0]
                 return logits

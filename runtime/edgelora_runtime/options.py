@@ -29,3 +29,4 @@ class GenerateOptions(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     grammar: str | None
+    speculation: str

@@ -27,6 +27,7 @@ from edgelora_runtime.providers import find_provider
 from edgelora_runtime.residency import Residency, Usage
 from edgelora_runtime.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
 from edgelora_runtime.sampling import Sampling
+from edgelora_runtime.speculation import SPECULATIONS, Speculation
 from edgelora_runtime.streaming import StopFilter
 from edgelora_runtime.tokenizer import Tokenizer
 
@@ -110,6 +111,7 @@ class Runtime:
         self._residency = Residency(self._loader.load, self._loader.blobs, self._loader.sizes, budgets[0], self._loader.is_mapped)
         self._prompts = PromptCache(budgets[1])
         self._live = LiveMixes(self._bundle, self._find_live_budget(), cache)
+        self._speculation = Speculation(self._bundle)
         self._router: Router | None = None
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
 
@@ -125,6 +127,7 @@ class Runtime:
         self._prompts.clear()
         self._live.clear()
         self._grammars.clear()
+        self._speculation.clear()
         self._router = None
 
     @property
@@ -230,6 +233,7 @@ class Runtime:
         json_schema: Mapping[str, Any] | str | None = None,
         regex: str | None = None,
         grammar: str | None = None,
+        speculation: str = "off",
     ) -> TextStream:
         """Continues a prompt, piece by piece; for `for`, and for `async for`.
 
@@ -241,7 +245,11 @@ class Runtime:
         rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
         the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
         or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
-        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise.
+        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise. speculation: "on" reads
+        guesses of the next tokens along in each step, as many as pay by what steps were measured to cost. Guesses never change
+        an answer, but steps of several rows round otherwise than those of one: where two tokens are nearly equally likely, it
+        can differ from that of "off". "auto" does either, whichever was faster for the variant of late, so that such an answer
+        can change from call to call. Caches that grow have no room for guesses.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
         for a json_schema, regex or grammar without llguidance.
         """
@@ -251,6 +259,8 @@ class Runtime:
             raise UsageError(f"logprobs = {logprobs}: use 0 (none) or more")
         if overflow not in OVERFLOWS:
             raise UsageError(f"overflow {overflow!r} is not supported; use one of {', '.join(OVERFLOWS)}")
+        if speculation not in SPECULATIONS:
+            raise UsageError(f"speculation {speculation!r} is not supported; use one of {', '.join(SPECULATIONS)}")
         constraint = self._grammars.compile(json_schema, regex, grammar)
         if constraint is not None and ignore_eos:
             raise UsageError("ignore_eos goes on after the end, where nothing fits json_schema, regex or grammar; leave one out")
@@ -272,7 +282,7 @@ class Runtime:
             logprobs=logprobs,
             constraint=constraint,
         )
-        return TextStream(self._run(choice, request), interruption)
+        return TextStream(self._run(choice, request, speculation), interruption)
 
     def route(self, prompt: Prompt) -> Route:
         """The variant that the bundle's router picks for a prompt, as variant "auto" does; nothing is generated.
@@ -355,12 +365,13 @@ class Runtime:
             self._prompts.put(saved.choice, cache)
         return len(found)
 
-    def _run(self, choice: Choice, request: Request) -> Generator[str, None, Generation]:
+    def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
         """The pieces of one request, which has its KV cache for itself from the first to the last."""
         model, live, receipt = self._prepare(choice)
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
-            return (yield from continue_prompt(request, receipt, self._tokenizer, model, cache, live))
+            reader = self._speculation.open_reader(speculation, choice, request, model, cache, live)
+            return (yield from continue_prompt(request, receipt, self._tokenizer, reader))
         finally:
             self._prompts.put(choice, cache)
 

@@ -1,0 +1,167 @@
+"""Speculation: decode speed with guesses over that without, on real tasks; whether answers stay the same; what steps cost.
+
+    python -m benchmarks.speculation --output run              # trains adapters and exports them, if run has none yet
+    python -m benchmarks.speculation --bundle BUNDLE --steps   # costs alone: steps with 0 to 8 guesses, at any bundle's shape
+
+Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and starts of
+stories on the bare base, which has no draft table. Modes take turns prompt by prompt; a round's figure is the sum of decode
+times without speculation over that with it, and the median of rounds counts. Answers are greedy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import numpy as np
+
+from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.exporting import export
+from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.rows import read_rows
+from edgelora.terminal import print_json, print_note, print_table
+from edgelora_export.variants import Quantization
+from edgelora_runtime import Bundle, Runtime
+from edgelora_runtime.drafting import Drafter
+from edgelora_runtime.model import Model
+from edgelora_runtime.providers import CPU
+from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TASKS = ("slots-buses", "slots-homes", "sql")
+STORIES = "base"
+MODES = ("on", "auto")
+STEPS, MAX_TOKENS = 150, 64
+STORY, CONTEXT = 120, 64  # characters of a story's start; tokens before the steps that are measured
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for adapters and the bundle; a temporary one without it")
+    parser.add_argument("--bundle", type=Path, help="with --steps: the bundle whose default variant is measured")
+    parser.add_argument("--steps", action="store_true", help="measure steps alone")
+    parser.add_argument("--prompts", type=int, default=60)
+    parser.add_argument("--identical", type=int, default=125, help="prompts of each task whose answers are compared")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = arguments.bundle or make_bundle(arguments.output or Path(folder))
+        results: dict[str, Any] = {"steps": measure_steps(Bundle.open(bundle), arguments.rounds, arguments.threads)}
+        if not arguments.steps:
+            prompts = find_prompts(max(arguments.prompts, arguments.identical))
+            results["tasks"] = {
+                task: {
+                    **compare_speed(bundle, task, each[: arguments.prompts], arguments.rounds, arguments.threads),
+                    **compare_answers(bundle, task, each[: arguments.identical], arguments.threads),
+                }
+                for task, each in prompts.items()
+            }
+    if arguments.json:
+        print_json(results)
+        return
+    rows = [[str(n), f"{each['cost']:.2f}", f"{each['pays_from']:.2f}"] for n, each in enumerate(results["steps"], 1)]
+    print_table("steps, in steps of one row", ["guesses", "cost", "pays from this share of right guesses on"], rows)
+    if "tasks" in results:
+        keys = list(next(iter(results["tasks"].values())))
+        rows = [[task, *(str(each[key]) for key in keys)] for task, each in results["tasks"].items()]
+        print_table("decode speed over that without speculation, and answers", ["task", *keys], rows)
+
+
+def make_bundle(output: Path) -> Path:
+    """An int4 bundle of the real base, with an adapter and its draft table for each task."""
+    bundle = output / "bundle"
+    if not bundle.exists():
+        adapters = {
+            task: train_adapter(find_base(), find_data() / f"{task}.train.jsonl", output / task, 0, steps=STEPS) for task in TASKS
+        }
+        variants = {STORIES: VariantRecipe({}), **{task: VariantRecipe({task: 1.0}) for task in TASKS}}
+        export(Recipe(str(find_base()), adapters, variants, Quantization(method="rtn"), merge_base="float"), bundle, gate="off")
+    return bundle
+
+
+def find_prompts(count: int) -> dict[str, list[str]]:
+    """Prompts by variant."""
+    text = (find_data() / "stories.txt").read_text(encoding="utf-8")
+    starts = range(len(text) * 9 // 10, len(text) - STORY, len(text) // 10 // count)
+    tests = {task: [row.prompt for row in read_rows(find_data() / f"{task}.test.jsonl")][:count] for task in TASKS}
+    return {**tests, STORIES: [text[start : start + STORY] for start in starts][:count]}
+
+
+def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, threads: int | None) -> dict[str, Any]:
+    """Medians of rounds, by mode, after one that is not counted; a runtime per mode, so that each learns on its own."""
+    runtimes = {mode: Runtime(bundle, threads=threads, provider="cpu") for mode in ("off", *MODES)}
+    ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    tokens = drafted = accepted = 0
+    for turn in range(rounds + 1):
+        print_note(f"{variant}, round {turn} of {rounds}")
+        spent = dict.fromkeys(runtimes, 0.0)
+        for prompt in prompts:
+            for mode, runtime in runtimes.items():
+                found = runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode)
+                spent[mode] += found.decode_ms
+                if mode == "on":
+                    tokens, drafted = tokens + len(found.tokens), drafted + found.drafted_tokens
+                    accepted += found.accepted_tokens
+        if turn:
+            for mode in MODES:
+                ratios[mode].append(spent["off"] / spent[mode])
+    medians = {mode: f"{statistics.median(each):.2f} ({min(each):.2f}–{max(each):.2f})" for mode, each in ratios.items()}
+    return {**medians, "right guesses": round(accepted / max(drafted, 1), 2), "of all tokens": round(accepted / tokens, 2)}
+
+
+def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int | None) -> dict[str, str]:
+    """How many answers are those of the same kernel without a guess, and how many those without speculation."""
+
+    def answer(mode: str) -> Iterator[tuple[int, ...]]:
+        with Runtime(bundle, threads=threads, provider="cpu") as runtime:
+            for prompt in prompts:
+                yield runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode).tokens
+
+    with patch.object(Drafter, "guess", lambda drafter, most, least_chance=0.0: []):
+        unguessed = list(answer("on"))
+    guessed, plain = list(answer("on")), list(answer("off"))
+    same = sum(one == other for one, other in zip(guessed, unguessed, strict=True))
+    alike = sum(one == other for one, other in zip(guessed, plain, strict=True))
+    return {"same without guesses": f"{same} of {len(prompts)}", "same as off": f"{alike} of {len(prompts)}"}
+
+
+def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict[str, float]]:
+    """Of steps with 1 to 8 guesses: cost in steps of one row, median of rounds, and the share of right guesses that pays it."""
+    manifest = bundle.manifest
+    graph = manifest.variants[manifest.default_variant].graphs["cpu"].file
+    model = Model.open(bundle.path(graph), manifest.model, threads=threads, provider=CPU)
+    tokens = np.random.default_rng(0).integers(0, manifest.model.vocab_size, CONTEXT + MOST_GUESSES + 1).tolist()
+    cache = model.new_cache()
+    model.reserve(cache, len(tokens))
+    model.read(cache, tokens[:CONTEXT])
+    costs: list[list[float]] = []
+    for _ in range(rounds + 1):
+        seconds = []
+        for rows in range(1, MOST_GUESSES + 2):
+            cache.rewind(CONTEXT)
+            started = time.perf_counter()
+            model.read(cache, tokens[CONTEXT : CONTEXT + rows], keep=rows)
+            seconds.append(time.perf_counter() - started)
+        costs.append([each / seconds[0] for each in seconds])
+    medians = np.median(costs[1:], axis=0)[LEAST_ROWS - 1 :].tolist()
+    return [{"cost": cost, "pays_from": find_break_even(cost, guesses)} for guesses, cost in enumerate(medians, 1)]
+
+
+def find_break_even(cost: float, guesses: int) -> float:
+    """The share p of right guesses with which 1 + p + p² + … + p^guesses tokens are worth a step's cost; over 1 if none is."""
+    shares = np.arange(0, 1001) / 1000
+    worth = np.sum([shares**power for power in range(guesses + 1)], axis=0) >= cost
+    return float(shares[worth.argmax()]) if worth.any() else float("inf")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""A table of how texts go on, which export makes from what an adapter was trained on; docs/bundle-format.md specifies it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from edgelora_runtime.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+DRAFT_TABLE = ".drafts.safetensors"  # how its file's name ends, behind the file's SHA-256
+LONGEST_CONTEXT = 3  # tokens; 4 and 6 guess no better (docs/log.md)
+MOST_ENTRIES = 1 << 14
+TABLE_LIMIT = 1 << 20  # bytes of a table's file
+_NONE = -1  # in place of the tokens that a shorter context lacks
+_SHAPES = {"contexts": (np.int32, (LONGEST_CONTEXT,)), "tokens": (np.int32, ()), "shares": (np.uint8, ())}
+
+
+class DraftTable:
+    """entries: by context, 1 to LONGEST_CONTEXT tokens, the likeliest next token and its share of all that followed, 0 to 1."""
+
+    def __init__(self, entries: Mapping[tuple[int, ...], tuple[int, float]]) -> None:
+        self._entries = entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, text: Sequence[int]) -> tuple[int, float] | None:
+        """Next token and share for the longest context that the text ends with; None if there is none."""
+        tail = tuple(text[-LONGEST_CONTEXT:])
+        while tail:
+            found = self._entries.get(tail)
+            if found is not None:
+                return found
+            tail = tail[1:]
+        return None
+
+    def dump(self) -> bytes:
+        """The bytes of its file."""
+        contexts = [(_NONE,) * (LONGEST_CONTEXT - len(context)) + context for context in self._entries]
+        return save(
+            {
+                "contexts": np.array(contexts, np.int32).reshape(-1, LONGEST_CONTEXT),
+                "tokens": np.array([token for token, _ in self._entries.values()], np.int32),
+                "shares": np.array([round(share * 255) for _, share in self._entries.values()], np.uint8),
+            }
+        )
+
+    @classmethod
+    def read(cls, raw: bytes, name: str, vocab_size: int) -> DraftTable:
+        """The table in a file's bytes; IntegrityError says what is wrong with them."""
+        try:
+            tensors = load(raw)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three: types that numpy lacks
+            raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
+        if tensors.keys() != _SHAPES.keys():
+            raise IntegrityError(f"{name} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not {', '.join(_SHAPES)}")
+        count = tensors["tokens"].size
+        if count > MOST_ENTRIES:
+            raise IntegrityError(f"{name} has {count} entries; a table has at most {MOST_ENTRIES}")
+        for key, (kind, row) in _SHAPES.items():
+            found = tensors[key]
+            if found.dtype != kind or found.shape != (count, *row):
+                raise IntegrityError(f"{name}: {key} is {found.dtype} {found.shape}, not {np.dtype(kind)} {(count, *row)}")
+        contexts, tokens = tensors["contexts"], tensors["tokens"]
+        absent = contexts == _NONE
+        if (absent[:, 1:] & ~absent[:, :-1]).any() or absent[:, -1:].any():
+            raise IntegrityError(f"{name}: a context has a gap, or no token")
+        if count and (min(contexts.min() + 1, tokens.min()) < 0 or max(contexts.max(), tokens.max()) >= vocab_size):
+            raise IntegrityError(f"{name}: a token is outside the vocabulary of {vocab_size}")
+        lengths = LONGEST_CONTEXT - absent.sum(axis=1)
+        keys = (tuple(row[-length:]) for row, length in zip(contexts.tolist(), lengths.tolist(), strict=True))
+        shares = (tensors["shares"] / np.float32(255)).tolist()
+        return cls(dict(zip(keys, zip(tokens.tolist(), shares, strict=True), strict=True)))
