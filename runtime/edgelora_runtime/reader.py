@@ -76,7 +76,7 @@ class SpeculatingReader(Reader):
             self._at += 1
             if guess.token == tokens[-1] and self._at < len(self._logits):
                 self.accepted += 1
-                self._experience.note_cost(0.0)
+                self._note_cost(0.0)
                 self.cache.extend(tokens)
                 return self._logits[self._at]
         self._guesses, self._at, self._is_prompt = [], 0, False
@@ -92,9 +92,14 @@ class SpeculatingReader(Reader):
         self._guesses = self._drafter.guess(most, find_least_chance(seconds))
         chosen = choose_length([guess.chance for guess in self._guesses], seconds)
         chosen = costs.probe(chosen, len(self._guesses))
-        if seconds and costs.plain is not None:
-            self._experience.note_cost(seconds[chosen] / costs.plain)
+        if seconds:
+            self._note_cost(seconds[chosen])
         return [guess.token for guess in self._guesses[:chosen]]
+
+    def _note_cost(self, seconds: float) -> None:
+        """What the latest token took, as far as it is known how that compares."""
+        if self._model.costs.plain is not None:
+            self._experience.note_cost(seconds / self._model.costs.plain)
 
     def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
         """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""

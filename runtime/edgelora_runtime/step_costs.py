@@ -4,7 +4,7 @@ from __future__ import annotations
 
 MOST_GUESSES = 8  # in one step
 LEAST_ROWS = 2  # of a step that may have guesses: see SpeculatingReader
-_NEWEST = 1 / 64  # weight of the newest step in a running average
+_NEWEST, _NEWEST_PLAIN = 1 / 64, 1 / 16  # weight of the newest step in a running average; requests with plain ones may be few
 _FIRST_SLOPE = 1 / 8  # of a step: what one more row is taken to cost until it was tried, too little so that it is tried
 _PRIOR = 4.0  # how much that counts, in steps that are a row away from the mean
 _PROBE = 32  # steps from one that tries another number of guesses to the next, so that there is always a slope to see
@@ -22,7 +22,9 @@ class StepCosts:
     def note(self, rows: int, seconds: float) -> None:
         """Takes a step into account; one that takes more than twice what was expected, as by other work, counts as twice."""
         if rows < LEAST_ROWS:
-            self.plain = seconds if self.plain is None else self.plain + (min(seconds, 2 * self.plain) - self.plain) * _NEWEST
+            self.plain = (
+                seconds if self.plain is None else self.plain + (min(seconds, 2 * self.plain) - self.plain) * _NEWEST_PLAIN
+            )
             return
         if self._weight:
             seconds = min(seconds, 2 * self._expect(rows))

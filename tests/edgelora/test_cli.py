@@ -98,6 +98,15 @@ def test_run_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert printed.out == expected.text + "\n"
 
 
+def test_run_speculates_where_it_is_told_to(call: Callable[..., Result], bundle32: Path) -> None:
+    command = ("run", bundle32, "--prompt", "the cat the cat the", "--max-tokens", 30, "--json")
+    assert call(*command).json["drafted_tokens"] == 0
+    assert call(*command, "--speculation", "on").json["drafted_tokens"] > 0
+    refused = call(*command, "--speculation", "maybe")
+    assert refused.code == 2
+    assert "use one of auto, on, off" in refused.out + refused.err
+
+
 def test_run_reads_standard_input_mixes_and_chats(call: Callable[..., Result], bundle32: Path) -> None:
     one = call("run", bundle32, "--prompt", "-", "--max-tokens", 5, "--json", stdin="the cat")
     assert one.json["tokens"] == call("run", bundle32, "--prompt", "the cat", "--max-tokens", 5, "--json").json["tokens"]
