@@ -67,6 +67,7 @@ def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store
         yield _learned(prepared, made, tasks, "composable: regmean", rows=0)
         yield _learned(prepared, made, tasks, "composable: regmean + core", rows=100, grain="core")
         yield _learned(prepared, made, tasks, "composable: regmean + factors", rows=100, grain="factors")
+        yield _learned(prepared, made, tasks, "composable: regmean + factors + written", rows=100, grain="factors", written=400)
         return
     singles = {task: _everywhere(mix, tasks) for task, mix in alone.items()}
     yield choose("best single everywhere", list(singles.values()), prepared, tasks, model, store)
@@ -85,6 +86,7 @@ def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store
     yield _learned(prepared, plain, tasks, "regmean", rows=0)
     yield _learned(prepared, plain, tasks, "regmean + core", rows=100, grain="core")
     yield _learned(prepared, plain, tasks, "regmean + factors", rows=100, grain="factors")
+    yield _learned(prepared, plain, tasks, "regmean + factors + written", rows=100, grain="factors", written=400)
     for name, control in ((FEW, "one adapter on the labelled rows"), (ALL, "one adapter on all rows")):
         if name in prepared.controls:
             yield Arm(control, _everywhere(_only(prepared.controls[name]), tasks))
@@ -128,15 +130,23 @@ def _everywhere(mix: Mix, tasks: Sequence[str]) -> dict[str, Mix | None]:
 
 
 def _learned(
-    prepared: Prepared, adapters: Mapping[str, Adapter], tasks: Sequence[str], name: str, *, rows: int, grain: str = "core"
+    prepared: Prepared,
+    adapters: Mapping[str, Adapter],
+    tasks: Sequence[str],
+    name: str,
+    *,
+    rows: int,
+    grain: str = "core",
+    written: int = 0,
 ) -> Arm:
-    """A mix made on data, kept in the seed's folder."""
+    """A mix made on data, kept in the seed's folder. written: prompts that adapters complete, which take twice the steps."""
     folder = prepared.mix(adapters, name.removeprefix("composable: "))
     if not folder.exists():
         print_note(f"learning {folder.name}")
         labelled = {task: prepared.labelled[task] for task in tasks} if rows else {}
         folders = {task: adapter.folder for task, adapter in adapters.items()}
-        learn(LearnConfig(prepared.base, folders, folder, labelled, grain=grain))
+        steps = (2 if written else 1) * LearnConfig.steps
+        learn(LearnConfig(prepared.base, folders, folder, labelled, grain=grain, written=written, steps=steps))
     return Arm(name, _everywhere(_only(Adapter.open(folder)), tasks))
 
 

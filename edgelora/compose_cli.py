@@ -215,6 +215,9 @@ def learn(
         str, typer.Option(help="What is learned: a weight per module or rank, a core between the factors, or the factors.")
     ] = "factors",
     rows: Annotated[int, typer.Option(help="Labelled rows to use of each adapter.")] = 100,
+    written: Annotated[
+        int, typer.Option(help="Prompts of the rows to start from that each adapter completes itself, to learn from these, too.")
+    ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the grain's own without it.")] = None,
     seed: SeedOption = 0,
@@ -233,6 +236,7 @@ def learn(
         start=start,
         grain=grain,
         rows=rows,
+        written=written,
         steps=steps,
         lr=lr,
         seed=seed,

@@ -12,8 +12,9 @@ from edgelora.adapters import Adapter, check_same_base
 from edgelora.calibration_data import find_training_data, gather_samples
 from edgelora.composing import check_composable, derive_provenance, write_composed
 from edgelora.exporting import check_shapes
+from edgelora.imitation import Example, distance, encode_rows, write_rows
 from edgelora.methods.spectra import stack_factors
-from edgelora.mixed_model import FactorStack, MixedModel, stack_adapters
+from edgelora.mixed_model import FactorStack, MixedModel
 from edgelora.regmean import match_inputs
 from edgelora.rows import read_rows
 from edgelora_export.architectures import read_decoder
@@ -47,9 +48,10 @@ class LearnConfig:
     """What to mix, and from which data.
 
     base: folder or hub id. adapters: folders by name. output: folder for the mixed adapter.
-    labelled: JSONL rows by adapter, few; without any, the start is the result. They should be rows that the adapters were not
-    trained on. prompts: JSONL rows by adapter that RegMean starts from, whose completions are no labels but more input; the
-    rows that the adapter was trained on without it.
+    labelled: JSONL rows by adapter, few; without any, and none written, the start is the result. They should be rows that the
+    adapters were not trained on. prompts: JSONL rows by adapter that RegMean starts from, whose completions are no labels but
+    more input; the rows that the adapter was trained on without it.
+    written: prompts of those rows of each adapter that are learned from beside the labelled ones, completed by the adapter.
     start: regmean, or linear for equal shares.
     grain: what one weight is for: module, an adapter in a module (LoRA Soups, arXiv 2410.13025), rank, a row of its A there,
     core: a matrix between the stacked A's and B's of a module (as LoRA-XS trains one, arXiv 2405.17604), or factors: every
@@ -67,6 +69,7 @@ class LearnConfig:
     start: str = "regmean"
     grain: str = "factors"
     rows: int = 100
+    written: int = 0
     steps: int = 240
     batch_size: int = 16
     lr: float | None = None
@@ -82,6 +85,7 @@ class LearnConfig:
                 ("start", self.start, self.start in STARTS, f"one of {', '.join(STARTS)}"),
                 ("grain", self.grain, self.grain in GRAINS, f"one of {', '.join(GRAINS)}"),
                 ("rows", self.rows, self.rows >= 1, "1 or more"),
+                ("written", self.written, self.written >= 0, "0 or more"),
                 ("steps", self.steps, self.steps >= 1, "1 or more"),
                 ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
                 ("lr", self.lr, self.lr is None or self.lr > 0, "more than 0"),
@@ -105,15 +109,6 @@ class LearnReport:
     loss: float | None
 
 
-@dataclass(frozen=True)
-class Example:
-    """A labelled row as tokens, completion and end of text included. soft: log probabilities, float16 (T, V), of its adapter."""
-
-    tokens: list[int]
-    start: int
-    soft: torch.Tensor
-
-
 def learn(
     config: LearnConfig,
     *,
@@ -122,7 +117,7 @@ def learn(
 ) -> LearnReport:
     """Mixes adapters into one of their summed rank, by what data say of them, and writes it as a PEFT folder.
 
-    Without labelled rows the result is RegMean's. Raises InputError for adapters that do not fit each other or the base, for
+    Without rows to learn from the result is RegMean's. Raises InputError for adapters that do not fit each other or the base, for
     data that are not there, and for an output that is something else, which then is as it was.
     """
     base = Base.find(config.base)
@@ -133,8 +128,10 @@ def learn(
     if config.start == "regmean":
         pairs = _match(config, base, adapters, on_progress)
     else:
-        if not labelled:
-            raise InputError("start = linear learns nothing without labelled rows; give some, or use edgelora compose")
+        if not labelled and not config.written:
+            raise InputError(
+                "start = linear learns nothing without labelled rows or written ones; give some, or use edgelora compose"
+            )
         share = np.float32(1 / len(adapters))
         pairs = {
             module: {
@@ -142,12 +139,16 @@ def learn(
             }
             for module in sorted({module for adapter in adapters.values() for module in adapter.modules})
         }
-    loss, count = None, 0
-    if labelled:
-        factors, loss, count = _learn_gates(config, adapters, pairs, labelled, on_progress)
+    loss, count, rows = None, 0, {name: len(rows) for name, rows in labelled.items()}
+    how = config.start
+    if labelled or config.written:
+        model = MixedModel.open(config.base)
+        examples = _gather_examples(config, model, adapters, labelled, on_progress)
+        factors, loss, count = _learn_gates(config, model, pairs, examples, on_progress)
+        learned = sum(map(len, examples.values()))
+        how += f", {config.grain} weights on {learned} rows, {learned - sum(rows.values())} of them written by the adapters"
     else:
         factors = {module: stack_factors([*each.values()]) for module, each in pairs.items()}
-    how = f"{config.start}, {config.grain} weights on {sum(map(len, labelled.values()))} rows" if labelled else config.start
     provenance = derive_provenance(adapters, f"learned: {' + '.join(adapters)} ({how})", factors)
     write_composed(config.output, factors, next(iter(adapters.values())), provenance)
     on_progress(1, 1, "written")
@@ -157,7 +158,7 @@ def learn(
         config.output,
         len(factors),
         max(len(a) for a, _ in factors.values()),
-        {name: len(rows) for name, rows in labelled.items()},
+        rows,
         count,
         loss,
     )
@@ -171,20 +172,41 @@ def _match(
     check_shapes(adapters, decoder)
     for name, adapter in adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
+    tokenizer = load_tokenizer((base.folder / TOKENIZER).read_bytes())
+    samples: dict[str, Sequence[Sample]] = {
+        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), PROMPT_TOKENS, config.seed)
+        for name, path in _find_prompts(config, adapters).items()
+    }
+    layers = len(decoder.layers)
+    return match_inputs(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
+
+
+def _find_prompts(config: LearnConfig, adapters: Mapping[str, Adapter]) -> dict[str, Path]:
+    """Of each adapter the file of rows to start from."""
     files = {name: config.prompts.get(name) or find_training_data(adapter) for name, adapter in adapters.items()}
     if blind := [name for name, path in files.items() if path is None]:
         raise InputError(
             f"{', '.join(blind)}: the rows that these adapters were trained on are not where edgelora.json says; "
-            "give --prompts NAME=FILE.jsonl, or --start linear"
+            "give --prompts NAME=FILE.jsonl, or --start linear and no --written"
         )
-    tokenizer = load_tokenizer((base.folder / TOKENIZER).read_bytes())
-    samples: dict[str, Sequence[Sample]] = {
-        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), PROMPT_TOKENS, config.seed)
-        for name, path in files.items()
-        if path is not None
-    }
-    layers = len(decoder.layers)
-    return match_inputs(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def _gather_examples(
+    config: LearnConfig,
+    model: MixedModel,
+    adapters: Mapping[str, Adapter],
+    labelled: Mapping[str, Sequence[Row]],
+    on_progress: OnProgress,
+) -> dict[str, list[Example]]:
+    """Of each adapter the rows to learn from: the labelled ones, and those that it writes on other prompts."""
+    rows = {name: list(labelled.get(name, ())) for name in adapters}
+    for done, (name, path) in enumerate(_find_prompts(config, adapters).items() if config.written else ()):
+        on_progress(done, len(adapters), f"{name} writes")
+        known = {row.prompt for row in rows[name]}
+        others = [row for row in read_rows(path) if row.prompt not in known]
+        rows[name] += write_rows(model, adapters[name], others, config.written, config.seed)
+    return {name: encode_rows(model, adapters[name], each) for name, each in rows.items() if each}
 
 
 def _draw(rows: list[Row], count: int, seed: int) -> list[Row]:
@@ -233,19 +255,17 @@ class _Gate:
 
 def _learn_gates(
     config: LearnConfig,
-    adapters: Mapping[str, Adapter],
+    model: MixedModel,
     pairs: Mapping[str, Mapping[str, Factors]],
-    labelled: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Sequence[Example]],
     on_progress: OnProgress,
 ) -> tuple[dict[str, Factors], float, int]:
-    """AdamW on the labelled rows, as many of each adapter in a batch: factors by module, the loss at the end, numbers learned."""
+    """AdamW on rows, as many of each adapter in a batch: factors by module, the loss at the end, numbers learned."""
     import torch
 
     torch.manual_seed(config.seed)
-    model = MixedModel.open(config.base)
     gates = {module: _Gate([*factors.values()], config.grain, model.model.device) for module, factors in pairs.items()}
     learned = [tensor for gate in gates.values() for tensor in gate.learned]
-    examples = {name: encode_rows(model, adapters[name], rows) for name, rows in labelled.items()}
     optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
     draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
     rate = GRAINS[config.grain] if config.lr is None else config.lr
@@ -255,51 +275,11 @@ def _learn_gates(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - step / config.steps)
         model.set_stacks({module: gate.stack() for module, gate in gates.items()})
-        batch = [item for items in examples.values() for item in draws.sample(items, min(each, len(items)))]
-        loss = _loss(model, batch, config.soft)
+        batch = [draws.sample(items, min(each, len(items))) for items in examples.values()]
+        loss = distance(model, batch, config.soft)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
     factors = {module: gate.factors() for module, gate in gates.items()}
     return factors, float(np.mean(losses[-WARMUP:])), sum(tensor.numel() for tensor in learned)
-
-
-def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
-    """Rows with what their adapter alone says of each token of the completion: 2 bytes for each entry of the vocabulary."""
-    import torch
-
-    end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
-    stacks = stack_adapters({adapter.name: adapter}, str(model.model.device))
-    for stack in stacks.values():
-        stack.weights.fill_(1)
-    model.set_stacks(stacks)
-    examples = []
-    with torch.inference_mode():
-        for row in rows:
-            whole, start = model.encode(row)
-            tokens = whole + end
-            logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
-            soft = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
-            examples.append(Example(tokens, start, soft.clone()))
-    return examples
-
-
-def _loss(model: MixedModel, batch: Sequence[Example], soft: float) -> torch.Tensor:
-    """(1 - soft) · negative log likelihood + soft · KL(adapter ‖ mix), in nats per token of the completions."""
-    import torch
-
-    device = model.model.device
-    ids = torch.zeros(len(batch), max(len(example.tokens) for example in batch), dtype=torch.int64)
-    for place, example in enumerate(batch):
-        ids[place, : len(example.tokens)] = torch.tensor(example.tokens)
-    # Padding at the end is never seen by what stands before it, so no mask is needed.
-    logits = model.model(input_ids=ids.to(device), use_cache=False).logits
-    said = torch.cat(
-        [logits[place, example.start - 1 : len(example.tokens) - 1] for place, example in enumerate(batch)]
-    ).log_softmax(dim=-1)
-    labels = torch.tensor([token for example in batch for token in example.tokens[example.start :]], device=device)
-    hard = torch.nn.functional.nll_loss(said, labels)
-    wanted = torch.cat([example.soft for example in batch]).float()
-    divergence = torch.nn.functional.kl_div(said, wanted, reduction="batchmean", log_target=True)
-    return (1 - soft) * hard + soft * divergence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.methods.arithmetic import linear
-from edgelora.methods.deltas import Changed, runs
+from edgelora.methods.deltas import Changed, each_run
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,13 +74,14 @@ def find_threshold(delta: Rows, density: float) -> float:
         low, high = (int(len(sample) * (middle + side * margin)) for side in (-1, 1))
         least = sample[low] if low > 0 else sample.dtype.type(0)
         most = sample[high] if high < len(sample) else sample.dtype.type(np.inf)
-        above, inside = 0, []
-        for rows in runs(delta.shape):
+
+        def look(rows: slice, least: Floats = least, most: Floats = most) -> tuple[int, Floats]:
             magnitudes = np.abs(delta[rows]).ravel()
             outside = magnitudes > most
-            above += int(np.count_nonzero(outside))
-            inside.append(magnitudes[np.flatnonzero((magnitudes >= least) > outside)])
-        candidates = np.concatenate(inside)
+            return int(np.count_nonzero(outside)), magnitudes[np.flatnonzero((magnitudes >= least) > outside)]
+
+        found = each_run(look, delta.shape)
+        above, candidates = sum(count for count, _ in found), np.concatenate([inside for _, inside in found])
         if 0 < kept - above <= len(candidates):
             return _pick(candidates, kept - above)
         margin *= 4

@@ -43,21 +43,21 @@ def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[flo
 
     def merge(parts: Sequence[Floats]) -> Floats:
         kind = parts[0].dtype
-        total, up = np.zeros_like(parts[0]), np.zeros_like(parts[0])  # the votes' sum, and that of the positive ones
+        total, sizes, vote = np.zeros_like(parts[0]), np.zeros_like(parts[0]), np.empty_like(parts[0])
         counts = np.min_scalar_type(len(parts)) if shares is None else kind
         is_for, is_against = np.zeros(total.shape, counts), np.zeros(total.shape, counts)
         for index, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-            vote = part * kind.type(weight)
-            positive, negative = vote > 0, vote < 0
-            total += vote
-            up += vote * positive
+            np.multiply(part, kind.type(weight), out=vote)
             share = counts.type(1 if shares is None else shares[index])
-            is_for += positive * share
-            is_against += negative * share
-        least = kind.type(_TIE) * (2 * up - total)  # of all votes' sizes
+            is_for += (vote > 0) * share
+            is_against += (vote < 0) * share
+            total += vote
+            sizes += np.abs(vote, out=vote)
+        least = np.multiply(sizes, kind.type(_TIE), out=vote)
         is_up, is_down = total > least, total < -least
-        merged: Floats = up * is_up + (total - up) * is_down
         divisor = is_for * is_up + is_against * is_down
+        sign = np.subtract(is_up, is_down, dtype=kind)
+        merged: Floats = (total * sign + sizes) * sign / 2  # those of one sign: half of all votes' sum and all sizes' sum
         merged /= divisor + (divisor == 0)
         return merged
 

@@ -13,10 +13,12 @@ from peft import PeftModel
 
 from edgelora.adapters import Adapter
 from edgelora.composing import compose
-from edgelora.learning import GRAINS, LearnConfig, encode_rows, learn
+from edgelora.imitation import distance, encode_rows, write_rows
+from edgelora.learning import GRAINS, LearnConfig, learn
 from edgelora.mix import Mix
 from edgelora.mixed_model import MixedModel
-from edgelora.rows import read_rows
+from edgelora.rows import Row, read_rows
+from edgelora.torch_reference import write_completions
 from edgelora.training import TrainConfig, train
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_tokenizer, torch_logits
@@ -76,6 +78,44 @@ def test_what_is_asked_for_is_what_the_adapter_says(trained: tuple[LearnConfig, 
         np.testing.assert_allclose(example.soft.float().numpy(), wanted, atol=0.05)  # fp16 of numbers down to -40
 
 
+def test_every_adapter_has_the_same_say(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
+    """However many tokens its completions have."""
+    config, labelled = trained
+    model = MixedModel.open(config.base)
+    short, long = (
+        encode_rows(model, Adapter.open(config.adapters[name]), rows)
+        for name, rows in (("sat", read_rows(labelled["sat"])[:1]), ("one", [Row("one moon\n", " two moon" * 9)]))
+    )
+    model.set_stacks({})
+    both, first, second = (distance(model, batch, 0.7).item() for batch in ([short, long], [short], [long]))
+    assert abs(first - second) > 0.1
+    assert both == pytest.approx((first + second) / 2, rel=1e-5)
+
+
+def test_an_adapter_writes_what_peft_writes_and_sees_no_label(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
+    config, _ = trained
+    rows = [Row(row.prompt, label) for label in ("x", "y") for row in read_rows(config.output.parent / "sat.jsonl")]
+    model, adapter = MixedModel.open(config.base), Adapter.open(config.adapters["sat"])
+    written = write_rows(model, adapter, rows, 3, 0)
+    peft: Any = PeftModel.from_pretrained(load_base(Path(config.base)), adapter.folder).eval()
+    assert 1 <= len({row.prompt for row in written}) == len(written) <= 3
+    assert [row.completion for row in written] == write_completions(peft, model.tokenizer, written, 64)
+
+
+def test_what_adapters_write_makes_it_better(trained: tuple[LearnConfig, dict[str, Path]], tmp_path: Path) -> None:
+    config, _ = trained
+    config = replace(config, start="linear")
+    own = {name: config.output.parent / f"{name}.jsonl" for name in TASKS}
+    report = learn(replace(config, written=4, output=tmp_path / "written"))
+    compose({name: (folder, 0.5) for name, folder in config.adapters.items()}, tmp_path / "mean")
+    written, mean = (measure(replace(config, output=tmp_path / name), own) for name in ("written", "mean"))
+    assert written < 0.7 * mean
+    assert report.rows == {}
+    provenance = Adapter.open(tmp_path / "written").provenance
+    assert provenance is not None
+    assert provenance.init == "learned: one + sat (linear, factors weights on 8 rows, 8 of them written by the adapters)"
+
+
 @pytest.mark.parametrize("grain", GRAINS)
 def test_labels_make_it_better(trained: tuple[LearnConfig, dict[str, Path]], tmp_path: Path, grain: str) -> None:
     config, labelled = trained
@@ -110,6 +150,8 @@ def test_bad_input_is_told_in_one_line(trained: tuple[LearnConfig, dict[str, Pat
     config, _ = trained
     with pytest.raises(InputError, match="grain = entry: use one of"):
         replace(config, grain="entry", rows=0)
+    with pytest.raises(InputError, match="written = -1: use 0 or more"):
+        replace(config, written=-1)
     with pytest.raises(InputError, match="names of adapters: sat, one"):
         replace(config, labelled={"two": config.output})
     with pytest.raises(InputError, match="without labelled rows"):

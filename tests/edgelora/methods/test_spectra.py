@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgelora.methods.spectra import orthonormalize, truncate, truncate_product
+from edgelora.methods.krylov import find_largest, orthonormalize
+from edgelora.methods.spectra import truncate, truncate_product
 from tests.edgelora.methods.made import Made, any_factors
 
 
@@ -64,6 +65,17 @@ def test_large_matrices_of_a_rank_are_held_by_it() -> None:
         a, b, error = truncate(delta, rank)
         assert error < 1e-6
         np.testing.assert_allclose(b @ a, delta, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
+def test_a_space_that_runs_out_of_directions_stays_orthonormal(shape: tuple[int, int]) -> None:
+    """The second block finds fewer directions than it has columns; what fills it up must not be counted twice."""
+    random = np.random.default_rng(1)
+    delta = (random.normal(size=(shape[0], 40)) @ random.normal(size=(40, shape[1]))).astype(np.float32)
+    u, s, vt = find_largest(delta, 12, float(np.square(delta, dtype=np.float64).sum()))
+    np.testing.assert_allclose(u.T @ u, np.eye(12), atol=1e-5)
+    np.testing.assert_allclose(vt @ vt.T, np.eye(12), atol=1e-5)
+    np.testing.assert_allclose(s, np.linalg.svd(delta, compute_uv=False)[:12], rtol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (200, 300)])
