@@ -46,6 +46,9 @@ ProviderOption = Annotated[
 PackedCacheOption = Annotated[
     bool, typer.Option("--packed-cache", help="Map packed weights from this machine's cache; what is not there yet is written.")
 ]
+WholeGraphsOption = Annotated[
+    bool, typer.Option("--whole-graphs", help="One session per variant that shares nothing, for steps that may be faster.")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 
 
@@ -92,10 +95,11 @@ def _report(message: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _open_runtime(bundle: Path, threads: int | None, provider: str, packed_cache: bool) -> Runtime:
+def _open_runtime(bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool) -> Runtime:
     from edgelora_runtime import PackedCache, Runtime
 
-    return Runtime(bundle, threads=threads, provider=provider, packed_cache=PackedCache() if packed_cache else None)
+    cache = PackedCache() if packed_cache else None
+    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs)
 
 
 def _show_version(value: bool) -> None:
@@ -252,13 +256,14 @@ def run(
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
+    whole_graphs: WholeGraphsOption = False,
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora.chat import describe_route
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _open_runtime(bundle, threads, provider, packed_cache) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime:
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
@@ -301,12 +306,13 @@ def chat(
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
+    whole_graphs: WholeGraphsOption = False,
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.chat import run_chat
 
-    with _open_runtime(bundle, threads, provider, packed_cache) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime:
         turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
     if json:
         print_json({"turns": turns})
@@ -323,6 +329,7 @@ def evaluate(
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
+    whole_graphs: WholeGraphsOption = False,
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
@@ -332,7 +339,10 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
-    with _open_runtime(bundle, threads, provider, packed_cache) as runtime, show_progress("evaluating") as on_progress:
+    with (
+        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime,
+        show_progress("evaluating") as on_progress,
+    ):
         name, weights = variant, parse_mix(mix)
         if variant != AUTO:
             name = runtime.switch(variant, mix=weights).variant
@@ -357,13 +367,17 @@ def bench(
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
+    whole_graphs: WholeGraphsOption = False,
     json: JsonOption = False,
 ) -> None:
     """Measure switching, prefill, decode and memory of a bundle's variants on this machine."""
     from edgelora.bench import bench as run_bench
     from edgelora.bench import show_bench
 
-    with _open_runtime(bundle, threads, provider, packed_cache) as runtime, show_progress("measuring") as on_progress:
+    with (
+        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime,
+        show_progress("measuring") as on_progress,
+    ):
         names = list(dict.fromkeys(variant or runtime.variants))
         report = run_bench(runtime, names, prompt=prompt, tokens=tokens, rounds=rounds, on_progress=on_progress)
     show_bench(report, json)

@@ -63,7 +63,7 @@ class Recipe:
     text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
     each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
     base as their adapters' training held it), or auto, the better. router: None for a bundle without one. drafts: whether
-    the bundle holds draft tables of the adapters' training data, for speculation.
+    the bundle holds draft tables for speculation, which are fragments of the adapters' training data.
     """
 
     base: str
@@ -77,7 +77,7 @@ class Recipe:
     targets: tuple[str, ...] = (CPU.name,)
     merge_base: str = "auto"
     router: RouterRecipe | None = None
-    drafts: bool = True
+    drafts: bool = False
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -168,7 +168,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         targets=tuple(targets),
         merge_base=top.get("merge_base", "auto"),
         router=_read_router(router, folder) if "router" in top else None,
-        drafts=top.get("drafts", True),
+        drafts=top.get("drafts", False),
     )
 
 

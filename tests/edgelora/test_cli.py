@@ -287,7 +287,8 @@ def test_packed_weights_are_kept_and_told_of(
     monkeypatch.setattr("edgelora_runtime.packed_cache.find_cache_folder", lambda: tmp_path)
     plain = call("run", bundle32, "--prompt", "a cat", "--max-tokens", 4)
     assert call("doctor", "--json").json["packed_cache"] == [str(tmp_path / "edgelora" / "packed"), 0]
-    assert call("run", bundle32, "--prompt", "a cat", "--max-tokens", 4, "--packed-cache").out == plain.out
+    for option in ("--packed-cache", "--whole-graphs"):
+        assert call("run", bundle32, "--prompt", "a cat", "--max-tokens", 4, option).out == plain.out
     assert call("doctor", "--json").json["packed_cache"][1] > 0
 
 

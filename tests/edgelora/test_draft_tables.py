@@ -105,8 +105,10 @@ def test_a_bundle_holds_a_table_for_each_adapter_with_data(bundle: Bundle) -> No
     assert bundle.verify() == []
 
 
-def test_a_recipe_can_leave_tables_out(tiny_base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
-    assert parse_recipe({"base": "b", "drafts": False, "variants": {"base": {"mix": {}}}}, tmp_path).drafts is False
+def test_there_are_tables_only_where_a_recipe_asks_for_them(tiny_base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    recipe = {"base": "b", "variants": {"base": {"mix": {}}}}
+    assert parse_recipe(recipe, tmp_path).drafts is False
+    assert parse_recipe({**recipe, "drafts": True}, tmp_path).drafts is True
     bundle = make_bundle(tiny_base, adapters, tmp_path / "bundle", drafts=False)
     assert not any(entry.drafts for entry in bundle.manifest.adapters.values())
     assert not list(bundle.folder.glob(f"*{DRAFT_TABLE}"))
