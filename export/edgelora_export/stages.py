@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 CUT = "cut"  # begins the names of values that cross a cut: cut.{index}.sum, cut.{index}.update
 LEAST_BYTES = 16 << 20  # of weights per stage, on average: calling one costs as long as reading some 0.5 MB (docs/log.md)
-FULL_BYTES = 64 << 20  # of weights, from which on a stage ends
+FULL_BYTES = 256 << 20  # of weights, from which on a stage ends
 
 
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
