@@ -1,9 +1,8 @@
-"""Cuts the graphs of a bundle into stages: variants share those whose weights are the same, and a reader opens them side by side.
+"""Cuts the graphs of a bundle into stages, so that variants share the sessions of those whose weights are the same.
 
 A stage is a graph of its own, and a graph's stages, run one after the other, compute what it computes. What may be cut apart are
 blocks: the embedding with the first attention, each MLP, each attention, the head. A graph is cut where the set of graphs changes
-that it shares a block with, so variants that differ in their attention come apart at every block, those that differ everywhere
-at the head; and a stage ends where it is large, since onnxruntime packs the weights of a session on one thread.
+that it shares a block with: variants that differ in their attention come apart at every block.
 """
 
 from __future__ import annotations
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
 
 CUT = "cut"  # begins the names of values that cross a cut: cut.{index}.sum, cut.{index}.update
 LEAST_BYTES = 16 << 20  # of weights per stage, on average: calling one costs as long as reading some 0.5 MB (docs/log.md)
-FULL_BYTES = 256 << 20  # of weights, from which on a stage ends
+LEAST_SHARED = 0.5  # of a graph's weights; below that the price in decoding is not worth it
 
 
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
-    """The stages of each graph, in the order in which they run; none for a graph that is too small.
+    """The stages of each graph, in the order in which they run; none for a graph that is too small
+    or shares too little.
 
     models: graphs of one decoder, as build_graph makes them, with their blobs in folder.
     """
@@ -37,13 +37,10 @@ def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list
     for name, model in models.items():
         partners = [{other for other in models if packed[other][index] == block} for index, block in enumerate(packed[name])]
         sizes = _measure(blocks[name], folder)
-        cuts, size = [], 0
-        for index in range(len(sizes) - 1):
-            size += sizes[index]
-            if partners[index] != partners[index + 1] or size >= FULL_BYTES:
-                cuts.append(index)
-                size = 0
-        stages[name] = _cut(model, cuts) if cuts and sum(sizes) >= LEAST_BYTES * (len(cuts) + 1) else []
+        cuts = [index for index in range(len(sizes) - 1) if partners[index] != partners[index + 1]]
+        shared = sum(size for size, sharing in zip(sizes, partners, strict=True) if len(sharing) > 1)
+        pays = shared >= LEAST_SHARED * sum(sizes) and sum(sizes) >= LEAST_BYTES * (len(cuts) + 1)
+        stages[name] = _cut(model, cuts) if cuts and pays else []
     return stages
 
 

@@ -85,10 +85,11 @@ class Loader:
         if self._packed_cache is not None:
             packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
         spin = self._count_bytes(file) < _SPIN_BELOW
+        alone = file in self._chains  # by its name a graph's own
         if packed is not None:
             with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return open_stage(packed, threads=self._threads, provider=self._provider, spin=spin, mapped=True)
-        return open_stage(self._bundle.path(file), threads=self._threads, provider=self._provider, spin=spin)
+                return open_stage(packed, threads=self._threads, provider=self._provider, spin=spin, alone=alone, mapped=True)
+        return open_stage(self._bundle.path(file), threads=self._threads, provider=self._provider, spin=spin, alone=alone)
 
     def _count_bytes(self, file: str) -> int:
         """Bytes of the largest graph that a stage belongs to."""

@@ -61,7 +61,7 @@ class Runtime:
     both the least recently used go first. packed_cache: where packed weights are kept and mapped from, so that a further variant
     costs little memory; each is written there when it is first loaded, which takes several times as long as loading does.
     whole_graphs: run each variant as one session that shares nothing, in place of stages that variants share where the bundle has
-    them: several times the memory and time to load, for steps that are 0 to 15% faster.
+    them: several times the memory and time to load, for steps that are 5 to 20% faster.
     threads: None leaves the choice to onnxruntime (physical cores).
     provider: "cpu", "cuda", "webgpu", or "auto": a GPU where there is one and the bundle has graphs for it, else the CPU.
     target: which graphs to run, "cpu" (float32) or "gpu" (fp16); None for those that are built for the provider. Any provider

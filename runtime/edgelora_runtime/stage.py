@@ -29,18 +29,20 @@ class Stage:
         self.mapped = mapped
 
 
-def open_stage(graph: Path, *, threads: int | None, provider: Provider = CPU, spin: bool = True, mapped: bool = False) -> Stage:
+def open_stage(
+    graph: Path, *, threads: int | None, provider: Provider = CPU, spin: bool = True, alone: bool = True, mapped: bool = False
+) -> Stage:
     """Opens a graph.
 
     spin: whether threads wait for the next step awake, which saves a small model a tenth of a step, but takes cores from another
-    session that runs right after.
+    session that runs right after. alone: whether it is a whole graph; threads of others wait awake for less long.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
-    if not spin:
+    if not alone:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     if mapped:
         # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
