@@ -26,8 +26,7 @@ LEAST_SHARED = 0.5  # of a graph's weights; below that the price in decoding is 
 
 
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
-    """The stages of each graph, in the order in which they run; none for a graph that is too small
-    or shares too little.
+    """The stages of each graph, in the order in which they run; none for one that is too small or shares too little.
 
     models: graphs of one decoder, as build_graph makes them, with their blobs in folder.
     """
