@@ -86,10 +86,10 @@ def export(
         )
     variants = _plan_variants(recipe, adapters, sets, decoder, on_note)
     entries = {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in adapters.items()}
+    tables: dict[str, bytes] = {}
     if recipe.drafts:
         on_progress(0, 1, "counting how completions go on")
-    ends = end_tokens(base)
-    tables = make_draft_tables(adapters, sets.encode, ends[0] if ends else None) if recipe.drafts else {}
+        tables = make_draft_tables(adapters, sets.encode, next(iter(end_tokens(base)), None))
     try:
         manifest = build_bundle(
             base,
@@ -121,9 +121,9 @@ def export(
 
 
 def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
-    """One hash of all that decides the blobs of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
     mixes = (recipe.merge_base, dict(recipe.variants), dict(adapters))
-    parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations, recipe.drafts)
+    parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

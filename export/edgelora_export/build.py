@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
 from types import MappingProxyType
@@ -15,7 +14,7 @@ from edgelora_export.gate import Gate, judge, judged
 from edgelora_export.journal import Journal
 from edgelora_export.merge_base import choose_merge_base
 from edgelora_export.progress import Progress
-from edgelora_export.publish import journal_of, staged_folder, write_file
+from edgelora_export.publish import journal_of, staged_folder, write_file, write_hashed
 from edgelora_export.store import check_modules
 from edgelora_export.targets import CPU, check_targets
 from edgelora_runtime.draft_table import DRAFT_TABLE
@@ -71,9 +70,7 @@ def build_bundle(
         copy_texts(base, folder)
         if router is not None:
             write_file(folder / router.entry.file, [router.content])
-        tables = {name: f"{hashlib.sha256(table).hexdigest()}{DRAFT_TABLE}" for name, table in draft_tables.items()}
-        for file, table in {tables[name]: table for name, table in draft_tables.items()}.items():
-            write_file(folder / file, [table])
+        tables = {name: write_hashed(folder, table, DRAFT_TABLE) for name, table in draft_tables.items()}
         draft = Draft(
             base=base,
             decoder=decoder,

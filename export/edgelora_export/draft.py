@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from edgelora_export.graph_builder import mapped_blobs, pack_graph
 from edgelora_export.halves import HalfStore
 from edgelora_export.live import live_slots, pack_live_adapter
 from edgelora_export.progress import COMPENSATED
-from edgelora_export.publish import BLOB, write_file
+from edgelora_export.publish import BLOB, write_file, write_hashed
 from edgelora_export.quantizing import compensates, store_products
 from edgelora_export.stages import split_graphs
 from edgelora_export.store import Weights, read_linear, store_end, store_ends, store_norms, store_rounded, touches, touches_ends
@@ -276,7 +275,10 @@ class Draft:
             for stem, model in models.items():
                 file = f"{stem}.{target}.onnx"
                 write_file(self.folder / file, [pack_graph(model)])
-                parts = tuple(self._write_stage(stage) for stage in stages.get(stem, ()))
+                parts = tuple(
+                    StageEntry(write_hashed(self.folder, pack_graph(stage), ".onnx"), mapped_blobs(stage))
+                    for stage in stages.get(stem, ())
+                )
                 written[stem][target] = GraphEntry(file, mapped_blobs(model), parts)
         return {name: written[stem] for name, stem in stems.items()}
 
@@ -287,13 +289,6 @@ class Draft:
         if TARGETS[target].float_type != CPU.float_type:
             weights = self._halves.halve(weights)
         return build_graph(self.decoder, weights, self.folder, live=live, target=TARGETS[target])
-
-    def _write_stage(self, stage: ir.Model) -> StageEntry:
-        """Writes a stage under the hash of its bytes, so that equal ones are one file."""
-        raw = pack_graph(stage)
-        file = f"{hashlib.sha256(raw).hexdigest()}.onnx"
-        write_file(self.folder / file, [raw])
-        return StageEntry(file, mapped_blobs(stage))
 
 
 def describe_file(path: Path) -> FileEntry:

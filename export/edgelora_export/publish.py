@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import glob
+import hashlib
 import os
 import shutil
 import sys
@@ -38,6 +39,13 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         if error.errno in _NO_SPACE:
             raise ResourceError(f"no space left on the disk of {path.parent} while writing {path.name}; free some") from error
         raise
+
+
+def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
+    """Writes a file under the hash of its bytes, so that equal ones are one; returns its name, which ends in the suffix."""
+    name = f"{hashlib.sha256(content).hexdigest()}{suffix}"
+    write_file(folder / name, [content])
+    return name
 
 
 @contextmanager

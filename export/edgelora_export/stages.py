@@ -26,20 +26,22 @@ LEAST_SHARED = 0.5  # of a graph's weights; below that the price in decoding is 
 
 
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
-    """The stages of each graph, in the order in which they run; none for one that is too small or shares too little.
+    """The stages, in the order in which they run, of each graph that is large enough and shares enough.
 
     models: graphs of one decoder, as build_graph makes them, with their blobs in folder.
     """
-    blocks = {name: _cut(model, range(_count_cuts(model))) for name, model in models.items()}
+    large = {name: model for name, model in models.items() if sum(_measure([model], folder)) >= 2 * LEAST_BYTES}
+    blocks = {name: _cut(model, range(_count_cuts(model))) for name, model in large.items()}
     packed = {name: [pack_graph(block) for block in parts] for name, parts in blocks.items()}
-    stages = {}
-    for name, model in models.items():
-        partners = [{other for other in models if packed[other][index] == block} for index, block in enumerate(packed[name])]
+    stages: dict[str, list[ir.Model]] = {}
+    for name, model in large.items():
+        partners = [{other for other in large if packed[other][index] == block} for index, block in enumerate(packed[name])]
         sizes = _measure(blocks[name], folder)
         cuts = [index for index in range(len(sizes) - 1) if partners[index] != partners[index + 1]]
         shared = sum(size for size, sharing in zip(sizes, partners, strict=True) if len(sharing) > 1)
         pays = shared >= LEAST_SHARED * sum(sizes) and sum(sizes) >= LEAST_BYTES * (len(cuts) + 1)
-        stages[name] = _cut(model, cuts) if cuts and pays else []
+        if cuts and pays:
+            stages[name] = _cut(model, cuts)
     return stages
 
 

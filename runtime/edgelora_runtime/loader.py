@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.errors import IntegrityError
@@ -84,12 +85,17 @@ class Loader:
         entry, packed = self._entries[file], None
         if self._packed_cache is not None:
             packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
-        spin = self._count_bytes(file) < _SPIN_BELOW
-        alone = file in self._chains  # by its name a graph's own
+        open_here = partial(
+            open_stage,
+            threads=self._threads,
+            provider=self._provider,
+            spin=self._count_bytes(file) < _SPIN_BELOW,
+            alone=file in self._chains,  # by its name it is a graph's own
+        )
         if packed is not None:
             with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return open_stage(packed, threads=self._threads, provider=self._provider, spin=spin, alone=alone, mapped=True)
-        return open_stage(self._bundle.path(file), threads=self._threads, provider=self._provider, spin=spin, alone=alone)
+                return open_here(packed, mapped=True)
+        return open_here(self._bundle.path(file))
 
     def _count_bytes(self, file: str) -> int:
         """Bytes of the largest graph that a stage belongs to."""

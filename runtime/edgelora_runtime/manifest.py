@@ -102,19 +102,17 @@ class StageEntry:
 
 @dataclass(frozen=True)
 class GraphEntry(StageEntry):
-    """A graph and the blobs that it maps. stages: graphs that do the same one after the other, and that others share; or none."""
+    """A graph and the blobs that it maps.
+
+    stages: graphs that do the same one after the other, with the same blobs, and that other graphs share; or none.
+    """
 
     stages: tuple[StageEntry, ...] = ()
 
     @property
     def files(self) -> set[str]:
         """All files that it needs, itself among them."""
-        return {
-            self.file,
-            *self.blobs,
-            *(stage.file for stage in self.stages),
-            *(b for stage in self.stages for b in stage.blobs),
-        }
+        return {self.file, *self.blobs, *(stage.file for stage in self.stages)}
 
 
 @dataclass(frozen=True)
@@ -383,11 +381,8 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         for graph in variant.graphs.values():
             wrong += [f"variant {name} uses {file}, which files lacks" for file in sorted(graph.files - manifest.files.keys())]
-        if any(
-            graph.stages and {b for stage in graph.stages for b in stage.blobs} != set(graph.blobs)
-            for graph in variant.graphs.values()
-        ):
-            wrong.append(f"variant {name} has stages that map other blobs than its graph")
+            if graph.stages and {blob for stage in graph.stages for blob in stage.blobs} != set(graph.blobs):
+                wrong.append(f"variant {name} has stages that map other blobs than its graph")
         for adapter in variant.live:
             if adapter not in manifest.adapters or manifest.adapters[adapter].file is None:
                 wrong.append(f"variant {name} needs adapter {adapter}, which adapters lacks or gives no file")
