@@ -22,7 +22,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest
 
 test-all: $(STAMP) $(OPTIMUM_STAMP) test-auto-round
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile="other examples"
 
 test-optimum: $(STAMP) $(OPTIMUM_STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_optimum.py

@@ -40,8 +40,9 @@ class Made:
 
     @property
     def size(self) -> float:
-        """What errors are measured by."""
-        return float(sum(abs(w) * np.linalg.norm(delta) for w, delta in zip(self.weights, self.exact, strict=True))) or 1.0
+        """What errors are measured by: of the factors, as rows of a product that cancel leave the errors of its terms."""
+        norms = [float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in self.factors]
+        return sum(abs(w) * norm for w, norm in zip(self.weights, norms, strict=True)) or 1.0
 
     def reorder(self, order: Sequence[int]) -> Made:
         return Made([self.factors[i] for i in order], [self.weights[i] for i in order])
