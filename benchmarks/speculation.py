@@ -4,14 +4,16 @@
     python -m benchmarks.speculation --bundle BUNDLE --steps   # costs alone: steps with 0 to 8 guesses, at any bundle's shape
 
 Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and starts of
-stories on the bare base, which has no draft table. Modes take turns prompt by prompt; a round's figure is the sum of decode
-times without speculation over that with it, and the median of rounds counts. Answers are greedy.
+stories on the bare base, which has no draft table; none is in a cache. Prompt by prompt modes take turns in random order, with a
+pause between: onnxruntime's threads spin on after a step, at the cost of another runtime's. Decoding is all that an answer takes
+beyond the reading of its prompt without guesses, as the step that reads it reads guesses, too. Of each prompt the median of
+rounds counts; a figure is their sum without speculation over that with it, its 95% interval from drawing prompts anew. Answers
+are greedy.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -39,6 +41,7 @@ TASKS = ("slots-buses", "slots-homes", "sql")
 STORIES = "base"
 MODES = ("on", "auto")
 STEPS, MAX_TOKENS = 150, 64
+PAUSE = 0.005  # seconds, several times as long as threads spin
 STORY, CONTEXT = 120, 64  # characters of a story's start; tokens before the steps that are measured
 
 
@@ -98,25 +101,29 @@ def find_prompts(count: int) -> dict[str, list[str]]:
 
 
 def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, threads: int | None) -> dict[str, Any]:
-    """Medians of rounds, by mode, after one that is not counted; a runtime per mode, so that each learns on its own."""
-    runtimes = {mode: Runtime(bundle, threads=threads, provider="cpu") for mode in ("off", *MODES)}
-    ratios: dict[str, list[float]] = {mode: [] for mode in MODES}
+    """Ratios by mode, after a round that is not counted; a runtime per mode, so that each learns on its own."""
+    runtimes = {mode: Runtime(bundle, cache_budget=0, threads=threads, provider="cpu") for mode in ("off", *MODES)}
+    reading, writing = np.empty((2, rounds + 1, len(runtimes), len(prompts)))  # milliseconds
+    random = np.random.default_rng(0)
     tokens = drafted = accepted = 0
     for turn in range(rounds + 1):
         print_note(f"{variant}, round {turn} of {rounds}")
-        spent = dict.fromkeys(runtimes, 0.0)
-        for prompt in prompts:
-            for mode, runtime in runtimes.items():
-                found = runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode)
-                spent[mode] += found.decode_ms
+        for place, prompt in enumerate(prompts):
+            for at in random.permutation(len(runtimes)):
+                time.sleep(PAUSE)
+                mode = list(runtimes)[at]
+                found = runtimes[mode].generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode)
+                reading[turn, at, place], writing[turn, at, place] = found.prefill_ms, found.decode_ms
                 if mode == "on":
                     tokens, drafted = tokens + len(found.tokens), drafted + found.drafted_tokens
                     accepted += found.accepted_tokens
-        if turn:
-            for mode in MODES:
-                ratios[mode].append(spent["off"] / spent[mode])
-    medians = {mode: f"{statistics.median(each):.2f} ({min(each):.2f}–{max(each):.2f})" for mode, each in ratios.items()}
-    return {**medians, "right guesses": round(accepted / max(drafted, 1), 2), "of all tokens": round(accepted / tokens, 2)}
+    decoding = np.median((reading + writing)[1:], axis=0) - np.median(reading[1:, 0], axis=0)
+    drawn = random.integers(0, len(prompts), (1000, len(prompts)))
+    ratios = {}
+    for mode, each in zip(MODES, decoding[1:], strict=True):
+        low, high = np.percentile(decoding[0][drawn].sum(axis=1) / each[drawn].sum(axis=1), [2.5, 97.5])
+        ratios[mode] = f"{decoding[0].sum() / each.sum():.2f} ({low:.2f}–{high:.2f})"
+    return {**ratios, "right guesses": round(accepted / max(drafted, 1), 2), "of all tokens": round(accepted / tokens, 2)}
 
 
 def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int | None) -> dict[str, str]:

@@ -252,7 +252,7 @@ def run(
     grammar: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A grammar in Lark's notation that the answer is to fit.")
     ] = None,
-    speculation: Annotated[str, typer.Option(help="Guess tokens ahead: on, auto (where it was faster of late), or off.")] = "off",
+    speculation: Annotated[str, typer.Option(help="Guess tokens ahead: on, auto (where it pays), or off.")] = "off",
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,

@@ -77,6 +77,10 @@ class KVCache(ABC):
         self.tokens.extend(tokens)
         self._most = max(self._most, len(self.tokens))
 
+    def drop_logits(self) -> None:
+        """Frees the memory of the last step's logits, half a megabyte per position where the vocabulary is large."""
+        self.logits = np.empty((1, 0, self._entry.vocab_size), np.float32)
+
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
         del self.tokens[length:]

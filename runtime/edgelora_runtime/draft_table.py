@@ -33,12 +33,11 @@ class DraftTable:
     def find(self, text: Sequence[int]) -> tuple[int, float] | None:
         """Next token and share for the longest context that the text ends with; None if there is none."""
         tail = tuple(text[-LONGEST_CONTEXT:])
-        while tail:
-            found = self._entries.get(tail)
-            if found is not None:
-                return found
+        found = self._entries.get(tail)
+        while found is None and tail:
             tail = tail[1:]
-        return None
+            found = self._entries.get(tail)
+        return found
 
     def dump(self) -> bytes:
         """The bytes of its file."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgelora_runtime.draft_table import LONGEST_CONTEXT
@@ -12,8 +11,9 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.draft_table import DraftTable
 
-_TEXT_CHANCES = (0.15, 0.4, 0.6)  # of a guess after 1, 2 and 3 tokens that stood in the text before, until it is known better
-_SHARES = 8  # classes of a table's guesses, by their share in the training data
+_TEXT_CHANCES = (0.15, 0.4, 0.6)  # of a guess after 1, 2 and LONGEST_CONTEXT tokens of the text, until it is known better
+_SHARES = 8  # classes of a table's guesses, by their share in the training data; as many where the text before agrees
+_AGREEMENT = 0.4  # of a table's wrong guesses, that the text before is taken to tell from the right ones
 _NEWEST = 1 / 32  # weight of the newest guess in its class's running share
 _NEWEST_COST = 1 / 256  # of the newest token: answers differ, and a few dear ones in a row should not end speculation
 _FIRST_COST = 0.9  # of a token, in steps of one row, until it is known better
@@ -31,19 +31,21 @@ class Guess(NamedTuple):
 class Experience:
     """How guesses did of late for one variant or mix: shares that were right, by class, and what a token came to cost.
 
-    Classes are how many tokens of the text matched, and then shares in a table. Threads share it without a lock.
+    Classes are how many tokens of the text matched, then shares in a table, then those where the text agrees. Threads share it
+    without a lock.
     """
 
     def __init__(self) -> None:
-        self._rates = [*_TEXT_CHANCES, *((level + 0.5) / _SHARES for level in range(_SHARES))]
+        shares = [(level + 0.5) / _SHARES for level in range(_SHARES)]
+        self._rates = [*_TEXT_CHANCES, *shares, *(share + (1 - share) * _AGREEMENT for share in shares)]
         self._cost = _FIRST_COST
         self._requests = 0
 
     def guess_from_text(self, token: int, matching: int) -> Guess:
         return self._rate(token, matching - 1)
 
-    def guess_from_table(self, token: int, share: float) -> Guess:
-        return self._rate(token, len(_TEXT_CHANCES) + min(int(share * _SHARES), _SHARES - 1))
+    def guess_from_table(self, token: int, share: float, *, agrees: bool) -> Guess:
+        return self._rate(token, len(_TEXT_CHANCES) + agrees * _SHARES + min(int(share * _SHARES), _SHARES - 1))
 
     def learn(self, guess: Guess, token: int) -> None:
         """Takes into account which token it was that came."""
@@ -72,15 +74,15 @@ class Drafter:
         self._tables = tables
         self._experience = experience
         self._end_tokens = end_tokens
-        self._next = [  # by 1, 2, 3 tokens: the one that followed them last
-            dict(zip(zip(*(text[start:] for start in range(length)), strict=False), text[length:], strict=False))
-            for length in range(1, len(_TEXT_CHANCES) + 1)
-        ]
+        self._next: dict[tuple[int, ...], int] = {}  # by 1, 2 or 3 tokens: the one that followed them last
+        for length in range(1, LONGEST_CONTEXT + 1):
+            contexts = zip(*(text[start:] for start in range(length)), strict=False)
+            self._next.update(zip(contexts, text[length:], strict=False))
 
     def append(self, token: int) -> None:
-        for length, following in enumerate(self._next, 1):
-            if len(self._text) >= length:
-                following[tuple(self._text[-length:])] = token
+        tail = tuple(self._text[-LONGEST_CONTEXT:])
+        for start in range(len(tail)):
+            self._next[tail[start:]] = token
         self._text.append(token)
 
     def guess(self, most: int, least_chance: float = 0.0) -> list[Guess]:
@@ -103,12 +105,15 @@ class Drafter:
         return guesses
 
     def _guess_next(self, tail: tuple[int, ...]) -> Guess | None:
-        found = []
-        for length in range(len(self._next), 0, -1):
-            token = self._next[length - 1].get(tail[-length:])
-            if token is not None:
-                found.append(self._experience.guess_from_text(token, length))
-                break
-        entries = [entry for table in self._tables if (entry := table.find(tail)) is not None]
-        found += [self._experience.guess_from_table(*entry) for entry in entries]
-        return max(found, key=attrgetter("chance"), default=None)
+        context, token = tail, self._next.get(tail)
+        while token is None and context:
+            context = context[1:]
+            token = self._next.get(context)
+        best = None if token is None else self._experience.guess_from_text(token, len(context))
+        for table in self._tables:
+            entry = table.find(tail)
+            if entry is not None:
+                found = self._experience.guess_from_table(*entry, agrees=entry[0] == token)
+                if best is None or found.chance > best.chance:
+                    best = found
+        return best

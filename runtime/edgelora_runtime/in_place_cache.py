@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from edgelora_runtime.cache import Floats
     from edgelora_runtime.manifest import ModelEntry
 
+_KEPT_ROWS = 16  # of logits, for which memory stays
+
 
 class InPlaceCache(KVCache):
     """Buffers (1, kv_heads, capacity, head_size); positions behind the tokens are overwritten when their turn comes.
@@ -29,10 +31,15 @@ class InPlaceCache(KVCache):
         self._memory = memory
         self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; another dict whenever one is another
         self._capacity = 0
+        self._rows = self.logits  # memory for the logits of several positions, which speculation asks for by turns
 
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    def drop_logits(self) -> None:
+        super().drop_logits()
+        self._rows = self.logits
 
     def state(self, length: int) -> dict[str, Floats]:
         return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
@@ -40,7 +47,9 @@ class InPlaceCache(KVCache):
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
         if self.logits.shape[1] != keep:
-            self.logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
+                self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            self.logits = self._rows[:, :keep]
         if binding.holds is not self._buffers:
             for name, buffer in self._buffers.items():
                 binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)

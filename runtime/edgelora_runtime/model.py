@@ -97,7 +97,9 @@ class Model:
         """
         start = 0
         while True:
-            chunk = tokens[start : start + PREFILL_CHUNK]
+            left = len(tokens) - start
+            size = left - keep if PREFILL_CHUNK < left < PREFILL_CHUNK + keep else PREFILL_CHUNK  # the last has all to keep
+            chunk = tokens[start : start + size]
             start += len(chunk)
             ended = start == len(tokens)
             with self._turn():

@@ -87,6 +87,7 @@ class PromptCache:
 
     def put(self, choice: Choice, cache: KVCache) -> None:
         """Keeps a cache for requests to come, in place of those that it continues."""
+        cache.drop_logits()
         with self._lock:
             self._entries = [
                 entry

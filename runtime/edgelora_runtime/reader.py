@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES, choose_length, find_least_chance
+from edgelora_runtime.model import PREFILL_CHUNK
+from edgelora_runtime.step_costs import MOST_GUESSES, choose_length, count_likely, find_least_chance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,21 +55,32 @@ class SpeculatingReader(Reader):
     wrong guesses lie behind them, until they are overwritten.
 
     onnxruntime's kernels for one row, of int4 products by AVX2 and of attention, give other last bits than those for several
-    rows, which agree with each other whatever their number. So no step here has one row: one without a guess reads the token
-    before once more. Hence guesses change no bit of an answer; beside an answer without speculation it can differ where two
-    tokens are nearly equally likely.
+    rows, which agree with each other whatever their number. With least_rows = LEAST_ROWS no step here has one row: one without
+    a guess reads the token before once more. Then guesses change no bit of an answer; beside an answer without speculation it
+    can differ where two tokens are nearly equally likely. With 1 a step without a guess is faster, and guesses decide which
+    kernels the next token comes from.
     """
 
-    def __init__(self, model: Model, cache: KVCache, live: LoraInputs | None, drafter: Drafter, experience: Experience) -> None:
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        live: LoraInputs | None,
+        drafter: Drafter,
+        experience: Experience,
+        least_rows: int,
+    ) -> None:
         super().__init__(model, cache, live)
         self._drafter = drafter
         self._experience = experience
+        self._least_rows = least_rows
         self._guesses: list[Guess] = []  # from the position behind the last step's tokens on; the first ones were read with them
         self._logits: Sequence[Floats] = ()  # behind those tokens, and behind each guess that was read
         self._at = 0  # the row of these that was handed out last
         self._is_prompt = True
 
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:
+        started = time.perf_counter()
         if not self._is_prompt:
             self._drafter.append(tokens[-1])
         if self._at < len(self._guesses):
@@ -76,24 +89,31 @@ class SpeculatingReader(Reader):
             self._at += 1
             if guess.token == tokens[-1] and self._at < len(self._logits):
                 self.accepted += 1
-                self._note_cost(0.0)
                 self.cache.extend(tokens)
+                self._note_cost(time.perf_counter() - started)
                 return self._logits[self._at]
         self._guesses, self._at, self._is_prompt = [], 0, False
-        draft = self._draft(min(room, MOST_GUESSES)) if len(tokens) == 1 else []  # reading more costs what was not measured
+        most = min(room, MOST_GUESSES, -len(tokens) % PREFILL_CHUNK)  # in one chunk with the last token
+        seconds = self._model.costs.estimate(most, self._least_rows)
+        draft = self._draft(most, seconds, follows_prompt=len(tokens) > 1)
+        if seconds:  # a prompt's own rows, which any request reads, are left out
+            self._note_cost(time.perf_counter() - started + seconds[len(draft)])
         self._logits = self._step(tokens, draft, check)
         self.drafted += len(draft)
         return self._logits[0]
 
-    def _draft(self, most: int) -> list[int]:
-        """As many guesses as pay, and now and then one more or fewer; whatever else was guessed is kept to learn from."""
-        costs = self._model.costs
-        seconds = costs.estimate(most)
-        self._guesses = self._drafter.guess(most, find_least_chance(seconds))
-        chosen = choose_length([guess.chance for guess in self._guesses], seconds)
-        chosen = costs.probe(chosen, len(self._guesses))
-        if seconds:
-            self._note_cost(seconds[chosen])
+    def _draft(self, most: int, seconds: list[float], *, follows_prompt: bool) -> list[int]:
+        """As many guesses as pay, and now and then another number; whatever else was guessed is kept to learn from.
+
+        seconds: of steps with 0 to `most` of them. Behind a prompt each costs its own row alone, as the rest is read anyway.
+        """
+        least_chance = find_least_chance(seconds)
+        self._guesses = self._drafter.guess(most, least_chance)
+        chances = [guess.chance for guess in self._guesses]
+        if follows_prompt:
+            chosen = count_likely(chances, least_chance) if seconds else 0
+        else:
+            chosen = self._model.costs.probe(choose_length(chances, seconds), len(chances))
         return [guess.token for guess in self._guesses[:chosen]]
 
     def _note_cost(self, seconds: float) -> None:
@@ -104,10 +124,10 @@ class SpeculatingReader(Reader):
     def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
         """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""
         rows = [*tokens, *draft]
-        if len(rows) < LEAST_ROWS and self.cache.tokens:
+        if len(rows) < self._least_rows and self.cache.tokens:
             rows.insert(0, self.cache.tokens[-1])
             self.cache.rewind(len(self.cache.tokens) - 1)
-        keep = max(len(draft) + 1, min(len(rows), LEAST_ROWS))  # the head, too, has a kernel for one row
+        keep = max(len(draft) + 1, min(len(rows), self._least_rows))  # the head, too, has a kernel for one row
         logits = self._model.read(self.cache, rows, live=self._live, keep=keep, check=check)
         self.cache.rewind(len(self.cache.tokens) - len(draft))
         return list(logits[keep - len(draft) - 1 :])

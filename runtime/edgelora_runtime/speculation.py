@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from edgelora_runtime.draft_table import TABLE_LIMIT, DraftTable
 from edgelora_runtime.drafting import Drafter, Experience
 from edgelora_runtime.reader import Reader, SpeculatingReader
+from edgelora_runtime.step_costs import LEAST_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +41,7 @@ class Speculation:
         if mode == "auto" and (model.costs.plain is None or not experience.recommend()):
             return Reader(model, cache, live)
         drafter = Drafter(request.prompt, self._find_tables(adapters), experience, request.end_tokens)
-        return SpeculatingReader(model, cache, live, drafter, experience)
+        return SpeculatingReader(model, cache, live, drafter, experience, 1 if mode == "auto" else LEAST_ROWS)
 
     def clear(self) -> None:
         """Frees the tables; a later request reads them again."""

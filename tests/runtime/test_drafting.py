@@ -90,8 +90,19 @@ def test_the_likelier_of_text_and_table_is_guessed() -> None:
 def test_experience_changes_who_is_believed() -> None:
     experience, table = Experience(), DraftTable({(1,): (9, 1.0)})
     for _ in range(200):
-        experience.learn(experience.guess_from_table(9, 1.0), 2)
+        experience.learn(experience.guess_from_table(9, 1.0, agrees=False), 2)
     assert [guess.token for guess in Drafter([1, 2, 3, 1], [table], experience).guess(1)] == [2]
+
+
+def test_a_guess_of_text_and_table_alike_is_likelier_and_rated_apart() -> None:
+    experience, table = Experience(), DraftTable({(1,): (2, 0.5)})
+    (alike,) = Drafter([1, 2, 3, 1], [table], experience).guess(1)
+    (other,) = Drafter([1, 4, 3, 1], [table], experience).guess(1)
+    assert alike.token == other.token == 2
+    assert alike.chance > other.chance
+    for _ in range(200):
+        experience.learn(other, 4)
+    assert Drafter([1, 2, 3, 1], [table], experience).guess(1) == [alike]
 
 
 def break_table(**changes: np.ndarray) -> bytes:
@@ -130,9 +141,8 @@ def test_no_other_length_gives_more_tokens_per_second(chances: list[float], seco
 
 def test_nothing_is_guessed_before_a_step_was_measured() -> None:
     costs = StepCosts()
-    costs.note(1, 1.0)
-    assert choose_length([1.0] * 8, costs.estimate(8)) == 0
-    assert find_least_chance(costs.estimate(8)) == 0
+    assert choose_length([1.0] * 8, costs.estimate(8, 2)) == 0
+    assert find_least_chance(costs.estimate(8, 2)) == 0
 
 
 @given(st.floats(0.1, 10), st.floats(0, 1), st.integers(0, 10**6))
@@ -141,20 +151,22 @@ def test_steps_that_lie_on_a_line_are_found_to(first: float, share: float, seed:
     for rows in np.random.default_rng(seed).integers(2, 10, 300):
         costs.note(int(rows), first + slope * rows)
     expected = [first + slope * max(guesses + 1, 2) for guesses in range(9)]
-    assert costs.estimate(8) == pytest.approx(expected, rel=0.1)
+    assert costs.estimate(8, 2) == pytest.approx(expected, rel=0.1)
+    costs.note(1, first / 2)
+    assert costs.estimate(8, 1) == pytest.approx([first / 2, *expected[1:]], rel=0.1)
 
 
 def test_other_work_on_the_machine_moves_costs_little() -> None:
     costs = StepCosts()
     for turn in range(300):
         costs.note(2 + turn % 3, 100.0 if turn % 50 == 49 else 1.0)
-    assert max(costs.estimate(8)) < 1.5
+    assert max(costs.estimate(8, 2)) < 1.5
 
 
 def test_other_lengths_are_tried_now_and_then() -> None:
     costs = StepCosts()
     chosen = [costs.probe(2, 4) for _ in range(200)]
-    assert set(chosen) == {1, 2, 3}
+    assert set(chosen) == {0, 2, 3}
     assert chosen.count(2) > 190
     assert {costs.probe(0, 0) for _ in range(200)} == {0}
 

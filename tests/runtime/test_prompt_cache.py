@@ -96,6 +96,14 @@ def test_a_cache_that_would_lose_more_than_it_gives_is_copied() -> None:
     assert conversation.tokens == list(range(40))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_idle_cache_holds_no_logits(kind: type[Any]) -> None:
+    cache, prompts = kind(ENTRY, FLOAT32), PromptCache()
+    cache.logits = np.zeros((1, 9, 50), np.float32)
+    prompts.put(CHOICE, cache)
+    assert cache.logits.shape == (1, 0, 50)
+
+
 def test_a_longer_cache_takes_the_place_of_its_beginning() -> None:
     prompts = PromptCache()
     for tokens in ([1, 2, 3], [4], [1, 2, 3, 4], [1, 2, 5]):

@@ -13,7 +13,7 @@ import pytest
 from edgelora_runtime import Runtime, UsageError
 from edgelora_runtime.draft_table import DraftTable
 from edgelora_runtime.drafting import Drafter, Guess
-from edgelora_runtime.model import Model
+from edgelora_runtime.model import PREFILL_CHUNK, Model
 from edgelora_runtime.speculation import Speculation
 from edgelora_runtime.step_costs import StepCosts
 from tests.tiny import random_tokens
@@ -31,7 +31,16 @@ MOST = 48  # tokens
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps seem to cost the same whatever they read, so that there is much guessing on any machine."""
-    monkeypatch.setattr(StepCosts, "estimate", lambda costs, most: [1.0 + 0.01 * guesses for guesses in range(most + 1)])
+    pretend_costs(monkeypatch, 1.0, 0.01)
+
+
+def pretend_costs(monkeypatch: pytest.MonkeyPatch, none: float, each: float) -> None:
+    """What a step without guesses seems to cost, and each guess, in steps of one row."""
+
+    def estimate(costs: StepCosts, most: int, least_rows: int) -> list[float]:
+        return [(costs.plain or 1.0) * (none + each * guesses) for guesses in range(most + 1)]
+
+    monkeypatch.setattr(StepCosts, "estimate", estimate)
 
 
 @pytest.fixture(scope="module", params=[32, 4])
@@ -226,14 +235,43 @@ def test_no_step_of_a_speculating_request_has_one_row(runtime: Runtime, monkeypa
     assert rows == [12] + [2] * 9
 
 
+def test_auto_has_steps_of_one_row_where_nothing_is_guessed(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime.generate(random_tokens(12), max_tokens=2, ignore_eos=True)  # measures what one costs
+    monkeypatch.setattr(Drafter, "guess", lambda drafter, most, least_chance=0.0: [])
+    rows = count_rows(monkeypatch)
+    runtime.generate(random_tokens(12, seed=8), max_tokens=10, ignore_eos=True, speculation="auto")
+    assert rows == [12] + [1] * 9
+
+
+@pytest.mark.parametrize(("length", "guesses"), [(PREFILL_CHUNK - 3, 3), (PREFILL_CHUNK, 0), (PREFILL_CHUNK + 1, 8)])
+def test_guesses_behind_a_prompt_stay_in_its_last_chunk(
+    bundle: Path, opened: Runtime, length: int, guesses: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = random_tokens(length)
+    options: dict[str, Any] = {"variant": "base", "max_tokens": 20, "ignore_eos": True, "logprobs": 1}
+    expected = generate_unguessed(bundle, prompt, **options)
+    know(monkeypatch, [*prompt, *expected.tokens])
+    rows = count_rows(monkeypatch)
+    found = opened.generate(prompt, speculation="on", **options)
+    assert rows[0] == length + guesses
+    assert (found.tokens, found.logprobs) == (expected.tokens, expected.logprobs)
+
+
+def test_unlikely_guesses_are_not_read_behind_a_prompt(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_costs(monkeypatch, 1.0, 0.5)
+    guesses = [Guess(7, 0, chance) for chance in (0.9, 0.7, 0.7, 0.9)]
+    monkeypatch.setattr(Drafter, "guess", lambda drafter, most, least_chance=0.0: guesses[:most])
+    rows = count_rows(monkeypatch)
+    runtime.generate(random_tokens(12, seed=9), max_tokens=10, ignore_eos=True, speculation="on")
+    assert rows[0] == 12 + 2, "0.9 and 0.63 of them save a step, at half a step each; 0.44 do not"
+
+
 def test_auto_gives_up_where_guesses_fail(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guesses that are always wrong: after some requests nearly all have steps of one row, and few try again."""
     monkeypatch.undo()
     wrong = itertools.count()
     monkeypatch.setattr(Drafter, "guess", lambda drafter, most, least_chance=0.0: [Guess(next(wrong) % 300, 0, 0.5)][:most])
-    monkeypatch.setattr(
-        StepCosts, "estimate", lambda costs, most: [costs.plain * (1.2 + 0.4 * guesses) for guesses in range(most + 1)]
-    )
+    pretend_costs(monkeypatch, 1.2, 0.4)
     tried = [
         runtime.generate(random_tokens(12, seed=seed), max_tokens=40, ignore_eos=True, speculation="auto").drafted_tokens > 0
         for seed in range(50)
@@ -247,9 +285,7 @@ def test_auto_goes_on_where_guesses_come_true(runtime: Runtime, monkeypatch: pyt
     prompt = random_tokens(12)
     whole = runtime.generate(prompt, max_tokens=40, ignore_eos=True)
     know(monkeypatch, [*prompt, *whole.tokens])
-    monkeypatch.setattr(
-        StepCosts, "estimate", lambda costs, most: [costs.plain * (1.2 + 0.1 * guesses) for guesses in range(most + 1)]
-    )
+    pretend_costs(monkeypatch, 1.2, 0.1)
     found = [runtime.generate(prompt, max_tokens=40, ignore_eos=True, speculation="auto") for _ in range(30)]
     assert all(each.tokens == whole.tokens for each in found)
     assert sum(each.accepted_tokens > 0 for each in found) >= 27
