@@ -5,10 +5,11 @@
     python -m benchmarks.decode --shape llama-3.2-1b --peers-python peers/bin/python --check    # same model?
 
 All engines get one checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32 by each engine's own
-tool (peer_models.py). They run in turns, A B C A B C, each in a process of its own that idles between its turns; each
-round has a prompt of its own, so that no prompt cache helps. `llama.cpp` is what `llama-quantize` makes by Q4_0, whose
-tied head has 6 or 8 bits; `llama.cpp-pure` has a head of 4 bits, as the others do. Loading is from warm files. The share of the
-machine's memory bandwidth is that of our weights: each decoded token reads all of them once, the tied embedding as the head.
+tool (peer_models.py); ours in others by --block-size, for speed alone, as the weights lie on the grid of 32. They run in
+turns, A B C A B C, each in a process of its own that idles between its turns; each round has a prompt of its own, so that
+no prompt cache helps. `llama.cpp` is what `llama-quantize` makes by Q4_0, whose tied head has 6 or 8 bits;
+`llama.cpp-pure` has a head of 4 bits, as the others do. Loading is from warm files. The share of the machine's memory
+bandwidth is that of our weights: each decoded token reads all of them once, the tied embedding as the head.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Report:
     """What a run found; its fields are those of the JSON output."""
 
     shape: str
+    block_size: int  # of ours
     prompt: int
     tokens: int
     threads: int
@@ -146,7 +148,7 @@ def format_table(found: Report) -> str:
     """The report for reading."""
     machine = found.machine
     lines = [
-        f"{found.shape}, int4 in blocks of 32: prompt {found.prompt}, decode {found.tokens} tokens, "
+        f"{found.shape}, int4 in blocks of 32, ours of {found.block_size}: prompt {found.prompt}, decode {found.tokens} tokens, "
         f"{found.threads} threads, median of {found.rounds} rounds",
         f"{machine['cpu']}, {machine['physical_cores']} cores, {machine['system']}, Python {machine['python']}",
     ]
@@ -190,6 +192,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128, help="length in tokens")
     parser.add_argument("--tokens", type=int, default=64, help="single-token passes to time")
+    parser.add_argument("--block-size", type=int, default=32, help="weights of ours that share a scale; peers have 32")
     parser.add_argument("--threads", type=int, default=count_cores(), help="default: physical cores")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, some GB")
@@ -207,7 +210,7 @@ def main() -> int:
     length = -(-(arguments.prompt + arguments.tokens + 1) // 256) * 256  # llama.cpp rounds up to 256s by itself
     prompts = [random_prompt(shape, arguments.prompt, seed) for seed in range(arguments.rounds + 1)]
     names = [*arguments.engines, REFERENCE] if arguments.check else arguments.engines
-    workers, missing = start_workers(names, cache, arguments.peers_python, arguments.threads, length)
+    workers, missing = start_workers(names, cache, arguments.peers_python, arguments.threads, length, arguments.block_size)
     passed = True
     try:
         if arguments.check:
@@ -225,6 +228,7 @@ def main() -> int:
                 share = statistics.median(figures[OURS].decode) * count_weight_bytes(cache / "bundle") / bandwidth
             found = Report(
                 shape.name,
+                arguments.block_size,
                 arguments.prompt,
                 arguments.tokens,
                 arguments.threads,

@@ -83,14 +83,14 @@ class Worker:
 
 
 def start_workers(
-    names: list[str], cache: Path, peers_python: str, threads: int, length: int
+    names: list[str], cache: Path, peers_python: str, threads: int, length: int, block_size: int = 32
 ) -> tuple[dict[str, Worker], dict[str, str]]:
-    """The worker of each engine, its model built where need be; and for engines without one, the reason."""
+    """The worker of each engine, its model built where need be; and for engines without one, the reason. block_size: of ours."""
     models: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for name in names:
         try:
-            models[name] = find_model(name, peers_python, cache)
+            models[name] = find_model(name, peers_python, cache, block_size)
         except UnavailableError as reason:
             missing[name] = str(reason)
     workers: dict[str, Worker] = {}
@@ -103,19 +103,19 @@ def start_workers(
     return workers, missing
 
 
-def find_model(name: str, peers_python: str, cache: Path) -> Path:
+def find_model(name: str, peers_python: str, cache: Path, block_size: int) -> Path:
     """The model of one engine."""
     if name == OURS:
-        return export_bundle(cache)
+        return export_bundle(cache, block_size)
     return cache / "checkpoint" if name == REFERENCE else build_peer(PEERS[name], peers_python, cache)
 
 
-def export_bundle(cache: Path) -> Path:
+def export_bundle(cache: Path, block_size: int) -> Path:
     """Exports the checkpoint anew: the bundle is never older than the exporter."""
     recipe, bundle = cache / "recipe.toml", cache / "bundle"
     recipe.write_text(
         f"base = {json.dumps(str(cache / 'checkpoint'))}\n"
-        '[quantization]\nbits = 4\nblock_size = 32\nmethod = "rtn"\n[variants.base]\nmix = {}\n',
+        f'[quantization]\nbits = 4\nblock_size = {block_size}\nmethod = "rtn"\n[variants.base]\nmix = {{}}\n',
         encoding="utf-8",
     )
     shutil.rmtree(bundle, ignore_errors=True)

@@ -249,7 +249,8 @@ class Runtime:
         guesses of the next tokens along in each step, as many as pay by what steps were measured to cost. Guesses never change
         an answer, but steps of several rows round otherwise than those of one: where two tokens are nearly equally likely, it
         can differ from that of "off". "auto" has steps of one row where no guess pays, in all of a request where guesses did not
-        pay for the variant of late: faster, but such an answer can change from call to call. Caches that grow have no room for guesses.
+        pay for the variant of late: faster, but such an answer can change from call to call. Caches that grow have no room for
+        guesses.
         Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
         for a json_schema, regex or grammar without llguidance.
         """
