@@ -102,19 +102,19 @@ def find_prompts(count: int) -> dict[str, list[str]]:
 
 def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, threads: int | None) -> dict[str, Any]:
     """Ratios by mode, after a round that is not counted; a runtime per mode, so that each learns on its own."""
-    runtimes = {mode: Runtime(bundle, cache_budget=0, threads=threads, provider="cpu") for mode in ("off", *MODES)}
-    reading, writing = np.empty((2, rounds + 1, len(runtimes), len(prompts)))  # milliseconds
+    modes = ("off", *MODES)
+    runtimes = [Runtime(bundle, cache_budget=0, threads=threads, provider="cpu") for _ in modes]
+    reading, writing = np.empty((2, rounds + 1, len(modes), len(prompts)))  # milliseconds
     random = np.random.default_rng(0)
     tokens = drafted = accepted = 0
     for turn in range(rounds + 1):
         print_note(f"{variant}, round {turn} of {rounds}")
         for place, prompt in enumerate(prompts):
-            for at in random.permutation(len(runtimes)):
+            for at in random.permutation(len(modes)):
                 time.sleep(PAUSE)
-                mode = list(runtimes)[at]
-                found = runtimes[mode].generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode)
+                found = runtimes[at].generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=modes[at])
                 reading[turn, at, place], writing[turn, at, place] = found.prefill_ms, found.decode_ms
-                if mode == "on":
+                if modes[at] == "on":
                     tokens, drafted = tokens + len(found.tokens), drafted + found.drafted_tokens
                     accepted += found.accepted_tokens
     decoding = np.median((reading + writing)[1:], axis=0) - np.median(reading[1:, 0], axis=0)

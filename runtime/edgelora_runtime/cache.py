@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating[Any]]  # float32, or float16 in graphs for a GPU
 
+_KEPT_ROWS = 16  # positions of logits, for which memory stays
 _SMALLEST = 256  # positions; a cache doubles from here as it fills
 
 
@@ -33,10 +34,10 @@ class KVCache(ABC):
 
     def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
         self.tokens: list[int] = []
-        self.logits: NDArray[np.float32] = np.empty((1, 0, entry.vocab_size), np.float32)
         self._entry = entry
         self._float_type = float_type
         self._most = 0  # tokens that it has held at once
+        self.drop_logits()
 
     @property
     @abstractmethod
@@ -79,11 +80,19 @@ class KVCache(ABC):
 
     def drop_logits(self) -> None:
         """Frees the memory of the last step's logits, half a megabyte per position where the vocabulary is large."""
-        self.logits = np.empty((1, 0, self._entry.vocab_size), np.float32)
+        self.logits: NDArray[np.float32] = np.empty((1, 0, self._entry.vocab_size), np.float32)
+        self._rows = self.logits  # whose memory they lie in: speculation asks for other numbers of positions by turns
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
         del self.tokens[length:]
+
+    def _fit_logits(self, keep: int) -> None:
+        """Makes room for the logits of `keep` positions, in the memory of those before if they fit and it is not much more."""
+        if self.logits.shape[1] != keep:
+            if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
+                self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            self.logits = self._rows[:, :keep]
 
     def _next_capacity(self, positions: int) -> int:
         capacity = max(_SMALLEST, self.capacity)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -20,6 +20,17 @@ TABLE_LIMIT = 1 << 20  # bytes of a table's file
 _NONE = -1  # in place of the tokens that a shorter context lacks
 _SHAPES = {"contexts": (np.int32, (LONGEST_CONTEXT,)), "tokens": (np.int32, ()), "shares": (np.uint8, ())}
 
+Value = TypeVar("Value")
+
+
+def find_longest(entries: Mapping[tuple[int, ...], Value], tail: tuple[int, ...]) -> tuple[tuple[int, ...], Value | None]:
+    """The longest end of some tokens that is a key, and its value; () and None if there is none."""
+    found = entries.get(tail)
+    while found is None and tail:
+        tail = tail[1:]
+        found = entries.get(tail)
+    return tail, found
+
 
 class DraftTable:
     """entries: by context, 1 to LONGEST_CONTEXT tokens, the likeliest next token and its share of all that followed, 0 to 1."""
@@ -32,12 +43,7 @@ class DraftTable:
 
     def find(self, text: Sequence[int]) -> tuple[int, float] | None:
         """Next token and share for the longest context that the text ends with; None if there is none."""
-        tail = tuple(text[-LONGEST_CONTEXT:])
-        found = self._entries.get(tail)
-        while found is None and tail:
-            tail = tail[1:]
-            found = self._entries.get(tail)
-        return found
+        return find_longest(self._entries, tuple(text[-LONGEST_CONTEXT:]))[1]
 
     def dump(self) -> bytes:
         """The bytes of its file."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgelora_runtime.draft_table import LONGEST_CONTEXT
+from edgelora_runtime.draft_table import LONGEST_CONTEXT, find_longest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -105,10 +105,7 @@ class Drafter:
         return guesses
 
     def _guess_next(self, tail: tuple[int, ...]) -> Guess | None:
-        context, token = tail, self._next.get(tail)
-        while token is None and context:
-            context = context[1:]
-            token = self._next.get(context)
+        context, token = find_longest(self._next, tail)
         best = None if token is None else self._experience.guess_from_text(token, len(context))
         for table in self._tables:
             entry = table.find(tail)

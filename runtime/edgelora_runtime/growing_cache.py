@@ -47,8 +47,7 @@ class GrowingCache(KVCache):
         for (past_name, present_name), (read, written) in zip(self._names, buffers, strict=True):
             binding.input(past_name, read, past)
             binding.output(present_name, written, present)
-        if self.logits.shape[1] != keep:
-            self.logits = np.empty((1, keep, self._entry.vocab_size), np.float32)
+        self._fit_logits(keep)
         binding.output("logits", self.logits)
 
     def extend(self, tokens: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnxruntime as ort
 
 from edgelora_runtime.cache import KVCache
@@ -13,11 +12,11 @@ from edgelora_runtime.errors import ResourceError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import numpy as np
+
     from edgelora_runtime.binding import Binding
     from edgelora_runtime.cache import Floats
     from edgelora_runtime.manifest import ModelEntry
-
-_KEPT_ROWS = 16  # of logits, for which memory stays
 
 
 class InPlaceCache(KVCache):
@@ -31,25 +30,17 @@ class InPlaceCache(KVCache):
         self._memory = memory
         self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; another dict whenever one is another
         self._capacity = 0
-        self._rows = self.logits  # memory for the logits of several positions, which speculation asks for by turns
 
     @property
     def capacity(self) -> int:
         return self._capacity
-
-    def drop_logits(self) -> None:
-        super().drop_logits()
-        self._rows = self.logits
 
     def state(self, length: int) -> dict[str, Floats]:
         return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
 
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
-        if self.logits.shape[1] != keep:
-            if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
-                self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
-            self.logits = self._rows[:, :keep]
+        self._fit_logits(keep)
         if binding.holds is not self._buffers:
             for name, buffer in self._buffers.items():
                 binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
