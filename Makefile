@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+KERNELS := runtime/kernels
 
 # The optimum extra needs an older transformers, so the exports of its tests run in an environment of their own.
 OPTIMUM_VENV  := .venv-optimum
@@ -44,11 +45,13 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks.decode
 
 # torch goes first and alone: a version already there keeps pip from fetching gigabytes of CUDA for a range that admits it.
-$(STAMP): pyproject.toml
+# Without a C++ compiler there are no kernels of our own, and all else works.
+$(STAMP): pyproject.toml $(wildcard $(KERNELS)/*.t* $(KERNELS)/edgelora_kernels/*.py $(KERNELS)/src/*)
 	$(PYTHON) -c 'import sys; sys.exit("edgelora needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet ./$(KERNELS) || echo "edgelora-kernels were not built: onnxruntime's serve in their place"
 	touch $(STAMP)
 
 $(OPTIMUM_STAMP): pyproject.toml

@@ -49,6 +49,9 @@ PackedCacheOption = Annotated[
 WholeGraphsOption = Annotated[
     bool, typer.Option("--whole-graphs", help="One session per variant that shares nothing, for steps that may be faster.")
 ]
+KernelsOption = Annotated[
+    str, typer.Option(help="What multiplies with int4 weights: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
+]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 
 
@@ -95,11 +98,13 @@ def _report(message: str, code: int, as_json: bool) -> int:
     return code
 
 
-def _open_runtime(bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool) -> Runtime:
+def _open_runtime(
+    bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool, kernels: str
+) -> Runtime:
     from edgelora_runtime import PackedCache, Runtime
 
     cache = PackedCache() if packed_cache else None
-    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs)
+    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs, kernels=kernels)
 
 
 def _show_version(value: bool) -> None:
@@ -257,13 +262,14 @@ def run(
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
+    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora.chat import describe_route
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
         stream = runtime.stream(
             [{"role": "user", "content": text}] if chat else text,
             variant=variant,
@@ -307,12 +313,13 @@ def chat(
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
+    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.chat import run_chat
 
-    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime:
+    with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
         turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
     if json:
         print_json({"turns": turns})
@@ -330,6 +337,7 @@ def evaluate(
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
+    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
@@ -340,7 +348,7 @@ def evaluate(
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows = read_rows(data)[:limit]
     with (
-        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime,
+        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime,
         show_progress("evaluating") as on_progress,
     ):
         name, weights = variant, parse_mix(mix)
@@ -368,6 +376,7 @@ def bench(
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
+    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Measure switching, prefill, decode and memory of a bundle's variants on this machine."""
@@ -375,7 +384,7 @@ def bench(
     from edgelora.bench import show_bench
 
     with (
-        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs) as runtime,
+        _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime,
         show_progress("measuring") as on_progress,
     ):
         names = list(dict.fromkeys(variant or runtime.variants))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from edgelora_runtime.bundle import Bundle
+    from edgelora_runtime.kernels import Kernels
     from edgelora_runtime.manifest import GraphEntry, Manifest, StageEntry
     from edgelora_runtime.packed_cache import PackedCache
     from edgelora_runtime.providers import Provider
@@ -29,8 +30,9 @@ _SPIN_BELOW = 32 << 20  # bytes of weights; what reads more takes much longer th
 class Loader:
     """Loads the graphs of a bundle; a stage that a loaded model has open is not opened again.
 
-    whole: leaves stages alone. blobs: of each graph its blobs with their bytes. sizes: of each graph its stages with the bytes of
-    weights that they pack; a graph without stages is one.
+    kernels: own kernels, which read blobs as they are: nothing is packed, so graphs are loaded whole, and packed_cache is not
+    asked. whole: leaves stages alone in any case. blobs: of each graph its blobs with their bytes. sizes: of each graph its
+    stages with the bytes of weights that they pack; a graph without stages is one.
     """
 
     def __init__(
@@ -40,16 +42,18 @@ class Loader:
         provider: Provider,
         *,
         threads: int | None,
+        kernels: Kernels | None,
         packed_cache: PackedCache | None,
         whole: bool,
     ) -> None:
         self._bundle = bundle
         self._provider = provider
         self._threads = threads
-        self._packed_cache = packed_cache
+        self._kernels = kernels
+        self._packed_cache = packed_cache if kernels is None else None
         self._turns = FairLock()
         self._chains: dict[str, Sequence[StageEntry]] = {
-            graph.file: (graph,) if whole or not graph.stages else graph.stages for graph in graphs
+            graph.file: (graph,) if whole or kernels is not None or not graph.stages else graph.stages for graph in graphs
         }
         self._entries = {stage.file: stage for stages in self._chains.values() for stage in stages}
         self._stages = Stages(self._open)
@@ -74,10 +78,12 @@ class Loader:
         )
 
     def is_mapped(self, file: str) -> bool:
-        """Whether a stage's packed weights are mapped, or would be once it is open."""
+        """Whether the weights that a stage reads are mapped, or would be once it is open."""
         stage = self._stages.find(file)
         if stage is not None:
             return stage.mapped
+        if self._kernels is not None:
+            return True
         return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._entries[file]) is not None
 
     def _open(self, file: str) -> Stage:
@@ -91,10 +97,11 @@ class Loader:
             provider=self._provider,
             spin=self._count_bytes(file) < _SPIN_BELOW,
             alone=file in self._chains,  # by its name it is a graph's own
+            kernels=self._kernels,
         )
         if packed is not None:
             with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
-                return open_here(packed, mapped=True)
+                return open_here(packed, packed=True)
         return open_here(self._bundle.path(file))
 
     def _count_bytes(self, file: str) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.kernels import Kernels
     from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.manifest import ModelEntry
     from edgelora_runtime.providers import Provider
@@ -72,9 +73,12 @@ class Model:
         self._steps = _Steps(sessions)
 
     @classmethod
-    def open(cls, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU) -> Model:
+    def open(
+        cls, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU, kernels: Kernels | None = None
+    ) -> Model:
         """A model of its own over a whole graph."""
-        return cls([open_stage(graph, threads=threads, provider=provider)], entry, name=graph.name, provider=provider)
+        stage = open_stage(graph, threads=threads, provider=provider, kernels=kernels)
+        return cls([stage], entry, name=graph.name, provider=provider)
 
     def new_cache(self) -> KVCache:
         """An empty cache of the kind that the graph writes."""

@@ -41,7 +41,7 @@ class Residency:
 
     load: makes a model of a graph. blobs: of each graph its blobs with their bytes. stages: of each graph its stages with the
     bytes of weights that they pack; graphs share stages of one name. budget: bytes of Usage.private; None for no limit.
-    is_mapped: whether a stage's packed weights are mapped, or would be (PackedCache). What is asked for is loaded even where
+    is_mapped: whether the weights that a stage reads are mapped, or would be (Loader). What is asked for is loaded even where
     it alone is over the budget. A model that a stream still runs counts until the stream lets go of it.
     """
 

@@ -17,6 +17,7 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
 from edgelora_runtime.grammar import Grammars
 from edgelora_runtime.interruption import Interruption
+from edgelora_runtime.kernels import choose_kernels
 from edgelora_runtime.live import LiveMixes
 from edgelora_runtime.loader import Loader
 from edgelora_runtime.memory import find_free_memory, parse_bytes
@@ -60,6 +61,8 @@ class Runtime:
     of the free memory without it. cache_budget: the same for keys and values of earlier requests; a tenth of it without. In
     both the least recently used go first. packed_cache: where packed weights are kept and mapped from, so that a further variant
     costs little memory; each is written there when it is first loaded, which takes several times as long as loading does.
+    kernels: "edgelora", which read weights as they are, so that nothing is packed, kept or shared by stages, and what was said of
+    those does not apply; "onnxruntime"; or "auto": edgelora's where edgelora-kernels is installed and has some for this machine.
     whole_graphs: run each variant as one session that shares nothing, in place of stages that variants share where the bundle has
     them: several times the memory and time to load, for steps that are 5 to 20% faster.
     threads: None leaves the choice to onnxruntime (physical cores).
@@ -78,6 +81,7 @@ class Runtime:
         cache_budget: int | str | None = None,
         packed_cache: PackedCache | None = None,
         whole_graphs: bool = False,
+        kernels: str = "auto",
         threads: int | None = None,
         provider: str = "auto",
         target: str | None = None,
@@ -100,11 +104,14 @@ class Runtime:
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
         on_cpu = self._provider.name == "cpu"  # elsewhere what goes from stage to stage would go through main memory
         cache = packed_cache if on_cpu else None
+        grid = self._manifest.quantization
+        self._kernels = choose_kernels(kernels, grid, provider=self._provider.name, target=self._target)
         self._loader = Loader(
             self._bundle,
             graphs.values(),
             self._provider,
             threads=threads,
+            kernels=self._kernels,
             packed_cache=cache,
             whole=whole_graphs or not on_cpu,
         )
@@ -142,6 +149,11 @@ class Runtime:
     def provider(self) -> str:
         """What it runs on: cpu, cuda or webgpu."""
         return self._provider.name
+
+    @property
+    def kernels(self) -> str:
+        """What multiplies with its int4 weights: onnxruntime, or edgelora with the instruction set, as "edgelora (avx2)"."""
+        return "onnxruntime" if self._kernels is None else f"edgelora ({self._kernels.instruction_set})"
 
     @property
     def variants(self) -> Mapping[str, VariantEntry]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from edgelora_runtime.kernels import Kernels
     from edgelora_runtime.providers import Provider
 
 _ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
@@ -22,7 +23,7 @@ _SPIN_MICROSECONDS = 200  # longer than the gaps within a step; a stage's thread
 
 
 class Stage:
-    """A session, and whether its packed weights are a file that is mapped (PackedCache)."""
+    """A session, and whether the weights that it reads are mapped files: packed (PackedCache), or as they are (Kernels)."""
 
     def __init__(self, session: ort.InferenceSession, *, mapped: bool = False) -> None:
         self.session = session
@@ -30,12 +31,20 @@ class Stage:
 
 
 def open_stage(
-    graph: Path, *, threads: int | None, provider: Provider = CPU, spin: bool = True, alone: bool = True, mapped: bool = False
+    graph: Path,
+    *,
+    threads: int | None,
+    provider: Provider = CPU,
+    spin: bool = True,
+    alone: bool = True,
+    packed: bool = False,
+    kernels: Kernels | None = None,
 ) -> Stage:
     """Opens a graph.
 
     spin: whether threads wait for the next step awake, which saves a small model a tenth of a step, but takes cores from another
-    session that runs right after. alone: whether it is a whole graph; threads of others wait awake for less long.
+    session that runs right after. alone: whether it is a whole graph; threads of others wait awake for less long. packed: whether
+    it is one of PackedCache. kernels: what multiplies with its int4 weights; onnxruntime's own without.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -44,10 +53,12 @@ def open_stage(
     options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
     if not alone:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
-    if mapped:
+    if kernels is not None:
+        options.register_custom_ops_library(str(kernels.library))
+    if packed:
         # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return Stage(open_session(graph, options, provider), mapped=mapped)
+    return Stage(open_session(graph, options, provider), mapped=packed or kernels is not None)
 
 
 class Stages:

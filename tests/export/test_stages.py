@@ -70,7 +70,7 @@ def test_graphs_are_cut_where_they_share(staged: Path, bundle4: Path) -> None:
 
 def test_stages_compute_what_the_whole_graph_does(staged: Path, bundle4: Path) -> None:
     tokens = random_tokens(30, seed=4)
-    with Runtime(staged, threads=1) as parts, Runtime(bundle4, threads=1) as whole:
+    with Runtime(staged, threads=1, kernels="onnxruntime") as parts, Runtime(bundle4, threads=1, kernels="onnxruntime") as whole:
         for variant in whole.variants:
             np.testing.assert_array_equal(parts.logits(tokens, variant=variant), whole.logits(tokens, variant=variant))
             np.testing.assert_array_equal(parts.embed(tokens, variant=variant), whole.embed(tokens, variant=variant))
@@ -100,7 +100,7 @@ def test_every_architecture_can_be_cut(
         adapters={},
         live_adapters={},
     )
-    with Runtime(tmp_path / "bundle", threads=1) as runtime:
+    with Runtime(tmp_path / "bundle", threads=1, kernels="onnxruntime") as runtime:
         for variant in ("base", *deltas):
             assert len(stage_files(manifest, variant)) == 4, "before, attention, MLP, behind"
             model = Model.open(tmp_path / "bundle" / f"{variant}.cpu.onnx", manifest.model, threads=1)
@@ -119,24 +119,24 @@ def test_a_variant_opens_what_no_other_has_open(staged: Path) -> None:
         if stage.file not in stage_files(manifest, "base")
         for blob in stage.blobs
     }
-    with Runtime(staged, threads=1) as runtime:
+    with Runtime(staged, threads=1, kernels="onnxruntime") as runtime:
         runtime.switch("base")
         before = runtime.memory.private
         receipt = runtime.switch("attention")
         assert receipt.cold
         assert receipt.bytes_mapped == sum(manifest.files[blob].size for blob in own)
         assert runtime.memory.private - before < 0.5 * before
-    with Runtime(staged, threads=1, memory_budget=1) as runtime:
+    with Runtime(staged, threads=1, kernels="onnxruntime", memory_budget=1) as runtime:
         runtime.switch("base")
         assert runtime.switch("attention").bytes_mapped > receipt.bytes_mapped, "base left, and nobody held its stages"
-    with Runtime(staged, threads=1, whole_graphs=True) as runtime:
+    with Runtime(staged, threads=1, kernels="onnxruntime", whole_graphs=True) as runtime:
         runtime.switch("base")
         graph = manifest.variants["attention"].graphs["cpu"]
         assert runtime.switch("attention").bytes_mapped == sum(manifest.blob_bytes(graph).values())
 
 
 def test_stages_of_a_variant_in_use_stay_open(staged: Path) -> None:
-    with Runtime(staged, threads=1, memory_budget=1) as runtime:
+    with Runtime(staged, threads=1, kernels="onnxruntime", memory_budget=1) as runtime:
         stream = runtime.stream([3, 4, 5], variant="base", max_tokens=4, ignore_eos=True)
         next(iter(stream))
         whole = runtime.switch("plain").bytes_mapped
@@ -147,8 +147,8 @@ def test_stages_of_a_variant_in_use_stay_open(staged: Path) -> None:
 def test_stages_are_kept_packed_one_by_one(staged: Path, tmp_path: Path) -> None:
     tokens = random_tokens(12)
     with (
-        Runtime(staged, threads=1, packed_cache=PackedCache(tmp_path)) as mapped,
-        Runtime(staged, threads=1) as plain,
+        Runtime(staged, threads=1, kernels="onnxruntime", packed_cache=PackedCache(tmp_path)) as mapped,
+        Runtime(staged, threads=1, kernels="onnxruntime") as plain,
     ):
         for variant in ("base", "attention", "base"):
             np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), plain.logits(tokens, variant=variant))
@@ -187,5 +187,5 @@ def test_stages_that_are_not_the_graph_are_refused(staged: Path, tmp_path: Path,
     lie(value, what)
     (copy / "bundle.json").unlink()
     (copy / "bundle.json").write_text(json.dumps(value), encoding="utf-8")
-    with pytest.raises(IntegrityError), Runtime(copy, threads=1) as runtime:
+    with pytest.raises(IntegrityError), Runtime(copy, threads=1, kernels="onnxruntime") as runtime:
         runtime.logits([5, 6], variant="base")

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def mapped(bundle4: Path, folder: Path) -> Iterator[Runtime]:
-    with Runtime(bundle4, threads=1, packed_cache=PackedCache(folder)) as runtime:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder)) as runtime:
         yield runtime
 
 
@@ -39,7 +39,7 @@ def entries(folder: Path) -> list[Path]:
 
 def test_mapped_weights_give_the_same_logits(bundle4: Path, mapped: Runtime) -> None:
     tokens = random_tokens(12, seed=1)
-    with Runtime(bundle4, threads=1) as plain:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime") as plain:
         for variant in plain.variants:
             for _ in range(2):  # as it was written, and as it is found
                 np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), plain.logits(tokens, variant=variant))
@@ -49,14 +49,14 @@ def test_mapped_weights_give_the_same_logits(bundle4: Path, mapped: Runtime) -> 
 def test_mixes_of_live_adapters_run_on_mapped_weights(bundle4: Path, mapped: Runtime) -> None:
     tokens = random_tokens(9, seed=2)
     mix = {"plain": 0.5, "other": -0.7}
-    with Runtime(bundle4, threads=1) as plain:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime") as plain:
         np.testing.assert_array_equal(mapped.logits(tokens, mix=mix), plain.logits(tokens, mix=mix))
 
 
 def test_live_variants_are_mapped_and_other_mixes_made(bundle4: Path, mapped: Runtime, folder: Path) -> None:
     tokens = random_tokens(9, seed=2)
     live = [name for name, entry in mapped.variants.items() if entry.kind == "live" and entry.live]
-    with Runtime(bundle4, threads=1) as plain:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime") as plain:
         for variant in live:
             expected = plain.logits(tokens, variant=variant)
             for _ in range(3):  # as they are written, kept and found
@@ -75,7 +75,10 @@ def test_inputs_are_those_of_the_adapters_file(bundle4: Path, mapped: Runtime, f
     mapped.logits([1, 2], variant=variant)
     inputs = next(entry for entry in entries(folder) if (entry / module.INPUTS).exists())
     (inputs / module.SHAPES).write_text("{}" + " " * ((inputs / module.SHAPES).stat().st_size - 2), encoding="utf-8")
-    with Runtime(bundle4, threads=1) as plain, Runtime(bundle4, threads=1, packed_cache=PackedCache(folder)) as other:
+    with (
+        Runtime(bundle4, threads=1, kernels="onnxruntime") as plain,
+        Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder)) as other,
+    ):
         np.testing.assert_array_equal(other.logits([1, 2], variant=variant), plain.logits([1, 2], variant=variant))
 
 
@@ -96,7 +99,7 @@ def test_an_entry_holds_packed_weights_and_is_found_by_others(bundle4: Path, fol
 def test_a_mapped_variant_counts_little(bundle4: Path, folder: Path) -> None:
     blobs = Bundle.open(bundle4).manifest
     needed = sum(blobs.blob_bytes(blobs.variants["base"].graphs["cpu"]).values())
-    with Runtime(bundle4, threads=1, packed_cache=PackedCache(folder), memory_budget=needed) as runtime:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder), memory_budget=needed) as runtime:
         for variant in ("base", "plain", "other"):  # each is written first, which takes memory as without a cache
             runtime.switch(variant)
         for variant in ("base", "plain", "other"):
@@ -150,7 +153,10 @@ def test_blobs_that_the_manifest_does_not_list_are_not_packed(bundle_copy: Path,
     damaged = bytearray((bundle_copy / name).read_bytes())
     damaged[0] ^= 1
     (bundle_copy / name).write_bytes(damaged)
-    with Runtime(bundle_copy, threads=1, packed_cache=PackedCache(folder)) as runtime, pytest.raises(IntegrityError, match=name):
+    with (
+        Runtime(bundle_copy, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder)) as runtime,
+        pytest.raises(IntegrityError, match=name),
+    ):
         runtime.logits([1])
     assert not any(folder.iterdir())
 
@@ -182,7 +188,7 @@ def test_what_is_over_the_budget_drives_nothing_out(bundle4: Path, folder: Path)
 
 
 def test_what_is_over_the_budget_is_not_written(bundle4: Path, folder: Path) -> None:
-    with Runtime(bundle4, threads=1, packed_cache=PackedCache(folder, budget="10KB")) as runtime:
+    with Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder, budget="10KB")) as runtime:
         assert len(runtime.generate([1, 2], max_tokens=2, ignore_eos=True).tokens) == 2
     assert not any(folder.iterdir())
 

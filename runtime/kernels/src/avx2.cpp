@@ -1,0 +1,120 @@
+// AVX2: 8 columns, or one chunk, at a time.
+#include <immintrin.h>
+
+#include "product_kernels.h"
+
+namespace edgelora {
+namespace {
+
+struct Avx2 {
+  using Float = __m256;
+  using Int = __m256i;
+  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 1, kRows = 4;
+  static constexpr bool kSigned8 = true;  // unsigned codes of 8 bits would overrun the sums of 16 bits
+
+  static void ask_for(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
+  static Float zero() { return _mm256_setzero_ps(); }
+  static Int load(const uint32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+  static Float load_floats(const uint32_t* at) { return _mm256_castsi256_ps(load(at)); }
+  static void store(float* at, Float value) { _mm256_storeu_ps(at, value); }
+  static Float broadcast(float value) { return _mm256_set1_ps(value); }
+  static Int broadcast(int32_t value) { return _mm256_set1_epi32(value); }
+  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
+  static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
+  static Float add_product(Float sum, Float a, Float b) { return _mm256_fmadd_ps(a, b, sum); }
+  static float sum(Float value) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
+
+  // The first values of an array, and zeros.
+  static Float load(const float* at, size_t count) { return _mm256_maskload_ps(at, first(count)); }
+  static Float load(const int32_t* at, size_t count) { return _mm256_cvtepi32_ps(_mm256_maskload_epi32(at, first(count))); }
+
+  static float greatest(const float* values) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 most = zero();
+    for (size_t i = 0; i < kChunk; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  static void round(const float* values, float factor, int32_t* rounded) {
+    for (size_t i = 0; i < kChunk; i += 8) {
+      const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), broadcast(factor)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i), eight);
+    }
+  }
+
+  // 8 rows of 8 words, words apart, become 8 columns: first within halves of four words, then the halves.
+  static void turn(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
+    __m256i row[8], pairs[8], fours[8];
+    for (size_t i = 0; i < 8; ++i) row[i] = load(from + i * apart);
+    for (size_t i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+    }
+    for (size_t i = 0; i < 8; i += 4) {
+      fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
+      fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+      fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      store_words(to + i * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20));
+      store_words(to + (i + 4) * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31));
+    }
+  }
+
+  template <int Bits>
+  static Float multiply_chunks(const uint8_t* codes, const int8_t* met) {
+    const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(met));
+    __m256i sums;
+    if constexpr (Bits == 8) {
+      const __m256i weights = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(-128));
+      sums = multiply_signed(weights, activations);
+    } else {
+      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+      const __m256i weights = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(sixteen, 4), sixteen), _mm256_set1_epi8(15));
+      sums = _mm256_maddubs_epi16(weights, activations);
+    }
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+  }
+  static Float spread(const float* scale) { return broadcast(*scale); }
+
+  // Products of 4 bits are summed in 16 bits: 8 times 2 * 15 * 127 at the most.
+  static Int begin(Int) { return _mm256_setzero_si256(); }
+  template <int Bits>
+  static Int part(Int read, size_t index) {
+    if constexpr (Bits == 8) return _mm256_xor_si256(read, _mm256_set1_epi8(-128));
+    return _mm256_and_si256(index ? _mm256_srli_epi32(read, 4) : read, _mm256_set1_epi8(15));
+  }
+  template <int Bits>
+  static Int add_products(Int sum, Int weights, Int four) {
+    if constexpr (Bits == 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, four));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(multiply_signed(weights, four), _mm256_set1_epi16(1)));
+  }
+  template <int Bits>
+  static Float end(Int sum, Int offset) {
+    if constexpr (Bits == 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, offset));
+  }
+
+ private:
+  static __m256i first(size_t count) {
+    return _mm256_cmpgt_epi32(broadcast(static_cast<int32_t>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+  // Sums of two neighbouring products of bytes, in 16 bits; the instruction takes one side unsigned.
+  static __m256i multiply_signed(__m256i weights, __m256i activations) {
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(activations, weights));
+  }
+  static void store_words(uint32_t* at, Int value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value); }
+};
+
+}  // namespace
+
+extern const Kernels kAvx2;
+const Kernels kAvx2 = make_kernels<Avx2>("avx2");
+
+}  // namespace edgelora

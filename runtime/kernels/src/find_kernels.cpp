@@ -1,0 +1,71 @@
+// Chooses the kernels of the best instruction set that this machine has, or of the one that EDGELORA_INSTRUCTION_SET names.
+#include <cstdlib>
+#include <cstring>
+
+#include "product.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define EDGELORA_X86 1
+#if defined(_MSC_VER)
+#include <immintrin.h>
+#include <intrin.h>
+#else
+#include <cpuid.h>
+#endif
+#endif
+
+namespace edgelora {
+
+#ifdef EDGELORA_X86
+extern const Kernels kAvx512;
+extern const Kernels kAvx2;
+
+namespace {
+
+struct Registers {
+  uint32_t eax, ebx, ecx, edx;
+  bool has(uint32_t Registers::*which, int bit) const { return this->*which >> bit & 1; }
+};
+
+Registers ask(uint32_t leaf) {
+  Registers found{};
+#if defined(_MSC_VER)
+  int values[4];
+  __cpuidex(values, static_cast<int>(leaf), 0);
+  found = {uint32_t(values[0]), uint32_t(values[1]), uint32_t(values[2]), uint32_t(values[3])};
+#else
+  __get_cpuid_count(leaf, 0, &found.eax, &found.ebx, &found.ecx, &found.edx);
+#endif
+  return found;
+}
+
+// Which registers the system saves when it switches threads (XCR0).
+uint64_t saved_registers() {
+#if defined(_MSC_VER)
+  return _xgetbv(0);
+#else
+  uint32_t low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return uint64_t(high) << 32 | low;
+#endif
+}
+
+}  // namespace
+
+// Bits of the leaves: Intel, Software Developer's Manual, volume 2, CPUID.
+const Kernels* find_kernels() {
+  const Registers basic = ask(1), extended = ask(7);
+  if (!basic.has(&Registers::ecx, 27) || (saved_registers() & 0x6) != 0x6) return nullptr;
+  const bool avx2 = extended.has(&Registers::ebx, 5) && basic.has(&Registers::ecx, 12);
+  const bool avx512 = extended.has(&Registers::ebx, 16) && extended.has(&Registers::ebx, 30) && extended.has(&Registers::ebx, 31);
+  const bool vnni = extended.has(&Registers::ecx, 11);
+  const char* wanted = std::getenv("EDGELORA_INSTRUCTION_SET");
+  const auto may_be = [wanted](const Kernels& kernels) { return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0; };
+  if (avx2 && avx512 && vnni && (saved_registers() & 0xe0) == 0xe0 && may_be(kAvx512)) return &kAvx512;
+  return avx2 && may_be(kAvx2) ? &kAvx2 : nullptr;
+}
+#else
+const Kernels* find_kernels() { return nullptr; }
+#endif
+
+}  // namespace edgelora

@@ -1,0 +1,55 @@
+// What an instruction set offers for products of activations with weights of 4 or 8 bits, and the data they work on.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgelora {
+
+constexpr size_t kChunk = 32;  // values that one activation scale covers; blocks of weights are one or several chunks
+
+// Weights as MatMulNBits stores them: codes (columns, blocks, block * bits / 8), scales (columns, blocks).
+// https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+struct Weights {
+  const uint8_t* codes;
+  const float* scales;
+  const uint8_t* zero_points;  // (columns, bytes of a row of `bits` each); null: 2^(bits - 1)
+  const float* bias;           // (columns), or null
+  size_t columns;
+  size_t inner;                // length of a row of activations
+  size_t blocks;
+  size_t block;
+  int bits;
+
+  size_t chunks() const { return blocks * block / kChunk; }
+  size_t chunk_bytes() const { return kChunk * bits / 8; }
+  int zero_point(size_t column, size_t index) const {
+    if (zero_points == nullptr) return 1 << (bits - 1);
+    if (bits == 8) return zero_points[column * blocks + index];
+    const uint8_t pair = zero_points[column * ((blocks + 1) / 2) + index / 2];
+    return index % 2 ? pair >> 4 : pair & 15;
+  }
+};
+
+// Rows of activations, rounded to 8 bits a chunk: value ≈ scale * code. Codes of a chunk lie as the weights' do that they meet:
+// in order for 8 bits; for 4 bits, two to a byte, those at even places before those at odd ones.
+struct Activations {
+  int8_t* codes;     // (rows, chunks * kChunk)
+  float* scales;     // (rows, chunks)
+  int32_t* offsets;  // (rows, chunks): what the zero point adds to a chunk's product; minus the sum of its codes where it varies
+};
+
+struct Kernels {
+  const char* name;
+  size_t tile;  // columns that multiply_rows works on at a time
+  void (*round)(const Weights&, const float* row, int8_t* codes, float* scales, int32_t* offsets);
+  // Columns begin … end of one row's product: reads the weights in their order, as fast as memory gives them.
+  void (*multiply_row)(const Weights&, const Activations&, size_t begin, size_t end, float* out);
+  // Columns of the tile from begin, of all rows' product. Asks for the weights of the tile from next, which comes next.
+  void (*multiply_rows)(const Weights&, const Activations&, size_t rows, size_t begin, size_t next, float* out);
+};
+
+// Of this machine's instruction set; null where there are none for it.
+const Kernels* find_kernels();
+
+}  // namespace edgelora

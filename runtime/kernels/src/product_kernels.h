@@ -1,0 +1,238 @@
+// The kernels of product.h over an instruction set, which its own source file describes (struct Isa there).
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "product.h"
+
+namespace edgelora {
+namespace {  // each instruction set's file is compiled with flags of its own: none may get another's instantiation
+
+constexpr size_t kSegment = 64;     // chunks whose scales multiply_row works out together
+constexpr size_t kAhead = 4 << 10;  // bytes between what multiply_row reads and what it asks memory for
+
+// What an instruction set reads of codes of 8 bits may be signed; this is the zero point that is left then.
+template <typename Isa, int Bits>
+int32_t left_of(int32_t zero_point) {
+  return Bits == 8 && Isa::kSigned8 ? zero_point - 128 : zero_point;
+}
+
+template <typename Isa>
+void round(const Weights& weights, const float* row, int8_t* codes, float* scales, int32_t* offsets) {
+  const int32_t zero_point = weights.bits == 4 ? left_of<Isa, 4>(8) : left_of<Isa, 8>(128);
+  for (size_t chunk = 0; chunk < weights.chunks(); ++chunk, codes += kChunk) {
+    const size_t start = chunk * kChunk;
+    const size_t count = start < weights.inner ? std::min(kChunk, weights.inner - start) : 0;
+    alignas(64) float values[kChunk] = {};
+    if (count) std::memcpy(values, row + start, count * sizeof(float));
+    const float scale = Isa::greatest(values) / 127.0f;
+    alignas(64) int32_t rounded[kChunk];
+    Isa::round(values, scale > 0 ? 1.0f / scale : 0.0f, rounded);
+    int32_t sum = 0;
+    for (size_t i = 0; i < kChunk; ++i) sum += rounded[i];
+    if (weights.bits == 4) {
+      for (size_t i = 0; i < kChunk / 2; ++i) {
+        codes[i] = static_cast<int8_t>(rounded[2 * i]);
+        codes[kChunk / 2 + i] = static_cast<int8_t>(rounded[2 * i + 1]);
+      }
+    } else {
+      for (size_t i = 0; i < kChunk; ++i) codes[i] = static_cast<int8_t>(rounded[i]);
+    }
+    scales[chunk] = scale;
+    offsets[chunk] = weights.zero_points ? -sum : -sum * zero_point;
+  }
+}
+
+template <typename Isa, int Bits>
+void multiply_row_bits(const Weights& weights, const Activations& activations, size_t begin, size_t end, float* out) {
+  using Float = typename Isa::Float;
+  constexpr size_t kAtOnce = Isa::kChunksAtOnce, kLanes = Isa::kLanes, kBytes = kChunk * Bits / 8;
+  const size_t chunks = weights.chunks(), per_block = weights.block / kChunk;
+  for (size_t column = begin; column < end; ++column) {
+    Float products = Isa::zero(), offsets = Isa::zero();
+    for (size_t start = 0; start < chunks; start += kSegment) {
+      alignas(64) float scales[kSegment], stored[kSegment], zero_points[kSegment];
+      const size_t count = std::min(kSegment, chunks - start), block = start / per_block;
+      const float* weight_scales = weights.scales + column * weights.blocks + block;
+      if (per_block > 1) {
+        for (size_t i = 0; i < count; ++i) stored[i] = weight_scales[i / per_block];
+        weight_scales = stored;
+      }
+      if (weights.zero_points) {
+        for (size_t i = 0; i < count; ++i) {
+          zero_points[i] = static_cast<float>(left_of<Isa, Bits>(weights.zero_point(column, block + i / per_block)));
+        }
+      }
+      for (size_t i = 0; i < count; i += kLanes) {
+        Isa::ask_for(weight_scales + i + kAhead / kBytes);
+        const size_t lanes = std::min(kLanes, count - i);
+        const Float scale = Isa::multiply(Isa::load(weight_scales + i, lanes), Isa::load(activations.scales + start + i, lanes));
+        Float offset = Isa::load(activations.offsets + start + i, lanes);
+        if (weights.zero_points) offset = Isa::multiply(offset, Isa::load(zero_points + i, lanes));
+        offsets = Isa::add_product(offsets, offset, scale);
+        Isa::store(scales + i, scale);
+      }
+      const uint8_t* codes = weights.codes + (column * chunks + start) * kBytes;
+      const int8_t* met = activations.codes + start * kChunk;
+      size_t i = 0;
+      for (; i + kAtOnce <= count; i += kAtOnce) {
+        if (i * kBytes % 64 == 0) Isa::ask_for(codes + i * kBytes + kAhead);
+        const Float product = Isa::template multiply_chunks<Bits>(codes + i * kBytes, met + i * kChunk);
+        products = Isa::add_product(products, product, Isa::spread(scales + i));
+      }
+      if (i < count) {
+        alignas(64) uint8_t last[kAtOnce * kBytes] = {};
+        alignas(64) int8_t last_met[kAtOnce * kChunk] = {};
+        std::memcpy(last, codes + i * kBytes, (count - i) * kBytes);
+        std::memcpy(last_met, met + i * kChunk, (count - i) * kChunk);
+        products = Isa::add_product(products, Isa::template multiply_chunks<Bits>(last, last_met), Isa::spread(scales + i));
+      }
+    }
+    out[column] = Isa::sum(products) + Isa::sum(offsets) + (weights.bias ? weights.bias[column] : 0.0f);
+  }
+}
+
+template <typename Isa>
+void multiply_row(const Weights& weights, const Activations& activations, size_t begin, size_t end, float* out) {
+  (weights.bits == 4 ? multiply_row_bits<Isa, 4> : multiply_row_bits<Isa, 8>)(weights, activations, begin, end, out);
+}
+
+// One tile of weights, turned so that every vector holds the same place of neighbouring columns.
+template <typename Isa>
+struct Tile {
+  static constexpr size_t kColumns = Isa::kLanes * Isa::kVectors;
+  struct alignas(64) Place {
+    uint32_t word[kColumns];
+  };
+  std::vector<Place> codes, scales, zero_points;
+};
+
+// Turns (columns, words) into (words, columns of a tile); those behind the last column are zeros. A tile is read across its rows,
+// which no hardware foresees: so many lines of the next are asked for with every vector, in their order in memory.
+template <typename Isa>
+void turn(const uint32_t* from, size_t columns, size_t words, const uint32_t* next, size_t lines, std::vector<typename Tile<Isa>::Place>& to) {
+  constexpr size_t kLanes = Isa::kLanes, kColumns = Tile<Isa>::kColumns;
+  to.resize(words);
+  size_t word = 0;
+  if (columns == kColumns) {
+    for (; word + kLanes <= words; word += kLanes) {
+      for (size_t lane = 0; lane < kColumns; lane += kLanes) {
+        for (size_t line = 0; line < lines; ++line, next += 16) Isa::ask_for(next);
+        Isa::turn(from + lane * words + word, words, to[word].word + lane, kColumns);
+      }
+    }
+  }
+  for (; word < words; ++word) {
+    for (size_t lane = 0; lane < kColumns; ++lane) to[word].word[lane] = lane < columns ? from[lane * words + word] : 0;
+  }
+}
+
+template <typename Isa, int Bits>
+void lay_out(const Weights& weights, size_t begin, size_t next, Tile<Isa>& tile) {
+  const size_t columns = std::min(Tile<Isa>::kColumns, weights.columns - begin), words = weights.chunks() * kChunk * Bits / 32;
+  const size_t lines = next > begin ? Isa::kLanes * Isa::kLanes / 16 : 0;
+  const auto* codes = reinterpret_cast<const uint32_t*>(weights.codes);
+  const auto* scales = reinterpret_cast<const uint32_t*>(weights.scales);
+  turn<Isa>(codes + begin * words, columns, words, codes + next * words, lines / 2, tile.codes);
+  turn<Isa>(scales + begin * weights.blocks, columns, weights.blocks, scales + next * weights.blocks, lines, tile.scales);
+  if (weights.zero_points == nullptr) return;
+  tile.zero_points.resize(weights.blocks);
+  for (size_t block = 0; block < weights.blocks; ++block) {
+    for (size_t lane = 0; lane < columns; ++lane) {
+      tile.zero_points[block].word[lane] = static_cast<uint32_t>(left_of<Isa, Bits>(weights.zero_point(begin + lane, block)));
+    }
+  }
+}
+
+// Some rows of a tile's product. next: weights to ask for meanwhile, or null.
+template <typename Isa, int Bits, size_t Rows>
+void multiply_tile(const Weights& weights, const Tile<Isa>& tile, const Activations& activations, size_t first, size_t begin, const uint8_t* next, float* out) {
+  using Int = typename Isa::Int;
+  using Float = typename Isa::Float;
+  constexpr size_t kWords = kChunk * Bits / 32, kVectors = Isa::kVectors, kLanes = Isa::kLanes;
+  const size_t chunks = weights.chunks(), per_block = weights.block / kChunk;
+  Float sums[Rows][kVectors];
+  for (auto& row : sums) for (Float& sum : row) sum = Isa::zero();
+  for (size_t block = 0, chunk = 0; block < weights.blocks; ++block) {
+    for (const size_t end = chunk + per_block; chunk < end; ++chunk) {
+      if (next) {
+        for (size_t line = 0; line < Tile<Isa>::kColumns * kWords * 2; line += 64, next += 64) Isa::ask_for(next);
+      }
+      const auto offset = [&](size_t row, size_t vector) {
+        const Int sum = Isa::broadcast(activations.offsets[(first + row) * chunks + chunk]);
+        return weights.zero_points ? Isa::multiply(sum, Isa::load(tile.zero_points[block].word + vector * kLanes)) : sum;
+      };
+      Int products[Rows][kVectors];
+      for (size_t row = 0; row < Rows; ++row) {
+        for (size_t vector = 0; vector < kVectors; ++vector) products[row][vector] = Isa::begin(offset(row, vector));
+      }
+      const int8_t* met = activations.codes + (first * chunks + chunk) * kChunk;
+#pragma GCC unroll 2
+      for (size_t word = 0; word < kWords; ++word) {
+        const uint32_t* read = tile.codes[chunk * kWords + word].word;
+        for (size_t part = 0; part < 8 / Bits; ++part) {
+          Int codes[kVectors];
+          for (size_t vector = 0; vector < kVectors; ++vector) codes[vector] = Isa::template part<Bits>(Isa::load(read + vector * kLanes), part);
+          for (size_t row = 0; row < Rows; ++row) {
+            int32_t four;
+            std::memcpy(&four, met + row * chunks * kChunk + (part * kWords + word) * 4, 4);
+            for (size_t vector = 0; vector < kVectors; ++vector) {
+              products[row][vector] = Isa::template add_products<Bits>(products[row][vector], codes[vector], Isa::broadcast(four));
+            }
+          }
+        }
+      }
+      for (size_t vector = 0; vector < kVectors; ++vector) {
+        const Float scale = Isa::load_floats(tile.scales[block].word + vector * kLanes);
+        for (size_t row = 0; row < Rows; ++row) {
+          const Float product = Isa::template end<Bits>(products[row][vector], offset(row, vector));
+          const Float met_scale = Isa::broadcast(activations.scales[(first + row) * chunks + chunk]);
+          sums[row][vector] = Isa::add_product(sums[row][vector], Isa::multiply(product, met_scale), scale);
+        }
+      }
+    }
+  }
+  const size_t columns = std::min(Tile<Isa>::kColumns, weights.columns - begin);
+  for (size_t row = 0; row < Rows; ++row) {
+    alignas(64) float values[Tile<Isa>::kColumns];
+    for (size_t vector = 0; vector < kVectors; ++vector) Isa::store(values + vector * kLanes, sums[row][vector]);
+    float* written = out + (first + row) * weights.columns + begin;
+    for (size_t lane = 0; lane < columns; ++lane) written[lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
+  }
+}
+
+// The rows that are left, fewer than Rows.
+template <typename Isa, int Bits, size_t Rows>
+void multiply_rest(const Weights& weights, const Tile<Isa>& tile, const Activations& activations, size_t first, size_t rows, size_t begin, const uint8_t* next, float* out) {
+  if constexpr (Rows > 1) {
+    if (rows == Rows - 1) return multiply_tile<Isa, Bits, Rows - 1>(weights, tile, activations, first, begin, next, out);
+    multiply_rest<Isa, Bits, Rows - 1>(weights, tile, activations, first, rows, begin, next, out);
+  }
+}
+
+template <typename Isa, int Bits>
+void multiply_rows_bits(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next, float* out) {
+  static thread_local Tile<Isa> tile;  // its memory serves the thread's next tile
+  lay_out<Isa, Bits>(weights, begin, next, tile);
+  const uint8_t* asked = next > begin ? weights.codes + (next * weights.chunks() + Tile<Isa>::kColumns * weights.chunks() / 2) * kChunk * Bits / 8 : nullptr;
+  size_t row = 0;
+  for (; row + Isa::kRows <= rows; row += Isa::kRows, asked = nullptr) {
+    multiply_tile<Isa, Bits, Isa::kRows>(weights, tile, activations, row, begin, asked, out);
+  }
+  multiply_rest<Isa, Bits, Isa::kRows>(weights, tile, activations, row, rows - row, begin, asked, out);
+}
+
+template <typename Isa>
+void multiply_rows(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next, float* out) {
+  (weights.bits == 4 ? multiply_rows_bits<Isa, 4> : multiply_rows_bits<Isa, 8>)(weights, activations, rows, begin, next, out);
+}
+
+template <typename Isa>
+constexpr Kernels make_kernels(const char* name) {
+  return {name, Tile<Isa>::kColumns, round<Isa>, multiply_row<Isa>, multiply_rows<Isa>};
+}
+
+}  // namespace
+}  // namespace edgelora
