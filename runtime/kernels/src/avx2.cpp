@@ -1,6 +1,8 @@
 // AVX2: 8 columns, or one chunk, at a time.
 #include <immintrin.h>
 
+#include "attention_kernels.h"
+#include "kernels.h"
 #include "product_kernels.h"
 
 namespace edgelora {
@@ -22,6 +24,22 @@ struct Avx2 {
   static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Float add_product(Float sum, Float a, Float b) { return _mm256_fmadd_ps(a, b, sum); }
+  static Float load(const float* at) { return _mm256_loadu_ps(at); }
+  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
+  static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
+  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static Float nearest(Float value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float times_power_of_two(Float value, Float exponent) {
+    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(value, _mm256_castsi256_ps(bits));
+  }
+  static float first(Float value) { return _mm256_cvtss_f32(value); }
+  static float most(Float value) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
   static float sum(Float value) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -36,9 +54,7 @@ struct Avx2 {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 most = zero();
     for (size_t i = 0; i < kChunk; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+    return Avx2::most(most);
   }
   static void round(const float* values, float factor, int32_t* rounded) {
     for (size_t i = 0; i < kChunk; i += 8) {
@@ -115,6 +131,8 @@ struct Avx2 {
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = make_kernels<Avx2>("avx2");
+const Kernels kAvx2 = {
+    "avx2", kColumns<Avx2>, round<Avx2>, multiply_row<Avx2>, multiply_rows<Avx2>, attend<Avx2>, add_found<Avx2>,
+};
 
 }  // namespace edgelora

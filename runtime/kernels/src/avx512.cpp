@@ -1,6 +1,8 @@
 // AVX-512 with VNNI: 16 columns, or two chunks, at a time.
 #include <immintrin.h>
 
+#include "attention_kernels.h"
+#include "kernels.h"
 #include "product_kernels.h"
 
 namespace edgelora {
@@ -22,6 +24,15 @@ struct Avx512 {
   static Float multiply(Float a, Float b) { return _mm512_mul_ps(a, b); }
   static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static Float add_product(Float sum, Float a, Float b) { return _mm512_fmadd_ps(a, b, sum); }
+  static Float load(const float* at) { return _mm512_loadu_ps(at); }
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Float nearest(Float value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float times_power_of_two(Float value, Float exponent) { return _mm512_scalef_ps(value, exponent); }
+  static float first(Float value) { return _mm512_cvtss_f32(value); }
+  static float most(Float value) { return _mm512_reduce_max_ps(value); }
   static float sum(Float value) { return _mm512_reduce_add_ps(value); }
 
   // The first values of an array, and zeros.
@@ -105,6 +116,8 @@ struct Avx512 {
 }  // namespace
 
 extern const Kernels kAvx512;
-const Kernels kAvx512 = make_kernels<Avx512>("avx512-vnni");
+const Kernels kAvx512 = {
+    "avx512-vnni", kColumns<Avx512>, round<Avx512>, multiply_row<Avx512>, multiply_rows<Avx512>, attend<Avx512>, add_found<Avx512>,
+};
 
 }  // namespace edgelora

@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "product.h"
+#include "kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define EDGELORA_X86 1

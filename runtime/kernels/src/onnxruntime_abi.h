@@ -21,7 +21,7 @@ namespace edgelora {
 constexpr uint32_t kApiVersion = 17;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kAnyType = 0, kFloat = 1, kUint8 = 2 };
+enum ElementType : int { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6 };
 enum Presence : int { kRequired = 0, kOptional = 1 };
 
 // OrtApi as what it is, an array of functions, each called through the type that the C header gives it.
@@ -53,6 +53,9 @@ class Api {
   }
   OrtStatus* describe(const OrtValue* tensor, OrtTensorTypeAndShapeInfo** info) const {
     return at<OrtStatus* (*)(const OrtValue*, OrtTensorTypeAndShapeInfo**)>(65)(tensor, info);
+  }
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, float* value) const {
+    return at<OrtStatus* (*)(const OrtKernelInfo*, const char*, float*)>(85)(info, name, value);
   }
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* value) const {
     return at<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, value);

@@ -1,4 +1,4 @@
-// What an instruction set offers for products of activations with weights of 4 or 8 bits, and the data they work on.
+// Products of activations with weights of 4 or 8 bits: what they work on.
 #pragma once
 
 #include <cstddef>
@@ -38,18 +38,5 @@ struct Activations {
   float* scales;     // (rows, chunks)
   int32_t* offsets;  // (rows, chunks): what the zero point adds to a chunk's product; minus the sum of its codes where it varies
 };
-
-struct Kernels {
-  const char* name;
-  size_t tile;  // columns that multiply_rows works on at a time
-  void (*round)(const Weights&, const float* row, int8_t* codes, float* scales, int32_t* offsets);
-  // Columns begin … end of one row's product: reads the weights in their order, as fast as memory gives them.
-  void (*multiply_row)(const Weights&, const Activations&, size_t begin, size_t end, float* out);
-  // Columns of the tile from begin, of all rows' product. Asks for the weights of the tile from next, which comes next.
-  void (*multiply_rows)(const Weights&, const Activations&, size_t rows, size_t begin, size_t next, float* out);
-};
-
-// Of this machine's instruction set; null where there are none for it.
-const Kernels* find_kernels();
 
 }  // namespace edgelora

@@ -1,14 +1,14 @@
-// The kernels of product.h over an instruction set, which its own source file describes (struct Isa there).
+// Products over an instruction set, which its own source file describes (struct Isa there).
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "product.h"
+#include "tile.h"
 
 namespace edgelora {
-namespace {  // each instruction set's file is compiled with flags of its own: none may get another's instantiation
+namespace {  // see tile.h
 
 constexpr size_t kSegment = 64;     // chunks whose scales multiply_row works out together
 constexpr size_t kAhead = 4 << 10;  // bytes between what multiply_row reads and what it asks memory for
@@ -99,39 +99,14 @@ void multiply_row(const Weights& weights, const Activations& activations, size_t
   (weights.bits == 4 ? multiply_row_bits<Isa, 4> : multiply_row_bits<Isa, 8>)(weights, activations, begin, end, out);
 }
 
-// One tile of weights, turned so that every vector holds the same place of neighbouring columns.
 template <typename Isa>
-struct Tile {
-  static constexpr size_t kColumns = Isa::kLanes * Isa::kVectors;
-  struct alignas(64) Place {
-    uint32_t word[kColumns];
-  };
-  std::vector<Place> codes, scales, zero_points;
+struct WeightTile {
+  Tile<Isa> codes, scales, zero_points;
 };
 
-// Turns (columns, words) into (words, columns of a tile); those behind the last column are zeros. A tile is read across its rows,
-// which no hardware foresees: so many lines of the next are asked for with every vector, in their order in memory.
-template <typename Isa>
-void turn(const uint32_t* from, size_t columns, size_t words, const uint32_t* next, size_t lines, std::vector<typename Tile<Isa>::Place>& to) {
-  constexpr size_t kLanes = Isa::kLanes, kColumns = Tile<Isa>::kColumns;
-  to.resize(words);
-  size_t word = 0;
-  if (columns == kColumns) {
-    for (; word + kLanes <= words; word += kLanes) {
-      for (size_t lane = 0; lane < kColumns; lane += kLanes) {
-        for (size_t line = 0; line < lines; ++line, next += 16) Isa::ask_for(next);
-        Isa::turn(from + lane * words + word, words, to[word].word + lane, kColumns);
-      }
-    }
-  }
-  for (; word < words; ++word) {
-    for (size_t lane = 0; lane < kColumns; ++lane) to[word].word[lane] = lane < columns ? from[lane * words + word] : 0;
-  }
-}
-
 template <typename Isa, int Bits>
-void lay_out(const Weights& weights, size_t begin, size_t next, Tile<Isa>& tile) {
-  const size_t columns = std::min(Tile<Isa>::kColumns, weights.columns - begin), words = weights.chunks() * kChunk * Bits / 32;
+void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>& tile) {
+  const size_t columns = std::min(kColumns<Isa>, weights.columns - begin), words = weights.chunks() * kChunk * Bits / 32;
   const size_t lines = next > begin ? Isa::kLanes * Isa::kLanes / 16 : 0;
   const auto* codes = reinterpret_cast<const uint32_t*>(weights.codes);
   const auto* scales = reinterpret_cast<const uint32_t*>(weights.scales);
@@ -148,7 +123,7 @@ void lay_out(const Weights& weights, size_t begin, size_t next, Tile<Isa>& tile)
 
 // Some rows of a tile's product. next: weights to ask for meanwhile, or null.
 template <typename Isa, int Bits, size_t Rows>
-void multiply_tile(const Weights& weights, const Tile<Isa>& tile, const Activations& activations, size_t first, size_t begin, const uint8_t* next, float* out) {
+void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Activations& activations, size_t first, size_t begin, const uint8_t* next, float* out) {
   using Int = typename Isa::Int;
   using Float = typename Isa::Float;
   constexpr size_t kWords = kChunk * Bits / 32, kVectors = Isa::kVectors, kLanes = Isa::kLanes;
@@ -158,7 +133,7 @@ void multiply_tile(const Weights& weights, const Tile<Isa>& tile, const Activati
   for (size_t block = 0, chunk = 0; block < weights.blocks; ++block) {
     for (const size_t end = chunk + per_block; chunk < end; ++chunk) {
       if (next) {
-        for (size_t line = 0; line < Tile<Isa>::kColumns * kWords * 2; line += 64, next += 64) Isa::ask_for(next);
+        for (size_t line = 0; line < kColumns<Isa> * kWords * 2; line += 64, next += 64) Isa::ask_for(next);
       }
       const auto offset = [&](size_t row, size_t vector) {
         const Int sum = Isa::broadcast(activations.offsets[(first + row) * chunks + chunk]);
@@ -194,44 +169,28 @@ void multiply_tile(const Weights& weights, const Tile<Isa>& tile, const Activati
       }
     }
   }
-  const size_t columns = std::min(Tile<Isa>::kColumns, weights.columns - begin);
+  const size_t columns = std::min(kColumns<Isa>, weights.columns - begin);
   for (size_t row = 0; row < Rows; ++row) {
-    alignas(64) float values[Tile<Isa>::kColumns];
+    alignas(64) float values[kColumns<Isa>];
     for (size_t vector = 0; vector < kVectors; ++vector) Isa::store(values + vector * kLanes, sums[row][vector]);
     float* written = out + (first + row) * weights.columns + begin;
     for (size_t lane = 0; lane < columns; ++lane) written[lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
   }
 }
 
-// The rows that are left, fewer than Rows.
-template <typename Isa, int Bits, size_t Rows>
-void multiply_rest(const Weights& weights, const Tile<Isa>& tile, const Activations& activations, size_t first, size_t rows, size_t begin, const uint8_t* next, float* out) {
-  if constexpr (Rows > 1) {
-    if (rows == Rows - 1) return multiply_tile<Isa, Bits, Rows - 1>(weights, tile, activations, first, begin, next, out);
-    multiply_rest<Isa, Bits, Rows - 1>(weights, tile, activations, first, rows, begin, next, out);
-  }
-}
-
 template <typename Isa, int Bits>
 void multiply_rows_bits(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next, float* out) {
-  static thread_local Tile<Isa> tile;  // its memory serves the thread's next tile
+  static thread_local WeightTile<Isa> tile;  // its memory serves the thread's next tile
   lay_out<Isa, Bits>(weights, begin, next, tile);
-  const uint8_t* asked = next > begin ? weights.codes + (next * weights.chunks() + Tile<Isa>::kColumns * weights.chunks() / 2) * kChunk * Bits / 8 : nullptr;
-  size_t row = 0;
-  for (; row + Isa::kRows <= rows; row += Isa::kRows, asked = nullptr) {
-    multiply_tile<Isa, Bits, Isa::kRows>(weights, tile, activations, row, begin, asked, out);
-  }
-  multiply_rest<Isa, Bits, Isa::kRows>(weights, tile, activations, row, rows - row, begin, asked, out);
+  const uint8_t* asked = next > begin ? weights.codes + (next * weights.chunks() + kColumns<Isa> * weights.chunks() / 2) * kChunk * Bits / 8 : nullptr;
+  in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
+    multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? asked : nullptr, out);
+  });
 }
 
 template <typename Isa>
 void multiply_rows(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next, float* out) {
   (weights.bits == 4 ? multiply_rows_bits<Isa, 4> : multiply_rows_bits<Isa, 8>)(weights, activations, rows, begin, next, out);
-}
-
-template <typename Isa>
-constexpr Kernels make_kernels(const char* name) {
-  return {name, Tile<Isa>::kColumns, round<Isa>, multiply_row<Isa>, multiply_rows<Isa>};
 }
 
 }  // namespace

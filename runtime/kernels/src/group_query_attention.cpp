@@ -1,0 +1,283 @@
+// com.microsoft.GroupQueryAttention over a cache that is written in place: keys and values are read once for all queries that share
+// them, and softmax needs no memory that grows with the text.
+//
+// It does what graphs of edgelora ask for: one sequence, float32, rotary positions in halves; anything else is refused. Spans of
+// positions are attended to one by one and their findings added up in order, so that no bit of a row's result depends on the rows
+// that it is computed with, or on how many threads share the work.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "operators.h"
+
+namespace edgelora {
+namespace {
+
+enum Input : size_t { kQuery, kKey, kValue, kPastKey, kPastValue, kLast, kTotal, kCos, kSin, kInputs };
+enum Output : size_t { kAttended, kPresentKey, kPresentValue, kOutputs };
+
+constexpr size_t kRowsAtOnce = 48;  // queries that read a head's keys together
+
+// Rows of heads, one behind the other for each position, somewhere in a tensor.
+struct Rows {
+  const float* values;
+  size_t width;  // of a position, all that lies in it
+
+  const float* at(size_t position, size_t head, size_t size) const { return values + position * width + head * size; }
+};
+
+// Rotary positions: (positions, size / 2) each; the rest of a head does not turn.
+struct Rotary {
+  const float* cos = nullptr;
+  const float* sin = nullptr;
+  size_t half = 0;
+
+  void turn(const float* from, size_t position, size_t size, float scale, float* to) const {
+    const float *cosine = cos + position * half, *sine = sin + position * half;
+    for (size_t i = 0; i < half; ++i) {
+      const float first = from[i] * scale, second = from[half + i] * scale;
+      to[i] = first * cosine[i] - second * sine[i];
+      to[half + i] = second * cosine[i] + first * sine[i];
+    }
+    for (size_t i = 2 * half; i < size; ++i) to[i] = from[i] * scale;
+  }
+};
+
+// Memory for what some rows find.
+struct Findings {
+  std::vector<float> values, greatest, weights;
+
+  Found fit(size_t rows, size_t size) {
+    if (values.size() < rows * size) values.resize(rows * size);
+    if (weights.size() < rows) greatest.resize(rows), weights.resize(rows);
+    return {values.data(), greatest.data(), weights.data()};
+  }
+};
+
+Found move_on(const Found& found, size_t rows, size_t size) {
+  return {found.values + rows * size, found.greatest + rows, found.weights + rows};
+}
+
+class GroupQueryAttention : Operator {
+ public:
+  GroupQueryAttention(const Api& api, const OrtKernelInfo* info, const Kernels& kernels) : Operator(api, "GroupQueryAttention"), kernels_(kernels) {
+    const int64_t heads = attribute(info, "num_heads", int64_t{0}), kv_heads = attribute(info, "kv_num_heads", int64_t{0});
+    if (kv_heads < 1 || heads < 1 || heads > 1 << 16 || heads % kv_heads) refuse("num_heads is not a multiple of kv_num_heads");
+    if (attribute(info, "rotary_interleaved", int64_t{0}) != 0) refuse("rotary_interleaved is not supported");
+    if (attribute(info, "smooth_softmax", int64_t{0}) > 0) refuse("smooth_softmax is not supported");
+    if (attribute(info, "causal", int64_t{1}) != 1) refuse("causal = 0 is not supported");
+    if (attribute(info, "sliding_window_cache", int64_t{0}) != 0) refuse("sliding_window_cache is not supported");
+    heads_ = static_cast<size_t>(heads);
+    kv_heads_ = static_cast<size_t>(kv_heads);
+    group_ = heads_ / kv_heads_;
+    window_ = static_cast<size_t>(std::max(attribute(info, "local_window_size", int64_t{-1}), int64_t{0}));
+    rotates_ = attribute(info, "do_rotary", int64_t{0}) != 0;
+    scale_ = attribute(info, "scale", 0.0f);
+    cap_ = attribute(info, "softcap", 0.0f);
+  }
+
+  void compute(OrtKernelContext* context) const {
+    Step step = read_step(context);
+    append(context, step);
+    attend(context, step);
+  }
+
+ private:
+  // One call: rows (count) of new positions behind `past` earlier ones.
+  struct Step {
+    size_t size, past, count, capacity;
+    Rows query, key, value;
+    Rotary rotary;
+    const float *past_keys, *past_values;  // (kv_heads, past_capacity, size)
+    size_t past_capacity;
+    float *keys, *values;  // (kv_heads, capacity, size)
+    float* attended;       // (count, heads, size)
+  };
+
+  Step read_step(OrtKernelContext* context) const {
+    Step step{};
+    const OrtValue *query = input(context, kQuery), *key = input(context, kKey), *value = input(context, kValue);
+    const size_t width = check_rows(query, 0, 0);
+    const auto shape = describe(api_, query).sizes;
+    step.count = static_cast<size_t>(shape[1]);
+    if (step.count == 0) refuse("the query has no positions");
+    const size_t parts = key ? heads_ : heads_ + 2 * kv_heads_;
+    step.size = width / parts;
+    if (width % parts || step.size == 0 || step.size % 16) refuse("the size of a head is not a multiple of 16");
+    step.query = {read<float>(query), width};
+    if (key && value) {
+      step.key = {read<float>(key), check_rows(key, step.count, kv_heads_ * step.size)};
+      step.value = {read<float>(value), check_rows(value, step.count, kv_heads_ * step.size)};
+    } else if (!key && !value) {
+      step.key = {step.query.values + heads_ * step.size, width};
+      step.value = {step.key.values + kv_heads_ * step.size, width};
+    } else {
+      refuse("key and value are given one without the other");
+    }
+    const int64_t total = read_number(context, kLast) + int64_t{1}, room = read_number(context, kTotal);
+    if (total < static_cast<int64_t>(step.count) || room < total) refuse("seqlens_k and total_sequence_length do not fit the query");
+    step.past = static_cast<size_t>(total) - step.count;
+    read_past(context, step);
+    step.capacity = std::max(step.past_capacity, static_cast<size_t>(room));
+    if (rotates_) step.rotary = read_rotary(context, step);
+
+    const auto sizes = [](size_t first, size_t second, size_t third) {
+      return std::vector<int64_t>{1, static_cast<int64_t>(first), static_cast<int64_t>(second), static_cast<int64_t>(third)};
+    };
+    step.keys = make_output(context, kPresentKey, sizes(kv_heads_, step.capacity, step.size));
+    step.values = make_output(context, kPresentValue, sizes(kv_heads_, step.capacity, step.size));
+    step.attended = make_output(context, kAttended, {1, shape[1], static_cast<int64_t>(heads_ * step.size)});
+    return step;
+  }
+
+  // The width of rows (1, count, width); 0 leaves a number open.
+  size_t check_rows(const OrtValue* tensor, size_t count, size_t width) const {
+    const Shape shape = describe(api_, tensor);
+    if (shape.type != kFloat || shape.sizes.size() != 3 || shape.sizes[0] != 1) refuse("an input is not float32 of one sequence");
+    const size_t found_count = static_cast<size_t>(shape.sizes[1]), found_width = static_cast<size_t>(shape.sizes[2]);
+    if ((count && found_count != count) || (width && found_width != width)) refuse("query, key and value do not fit each other");
+    return found_width;
+  }
+
+  int32_t read_number(const OrtKernelContext* context, Input index) const {
+    const OrtValue* value = input(context, index);
+    for (const int64_t size : describe(api_, value).sizes) {
+      if (size != 1) refuse("seqlens_k or total_sequence_length is not one number");
+    }
+    return *read<int32_t>(value);
+  }
+
+  void read_past(const OrtKernelContext* context, Step& step) const {
+    const OrtValue *keys = input(context, kPastKey), *values = input(context, kPastValue);
+    if (keys && values) {
+      const Shape shape = describe(api_, keys), other = describe(api_, values);
+      const bool fits = shape.sizes.size() == 4 && shape.sizes[0] == 1 && shape.sizes[1] == static_cast<int64_t>(kv_heads_) &&
+                        shape.sizes[3] == static_cast<int64_t>(step.size) && shape.type == kFloat;
+      if (!fits || other.sizes != shape.sizes || other.type != kFloat) refuse("past_key or past_value do not fit the query");
+      step.past_keys = read<float>(keys);
+      step.past_values = read<float>(values);
+      step.past_capacity = static_cast<size_t>(shape.sizes[2]);
+    }
+    if (step.past > step.past_capacity) refuse("seqlens_k says more positions than past_key has");
+  }
+
+  Rotary read_rotary(const OrtKernelContext* context, const Step& step) const {
+    const OrtValue *cos = input(context, kCos), *sin = input(context, kSin);
+    if (!cos || !sin) refuse("cos_cache or sin_cache is missing");
+    const Shape shape = describe(api_, cos), other = describe(api_, sin);
+    if (shape.sizes.size() != 2 || shape.type != kFloat || other.sizes != shape.sizes || other.type != kFloat) {
+      refuse("cos_cache and sin_cache are not float32 of two axes");
+    }
+    const size_t half = static_cast<size_t>(shape.sizes[1]);
+    if (2 * half > step.size || step.past + step.count > static_cast<size_t>(shape.sizes[0])) refuse("cos_cache has too few positions, or too wide ones");
+    return {read<float>(cos), read<float>(sin), half};
+  }
+
+  // Writes the new positions behind those that are there.
+  void append(OrtKernelContext* context, const Step& step) const {
+    if (step.past && step.keys != step.past_keys) {
+      for (size_t head = 0; head < kv_heads_; ++head) {
+        const size_t bytes = step.past * step.size * sizeof(float), to = head * step.capacity * step.size, from = head * step.past_capacity * step.size;
+        std::memcpy(step.keys + to, step.past_keys + from, bytes);
+        std::memcpy(step.values + to, step.past_values + from, bytes);
+      }
+    }
+    parallel(context, step.count, 2 * step.count * kv_heads_ * step.size * sizeof(float), [&](size_t row) {
+      const size_t position = step.past + row;
+      for (size_t head = 0; head < kv_heads_; ++head) {
+        const size_t to = (head * step.capacity + position) * step.size;
+        step.rotary.turn(step.key.at(row, head, step.size), position, step.size, 1.0f, step.keys + to);
+        std::memcpy(step.values + to, step.value.at(row, head, step.size), step.size * sizeof(float));
+      }
+    });
+  }
+
+  // Few positions leave whole spans to a thread, many share them.
+  void attend(OrtKernelContext* context, const Step& step) const {
+    const size_t positions = std::max<size_t>(1, kRowsAtOnce / group_);  // of a piece
+    const size_t pieces = (step.count + positions - 1) / positions;
+    const size_t bytes = 2 * (step.past + step.count) * kv_heads_ * step.size * sizeof(float);
+    if (pieces != 1) {
+      return parallel(context, kv_heads_ * pieces, pieces * bytes, [&](size_t index) {
+        const size_t head = index / pieces, row = index % pieces * positions, count = std::min(positions, step.count - row);
+        static thread_local Findings sums, spans;
+        const Found sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
+        const size_t first = first_span(step, row), last = (step.past + row + count - 1) / kSpan;
+        attend_span(step, head, row, count, first, sum);
+        for (size_t index = first + 1; index <= last; ++index) {
+          attend_span(step, head, row, count, index, span);
+          add(step, count, sum, span);
+        }
+        write(step, head, row, count, sum);
+      });
+    }
+    const size_t first = first_span(step, 0), spans = (step.past + step.count - 1) / kSpan + 1 - first, rows = step.count * group_;
+    static thread_local Findings all;
+    const Found found = all.fit(kv_heads_ * spans * rows, step.size);
+    parallel(context, kv_heads_ * spans, bytes, [&](size_t index) {
+      attend_span(step, index / spans, 0, step.count, first + index % spans, move_on(found, index * rows, step.size));
+    });
+    for (size_t head = 0; head < kv_heads_; ++head) {
+      const Found sum = move_on(found, head * spans * rows, step.size);
+      for (size_t span = 1; span < spans; ++span) add(step, step.count, sum, move_on(sum, span * rows, step.size));
+      write(step, head, 0, step.count, sum);
+    }
+  }
+
+  // The first span that the queries of a row see.
+  size_t first_span(const Step& step, size_t row) const {
+    const size_t seen = step.past + row + 1;
+    return window_ && seen > window_ ? (seen - window_) / kSpan : 0;
+  }
+
+  void attend_span(const Step& step, size_t head, size_t row, size_t count, size_t span, const Found& found) const {
+    static thread_local std::vector<float> turned;
+    if (turned.size() < count * group_ * step.size) turned.resize(count * group_ * step.size);
+    const float scale = scale_ == 0.0f ? 1.0f / std::sqrt(static_cast<float>(step.size)) : scale_;
+    for (size_t i = 0; i < count * group_; ++i) {
+      const float* query = step.query.at(row + i / group_, head * group_ + i % group_, step.size);
+      step.rotary.turn(query, step.past + row + i / group_, step.size, scale, turned.data() + i * step.size);
+    }
+    const size_t to = head * step.capacity * step.size, end = std::min((span + 1) * kSpan, step.past + row + count);
+    const Head seen{step.keys + to, step.values + to, step.capacity, step.size, cap_, window_};
+    kernels_.attend(seen, {turned.data(), count * group_, step.past + row, group_}, span * kSpan, end, found);
+  }
+
+  void add(const Step& step, size_t count, const Found& sum, const Found& other) const { kernels_.add_found(step.size, count * group_, sum, other); }
+
+  void write(const Step& step, size_t head, size_t row, size_t count, const Found& found) const {
+    for (size_t i = 0; i < count * group_; ++i) {
+      float* to = step.attended + ((row + i / group_) * heads_ + head * group_ + i % group_) * step.size;
+      for (size_t place = 0; place < step.size; ++place) to[place] = found.values[i * step.size + place] / found.weights[i];
+    }
+  }
+
+  const Kernels& kernels_;
+  size_t heads_, kv_heads_, group_, window_;
+  bool rotates_;
+  float scale_, cap_;
+};
+
+CustomOp describe_operator() {
+  CustomOp described;
+  describe_life<GroupQueryAttention>(described);
+  described.name = [](const CustomOp*) { return "GroupQueryAttention"; };
+  described.input_count = [](const CustomOp*) { return size_t{kInputs}; };
+  described.input_type = [](const CustomOp*, size_t index) -> int {
+    return index == kQuery ? kFloat : index == kLast || index == kTotal ? kInt32 : kAnyType;
+  };
+  described.input_presence = [](const CustomOp*, size_t index) -> int {
+    return index == kQuery || index == kLast || index == kTotal ? kRequired : kOptional;
+  };
+  described.output_count = [](const CustomOp*) { return size_t{kOutputs}; };
+  return described;
+}
+
+}  // namespace
+
+const CustomOp& group_query_attention() {
+  static const CustomOp described = describe_operator();
+  return described;
+}
+
+}  // namespace edgelora
