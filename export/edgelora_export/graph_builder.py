@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 OPSET = 21
 CONTRIB = "com.microsoft"
+OWN = "edgelora"  # the domain of functions, which edgelora's kernels have operators for
+_OPSETS = {"": OPSET, CONTRIB: 1}
 
 
 class WeightSource(Protocol):
@@ -90,6 +92,7 @@ class GraphBuilder:
         self.target = target
         self._tape = ir.tape.Tape()
         self._loaded: dict[str, ir.Value] = {}
+        self._functions: dict[str, ir.Function] = {}
 
     @property
     def float_type(self) -> ir.DataType:
@@ -113,6 +116,11 @@ class GraphBuilder:
         self, kind: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: int | float
     ) -> Sequence[ir.Value]:
         return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
+
+    def call(self, function: ir.Function, *inputs: ir.Value) -> ir.Value:
+        """A function's one output; the graph has each function once, by its name."""
+        self._functions.setdefault(function.name, function)
+        return self.op(function.name, *inputs, domain=function.domain)
 
     def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
         """X (1, S, K) times a float matrix (N, K), transposed."""
@@ -154,10 +162,14 @@ class GraphBuilder:
             outputs,
             nodes=self._tape.nodes,
             initializers=list(dict.fromkeys(initializers)),
-            opset_imports={"": OPSET, CONTRIB: 1},
+            opset_imports=_OPSETS | ({OWN: 1} if self._functions else {}),
             name="decoder",
         )
-        return ir.Model(graph, ir_version=10, producer_name="edgelora")
+        return ir.Model(graph, ir_version=10, producer_name="edgelora", functions=list(self._functions.values()))
+
+    def finish_function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
+        graph = ir.Graph(inputs, [output], nodes=self._tape.nodes, opset_imports=_OPSETS)
+        return ir.Function(OWN, name, graph=graph, attributes=[])
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

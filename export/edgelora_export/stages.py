@@ -78,7 +78,9 @@ def _extract(model: ir.Model, first: int | None, last: int | None) -> ir.Model:
     for value in [value for value in part.inputs if not value.uses()]:
         part.inputs.remove(value)
     _put_in_order(part)
-    return ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name)
+    called = {node.op_identifier() for node in part}
+    functions = [function.clone() for identifier, function in model.functions.items() if identifier in called]
+    return ir.Model(part, ir_version=model.ir_version, producer_name=model.producer_name, functions=functions)
 
 
 def _put_in_order(part: ir.Graph) -> None:

@@ -3,6 +3,7 @@
 
 #include "attention_kernels.h"
 #include "kernels.h"
+#include "low_rank_kernels.h"
 #include "product_kernels.h"
 
 namespace edgelora {
@@ -133,6 +134,7 @@ struct Avx2 {
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
     "avx2", kColumns<Avx2>, round<Avx2>, multiply_row<Avx2>, multiply_rows<Avx2>, attend<Avx2>, add_found<Avx2>,
+    multiply_transposed<Avx2>, add_low_rank<Avx2>,
 };
 
 }  // namespace edgelora

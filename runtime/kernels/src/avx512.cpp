@@ -3,6 +3,7 @@
 
 #include "attention_kernels.h"
 #include "kernels.h"
+#include "low_rank_kernels.h"
 #include "product_kernels.h"
 
 namespace edgelora {
@@ -118,6 +119,7 @@ struct Avx512 {
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
     "avx512-vnni", kColumns<Avx512>, round<Avx512>, multiply_row<Avx512>, multiply_rows<Avx512>, attend<Avx512>, add_found<Avx512>,
+    multiply_transposed<Avx512>, add_low_rank<Avx512>,
 };
 
 }  // namespace edgelora

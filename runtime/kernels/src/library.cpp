@@ -31,5 +31,9 @@ EDGELORA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const e
     check(api.add_operator(domain, &matmul_nbits()));
     check(api.add_operator(domain, &group_query_attention()));
     check(api.add_domain(options, domain));
+    OrtCustomOpDomain* own = nullptr;
+    check(api.make_domain("edgelora", &own));
+    for (const CustomOp& described : add_low_rank()) check(api.add_operator(own, &described));
+    check(api.add_domain(options, own));
   });
 }

@@ -1,6 +1,7 @@
 // What the operators have in common: how they talk to onnxruntime, and how they share work among a session's threads.
 #pragma once
 
+#include <array>
 #include <exception>
 #include <memory>
 #include <new>
@@ -14,6 +15,7 @@ namespace edgelora {
 
 const CustomOp& matmul_nbits();
 const CustomOp& group_query_attention();
+const std::array<CustomOp, 3>& add_low_rank();  // by the number of parts
 
 struct Failure {
   OrtStatus* status;
@@ -105,7 +107,7 @@ class Operator {
   Api api_;
 
  private:
-  static constexpr size_t kAloneBytes = 64 << 10;  // not worth waking a thread for
+  static constexpr size_t kAloneBytes = 32 << 10;  // not worth waking a thread for
 
   void* data(const OrtValue* tensor) const {
     void* data = nullptr;
