@@ -76,9 +76,9 @@ class EdgeloraEngine:
         import edgelora_runtime
 
         self.version = f"{edgelora_runtime.__version__} on onnxruntime {importlib.metadata.version('onnxruntime')}"
-        self.settings = "fp32 KV cache"
         self.runtime = edgelora_runtime.Runtime(model, threads=threads)
         self.runtime.switch()
+        self.settings = f"fp32 KV cache, kernels of {self.runtime.kernels}"
 
     def run_round(self, prompt: list[int], count: int) -> Round:
         result = self.runtime.generate(prompt, max_tokens=count + 1, temperature=0.0)

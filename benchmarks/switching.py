@@ -5,8 +5,7 @@
 Random weights, a base and merged variants that differ in their attention, eight live adapters on every linear layer. Cold: the
 variant was let go of, its files are in the system's cache, and no variant is loaded, or another one is; what peers need for
 either is loading their model again, in a process that has loaded it before. All of them take turns, a round each. A cached
-context is one that the variant read before others ran. Memory is anonymous memory of the process, as onnxruntime leaves it after
-one token.
+context is one that the variant read before others ran. Memory is what the process holds after one token, without keys and values.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ from edgelora.recipe import Recipe, VariantRecipe
 from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Bundle, PackedCache, Runtime
+from edgelora_runtime.kernels import KERNELS
 from edgelora_runtime.memory import find_anonymous_memory
 
 if TYPE_CHECKING:
@@ -68,15 +68,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a further merged variant holds of its own, over those of its weights; and eight live variants over one.
+    """What variants hold: anonymous memory of the process, and the weights that it maps.
 
-    plain, packed: without and with a packed cache. live_packed: what seven more add, over the one that is not packed.
+    merged: of a further merged variant what it holds of its own, over its weights. live: of eight live variants all that they
+    hold, over that of one. Each without and with a packed cache; the files of factors that one maps do not count.
     """
 
-    plain: float
-    packed: float
-    live: float
-    live_packed: float
+    merged: tuple[float, float]
+    live: tuple[float, float]
 
 
 def main() -> None:
@@ -84,6 +83,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=count_cores(), help="default: physical cores")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of edgelora; those of its own pack nothing")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, some GB")
     parser.add_argument("--json", action="store_true")
@@ -93,14 +93,15 @@ def main() -> None:
     bundle = export_bundle(shape, cache)
     packed = PackedCache(arguments.cache / "packed", budget="64GiB")
     report("writing packed weights")
-    with Runtime(bundle, threads=arguments.threads, packed_cache=packed) as runtime:
+    with Runtime(bundle, threads=arguments.threads, kernels=arguments.kernels, packed_cache=packed) as runtime:
+        report(f"kernels of {runtime.kernels}")
         for variant in (*MERGED, *LIVE):
             runtime.switch(variant)
     report("measuring memory")
-    memory = measure_memory(bundle, packed, arguments.threads)
+    memory = measure_memory(bundle, packed, arguments.threads, arguments.kernels)
     workers, missing = start_workers(list(PEERS), cache, arguments.peers_python, arguments.threads, CONTEXT)
     other = OtherWork(workers)
-    figures = measure(bundle, packed, shape, arguments.threads, workers, arguments.rounds)
+    figures = measure(bundle, packed, shape, arguments.threads, arguments.kernels, workers, arguments.rounds)
     share = other.share()
     for worker in workers.values():
         worker.close()
@@ -141,36 +142,40 @@ def export_bundle(shape: Shape, cache: Path) -> Path:
     return bundle
 
 
-def measure_memory(bundle: Path, packed: PackedCache, threads: int) -> Memory:
+def measure_memory(bundle: Path, packed: PackedCache, threads: int, kernels: str) -> Memory:
     """Each in a process of its own; what the first variant takes once, such as onnxruntime's own memory, does not count."""
     manifest = Bundle.open(bundle).manifest
     sizes = [sum(manifest.blob_bytes(manifest.variants[name].graphs["cpu"]).values()) for name in MERGED[1:]]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
-        plain, mapped = (pool.submit(hold, bundle, cache, MERGED, threads).result()[1:] for cache in (None, packed))
-        before, *live = pool.submit(hold, bundle, None, LIVE, threads).result()
-        _, *live_packed = pool.submit(hold, bundle, packed, LIVE, threads).result()
+        merged, live = (
+            [pool.submit(hold, bundle, cache, variants, threads, kernels).result() for cache in (None, packed)]
+            for variants in (MERGED, LIVE)
+        )
+    weights = sum(manifest.blob_bytes(manifest.variants[LIVE[0]].graphs["cpu"]).values())
     shares = [
-        statistics.median((b - a) / size for (a, b), size in zip(pairwise(held), sizes, strict=True)) for held in (plain, mapped)
+        statistics.median((b - a) / size for (a, b), size in zip(pairwise(held[1:]), sizes, strict=True)) for held in merged
     ]
-    one = live[0] - before
-    return Memory(shares[0], shares[1], (live[-1] - before) / one, 1 + (live_packed[-1] - live_packed[0]) / one)
+    growth = [(weights + held[-1] - held[0]) / (weights + held[1] - held[0]) for held in live]
+    return Memory((shares[0], shares[1]), (growth[0], growth[1]))
 
 
-def hold(bundle: Path, packed: PackedCache | None, variants: Sequence[str], threads: int) -> list[int]:
+def hold(bundle: Path, packed: PackedCache | None, variants: Sequence[str], threads: int, kernels: str) -> list[int]:
     """Anonymous memory before any variant, and after each wrote a token, the ones before still loaded."""
     held = [find_anonymous_memory() or 0]
-    with Runtime(bundle, threads=threads, packed_cache=packed, memory_budget="64GiB") as runtime:
+    with Runtime(bundle, threads=threads, kernels=kernels, packed_cache=packed, memory_budget="64GiB", cache_budget=0) as runtime:
         for variant in variants:
             runtime.generate([1, 2, 3], variant=variant, max_tokens=1)
             held.append(find_anonymous_memory() or 0)
     return held
 
 
-def measure(bundle: Path, packed: PackedCache, shape: Shape, threads: int, workers: dict[str, Worker], rounds: int) -> Figures:
+def measure(
+    bundle: Path, packed: PackedCache, shape: Shape, threads: int, kernels: str, workers: dict[str, Worker], rounds: int
+) -> Figures:
     found = Figures()
     with (
-        Runtime(bundle, threads=threads) as plain,
-        Runtime(bundle, threads=threads, packed_cache=packed, memory_budget="64GiB") as mapped,
+        Runtime(bundle, threads=threads, kernels=kernels) as plain,
+        Runtime(bundle, threads=threads, kernels=kernels, packed_cache=packed, memory_budget="64GiB") as mapped,
     ):
         for turn in range(rounds):
             report(f"round {turn + 1} of {rounds}")
@@ -214,9 +219,8 @@ def show(figures: Figures, memory: Memory, shape: Shape) -> None:
         for title, found in (("cold", figures.cold), ("cold, another is loaded", figures.beside)):
             ratios = [ours / peer for ours, peer in zip(found["plain"], figures.cold[name], strict=True)]
             rows.append([f"{title}: plain over {name}", _spread(ratios, "")])
-    rows += [["a further merged variant over its weights, plain", f"{memory.plain:.1%}"]]
-    rows += [["the same, packed", f"{memory.packed:.1%}"]]
-    rows += [["eight live variants over one, plain and packed", f"{memory.live:.2f}, {memory.live_packed:.2f}"]]
+    rows += [["a further merged variant over its weights, plain and packed", "{:.1%}, {:.1%}".format(*memory.merged)]]
+    rows += [["eight live variants over one, plain and packed", "{:.2f}, {:.2f}".format(*memory.live)]]
     print_table(f"{shape.name}, random weights: median (least–greatest)", ["", ""], rows)
 
 

@@ -39,12 +39,14 @@ class VariantFigures:
 class BenchReport:
     """What a run found. prompt, tokens: lengths. Bytes are those with all variants loaded.
 
-    mapped: of weights on disk, each blob once. shared: of those that several variants map. private: of onnxruntime's packed
-    copies. resident: of the process that no file backs; None where the system does not tell.
+    kernels: Runtime.kernels. mapped: of weights on disk, each blob once. shared: of those that several variants map. private: of
+    what else they take, onnxruntime's packed copies above all. resident: of the process that no file backs; None where the system
+    does not tell.
     """
 
     variants: dict[str, VariantFigures]
     provider: str
+    kernels: str
     prompt: int
     tokens: int
     rounds: int
@@ -92,6 +94,7 @@ def bench(
     return BenchReport(
         variants={variant: _take_medians(figures) for variant, figures in found.items()},
         provider=runtime.provider,
+        kernels=runtime.kernels,
         prompt=prompt,
         tokens=tokens,
         rounds=rounds,
@@ -119,7 +122,9 @@ def show_bench(report: BenchReport, as_json: bool) -> None:
         ]
         for name, figures in report.variants.items()
     ]
-    title = f"prompt {report.prompt}, {report.tokens} tokens, medians of {report.rounds} rounds, {report.provider}"
+    title = (
+        f"prompt {report.prompt}, {report.tokens} tokens, medians of {report.rounds} rounds, {report.provider}, {report.kernels}"
+    )
     print_table(title, columns, rows)
     resident = "" if report.resident is None else f"; the process holds {format_bytes(report.resident)} beside its files"
     print(

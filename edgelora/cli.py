@@ -403,7 +403,7 @@ def doctor(json: JsonOption = False) -> None:
         return
     memory = "unknown" if found.memory is None else format_bytes(found.memory)
     print(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
-    print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}")
+    print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}; edgelora's own kernels: {found.kernels or 'none'}")
     print_table("", ["package", "version"], [[name, version or "absent"] for name, version in found.packages.items()])
     folder, held = found.packed_cache
     print(f"packed cache: {format_bytes(held)} in {folder}, which may be deleted at any time")

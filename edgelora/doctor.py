@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.kernels import find_kernels, why_none
 from edgelora_runtime.packed_cache import PackedCache, find_packed_folder
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", 
 class Diagnosis:
     """python, system: versions. cores: logical. memory: bytes, None if unknown. packages: version or None per package.
 
-    providers: onnxruntime's. packed_cache: its folder, the bytes in it. advice: one line per thing to do, empty if all is well.
+    providers: onnxruntime's. kernels: the instruction set of edgelora's own, None without. packed_cache: its folder, the bytes in
+    it. advice: one line per thing to do, empty if all is well.
     """
 
     python: str
@@ -36,6 +38,7 @@ class Diagnosis:
     cores: int
     memory: int | None
     providers: tuple[str, ...]
+    kernels: str | None
     packages: dict[str, str | None]
     packed_cache: tuple[Path, int]
     advice: tuple[str, ...]
@@ -53,6 +56,9 @@ def diagnose() -> Diagnosis:
     flavours = sorted({item.name for item in distributions()} & _ONNXRUNTIMES)
     if len(flavours) > 1:
         advice.append(f"{' and '.join(flavours)} share their files and overwrite each other; uninstall all of them, install one")
+    kernels = find_kernels()
+    if kernels is None:
+        advice.append(f"edgelora's own kernels {why_none()}; without them onnxruntime's serve, which are slower")
     for extra, names in EXTRAS.items():
         if missing := [name for name in names if packages[name] is None]:
             advice.append(f"edgelora {extra} needs {', '.join(missing)}: pip install 'edgelora[{extra}]'")
@@ -62,6 +68,7 @@ def diagnose() -> Diagnosis:
         cores=os.cpu_count() or 1,
         memory=_memory(),
         providers=providers,
+        kernels=None if kernels is None else kernels.instruction_set,
         packages=packages,
         packed_cache=_measure_packed_cache(),
         advice=tuple(advice),

@@ -19,6 +19,7 @@ from edgelora.adapters import Adapter
 from edgelora.cli import main
 from edgelora.methods import METHODS
 from edgelora.mix import Mix
+from edgelora_runtime.kernels import find_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -297,6 +298,8 @@ def test_doctor_as_json(call: Callable[..., Result]) -> None:
     assert found["edgelora"] == __version__
     assert "CPUExecutionProvider" in found["providers"]
     assert found["packages"]["numpy"]
+    kernels = find_kernels()
+    assert found["kernels"] == (None if kernels is None else kernels.instruction_set)
 
 
 @pytest.mark.parametrize("verb", ["inspect", "verify", "doctor"])
