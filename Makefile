@@ -35,10 +35,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/*
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(KERNELS)/src/*
 
 # Peers are installed on request, into an environment of their own: see benchmarks/decode.py.
 bench: $(STAMP)

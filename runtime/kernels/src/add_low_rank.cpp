@@ -1,4 +1,5 @@
-// edgelora.AddLowRank1 … 3: what a live adapter adds to a product, y + B·A·x, one A for all parts of the product and a B for each.
+// edgelora.AddLowRank1 … 3: what a live adapter adds to a product, y + B·A·x, one A for all parts of the product and a B for
+// each.
 //
 // Graphs say what these are in standard operators, as functions; onnxruntime runs those where it does not have this library.
 #include <algorithm>
@@ -25,7 +26,8 @@ class AddLowRank : Operator {
 
   void compute(OrtKernelContext* context) const {
     const Shape product = describe(api_, input(context, kProduct)), activations = describe(api_, input(context, kActivations));
-    if (product.sizes.empty() || product.sizes.size() != activations.sizes.size()) refuse("the product and its activations do not fit");
+    if (product.sizes.empty() || product.sizes.size() != activations.sizes.size())
+      refuse("the product and its activations do not fit");
     size_t rows = 1;
     for (size_t axis = 0; axis + 1 < product.sizes.size(); ++axis) {
       if (product.sizes[axis] != activations.sizes[axis]) refuse("the product and its activations do not fit");
@@ -40,7 +42,8 @@ class AddLowRank : Operator {
       columns += ups[part].columns;
       if (ups[part].rows * parts_ != down.rows) refuse("the ranks of A and B do not fit");
     }
-    if (columns != width || down.columns != static_cast<size_t>(activations.sizes.back())) refuse("the factors do not fit the product");
+    if (columns != width || down.columns != static_cast<size_t>(activations.sizes.back()))
+      refuse("the factors do not fit the product");
     const auto *y = read<float>(input(context, kProduct)), *x = read<float>(input(context, kActivations));
     add(context, rows, y, x, down, ups, make_output(context, 0, product.sizes));
   }
@@ -54,7 +57,8 @@ class AddLowRank : Operator {
   }
 
   // One row shares out its columns, many are shared out themselves.
-  void add(OrtKernelContext* context, size_t rows, const float* y, const float* x, const Matrix& down, const Matrix* ups, float* out) const {
+  void add(OrtKernelContext* context, size_t rows, const float* y, const float* x, const Matrix& down, const Matrix* ups,
+           float* out) const {
     const size_t rank = down.rows / parts_;
     size_t width = 0, starts[kMostParts + 1] = {};
     for (size_t part = 0; part < parts_; ++part) starts[part + 1] = width += ups[part].columns;
@@ -67,7 +71,8 @@ class AddLowRank : Operator {
         kernels_.multiply_transposed(x + row * down.columns, count, down, 0, down.rows, narrow.data());
         for (size_t part = 0; part < parts_; ++part) {
           const size_t at = row * width + starts[part];
-          kernels_.add_low_rank(narrow.data() + part * rank, down.rows, count, ups[part], 0, ups[part].columns, y + at, out + at, width);
+          kernels_.add_low_rank(narrow.data() + part * rank, down.rows, count, ups[part], 0, ups[part].columns, y + at, out + at,
+                                width);
         }
       });
     }
@@ -78,9 +83,11 @@ class AddLowRank : Operator {
     });
     parallel(context, (width + kUpColumns - 1) / kUpColumns, up_bytes, [&](size_t index) {
       for (size_t part = 0; part < parts_; ++part) {
-        const size_t begin = std::max(index * kUpColumns, starts[part]), end = std::min((index + 1) * kUpColumns, starts[part + 1]);
+        const size_t begin = std::max(index * kUpColumns, starts[part]),
+                     end = std::min((index + 1) * kUpColumns, starts[part + 1]);
         if (begin >= end) continue;
-        kernels_.add_low_rank(between + part * rank, down.rows, 1, ups[part], begin - starts[part], end - starts[part], y + starts[part], out + starts[part], width);
+        kernels_.add_low_rank(between + part * rank, down.rows, 1, ups[part], begin - starts[part], end - starts[part],
+                              y + starts[part], out + starts[part], width);
       }
     });
   }

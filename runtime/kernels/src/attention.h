@@ -11,10 +11,10 @@ constexpr size_t kSpan = 256;  // positions whose keys are attended to together;
 struct Head {
   const float* keys;  // (capacity, size), as values are
   const float* values;
-  size_t capacity;    // positions that may be read; what lies behind those that are written means nothing
-  size_t size;        // a multiple of 16
-  float cap;          // of scores, which are cap * tanh(score / cap) then; 0: none
-  size_t window;      // positions that a query sees, its own and those before; 0: all
+  size_t capacity;  // positions that may be read; what lies behind those that are written means nothing
+  size_t size;      // a multiple of 16
+  float cap;        // of scores, which are cap * tanh(score / cap) then; 0: none
+  size_t window;    // positions that a query sees, its own and those before; 0: all
 };
 
 // Queries of a head: `group` for each position from first on.

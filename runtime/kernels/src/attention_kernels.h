@@ -11,8 +11,8 @@
 namespace edgelora {
 namespace {  // see tile.h
 
-// exp(x) for x of -87 (and for less the same) to 88: 2^n times the Taylor series of what is left, |r| <= ln(2) / 2, up to where terms
-// are below 2^-24.
+// exp(x) for x of -87 (and for less the same) to 88: 2^n times the Taylor series of what is left, |r| <= ln(2) / 2, up to where
+// terms are below 2^-24.
 template <typename Isa>
 typename Isa::Float exponential(typename Isa::Float x) {
   using Float = typename Isa::Float;
@@ -21,7 +21,8 @@ typename Isa::Float exponential(typename Isa::Float x) {
   Float r = Isa::add_product(x, n, Isa::broadcast(-0.693359375f));  // ln(2) in two parts, the first with few bits
   r = Isa::add_product(r, n, Isa::broadcast(2.12194440e-4f));
   Float sum = Isa::broadcast(1.0f / 5040);
-  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) sum = Isa::add_product(Isa::broadcast(factor), sum, r);
+  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = Isa::add_product(Isa::broadcast(factor), sum, r);
   return Isa::times_power_of_two(sum, n);
 }
 
@@ -31,7 +32,8 @@ void score(const Tile<Isa>& keys, const float* queries, size_t size, const float
   using Float = typename Isa::Float;
   constexpr size_t kVectors = Isa::kVectors, kLanes = Isa::kLanes;
   Float sums[Rows][kVectors];
-  for (auto& row : sums) for (Float& sum : row) sum = Isa::zero();
+  for (auto& row : sums)
+    for (Float& sum : row) sum = Isa::zero();
   for (size_t place = 0; place < size; ++place) {
     if (asked) {
       for (size_t line = 0; line < kColumns<Isa> / 16; ++line, asked += 16) Isa::ask_for(asked);
@@ -40,7 +42,8 @@ void score(const Tile<Isa>& keys, const float* queries, size_t size, const float
     for (size_t vector = 0; vector < kVectors; ++vector) key[vector] = Isa::load_floats(keys[place].word + vector * kLanes);
     for (size_t row = 0; row < Rows; ++row) {
       const Float query = Isa::broadcast(queries[row * size + place]);
-      for (size_t vector = 0; vector < kVectors; ++vector) sums[row][vector] = Isa::add_product(sums[row][vector], query, key[vector]);
+      for (size_t vector = 0; vector < kVectors; ++vector)
+        sums[row][vector] = Isa::add_product(sums[row][vector], query, key[vector]);
     }
   }
   for (size_t row = 0; row < Rows; ++row) {
@@ -53,13 +56,15 @@ template <typename Isa, size_t Rows, size_t Vectors>
 void weigh(const float* values, size_t count, size_t size, const float* weights, float* sums) {
   using Float = typename Isa::Float;
   Float found[Rows][Vectors];
-  for (auto& row : found) for (Float& sum : row) sum = Isa::zero();
+  for (auto& row : found)
+    for (Float& sum : row) sum = Isa::zero();
   for (size_t index = 0; index < count; ++index, values += size) {
     Float value[Vectors];
     for (size_t vector = 0; vector < Vectors; ++vector) value[vector] = Isa::load(values + vector * Isa::kLanes);
     for (size_t row = 0; row < Rows; ++row) {
       const Float weight = Isa::broadcast(weights[row * kSpan + index]);
-      for (size_t vector = 0; vector < Vectors; ++vector) found[row][vector] = Isa::add_product(found[row][vector], weight, value[vector]);
+      for (size_t vector = 0; vector < Vectors; ++vector)
+        found[row][vector] = Isa::add_product(found[row][vector], weight, value[vector]);
     }
   }
   for (size_t row = 0; row < Rows; ++row) {
@@ -131,7 +136,8 @@ void attend(const Head& head, const Queries& queries, size_t begin, size_t end, 
   in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
     size_t place = 0;
     for (; place + kColumns<Isa> <= size; place += kColumns<Isa>) {
-      weigh<Isa, group, Isa::kVectors>(values + place, count, size, scores.data() + row * kSpan, found.values + row * size + place);
+      weigh<Isa, group, Isa::kVectors>(values + place, count, size, scores.data() + row * kSpan,
+                                       found.values + row * size + place);
     }
     for (; place < size; place += Isa::kLanes) {
       weigh<Isa, group, 1>(values + place, count, size, scores.data() + row * kSpan, found.values + row * size + place);

@@ -89,7 +89,8 @@ struct Avx2 {
     const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(met));
     __m256i sums;
     if constexpr (Bits == 8) {
-      const __m256i weights = _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(-128));
+      const __m256i weights =
+          _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(-128));
       sums = multiply_signed(weights, activations);
     } else {
       const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
@@ -133,8 +134,15 @@ struct Avx2 {
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2", kColumns<Avx2>, round<Avx2>, multiply_row<Avx2>, multiply_rows<Avx2>, attend<Avx2>, add_found<Avx2>,
-    multiply_transposed<Avx2>, add_low_rank<Avx2>,
+    "avx2",
+    kColumns<Avx2>,
+    round<Avx2>,
+    multiply_row<Avx2>,
+    multiply_rows<Avx2>,
+    attend<Avx2>,
+    add_found<Avx2>,
+    multiply_transposed<Avx2>,
+    add_low_rank<Avx2>,
 };
 
 }  // namespace edgelora

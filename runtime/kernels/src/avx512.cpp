@@ -65,8 +65,10 @@ struct Avx512 {
       fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
     }
     for (size_t i = 0; i < 4; ++i) {
-      const __m512i low02 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88), low13 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
-      const __m512i high02 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88), high13 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
+      const __m512i low02 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88),
+                    low13 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
+      const __m512i high02 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88),
+                    high13 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
       _mm512_storeu_si512(to + i * to_apart, _mm512_shuffle_i32x4(low02, high02, 0x88));
       _mm512_storeu_si512(to + (i + 4) * to_apart, _mm512_shuffle_i32x4(low13, high13, 0x88));
       _mm512_storeu_si512(to + (i + 8) * to_apart, _mm512_shuffle_i32x4(low02, high02, 0xdd));
@@ -118,8 +120,9 @@ struct Avx512 {
 
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
-    "avx512-vnni", kColumns<Avx512>, round<Avx512>, multiply_row<Avx512>, multiply_rows<Avx512>, attend<Avx512>, add_found<Avx512>,
-    multiply_transposed<Avx512>, add_low_rank<Avx512>,
+    "avx512-vnni",         kColumns<Avx512>, round<Avx512>,     multiply_row<Avx512>,
+    multiply_rows<Avx512>, attend<Avx512>,   add_found<Avx512>, multiply_transposed<Avx512>,
+    add_low_rank<Avx512>,
 };
 
 }  // namespace edgelora

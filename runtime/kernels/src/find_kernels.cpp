@@ -24,7 +24,7 @@ namespace {
 
 struct Registers {
   uint32_t eax, ebx, ecx, edx;
-  bool has(uint32_t Registers::*which, int bit) const { return this->*which >> bit & 1; }
+  bool has(uint32_t Registers::* which, int bit) const { return this->*which >> bit & 1; }
 };
 
 Registers ask(uint32_t leaf) {

@@ -1,5 +1,5 @@
-// com.microsoft.GroupQueryAttention over a cache that is written in place: keys and values are read once for all queries that share
-// them, and softmax needs no memory that grows with the text.
+// com.microsoft.GroupQueryAttention over a cache that is written in place: keys and values are read once for all queries that
+// share them, and softmax needs no memory that grows with the text.
 //
 // It does what graphs of edgelora ask for: one sequence, float32, rotary positions in halves; anything else is refused. Spans of
 // positions are attended to one by one and their findings added up in order, so that no bit of a row's result depends on the rows
@@ -60,7 +60,8 @@ Found move_on(const Found& found, size_t rows, size_t size) {
 
 class GroupQueryAttention : Operator {
  public:
-  GroupQueryAttention(const Api& api, const OrtKernelInfo* info, const Kernels& kernels) : Operator(api, "GroupQueryAttention"), kernels_(kernels) {
+  GroupQueryAttention(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
+      : Operator(api, "GroupQueryAttention"), kernels_(kernels) {
     const int64_t heads = attribute(info, "num_heads", int64_t{0}), kv_heads = attribute(info, "kv_num_heads", int64_t{0});
     if (kv_heads < 1 || heads < 1 || heads > 1 << 16 || heads % kv_heads) refuse("num_heads is not a multiple of kv_num_heads");
     if (attribute(info, "rotary_interleaved", int64_t{0}) != 0) refuse("rotary_interleaved is not supported");
@@ -115,7 +116,8 @@ class GroupQueryAttention : Operator {
       refuse("key and value are given one without the other");
     }
     const int64_t total = read_number(context, kLast) + int64_t{1}, room = read_number(context, kTotal);
-    if (total < static_cast<int64_t>(step.count) || room < total) refuse("seqlens_k and total_sequence_length do not fit the query");
+    if (total < static_cast<int64_t>(step.count) || room < total)
+      refuse("seqlens_k and total_sequence_length do not fit the query");
     step.past = static_cast<size_t>(total) - step.count;
     read_past(context, step);
     step.capacity = std::max(step.past_capacity, static_cast<size_t>(room));
@@ -169,7 +171,8 @@ class GroupQueryAttention : Operator {
       refuse("cos_cache and sin_cache are not float32 of two axes");
     }
     const size_t half = static_cast<size_t>(shape.sizes[1]);
-    if (2 * half > step.size || step.past + step.count > static_cast<size_t>(shape.sizes[0])) refuse("cos_cache has too few positions, or too wide ones");
+    if (2 * half > step.size || step.past + step.count > static_cast<size_t>(shape.sizes[0]))
+      refuse("cos_cache has too few positions, or too wide ones");
     return {read<float>(cos), read<float>(sin), half};
   }
 
@@ -177,7 +180,8 @@ class GroupQueryAttention : Operator {
   void append(OrtKernelContext* context, const Step& step) const {
     if (step.past && step.keys != step.past_keys) {
       for (size_t head = 0; head < kv_heads_; ++head) {
-        const size_t bytes = step.past * step.size * sizeof(float), to = head * step.capacity * step.size, from = head * step.past_capacity * step.size;
+        const size_t bytes = step.past * step.size * sizeof(float), to = head * step.capacity * step.size,
+                     from = head * step.past_capacity * step.size;
         std::memcpy(step.keys + to, step.past_keys + from, bytes);
         std::memcpy(step.values + to, step.past_values + from, bytes);
       }
@@ -211,7 +215,8 @@ class GroupQueryAttention : Operator {
         write(step, head, row, count, sum);
       });
     }
-    const size_t first = first_span(step, 0), spans = (step.past + step.count - 1) / kSpan + 1 - first, rows = step.count * group_;
+    const size_t first = first_span(step, 0), spans = (step.past + step.count - 1) / kSpan + 1 - first,
+                 rows = step.count * group_;
     static thread_local Findings all;
     const Found found = all.fit(kv_heads_ * spans * rows, step.size);
     parallel(context, kv_heads_ * spans, bytes, [&](size_t index) {
@@ -243,7 +248,9 @@ class GroupQueryAttention : Operator {
     kernels_.attend(seen, {turned.data(), count * group_, step.past + row, group_}, span * kSpan, end, found);
   }
 
-  void add(const Step& step, size_t count, const Found& sum, const Found& other) const { kernels_.add_found(step.size, count * group_, sum, other); }
+  void add(const Step& step, size_t count, const Found& sum, const Found& other) const {
+    kernels_.add_found(step.size, count * group_, sum, other);
+  }
 
   void write(const Step& step, size_t head, size_t row, size_t count, const Found& found) const {
     for (size_t i = 0; i < count * group_; ++i) {

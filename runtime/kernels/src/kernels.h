@@ -25,7 +25,8 @@ struct Kernels {
   // Rows begin … end of a matrix, each times every row of x; out (rows, rows of the matrix).
   void (*multiply_transposed)(const float* x, size_t rows, const Matrix&, size_t begin, size_t end, float* out);
   // Columns begin … end of out = y + x · matrix. Rows of x are apart, those of y and out out_apart.
-  void (*add_low_rank)(const float* x, size_t apart, size_t rows, const Matrix&, size_t begin, size_t end, const float* y, float* out, size_t out_apart);
+  void (*add_low_rank)(const float* x, size_t apart, size_t rows, const Matrix&, size_t begin, size_t end, const float* y,
+                       float* out, size_t out_apart);
 };
 
 // Of this machine's instruction set; null where there are none for it.

@@ -3,6 +3,7 @@
 // Registered under onnxruntime's own names, they take the place of onnxruntime's in the sessions that they are given to, so that
 // graphs are the same with them and without.
 #include <cstdlib>
+#include <initializer_list>
 
 #include "operators.h"
 
@@ -18,22 +19,34 @@ EDGELORA_EXPORT const char* edgelora_kernels() {
   return kernels ? kernels->name : nullptr;
 }
 
+namespace edgelora {
+namespace {
+
+// A domain is for ever: sessions go on using it.
+OrtCustomOpDomain* make_domain(const Api& api, const char* name, std::initializer_list<const CustomOp*> operators) {
+  OrtCustomOpDomain* domain = nullptr;
+  check(api.make_domain(name, &domain));
+  for (const CustomOp* described : operators) check(api.add_operator(domain, described));
+  return domain;
+}
+
+void add_operators(const Api& api, OrtSessionOptions* options) {
+  const auto& [one, two, three] = add_low_rank();
+  static OrtCustomOpDomain* const theirs = make_domain(api, "com.microsoft", {&matmul_nbits(), &group_query_attention()});
+  static OrtCustomOpDomain* const ours = make_domain(api, "edgelora", {&one, &two, &three});
+  check(api.add_domain(options, theirs));
+  check(api.add_domain(options, ours));
+}
+
+}  // namespace
+}  // namespace edgelora
+
 // onnxruntime's entry point (SessionOptions.register_custom_ops_library).
 EDGELORA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const edgelora::ApiBase* base) {
-  using namespace edgelora;
-  const void* functions = base->get_api(kApiVersion);
+  const void* functions = base->get_api(edgelora::kApiVersion);
   if (functions == nullptr) std::abort();  // older than 1.17: there is no way to say so
-  const Api api(functions);
-  if (find_kernels() == nullptr) return api.error(kFail, "edgelora has no kernels for this machine's instruction set");
-  return guard(api, [&] {
-    OrtCustomOpDomain* domain = nullptr;  // never released: sessions made of these options go on using it
-    check(api.make_domain("com.microsoft", &domain));
-    check(api.add_operator(domain, &matmul_nbits()));
-    check(api.add_operator(domain, &group_query_attention()));
-    check(api.add_domain(options, domain));
-    OrtCustomOpDomain* own = nullptr;
-    check(api.make_domain("edgelora", &own));
-    for (const CustomOp& described : add_low_rank()) check(api.add_operator(own, &described));
-    check(api.add_domain(options, own));
-  });
+  const edgelora::Api api(functions);
+  if (edgelora::find_kernels() == nullptr)
+    return api.error(edgelora::kFail, "edgelora has no kernels for this machine's instruction set");
+  return edgelora::guard(api, [&] { edgelora::add_operators(api, options); });
 }

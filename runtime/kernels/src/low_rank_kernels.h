@@ -36,7 +36,8 @@ void multiply_transposed(const float* x, size_t rows, const Matrix& matrix, size
     in_groups<2>(rows, [&](size_t row, auto some) {
       constexpr size_t group = some;
       Float sums[group][dots];
-      for (auto& row_sums : sums) for (Float& sum : row_sums) sum = Isa::zero();
+      for (auto& row_sums : sums)
+        for (Float& sum : row_sums) sum = Isa::zero();
       for (size_t place = 0; place < size; place += Isa::kLanes) {
         Float values[dots];
         for (size_t dot = 0; dot < dots; ++dot) values[dot] = load_first<Isa>(read + dot * size + place, size - place);
@@ -54,10 +55,12 @@ void multiply_transposed(const float* x, size_t rows, const Matrix& matrix, size
 
 // Columns begin … end of out = y + x · matrix. x: rows apart; out and y: rows out_apart.
 template <typename Isa>
-void add_low_rank(const float* x, size_t apart, size_t rows, const Matrix& matrix, size_t begin, size_t end, const float* y, float* out, size_t out_apart) {
+void add_low_rank(const float* x, size_t apart, size_t rows, const Matrix& matrix, size_t begin, size_t end, const float* y,
+                  float* out, size_t out_apart) {
   using Float = typename Isa::Float;
   constexpr size_t kVectors = 2, kWidth = kVectors * Isa::kLanes;
-  for (size_t index = 0; index < matrix.rows; ++index) ask_for_all<Isa>(matrix.values + index * matrix.columns + begin, end - begin);
+  for (size_t index = 0; index < matrix.rows; ++index)
+    ask_for_all<Isa>(matrix.values + index * matrix.columns + begin, end - begin);
   for (size_t column = begin; column < end; column += kWidth) {
     const size_t width = std::min(kWidth, end - column);
     in_groups<4>(rows, [&](size_t row, auto some) {
@@ -73,11 +76,13 @@ void add_low_rank(const float* x, size_t apart, size_t rows, const Matrix& matri
         Float values[kVectors];
         for (size_t vector = 0; vector < kVectors; ++vector) {
           const size_t at = vector * Isa::kLanes;
-          values[vector] = at < width ? load_first<Isa>(matrix.values + index * matrix.columns + column + at, width - at) : Isa::zero();
+          values[vector] =
+              at < width ? load_first<Isa>(matrix.values + index * matrix.columns + column + at, width - at) : Isa::zero();
         }
         for (size_t i = 0; i < group; ++i) {
           const Float factor = Isa::broadcast(x[(row + i) * apart + index]);
-          for (size_t vector = 0; vector < kVectors; ++vector) sums[i][vector] = Isa::add_product(sums[i][vector], factor, values[vector]);
+          for (size_t vector = 0; vector < kVectors; ++vector)
+            sums[i][vector] = Isa::add_product(sums[i][vector], factor, values[vector]);
         }
       }
       for (size_t i = 0; i < group; ++i) {

@@ -1,8 +1,7 @@
 // com.microsoft.MatMulNBits over weights as they lie in the file: nothing is packed, nothing is copied.
 //
-// Registered under onnxruntime's own name, the operator takes the place of onnxruntime's in the sessions that it is given to, so
-// that graphs are the same with it and without. It does what graphs of edgelora ask for: constant weights of 4 or 8 bits in
-// blocks of 32 or a multiple, float32 activations, no g_idx; anything else is refused when the session is made.
+// It does what graphs of edgelora ask for: constant weights of 4 or 8 bits in blocks of 32 or a multiple, float32 activations, no
+// g_idx; anything else is refused when the session is made, or runs.
 #include <algorithm>
 
 #include "operators.h"
@@ -30,12 +29,15 @@ struct Scratch {
 
 class MatMulNBits : Operator {
  public:
-  MatMulNBits(const Api& api, const OrtKernelInfo* info, const Kernels& kernels) : Operator(api, "MatMulNBits"), kernels_(kernels) {
+  MatMulNBits(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
+      : Operator(api, "MatMulNBits"), kernels_(kernels) {
     const int64_t inner = attribute(info, "K", int64_t{0}), columns = attribute(info, "N", int64_t{0});
     const int64_t bits = attribute(info, "bits", int64_t{0}), block = attribute(info, "block_size", int64_t{0});
-    if (attribute(info, "accuracy_level", int64_t{0}) != 4) refuse("accuracy_level is not 4, which is what rounds activations to 8 bits");
+    if (attribute(info, "accuracy_level", int64_t{0}) != 4)
+      refuse("accuracy_level is not 4, which is what rounds activations to 8 bits");
     constexpr int64_t kMost = int64_t{1} << 31;  // of K, of N, and of a weight's codes in KiB
-    if (inner < 1 || columns < 1 || inner >= kMost || columns >= kMost || inner * columns >> 10 >= kMost) refuse("K or N is out of range");
+    if (inner < 1 || columns < 1 || inner >= kMost || columns >= kMost || inner * columns >> 10 >= kMost)
+      refuse("K or N is out of range");
     if (bits != 4 && bits != 8) refuse("bits is not 4 or 8");
     if (block < 32 || block > 2048 || block & (block - 1)) refuse("block_size is not a power of two from 32 to 2048");
     const int64_t blocks = (inner + block - 1) / block, zero_bytes = (blocks * bits + 7) / 8;
@@ -85,7 +87,8 @@ class MatMulNBits : Operator {
     const Shape shape = describe(api_, value);
     int64_t found = 1;
     for (const int64_t size : shape.sizes) found *= size;
-    if (type != kAnyType && (shape.type != type || found != count)) refuse("a weight has another type or size than N, K, bits and block_size say");
+    if (type != kAnyType && (shape.type != type || found != count))
+      refuse("a weight has another type or size than N, K, bits and block_size say");
     return read<void>(value);
   }
 
@@ -96,7 +99,8 @@ class MatMulNBits : Operator {
       const Activations rounded = scratch.fit(weights_, count);
       parallel(context, count, count * weights_.inner * sizeof(float), [&](size_t index) {
         const size_t start = index * weights_.chunks();
-        kernels_.round(weights_, read + (row + index) * weights_.inner, rounded.codes + start * kChunk, rounded.scales + start, rounded.offsets + start);
+        kernels_.round(weights_, read + (row + index) * weights_.inner, rounded.codes + start * kChunk, rounded.scales + start,
+                       rounded.offsets + start);
       });
       multiply_rounded(context, rounded, count, written + row * weights_.columns);
     }
@@ -110,10 +114,12 @@ class MatMulNBits : Operator {
     parallel(context, (tiles + piece - 1) / piece, bytes, [&](size_t index) {
       const size_t begin = index * piece, end = std::min(begin + piece, tiles);
       if (rows == 1) {
-        return kernels_.multiply_row(weights_, activations, begin * kernels_.tile, std::min(end * kernels_.tile, weights_.columns), written);
+        return kernels_.multiply_row(weights_, activations, begin * kernels_.tile,
+                                     std::min(end * kernels_.tile, weights_.columns), written);
       }
       for (size_t tile = begin; tile < end; ++tile) {
-        kernels_.multiply_rows(weights_, activations, rows, tile * kernels_.tile, std::min(tile + 1, end - 1) * kernels_.tile, written);
+        kernels_.multiply_rows(weights_, activations, rows, tile * kernels_.tile, std::min(tile + 1, end - 1) * kernels_.tile,
+                               written);
       }
     });
   }

@@ -67,7 +67,8 @@ class Api {
     return at<OrtStatus* (*)(const OrtKernelContext*, size_t, const OrtValue**)>(90)(context, index, tensor);
   }
   OrtStatus* output(OrtKernelContext* context, size_t index, const int64_t* sizes, size_t axes, OrtValue** tensor) const {
-    return at<OrtStatus* (*)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, sizes, axes, tensor);
+    return at<OrtStatus* (*)(OrtKernelContext*, size_t, const int64_t*, size_t, OrtValue**)>(91)(context, index, sizes, axes,
+                                                                                                 tensor);
   }
   void release(OrtStatus* status) const { at<void (*)(OrtStatus*)>(93)(status); }
   void release(OrtTensorTypeAndShapeInfo* info) const { at<void (*)(OrtTensorTypeAndShapeInfo*)>(99)(info); }
@@ -78,8 +79,10 @@ class Api {
     return at<OrtStatus* (*)(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, is_constant, tensor);
   }
   // Calls work(data, 0 … total - 1) on the session's threads, in at most that many batches where batches is not 0.
-  OrtStatus* parallel_for(const OrtKernelContext* context, void (*work)(void*, size_t), size_t total, size_t batches, void* data) const {
-    return at<OrtStatus* (*)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total, batches, data);
+  OrtStatus* parallel_for(const OrtKernelContext* context, void (*work)(void*, size_t), size_t total, size_t batches,
+                          void* data) const {
+    return at<OrtStatus* (*)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total,
+                                                                                                            batches, data);
   }
 
  private:

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <exception>
 #include <memory>
 #include <new>
@@ -100,8 +101,20 @@ class Operator {
       for (size_t index = 0; index < total; ++index) work(index);
       return;
     }
-    const auto call = [](void* data, size_t index) { (*static_cast<const Work*>(data))(index); };
-    check(api_.parallel_for(context, call, total, 0, const_cast<Work*>(&work)));
+    struct Shared {
+      const Work& work;
+      std::atomic<bool> failed{false};
+    } shared{work};
+    const auto call = [](void* data, size_t index) {
+      auto& known = *static_cast<Shared*>(data);
+      try {
+        known.work(index);
+      } catch (...) {  // all that work does is compute and ask for memory
+        known.failed = true;
+      }
+    };
+    check(api_.parallel_for(context, call, total, 0, &shared));
+    if (shared.failed) throw std::bad_alloc();
   }
 
   Api api_;

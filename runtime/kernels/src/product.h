@@ -16,7 +16,7 @@ struct Weights {
   const uint8_t* zero_points;  // (columns, bytes of a row of `bits` each); null: 2^(bits - 1)
   const float* bias;           // (columns), or null
   size_t columns;
-  size_t inner;                // length of a row of activations
+  size_t inner;  // length of a row of activations
   size_t blocks;
   size_t block;
   int bits;

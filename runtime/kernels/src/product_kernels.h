@@ -123,13 +123,15 @@ void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>&
 
 // Some rows of a tile's product. next: weights to ask for meanwhile, or null.
 template <typename Isa, int Bits, size_t Rows>
-void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Activations& activations, size_t first, size_t begin, const uint8_t* next, float* out) {
+void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Activations& activations, size_t first,
+                   size_t begin, const uint8_t* next, float* out) {
   using Int = typename Isa::Int;
   using Float = typename Isa::Float;
   constexpr size_t kWords = kChunk * Bits / 32, kVectors = Isa::kVectors, kLanes = Isa::kLanes;
   const size_t chunks = weights.chunks(), per_block = weights.block / kChunk;
   Float sums[Rows][kVectors];
-  for (auto& row : sums) for (Float& sum : row) sum = Isa::zero();
+  for (auto& row : sums)
+    for (Float& sum : row) sum = Isa::zero();
   for (size_t block = 0, chunk = 0; block < weights.blocks; ++block) {
     for (const size_t end = chunk + per_block; chunk < end; ++chunk) {
       if (next) {
@@ -149,12 +151,14 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
         const uint32_t* read = tile.codes[chunk * kWords + word].word;
         for (size_t part = 0; part < 8 / Bits; ++part) {
           Int codes[kVectors];
-          for (size_t vector = 0; vector < kVectors; ++vector) codes[vector] = Isa::template part<Bits>(Isa::load(read + vector * kLanes), part);
+          for (size_t vector = 0; vector < kVectors; ++vector)
+            codes[vector] = Isa::template part<Bits>(Isa::load(read + vector * kLanes), part);
           for (size_t row = 0; row < Rows; ++row) {
             int32_t four;
             std::memcpy(&four, met + row * chunks * kChunk + (part * kWords + word) * 4, 4);
             for (size_t vector = 0; vector < kVectors; ++vector) {
-              products[row][vector] = Isa::template add_products<Bits>(products[row][vector], codes[vector], Isa::broadcast(four));
+              products[row][vector] =
+                  Isa::template add_products<Bits>(products[row][vector], codes[vector], Isa::broadcast(four));
             }
           }
         }
@@ -174,15 +178,19 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
     alignas(64) float values[kColumns<Isa>];
     for (size_t vector = 0; vector < kVectors; ++vector) Isa::store(values + vector * kLanes, sums[row][vector]);
     float* written = out + (first + row) * weights.columns + begin;
-    for (size_t lane = 0; lane < columns; ++lane) written[lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
+    for (size_t lane = 0; lane < columns; ++lane)
+      written[lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
   }
 }
 
 template <typename Isa, int Bits>
-void multiply_rows_bits(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next, float* out) {
+void multiply_rows_bits(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next,
+                        float* out) {
   static thread_local WeightTile<Isa> tile;  // its memory serves the thread's next tile
   lay_out<Isa, Bits>(weights, begin, next, tile);
-  const uint8_t* asked = next > begin ? weights.codes + (next * weights.chunks() + kColumns<Isa> * weights.chunks() / 2) * kChunk * Bits / 8 : nullptr;
+  const uint8_t* asked =
+      next > begin ? weights.codes + (next * weights.chunks() + kColumns<Isa> * weights.chunks() / 2) * kChunk * Bits / 8
+                   : nullptr;
   in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
     multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? asked : nullptr, out);
   });

@@ -21,8 +21,8 @@ struct alignas(64) Place {
 template <typename Isa>
 using Tile = std::vector<Place<Isa>>;
 
-// Turns (columns, words) into a tile of as many places as words; columns behind the last are zeros. Rows are read across, which no
-// hardware foresees: so many lines from next on are asked for with every vector, in their order in memory.
+// Turns (columns, words) into a tile of as many places as words; columns behind the last are zeros. Rows are read across, which
+// no hardware foresees: so many lines from next on are asked for with every vector, in their order in memory.
 template <typename Isa>
 void turn(const uint32_t* from, size_t columns, size_t words, const uint32_t* next, size_t lines, Tile<Isa>& to) {
   constexpr size_t kLanes = Isa::kLanes;
