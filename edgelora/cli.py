@@ -50,7 +50,7 @@ WholeGraphsOption = Annotated[
     bool, typer.Option("--whole-graphs", help="One session per variant that shares nothing, for steps that may be faster.")
 ]
 KernelsOption = Annotated[
-    str, typer.Option(help="What multiplies with int4 weights: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
+    str, typer.Option(help="Whose kernels compute: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
 ]
 MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
 

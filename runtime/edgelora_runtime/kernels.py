@@ -1,4 +1,4 @@
-"""Kernels for int4 products: edgelora's own, where the package edgelora-kernels is installed, or onnxruntime's."""
+"""Kernels for a CPU: edgelora's own, where the package edgelora-kernels is installed, or onnxruntime's."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ _LEAST_BLOCK = 32  # weights; activations are rounded in chunks of as many
 
 @dataclass(frozen=True)
 class Kernels:
-    """Own kernels: an operator library that takes the place of onnxruntime's MatMulNBits in the sessions it is given to.
+    """Own kernels: an operator library for products with int4 weights, attention, and what live adapters add.
 
-    It reads weights as they lie in a bundle's blobs, so that nothing is packed when a session is made and all sessions and
+    Its operators take the place of onnxruntime's, and of the graph's functions, in the sessions that it is given to.
+    They read weights as they lie in a bundle's blobs, so that nothing is packed when a session is made and all sessions and
     processes map the same bytes. instruction_set: what it runs on here.
     """
 

@@ -152,7 +152,7 @@ class Runtime:
 
     @property
     def kernels(self) -> str:
-        """What multiplies with its int4 weights: onnxruntime, or edgelora with the instruction set, as "edgelora (avx2)"."""
+        """Whose kernels compute: onnxruntime, or edgelora with the instruction set, as "edgelora (avx2)"."""
         return "onnxruntime" if self._kernels is None else f"edgelora ({self._kernels.instruction_set})"
 
     @property

@@ -44,7 +44,7 @@ def open_stage(
 
     spin: whether threads wait for the next step awake, which saves a small model a tenth of a step, but takes cores from another
     session that runs right after. alone: whether it is a whole graph; threads of others wait awake for less long. packed: whether
-    it is one of PackedCache. kernels: what multiplies with its int4 weights; onnxruntime's own without.
+    it is one of PackedCache. kernels: edgelora's own; onnxruntime's without.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
