@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from edgelora_runtime.kernels import find_kernels
+from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,7 +24,7 @@ CONTEXT = 1200  # positions that rotary tables have
 TURNING = 1e4  # theta
 TOLERANCE = 3e-5  # of values that are about 1: scores reach 50, and float32 leaves some millionths of them
 
-pytestmark = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed, or have none for this CPU")
+pytestmark = needs_kernels
 
 
 def declare(name: str, shape: list[str | int], kind: int = TensorProto.FLOAT) -> Any:
@@ -111,15 +108,8 @@ class Reader:
     """Reads a text step by step into a cache of that capacity, as the runtime does: past and present are one buffer."""
 
     def __init__(self, attention: Attention, capacity: int, *, own: bool = True, threads: int = 1) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 4
-        found = find_kernels()
-        assert found is not None
-        if own:
-            options.register_custom_ops_library(str(found.library))
         self._attention = attention
-        self._session = ort.InferenceSession(attention.build(), options, providers=["CPUExecutionProvider"])
+        self._session = open_own(attention.build(), threads=threads, own=own)
         shape = (1, attention.kv_heads, capacity, attention.size)
         self.buffers = {kind: np.full(shape, np.nan, np.float32) for kind in ("key", "value")}
         self._past = 0
@@ -231,19 +221,12 @@ def test_a_cache_that_grows_is_copied() -> None:
 
 
 def test_every_instruction_set_of_this_machine() -> None:
-    """The others in a process of their own: which one runs is decided once."""
-    found = find_kernels()
-    assert found is not None
-    for name in {"avx512-vnni": ["avx2"]}.get(found.instruction_set, []):
-        code = f"""
+    run_in_lesser_sets("""
 from tests.runtime import test_attention_kernel as each
-assert each.find_kernels().instruction_set == {name!r}
 for attention in each.ATTENTIONS:
     each.test_it_is_what_the_formula_says(attention, 2)
     each.test_no_bit_depends_on_the_steps(attention)
-"""
-        environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+""")
 
 
 @pytest.mark.parametrize(
@@ -256,13 +239,8 @@ for attention in each.ATTENTIONS:
     ],
 )
 def test_what_it_cannot_do_is_refused(attributes: dict[str, int], reason: str) -> None:
-    options = ort.SessionOptions()
-    found = find_kernels()
-    assert found is not None
-    options.register_custom_ops_library(str(found.library))
-    options.log_severity_level = 4
     with pytest.raises(Exception, match=reason):
-        ort.InferenceSession(Attention().build(**attributes), options, providers=["CPUExecutionProvider"])
+        open_own(Attention().build(**attributes))
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import subprocess
-import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgelora_runtime import Runtime, UsageError, __version__
 from edgelora_runtime.kernels import choose_kernels, find_kernels
 from edgelora_runtime.manifest import QuantizationEntry
+from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
 from tests.tiny import random_tokens
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 CHUNK = 32  # activations that share a scale
-
-needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed, or have none for this CPU")
 
 
 @dataclass(frozen=True)
@@ -108,19 +103,9 @@ def round_chunks(rows: NDArray[np.float32]) -> Doubles:
     return rounded.reshape(len(rows), chunks * CHUNK)[:, : rows.shape[1]]
 
 
-def open_product(model: bytes, *, threads: int = 1) -> ort.InferenceSession:
-    found = find_kernels()
-    assert found is not None
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(found.library))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
 def check_product(product: Product, row_counts: list[int], *, threads: int = 1) -> None:
     model, weights, largest, bias = product.build()
-    session = open_product(model, threads=threads)
+    session = open_own(model, threads=threads)
     for rows in row_counts:
         x = np.random.default_rng(rows).standard_normal((rows, product.inner), np.float32)
         wanted = round_chunks(x) @ weights.T + bias
@@ -171,19 +156,11 @@ def test_any_product_is_that_of_float64(
 
 @needs_kernels
 def test_every_instruction_set_of_this_machine() -> None:
-    """The others in a process of their own: which one runs is decided once."""
-    found = find_kernels()
-    assert found is not None
-    others = {"avx512-vnni": ["avx2"]}.get(found.instruction_set, [])
-    for name in others:
-        environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name}
-        code = f"""
+    run_in_lesser_sets("""
 from tests.runtime import test_kernels as each
-assert each.find_kernels().instruction_set == {name!r}
 for product in each.PRODUCTS:
     each.check_product(product, each.ROWS)
-"""
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)})
+""")
 
 
 @needs_kernels
@@ -197,7 +174,7 @@ def test_the_greatest_codes_do_not_overflow() -> None:
             filled = np.full_like(array, 255 if tensor.name == "stored" else 1)
             filled[::2] = 0 if tensor.name == "stored" else 1
             tensor.CopyFrom(numpy_helper.from_array(filled, tensor.name))
-        session = open_product(model.SerializeToString())
+        session = open_own(model.SerializeToString())
         codes = np.where(np.arange(40) % 2, (1 << bits) - 1, 0) - (1 << (bits - 1))
         for sign in (1, -1):
             for rows in (1, 9):
@@ -208,7 +185,7 @@ def test_the_greatest_codes_do_not_overflow() -> None:
 @needs_kernels
 def test_nothing_and_infinity() -> None:
     product = Product(64, 20, 4, 32, asymmetric=False, biased=False)
-    session = open_product(product.build()[0])
+    session = open_own(product.build()[0])
     assert not session.run(None, {"x": np.zeros((2, 64), np.float32)})[0].any()
     assert session.run(None, {"x": np.zeros((0, 64), np.float32)})[0].shape == (0, 20)
     infinite = np.ones((1, 64), np.float32)
@@ -234,7 +211,7 @@ def test_nothing_and_infinity() -> None:
 def test_what_it_cannot_do_or_does_not_fit_is_refused(attributes: dict[str, int], reason: str) -> None:
     model, *_ = Product(96, 20, 4, 32, asymmetric=False, biased=False).build(**attributes)
     with pytest.raises(Exception, match=reason):
-        open_product(model)
+        open_own(model)
 
 
 @needs_kernels

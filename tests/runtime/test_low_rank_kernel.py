@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from edgelora_runtime.kernels import find_kernels
+from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
 
 if TYPE_CHECKING:
+    import onnxruntime as ort
     from numpy.typing import NDArray
 
-pytestmark = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed, or have none for this CPU")
+pytestmark = needs_kernels
 
 
 def open_operator(parts: int, threads: int = 1) -> ort.InferenceSession:
@@ -30,14 +27,7 @@ def open_operator(parts: int, threads: int = 1) -> ort.InferenceSession:
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [1, None, None])
     graph = helper.make_graph([node], "low-rank", values, [output])
     sets = [helper.make_opsetid("", 21), helper.make_opsetid("edgelora", 1)]
-    found = find_kernels()
-    assert found is not None
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    options.register_custom_ops_library(str(found.library))
-    model = helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString()
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return open_own(helper.make_model(graph, opset_imports=sets, ir_version=10).SerializeToString(), threads=threads)
 
 
 def draw(rows: int, inner: int, widths: list[int], rank: int) -> dict[str, NDArray[np.float32]]:
@@ -81,17 +71,7 @@ def test_any_sizes(rows: int, inner: int, widths: list[int], rank: int) -> None:
 
 
 def test_every_instruction_set_of_this_machine() -> None:
-    """The others in a process of their own: which one runs is decided once."""
-    found = find_kernels()
-    assert found is not None
-    for name in {"avx512-vnni": ["avx2"]}.get(found.instruction_set, []):
-        code = f"""
-from tests.runtime import test_low_rank_kernel as each
-assert each.find_kernels().instruction_set == {name!r}
-each.test_it_is_what_the_formula_says(2)
-"""
-        environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    run_in_lesser_sets("from tests.runtime import test_low_rank_kernel as each; each.test_it_is_what_the_formula_says(2)")
 
 
 @pytest.mark.parametrize(
