@@ -30,7 +30,7 @@ from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.drafting import Drafter
-from edgelora_runtime.kernels import find_kernels
+from edgelora_runtime.kernels import choose_kernels
 from edgelora_runtime.model import Model
 from edgelora_runtime.providers import CPU
 from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES
@@ -147,7 +147,8 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
     """Of steps with 1 to 8 guesses: cost in steps of one row, median of rounds, and the share of right guesses that pays it."""
     manifest = bundle.manifest
     graph = manifest.variants[manifest.default_variant].graphs["cpu"].file
-    model = Model.open(bundle.path(graph), manifest.model, threads=threads, provider=CPU, kernels=find_kernels())
+    kernels = choose_kernels("auto", manifest.quantization, provider="cpu", target="cpu")
+    model = Model.open(bundle.path(graph), manifest.model, threads=threads, provider=CPU, kernels=kernels)
     tokens = np.random.default_rng(0).integers(0, manifest.model.vocab_size, CONTEXT + MOST_GUESSES + 1).tolist()
     cache = model.new_cache()
     model.reserve(cache, len(tokens))

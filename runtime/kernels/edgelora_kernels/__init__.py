@@ -14,7 +14,7 @@ def library_path() -> Path:
 
 
 def instruction_set() -> str | None:
-    """What products run on here, "avx2" or "avx512-vnni"; None where there are no kernels for this machine."""
+    """What the kernels run on here, "avx2" or "avx512-vnni"; None where there are no kernels for this machine."""
     ask = ctypes.CDLL(str(library_path())).edgelora_kernels
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()

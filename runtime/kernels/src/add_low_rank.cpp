@@ -18,14 +18,12 @@ constexpr size_t kDownRows = 4, kUpColumns = 256;  // of pieces, where one row l
 
 class AddLowRank : Operator {
  public:
-  AddLowRank(const Api& api, const OrtKernelInfo* info, const Kernels& kernels) : Operator(api, "AddLowRank"), kernels_(kernels) {
-    size_t inputs = 0;
-    check(api_.count_inputs(info, &inputs));
-    parts_ = inputs - kUp;
-  }
+  AddLowRank(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
+      : Operator(api, info, "AddLowRank"), kernels_(kernels), parts_(inputs_ - kUp) {}
 
   void compute(OrtKernelContext* context) const {
-    const Shape product = describe(api_, input(context, kProduct)), activations = describe(api_, input(context, kActivations));
+    const OrtValue *y = input(context, kProduct), *x = input(context, kActivations);
+    const Shape product = describe(api_, y), activations = describe(api_, x);
     if (product.sizes.empty() || product.sizes.size() != activations.sizes.size())
       refuse("the product and its activations do not fit");
     size_t rows = 1;
@@ -33,22 +31,31 @@ class AddLowRank : Operator {
       if (product.sizes[axis] != activations.sizes[axis]) refuse("the product and its activations do not fit");
       rows *= static_cast<size_t>(product.sizes[axis]);
     }
-    const size_t width = static_cast<size_t>(product.sizes.back());
-    const Matrix down = matrix(context, kDown);
-    Matrix ups[kMostParts];
-    size_t columns = 0;
-    for (size_t part = 0; part < parts_; ++part) {
-      ups[part] = matrix(context, kUp + part);
-      columns += ups[part].columns;
-      if (ups[part].rows * parts_ != down.rows) refuse("the ranks of A and B do not fit");
-    }
-    if (columns != width || down.columns != static_cast<size_t>(activations.sizes.back()))
+    const Factors factors = read_factors(context);
+    if (factors.starts[parts_] != static_cast<size_t>(product.sizes.back()) ||
+        factors.down.columns != static_cast<size_t>(activations.sizes.back()))
       refuse("the factors do not fit the product");
-    const auto *y = read<float>(input(context, kProduct)), *x = read<float>(input(context, kActivations));
-    add(context, rows, y, x, down, ups, make_output(context, 0, product.sizes));
+    add(context, rows, read<float>(y), read<float>(x), factors, make_output(context, 0, product.sizes));
   }
 
  private:
+  // A and the B's, and the column of the product that each B begins at; behind the last its width.
+  struct Factors {
+    Matrix down, ups[kMostParts];
+    size_t starts[kMostParts + 1];
+  };
+
+  Factors read_factors(const OrtKernelContext* context) const {
+    Factors factors{};
+    factors.down = matrix(context, kDown);
+    for (size_t part = 0; part < parts_; ++part) {
+      const Matrix& up = factors.ups[part] = matrix(context, kUp + part);
+      if (up.rows * parts_ != factors.down.rows) refuse("the ranks of A and B do not fit");
+      factors.starts[part + 1] = factors.starts[part] + up.columns;
+    }
+    return factors;
+  }
+
   Matrix matrix(const OrtKernelContext* context, size_t index) const {
     const OrtValue* tensor = input(context, index);
     const Shape shape = describe(api_, tensor);
@@ -57,11 +64,10 @@ class AddLowRank : Operator {
   }
 
   // One row shares out its columns, many are shared out themselves.
-  void add(OrtKernelContext* context, size_t rows, const float* y, const float* x, const Matrix& down, const Matrix* ups,
-           float* out) const {
-    const size_t rank = down.rows / parts_;
-    size_t width = 0, starts[kMostParts + 1] = {};
-    for (size_t part = 0; part < parts_; ++part) starts[part + 1] = width += ups[part].columns;
+  void add(OrtKernelContext* context, size_t rows, const float* y, const float* x, const Factors& factors, float* out) const {
+    const Matrix &down = factors.down, *ups = factors.ups;
+    const size_t* starts = factors.starts;
+    const size_t rank = down.rows / parts_, width = starts[parts_];
     const size_t down_bytes = down.rows * down.columns * sizeof(float), up_bytes = rank * width * sizeof(float);
     static thread_local std::vector<float> narrow;
     if (rows != 1) {

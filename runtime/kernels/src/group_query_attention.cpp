@@ -61,7 +61,7 @@ Found move_on(const Found& found, size_t rows, size_t size) {
 class GroupQueryAttention : Operator {
  public:
   GroupQueryAttention(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
-      : Operator(api, "GroupQueryAttention"), kernels_(kernels) {
+      : Operator(api, info, "GroupQueryAttention"), kernels_(kernels) {
     const int64_t heads = attribute(info, "num_heads", int64_t{0}), kv_heads = attribute(info, "kv_num_heads", int64_t{0});
     if (kv_heads < 1 || heads < 1 || heads > 1 << 16 || heads % kv_heads) refuse("num_heads is not a multiple of kv_num_heads");
     if (attribute(info, "rotary_interleaved", int64_t{0}) != 0) refuse("rotary_interleaved is not supported");
@@ -98,17 +98,21 @@ class GroupQueryAttention : Operator {
   Step read_step(OrtKernelContext* context) const {
     Step step{};
     const OrtValue *query = input(context, kQuery), *key = input(context, kKey), *value = input(context, kValue);
-    const size_t width = check_rows(query, 0, 0);
-    const auto shape = describe(api_, query).sizes;
-    step.count = static_cast<size_t>(shape[1]);
+    const Shape shape = describe_rows(query);
+    const size_t width = static_cast<size_t>(shape.sizes[2]);
+    step.count = static_cast<size_t>(shape.sizes[1]);
     if (step.count == 0) refuse("the query has no positions");
     const size_t parts = key ? heads_ : heads_ + 2 * kv_heads_;
     step.size = width / parts;
     if (width % parts || step.size == 0 || step.size % 16) refuse("the size of a head is not a multiple of 16");
     step.query = {read<float>(query), width};
     if (key && value) {
-      step.key = {read<float>(key), check_rows(key, step.count, kv_heads_ * step.size)};
-      step.value = {read<float>(value), check_rows(value, step.count, kv_heads_ * step.size)};
+      const std::vector<int64_t> wanted{1, shape.sizes[1], static_cast<int64_t>(kv_heads_ * step.size)};
+      if (describe_rows(key).sizes != wanted || describe_rows(value).sizes != wanted) {
+        refuse("query, key and value do not fit each other");
+      }
+      step.key = {read<float>(key), kv_heads_ * step.size};
+      step.value = {read<float>(value), kv_heads_ * step.size};
     } else if (!key && !value) {
       step.key = {step.query.values + heads_ * step.size, width};
       step.value = {step.key.values + kv_heads_ * step.size, width};
@@ -128,17 +132,15 @@ class GroupQueryAttention : Operator {
     };
     step.keys = make_output(context, kPresentKey, sizes(kv_heads_, step.capacity, step.size));
     step.values = make_output(context, kPresentValue, sizes(kv_heads_, step.capacity, step.size));
-    step.attended = make_output(context, kAttended, {1, shape[1], static_cast<int64_t>(heads_ * step.size)});
+    step.attended = make_output(context, kAttended, {1, shape.sizes[1], static_cast<int64_t>(heads_ * step.size)});
     return step;
   }
 
-  // The width of rows (1, count, width); 0 leaves a number open.
-  size_t check_rows(const OrtValue* tensor, size_t count, size_t width) const {
-    const Shape shape = describe(api_, tensor);
+  // The shape of rows (1, count, width).
+  Shape describe_rows(const OrtValue* tensor) const {
+    Shape shape = describe(api_, tensor);
     if (shape.type != kFloat || shape.sizes.size() != 3 || shape.sizes[0] != 1) refuse("an input is not float32 of one sequence");
-    const size_t found_count = static_cast<size_t>(shape.sizes[1]), found_width = static_cast<size_t>(shape.sizes[2]);
-    if ((count && found_count != count) || (width && found_width != width)) refuse("query, key and value do not fit each other");
-    return found_width;
+    return shape;
   }
 
   int32_t read_number(const OrtKernelContext* context, Input index) const {
@@ -176,16 +178,19 @@ class GroupQueryAttention : Operator {
     return {read<float>(cos), read<float>(sin), half};
   }
 
+  // Copies the earlier positions to where they are not yet.
+  void keep(const Step& step, const float* past, float* present) const {
+    if (past == present || step.past == 0) return;
+    for (size_t head = 0; head < kv_heads_; ++head) {
+      std::memcpy(present + head * step.capacity * step.size, past + head * step.past_capacity * step.size,
+                  step.past * step.size * sizeof(float));
+    }
+  }
+
   // Writes the new positions behind those that are there.
   void append(OrtKernelContext* context, const Step& step) const {
-    if (step.past && step.keys != step.past_keys) {
-      for (size_t head = 0; head < kv_heads_; ++head) {
-        const size_t bytes = step.past * step.size * sizeof(float), to = head * step.capacity * step.size,
-                     from = head * step.past_capacity * step.size;
-        std::memcpy(step.keys + to, step.past_keys + from, bytes);
-        std::memcpy(step.values + to, step.past_values + from, bytes);
-      }
-    }
+    keep(step, step.past_keys, step.keys);
+    keep(step, step.past_values, step.values);
     parallel(context, step.count, 2 * step.count * kv_heads_ * step.size * sizeof(float), [&](size_t row) {
       const size_t position = step.past + row;
       for (size_t head = 0; head < kv_heads_; ++head) {
@@ -208,8 +213,8 @@ class GroupQueryAttention : Operator {
         const Found sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
         const size_t first = first_span(step, row), last = (step.past + row + count - 1) / kSpan;
         attend_span(step, head, row, count, first, sum);
-        for (size_t index = first + 1; index <= last; ++index) {
-          attend_span(step, head, row, count, index, span);
+        for (size_t next = first + 1; next <= last; ++next) {
+          attend_span(step, head, row, count, next, span);
           add(step, count, sum, span);
         }
         write(step, head, row, count, sum);

@@ -12,10 +12,11 @@ namespace {  // see tile.h
 
 constexpr size_t kDots = 4;  // rows of a matrix that a row of activations meets at once
 
-// Vector of the first values of an array, and zeros.
+// The vector from a place of a row on; zeros behind its end.
 template <typename Isa>
-typename Isa::Float load_first(const float* at, size_t count) {
-  return count >= Isa::kLanes ? Isa::load(at) : Isa::load(at, count);
+typename Isa::Float load_part(const float* row, size_t place, size_t size) {
+  if (place + Isa::kLanes <= size) return Isa::load(row + place);
+  return place < size ? Isa::load(row + place, size - place) : Isa::zero();
 }
 
 // Asks for values in their order: factors are read once a step, and are too short for hardware to foresee.
@@ -40,9 +41,9 @@ void multiply_transposed(const float* x, size_t rows, const Matrix& matrix, size
         for (Float& sum : row_sums) sum = Isa::zero();
       for (size_t place = 0; place < size; place += Isa::kLanes) {
         Float values[dots];
-        for (size_t dot = 0; dot < dots; ++dot) values[dot] = load_first<Isa>(read + dot * size + place, size - place);
+        for (size_t dot = 0; dot < dots; ++dot) values[dot] = load_part<Isa>(read + dot * size, place, size);
         for (size_t i = 0; i < group; ++i) {
-          const Float value = load_first<Isa>(x + (row + i) * size + place, size - place);
+          const Float value = load_part<Isa>(x + (row + i) * size, place, size);
           for (size_t dot = 0; dot < dots; ++dot) sums[i][dot] = Isa::add_product(sums[i][dot], value, values[dot]);
         }
       }
@@ -68,16 +69,13 @@ void add_low_rank(const float* x, size_t apart, size_t rows, const Matrix& matri
       Float sums[group][kVectors];
       for (size_t i = 0; i < group; ++i) {
         for (size_t vector = 0; vector < kVectors; ++vector) {
-          const size_t at = vector * Isa::kLanes;
-          sums[i][vector] = at < width ? load_first<Isa>(y + (row + i) * out_apart + column + at, width - at) : Isa::zero();
+          sums[i][vector] = load_part<Isa>(y + (row + i) * out_apart + column, vector * Isa::kLanes, width);
         }
       }
       for (size_t index = 0; index < matrix.rows; ++index) {
         Float values[kVectors];
         for (size_t vector = 0; vector < kVectors; ++vector) {
-          const size_t at = vector * Isa::kLanes;
-          values[vector] =
-              at < width ? load_first<Isa>(matrix.values + index * matrix.columns + column + at, width - at) : Isa::zero();
+          values[vector] = load_part<Isa>(matrix.values + index * matrix.columns + column, vector * Isa::kLanes, width);
         }
         for (size_t i = 0; i < group; ++i) {
           const Float factor = Isa::broadcast(x[(row + i) * apart + index]);

@@ -30,7 +30,7 @@ struct Scratch {
 class MatMulNBits : Operator {
  public:
   MatMulNBits(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
-      : Operator(api, "MatMulNBits"), kernels_(kernels) {
+      : Operator(api, info, "MatMulNBits"), kernels_(kernels) {
     const int64_t inner = attribute(info, "K", int64_t{0}), columns = attribute(info, "N", int64_t{0});
     const int64_t bits = attribute(info, "bits", int64_t{0}), block = attribute(info, "block_size", int64_t{0});
     if (attribute(info, "accuracy_level", int64_t{0}) != 4)
@@ -77,9 +77,7 @@ class MatMulNBits : Operator {
 
   // The values of a constant input of that many elements; null where the graph leaves it out, or computes it.
   const void* tensor(const OrtKernelInfo* info, size_t index, ElementType type, int64_t count) const {
-    size_t inputs = 0;
-    check(api_.count_inputs(info, &inputs));
-    if (index >= inputs) return nullptr;
+    if (index >= inputs_) return nullptr;
     int constant = 0;
     const OrtValue* value = nullptr;
     check(api_.constant_input(info, index, &constant, &value));

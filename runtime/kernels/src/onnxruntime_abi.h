@@ -60,9 +60,6 @@ class Api {
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* value) const {
     return at<OrtStatus* (*)(const OrtKernelInfo*, const char*, int64_t*)>(86)(info, name, value);
   }
-  OrtStatus* count_inputs(const OrtKernelContext* context, size_t* count) const {
-    return at<OrtStatus* (*)(const OrtKernelContext*, size_t*)>(88)(context, count);
-  }
   OrtStatus* input(const OrtKernelContext* context, size_t index, const OrtValue** tensor) const {
     return at<OrtStatus* (*)(const OrtKernelContext*, size_t, const OrtValue**)>(90)(context, index, tensor);
   }

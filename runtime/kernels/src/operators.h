@@ -63,7 +63,9 @@ inline Shape describe(const Api& api, const OrtValue* tensor) {
 // A node of a graph, as its operator sees it.
 class Operator {
  protected:
-  Operator(const Api& api, const char* name) : api_(api), name_(name) {}
+  Operator(const Api& api, const OrtKernelInfo* info, const char* name) : api_(api), name_(name) {
+    check(api_.count_inputs(info, &inputs_));
+  }
 
   [[noreturn]] void refuse(const std::string& reason) const {
     throw Failure{api_.error(kInvalidArgument, ("edgelora's " + std::string(name_) + ": " + reason).c_str())};
@@ -79,10 +81,8 @@ class Operator {
   }
   // An input; null where the graph leaves it out.
   const OrtValue* input(const OrtKernelContext* context, size_t index) const {
-    size_t inputs = 0;
     const OrtValue* value = nullptr;
-    check(api_.count_inputs(context, &inputs));
-    if (index < inputs) check(api_.input(context, index, &value));
+    if (index < inputs_) check(api_.input(context, index, &value));
     return value;
   }
   template <typename Value>
@@ -118,6 +118,7 @@ class Operator {
   }
 
   Api api_;
+  size_t inputs_ = 0;  // that the node has, those left out in between included
 
  private:
   static constexpr size_t kAloneBytes = 32 << 10;  // not worth waking a thread for
