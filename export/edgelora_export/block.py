@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_export.graph_builder import CONTRIB
+from edgelora_export.products import multiply_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -188,35 +189,9 @@ def normalize(b: GraphBuilder, x: ir.Value, norm: Norm, epsilon: float) -> ir.Va
 
 
 def multiply_linear(b: GraphBuilder, linear: Linear, x: ir.Value, live: LiveInputs | None) -> ir.Value:
-    """X times a product's weight, plus its bias and its live LoRA where it has them."""
-    y = multiply_matrix(b, linear.name, x, linear.columns, linear.rows)
-    if linear.bias:
-        y = b.op("Add", y, b.weight(f"{linear.name}.bias"))
-    return live.add(b, linear, x, y) if live is not None and linear.name in live else y
-
-
-def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
-    """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
-    grid = b.source.grid(name)
-    if grid is None:
-        return b.multiply_transposed(x, b.weight(name))
-    codes = b.weight(f"{name}.codes")
-    return b.op(
-        "MatMulNBits",
-        x,
-        codes,
-        b.weight(f"{name}.scales"),
-        packed_zeros(b, name),
-        domain=CONTRIB,
-        K=columns,
-        N=rows,
-        bits=grid.bits,
-        block_size=grid.block_size,
-        accuracy_level=b.target.accuracy_level,
-    )
-
-
-def packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:
-    """The zero points of a product, None where its grid is symmetric."""
-    zeros = f"{name}.zero_points"
-    return b.weight(zeros) if b.source.has(zeros) else None
+    """X times a product's weight, plus its live LoRA and its bias where it has them."""
+    if live is not None and linear.name in live:
+        y = live.multiply(b, linear, x)
+    else:
+        y = multiply_matrix(b, linear.name, x, linear.columns, linear.rows)
+    return b.op("Add", y, b.weight(f"{linear.name}.bias")) if linear.bias else y

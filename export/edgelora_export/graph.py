@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from edgelora_export.block import Positions, Residual, add_block, multiply_matrix, packed_zeros
+from edgelora_export.block import Positions, Residual, add_block
 from edgelora_export.graph_builder import CONTRIB, BlobWeights, GraphBuilder, describe, graph_input
 from edgelora_export.live_inputs import LiveInputs
+from edgelora_export.products import multiply_matrix, packed_zeros
 from edgelora_export.stages import CUT
 from edgelora_export.targets import CPU
 
@@ -41,7 +42,7 @@ def build_graph(
         const_value=ir.tensor(np.zeros(1, np.int64), name="logits_to_keep"),
     )
     positions = _read_positions(b, mask)
-    inputs = LiveInputs(decoder, live, b.float_type)
+    inputs = LiveInputs(b, decoder, live)
     # -0 slices from the start: no positions asked for means all of them, as in transformers' logits_to_keep.
     from_end = b.op("Neg", keep)
 

@@ -108,7 +108,7 @@ class GraphBuilder:
         return wide if self.float_type == ir.DataType.FLOAT else self.op("Cast", wide, to=self.float_type)
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int]
+        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int] | ir.Attr
     ) -> ir.Value:
         return self._tape.op(kind, inputs, attributes, domain=domain)
 
@@ -117,10 +117,10 @@ class GraphBuilder:
     ) -> Sequence[ir.Value]:
         return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
 
-    def call(self, function: ir.Function, *inputs: ir.Value) -> ir.Value:
+    def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
         """A function's one output; the graph has each function once, by its name."""
         self._functions.setdefault(function.name, function)
-        return self.op(function.name, *inputs, domain=function.domain)
+        return self.op(function.name, *inputs, domain=function.domain, **attributes)
 
     def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
         """X (1, S, K) times a float matrix (N, K), transposed."""
@@ -167,9 +167,12 @@ class GraphBuilder:
         )
         return ir.Model(graph, ir_version=10, producer_name="edgelora", functions=list(self._functions.values()))
 
-    def finish_function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value) -> ir.Function:
+    def finish_function(
+        self, name: str, inputs: Sequence[ir.Value], output: ir.Value, attributes: Sequence[str] = ()
+    ) -> ir.Function:
+        """A function of what was made. attributes: names of those, integers, that its nodes refer to."""
         graph = ir.Graph(inputs, [output], nodes=self._tape.nodes, opset_imports=_OPSETS)
-        return ir.Function(OWN, name, graph=graph, attributes=[])
+        return ir.Function(OWN, name, graph=graph, attributes=[ir.Attr(each, ir.AttributeType.INT, None) for each in attributes])
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:

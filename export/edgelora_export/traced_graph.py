@@ -16,9 +16,9 @@ from onnx_ir.passes.common import (
 )
 
 from edgelora_export.blobs import write_blob
-from edgelora_export.block import multiply_matrix
 from edgelora_export.graph import gather_rows
 from edgelora_export.graph_builder import BlobWeights, GraphBuilder
+from edgelora_export.products import multiply_matrix
 from edgelora_export.store import Weights
 from edgelora_runtime.errors import InputError
 

@@ -1,4 +1,4 @@
-"""Live adapters at run time: the factors of a weighted mix, stacked along the rank, as the graph's LoRA inputs."""
+"""Live adapters at run time: their files, and the graph's inputs for the mixes that were asked for."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from safetensors.numpy import load
 
 from edgelora_runtime.choice import choose_variant
 from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.factors import PACKED, pack_mix, stack_mix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
     from edgelora_runtime.bundle import Bundle
-    from edgelora_runtime.manifest import LiveSlots
+    from edgelora_runtime.factors import Factors, LoraInputs
     from edgelora_runtime.packed_cache import PackedCache
 
-    Floats = NDArray[np.float32]
-    Factors = Mapping[str, NDArray[np.float16]]
     Weights = tuple[tuple[str, float], ...]  # by adapter, sorted
-    LoraInputs = Mapping[str, NDArray[np.floating[Any]]]  # float32, or float16 for a GPU's graphs
 
 FILE_LIMIT = 1 << 32  # bytes of one adapter file
-_FLOAT32 = np.dtype(np.float32)
 
 
 def read_factors(raw: bytes, name: str) -> Factors:
@@ -44,40 +41,6 @@ def read_factors(raw: bytes, name: str) -> Factors:
     if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= factors.keys()):
         raise IntegrityError(f"{name} lacks lora_A or lora_B of {', '.join(single[:4])}")
     return factors
-
-
-def stack_mix(
-    slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], float_type: np.dtype[Any] = _FLOAT32
-) -> LoraInputs:
-    """The LoRA inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
-
-    Returns for each product A (parts * R, K), and per part B (R, N), of the float type. Parts of unequal rank are filled
-    up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
-    """
-    inputs: dict[str, Floats] = {}
-    for slot in slots:
-        parts = [
-            [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
-            for m in slot.modules
-        ]
-        for module, rows, factors in zip(slot.modules, slot.rows, parts, strict=True):
-            for a, b, _ in factors:
-                if a.shape != (len(a), slot.columns) or b.shape != (rows, len(a)):
-                    raise IntegrityError(f"an adapter's factors for {module} have shapes {a.shape} and {b.shape}")
-        rank = max(sum(len(a) for a, _, _ in factors) for factors in parts)
-        stacked_a = np.zeros((len(parts) * rank, slot.columns), np.float32)
-        for index, (factors, name, rows) in enumerate(zip(parts, slot.b, slot.rows, strict=True)):
-            stacked_b = np.zeros((rank, rows), np.float32)
-            start = 0
-            for a, b, weight in factors:
-                stop = start + len(a)
-                stacked_a[index * rank + start : index * rank + stop] = a
-                stacked_b[start:stop] = b.T
-                stacked_b[start:stop] *= np.float32(weight)
-                start = stop
-            inputs[name] = stacked_b
-        inputs[slot.a] = stacked_a
-    return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
 
 
 class LiveMixes:
@@ -96,15 +59,15 @@ class LiveMixes:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str | Weights, Mapping[str, NDArray[Any]]] = OrderedDict()  # factors by adapter, inputs by mix
 
-    def get(self, mix: Weights, float_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
-        """The inputs for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
+    def get(self, mix: Weights, lora_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
+        """The inputs of that type for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
         with self._lock:
             if mix in self._mapped:
                 return self._mapped[mix], 0
             if mix in self._kept:
                 self._kept.move_to_end(mix)
                 return self._kept[mix], 0
-            inputs = self._open(mix, float_type)
+            inputs = self._open(mix, lora_type)
             return inputs, _count_bytes(inputs)
 
     @property
@@ -118,14 +81,14 @@ class LiveMixes:
             self._kept.clear()
             self._mapped.clear()
 
-    def _open(self, mix: Weights, float_type: np.dtype[Any]) -> LoraInputs:
+    def _open(self, mix: Weights, lora_type: np.dtype[Any]) -> LoraInputs:
         """Maps the inputs of a live variant, written where they are not yet; makes those of any other mix."""
-        cache = self._packed_cache if mix in self._variants and float_type == _FLOAT32 else None
-        mapped = None if cache is None else cache.find_inputs(self._bundle, mix)
+        cache = self._packed_cache if mix in self._variants else None
+        mapped = None if cache is None else cache.find_inputs(self._bundle, mix, lora_type)
         if mapped is None:
-            factors = [(self._read(name), weight) for name, weight in mix]
-            made = stack_mix(self._bundle.manifest.live_slots, factors, float_type)
-            mapped = None if cache is None else cache.write_inputs(self._bundle, mix, made)
+            slots, factors = self._bundle.manifest.live_slots, [(self._read(name), weight) for name, weight in mix]
+            made = pack_mix(slots, factors) if lora_type == PACKED else stack_mix(slots, factors, lora_type)
+            mapped = None if cache is None else cache.write_inputs(self._bundle, mix, lora_type, made)
             if mapped is None:
                 self._kept[mix] = made
             self._make_room()

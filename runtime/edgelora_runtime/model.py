@@ -10,6 +10,7 @@ import numpy as np
 
 from edgelora_runtime.binding import Binding
 from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.factors import PACKED
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.growing_cache import GrowingCache
 from edgelora_runtime.in_place_cache import InPlaceCache
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.cache import KVCache
+    from edgelora_runtime.factors import LoraInputs
     from edgelora_runtime.kernels import Kernels
-    from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.manifest import ModelEntry
     from edgelora_runtime.providers import Provider
 
@@ -43,8 +44,9 @@ class Model:
     """A graph that is ready to run, as one stage or several. One step at a time; any number of caches and of live adapters.
 
     turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
-    opened: bytes of weights that had to be opened for it. float_type: of its KV cache and LoRA inputs, float32 or float16; logits
-    are float32. has_states: whether it can read_states(). costs: of its steps over few tokens.
+    opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16; logits are float32.
+    lora_type: of its LoRA inputs, the same or PACKED. has_states: whether it can read_states(). costs: of its steps over few
+    tokens.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Model:
             raise IntegrityError(f"{name} is not what the manifest says: {'; '.join(wrong[:4])}")
         self.opened = opened
         self.float_type = _read_float_type(inputs + outputs, name)
+        self.lora_type = PACKED if any(stage.takes_packed for stage in stages) else self.float_type
         self.has_states = any(value.name == STATES for value in outputs)
         self.costs = StepCosts()
         self._stages = stages  # shared ones are open as long as somebody holds them

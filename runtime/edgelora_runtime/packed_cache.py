@@ -2,7 +2,7 @@
 
 onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
 file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
-and out as it does any file. A live adapter's factors, which bundles hold in fp16 and graphs take in float32, are kept likewise.
+and out as it does any file. A live variant's factors, as its graph takes them, are kept likewise.
 Packed files hang on the CPU and on onnxruntime's version, so they are made where they are used, never shipped.
 
 An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, or INPUTS,
@@ -26,7 +26,7 @@ import time
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from edgelora_runtime.bundle import Bundle
-    from edgelora_runtime.live import LoraInputs, Weights
+    from edgelora_runtime.factors import LoraInputs
+    from edgelora_runtime.live import Weights
     from edgelora_runtime.manifest import StageEntry
 
 GRAPH, WEIGHTS, INPUTS, SHAPES, ENTRY = "graph.onnx", "weights.bin", "inputs.npy", "shapes.json", "entry.json"
@@ -90,16 +91,16 @@ class PackedCache:
         self._write(_name_graph(bundle, graph), most, lambda folder: _write_graph(bundle.path(graph.file), folder))
         return self.find(bundle, graph)
 
-    def find_inputs(self, bundle: Bundle, mix: Weights) -> LoraInputs | None:
-        """The mapped LoRA inputs of a live mix, float32, where they are kept."""
-        entry = self._find(_name_inputs(bundle, mix))
+    def find_inputs(self, bundle: Bundle, mix: Weights, lora_type: np.dtype[Any]) -> LoraInputs | None:
+        """The mapped LoRA inputs of a live mix, all of one type, where they are kept."""
+        entry = self._find(_name_inputs(bundle, mix, lora_type))
         return None if entry is None else _map_inputs(entry)
 
-    def write_inputs(self, bundle: Bundle, mix: Weights, inputs: LoraInputs) -> LoraInputs | None:
+    def write_inputs(self, bundle: Bundle, mix: Weights, lora_type: np.dtype[Any], inputs: LoraInputs) -> LoraInputs | None:
         """Writes LoRA inputs and maps them; None where they are too large for budget or disk."""
         size = sum(array.nbytes for array in inputs.values())
-        self._write(_name_inputs(bundle, mix), size, lambda folder: _write_inputs(inputs, folder))
-        return self.find_inputs(bundle, mix)
+        self._write(_name_inputs(bundle, mix, lora_type), size, lambda folder: _write_inputs(inputs, folder))
+        return self.find_inputs(bundle, mix, lora_type)
 
     def measure(self) -> int:
         """Bytes of all entries."""
@@ -180,11 +181,11 @@ def _name_graph(bundle: Bundle, graph: StageEntry) -> str:
     return _digest(onnxruntime=ort.__version__, cpu=_describe_cpu(), files=files)
 
 
-def _name_inputs(bundle: Bundle, mix: Weights) -> str:
+def _name_inputs(bundle: Bundle, mix: Weights, lora_type: np.dtype[Any]) -> str:
     manifest = bundle.manifest
     files = [manifest.adapters[name].file for name, _ in mix]
     adapters = [(manifest.files[file].sha256, weight) for file, (_, weight) in zip(files, mix, strict=True) if file is not None]
-    return _digest(slots=[asdict(slot) for slot in manifest.live_slots], adapters=adapters)
+    return _digest(slots=[asdict(slot) for slot in manifest.live_slots], adapters=adapters, type=lora_type.name)
 
 
 def _digest(**parts: object) -> str:

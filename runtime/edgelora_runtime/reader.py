@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.cache import KVCache
     from edgelora_runtime.drafting import Drafter, Experience, Guess
-    from edgelora_runtime.live import LoraInputs
+    from edgelora_runtime.factors import LoraInputs
     from edgelora_runtime.model import Model
 
     Floats = NDArray[np.float32]

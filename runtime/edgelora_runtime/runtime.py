@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_runtime.live import LoraInputs
+    from edgelora_runtime.factors import LoraInputs
     from edgelora_runtime.manifest import VariantEntry
     from edgelora_runtime.options import GenerateOptions
     from edgelora_runtime.packed_cache import PackedCache
@@ -432,7 +432,7 @@ class Runtime:
         opened = model.opened if cold else 0
         live = None
         if choice.live is not None:
-            live, made = self._live.get(choice.live, model.float_type)
+            live, made = self._live.get(choice.live, model.lora_type)
             opened += made
         milliseconds = (time.perf_counter() - started) * 1e3
         return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))

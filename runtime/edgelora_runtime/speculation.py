@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from edgelora_runtime.bundle import Bundle
     from edgelora_runtime.cache import KVCache
     from edgelora_runtime.choice import Choice
+    from edgelora_runtime.factors import LoraInputs
     from edgelora_runtime.generation import Request
-    from edgelora_runtime.live import LoraInputs
     from edgelora_runtime.model import Model
 
 SPECULATIONS = ("auto", "on", "off")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import onnxruntime as ort
 
+from edgelora_runtime.factors import FACTORS
 from edgelora_runtime.providers import CPU, open_session
 
 if TYPE_CHECKING:
@@ -23,11 +24,16 @@ _SPIN_MICROSECONDS = 200  # longer than the gaps within a step; a stage's thread
 
 
 class Stage:
-    """A session, and whether the weights that it reads are mapped files: packed (PackedCache), or as they are (Kernels)."""
+    """A session.
 
-    def __init__(self, session: ort.InferenceSession, *, mapped: bool = False) -> None:
+    packed: whether PackedCache packed its weights. kernels: whether it has edgelora's own. mapped: whether the weights that it
+    reads are mapped files. takes_packed: whether live adapters are one packed input (factors.py).
+    """
+
+    def __init__(self, session: ort.InferenceSession, *, packed: bool = False, kernels: bool = False) -> None:
         self.session = session
-        self.mapped = mapped
+        self.mapped = packed or kernels
+        self.takes_packed = kernels and any(value.name == FACTORS for value in session.get_overridable_initializers())
 
 
 def open_stage(
@@ -58,7 +64,7 @@ def open_stage(
     if packed:
         # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return Stage(open_session(graph, options, provider), mapped=packed or kernels is not None)
+    return Stage(open_session(graph, options, provider), packed=packed, kernels=kernels is not None)
 
 
 class Stages:

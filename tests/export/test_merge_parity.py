@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.numpy import load_file, save_file
 
 from edgelora.adapters import Adapter
 from edgelora.exporting import export
@@ -16,6 +19,7 @@ from edgelora.recipe import Recipe, VariantRecipe
 from edgelora_export.variants import Quantization
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError
+from tests.own_kernels import needs_kernels
 from tests.tiny import load_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
@@ -69,6 +73,38 @@ def reference_ties(parts: list[tuple[Any, float]], density: float) -> Any:
     return merged
 
 
+def round_factors(adapter: Path, copy: Path) -> Path:
+    """A copy of an adapter whose factors fp16 holds: A, and B times the scale, which is what bundles store."""
+    shutil.copytree(adapter, copy)
+    weights = load_file(copy / "adapter_model.safetensors")
+    opened = Adapter.open(copy)
+    scales = {module: np.float32(opened.scale(module)) for module in opened.modules}
+    for key, tensor in weights.items():
+        module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        scale = scales[module] if kind == "B" else np.float32(1)
+        weights[key] = (tensor * scale).astype(np.float16).astype(np.float32) / scale
+    save_file(weights, copy / "adapter_model.safetensors")
+    return copy
+
+
+def sum_ranks(adapters: Mapping[Path, float], output: Path) -> Path:
+    """One adapter that is the weighted sum of several: their factors side by side, weights and scales in B."""
+    weights: dict[str, Any] = {}
+    for folder, weight in adapters.items():
+        opened = Adapter.open(folder)
+        for key, tensor in load_file(folder / "adapter_model.safetensors").items():
+            module, _, kind = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+            factor = tensor if kind == "A" else tensor * np.float32(weight * opened.scale(module))
+            parts = [weights[key], factor] if key in weights else [factor]
+            weights[key] = np.concatenate(parts, axis=0 if kind == "A" else 1)
+    output.mkdir()
+    config = json.loads((next(iter(adapters)) / "adapter_config.json").read_text(encoding="utf-8"))
+    rank = next(len(tensor) for key, tensor in weights.items() if ".lora_A." in key)
+    (output / "adapter_config.json").write_text(json.dumps(config | {"r": rank, "lora_alpha": rank}), encoding="utf-8")
+    save_file(weights, output / "adapter_model.safetensors")
+    return output
+
+
 @pytest.mark.parametrize("name", SINGLES)
 def test_merged_variant_is_pefts_forward_and_merge(
     name: str, runtime: Runtime, tiny_base: Path, tiny_adapters: dict[str, Path]
@@ -103,22 +139,7 @@ def test_live_adapter_with_factors_that_fp16_holds_equals_the_merged_one(
     name: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     """Without rounding of the stored factors, the live path is exact to float32."""
-    import shutil
-
-    from safetensors.numpy import load_file, save_file
-
-    folder = shutil.copytree(tiny_adapters[name], tmp_path / "adapter")
-    weights = load_file(folder / "adapter_model.safetensors")
-    scales = {module: Adapter.open(folder).scale(module) for module in Adapter.open(folder).modules}
-    for key, tensor in weights.items():
-        half = tensor.astype(np.float16)
-        if ".lora_B." in key:  # what is stored is B times the scale
-            scale = np.float32(scales[key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")])
-            half = (tensor * scale).astype(np.float16)
-            weights[key] = half.astype(np.float32) / scale
-        else:
-            weights[key] = half.astype(np.float32)
-    save_file(weights, folder / "adapter_model.safetensors")
+    folder = round_factors(tiny_adapters[name], tmp_path / "adapter")
     variants = {"merged": VariantRecipe({"a": 1.0}), "alive": VariantRecipe({"a": 1.0}, kind="live")}
     export(Recipe(str(tiny_base), {"a": folder}, variants, Quantization(bits=32)), tmp_path / "bundle")
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
@@ -131,6 +152,22 @@ def test_request_time_mix_is_the_mix_composed_ahead(runtime: Runtime) -> None:
     np.testing.assert_array_equal(live, runtime.logits(TOKENS, variant="linear-live"))
     merged = runtime.logits(TOKENS, variant="linear")
     assert np.abs(live - merged).max() <= 1e-3 * merged.std()
+
+
+@pytest.mark.parametrize("kernels", [pytest.param("edgelora", marks=needs_kernels), "onnxruntime"])
+def test_int4_mix_of_a_request_is_the_adapter_composed_ahead(
+    kernels: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """Weights are powers of two, so that fp16 holds the composed factors as well as the single ones."""
+    mix = {"plain": 0.5, "other": -2.0}
+    adapters = {name: round_factors(tiny_adapters[name], tmp_path / name) for name in mix}
+    adapters["sum"] = sum_ranks({adapters[name]: weight for name, weight in mix.items()}, tmp_path / "sum")
+    variants = {"sum": VariantRecipe({"sum": 1.0}, kind="live")}
+    export(Recipe(str(tiny_base), adapters, variants, Quantization(method="rtn")), tmp_path / "bundle", gate="off")
+    with Runtime(tmp_path / "bundle", threads=1, kernels=kernels) as runtime:
+        mixed, composed, bare = (runtime.logits(TOKENS, mix=each) for each in (mix, {"sum": 1.0}, {}))
+    assert np.abs(composed - bare).max() > 0.01
+    assert np.abs(mixed - composed).max() <= 1e-4
 
 
 def test_request_time_mix_of_an_adapter_that_no_variant_uses_live(

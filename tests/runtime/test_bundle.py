@@ -345,17 +345,24 @@ SLOT_LIES = {
 }
 
 
+@pytest.mark.parametrize("kernels", ["auto", "onnxruntime"])
 @pytest.mark.parametrize(("key", "lie"), SLOT_LIES.values(), ids=SLOT_LIES.keys())
-def test_live_slots_that_lie_about_the_graph_are_refused_or_without_effect(bundle_copy: Path, key: str, lie: Any) -> None:
+def test_live_slots_that_lie_about_the_graph_are_refused_or_without_effect(
+    bundle_copy: Path, key: str, lie: Any, kernels: str
+) -> None:
+    with Runtime(bundle_copy, kernels=kernels) as runtime:
+        honest = runtime.logits([5, 6], variant="plain-live")
     value = read(bundle_copy)
     value["live_slots"][0][key] = lie
     write(bundle_copy, value)
-    with Runtime(bundle_copy) as runtime:
+    with Runtime(bundle_copy, kernels=kernels) as runtime:
         if key == "modules":  # no adapter has such a module: the product runs bare
             runtime.logits([5, 6], variant="plain-live")
-            return
-        with pytest.raises(IntegrityError):
-            runtime.logits([5, 6], variant="plain-live")
+        elif key == "a" and runtime.kernels != "onnxruntime":  # kernels of our own know a slot by its place, not by names
+            assert (runtime.logits([5, 6], variant="plain-live") == honest).all()
+        else:
+            with pytest.raises(IntegrityError):
+                runtime.logits([5, 6], variant="plain-live")
 
 
 @pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "sub/x.bin", "unlisted.bin"])

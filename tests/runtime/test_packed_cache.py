@@ -183,7 +183,7 @@ def test_what_is_over_the_budget_drives_nothing_out(bundle4: Path, folder: Path)
     assert PackedCache(folder).write(bundle, graphs[0]) is not None
     tight = PackedCache(folder, budget="10KB")
     assert tight.write(bundle, graphs[1]) is None
-    assert tight.write_inputs(bundle, (("plain", 1.0),), {"a": np.zeros(10_000, np.float32)}) is None
+    assert tight.write_inputs(bundle, (("plain", 1.0),), np.dtype(np.float32), {"a": np.zeros(10_000, np.float32)}) is None
     assert tight.find(bundle, graphs[0]) is not None
 
 

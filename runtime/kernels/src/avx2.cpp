@@ -26,6 +26,7 @@ struct Avx2 {
   static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
   static Float add_product(Float sum, Float a, Float b) { return _mm256_fmadd_ps(a, b, sum); }
   static Float load(const float* at) { return _mm256_loadu_ps(at); }
+  static Float load(const Half* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
   static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
@@ -134,15 +135,8 @@ struct Avx2 {
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2",
-    kColumns<Avx2>,
-    round<Avx2>,
-    multiply_row<Avx2>,
-    multiply_rows<Avx2>,
-    attend<Avx2>,
-    add_found<Avx2>,
-    multiply_transposed<Avx2>,
-    add_low_rank<Avx2>,
+    "avx2",       kColumns<Avx2>,  round<Avx2>, multiply_row<Avx2>,  multiply_rows<Avx2>,
+    attend<Avx2>, add_found<Avx2>, ask<Avx2>,   multiply_down<Avx2>, add_up<Avx2>,
 };
 
 }  // namespace edgelora

@@ -26,6 +26,7 @@ struct Avx512 {
   static Int multiply(Int a, Int b) { return _mm512_mullo_epi32(a, b); }
   static Float add_product(Float sum, Float a, Float b) { return _mm512_fmadd_ps(a, b, sum); }
   static Float load(const float* at) { return _mm512_loadu_ps(at); }
+  static Float load(const Half* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
   static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -120,9 +121,8 @@ struct Avx512 {
 
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
-    "avx512-vnni",         kColumns<Avx512>, round<Avx512>,     multiply_row<Avx512>,
-    multiply_rows<Avx512>, attend<Avx512>,   add_found<Avx512>, multiply_transposed<Avx512>,
-    add_low_rank<Avx512>,
+    "avx512-vnni",  kColumns<Avx512>,  round<Avx512>, multiply_row<Avx512>,  multiply_rows<Avx512>,
+    attend<Avx512>, add_found<Avx512>, ask<Avx512>,   multiply_down<Avx512>, add_up<Avx512>,
 };
 
 }  // namespace edgelora

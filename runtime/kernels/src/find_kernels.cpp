@@ -56,7 +56,7 @@ uint64_t saved_registers() {
 const Kernels* find_kernels() {
   const Registers basic = ask(1), extended = ask(7);
   if (!basic.has(&Registers::ecx, 27) || (saved_registers() & 0x6) != 0x6) return nullptr;
-  const bool avx2 = extended.has(&Registers::ebx, 5) && basic.has(&Registers::ecx, 12);
+  const bool avx2 = extended.has(&Registers::ebx, 5) && basic.has(&Registers::ecx, 12) && basic.has(&Registers::ecx, 29);
   const bool avx512 = extended.has(&Registers::ebx, 16) && extended.has(&Registers::ebx, 30) && extended.has(&Registers::ebx, 31);
   const bool vnni = extended.has(&Registers::ecx, 11);
   const char* wanted = std::getenv("EDGELORA_INSTRUCTION_SET");

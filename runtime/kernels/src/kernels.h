@@ -22,11 +22,12 @@ struct Kernels {
   // Adds what the same queries found in another span.
   void (*add_found)(size_t size, size_t rows, const Found& sum, const Found& other);
 
-  // Rows begin … end of a matrix, each times every row of x; out (rows, rows of the matrix).
-  void (*multiply_transposed)(const float* x, size_t rows, const Matrix&, size_t begin, size_t end, float* out);
-  // Columns begin … end of out = y + x · matrix. Rows of x are apart, those of y and out out_apart.
-  void (*add_low_rank)(const float* x, size_t apart, size_t rows, const Matrix&, size_t begin, size_t end, const float* y,
-                       float* out, size_t out_apart);
+  // Asks memory for what is read soon, so that it comes meanwhile.
+  void (*ask)(const void* from, size_t bytes);
+  // Rows begin … end of A, times so many rows of x and the weights; out (rows, rows of A).
+  void (*multiply_down)(const Factors&, const float* x, size_t rows, size_t begin, size_t end, float* out);
+  // Adds a part's B, times the part's columns of down (rows, rows of A), to its columns begin … end of the product.
+  void (*add_up)(const Factors&, size_t part, const float* down, size_t rows, size_t begin, size_t end, float* product);
 };
 
 // Of this machine's instruction set; null where there are none for it.

@@ -31,7 +31,7 @@ OrtCustomOpDomain* make_domain(const Api& api, const char* name, std::initialize
 }
 
 void add_operators(const Api& api, OrtSessionOptions* options) {
-  const auto& [one, two, three] = add_low_rank();
+  const auto& [one, two, three] = live_matmul_nbits();
   static OrtCustomOpDomain* const theirs = make_domain(api, "com.microsoft", {&matmul_nbits(), &group_query_attention()});
   static OrtCustomOpDomain* const ours = make_domain(api, "edgelora", {&one, &two, &three});
   check(api.add_domain(options, theirs));

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 
 #include "low_rank.h"
 #include "tile.h"
@@ -10,86 +9,84 @@
 namespace edgelora {
 namespace {  // see tile.h
 
-constexpr size_t kDots = 4;  // rows of a matrix that a row of activations meets at once
-
-// The vector from a place of a row on; zeros behind its end.
 template <typename Isa>
-typename Isa::Float load_part(const float* row, size_t place, size_t size) {
-  if (place + Isa::kLanes <= size) return Isa::load(row + place);
-  return place < size ? Isa::load(row + place, size - place) : Isa::zero();
+void ask(const void* from, size_t bytes) {
+  for (size_t place = 0; place < bytes; place += 64) Isa::ask_for(static_cast<const char*>(from) + place);
 }
 
-// Asks for values in their order: factors are read once a step, and are too short for hardware to foresee.
+// Rows begin … end of A, times so many rows of x and the weights; out (rows, rows of A).
 template <typename Isa>
-void ask_for_all(const float* from, size_t count) {
-  for (size_t place = 0; place < count; place += 16) Isa::ask_for(from + place);
-}
-
-// out[row] = x · matrix[row], for rows begin … end of a matrix that every x has as many values as columns of.
-template <typename Isa>
-void multiply_transposed(const float* x, size_t rows, const Matrix& matrix, size_t begin, size_t end, float* out) {
+void multiply_down(const Factors& factors, const float* x, size_t rows, size_t begin, size_t end, float* out) {
   using Float = typename Isa::Float;
-  const size_t size = matrix.columns;
-  ask_for_all<Isa>(matrix.values + begin * size, (end - begin) * size);
-  in_groups<kDots>(end - begin, [&](size_t first, auto many) {
+  const size_t inner = factors.inner, apart = count_groups(inner) * kGroup, whole = inner / Isa::kLanes * Isa::kLanes;
+  in_groups<4>(end - begin, [&](size_t first, auto many) {
     constexpr size_t dots = many;
-    const float* read = matrix.values + (begin + first) * size;
+    const Half* read = factors.a + (begin + first) * apart;
     in_groups<2>(rows, [&](size_t row, auto some) {
       constexpr size_t group = some;
       Float sums[group][dots];
       for (auto& row_sums : sums)
         for (Float& sum : row_sums) sum = Isa::zero();
-      for (size_t place = 0; place < size; place += Isa::kLanes) {
+      const auto add = [&](size_t place, const auto& load) {
         Float values[dots];
-        for (size_t dot = 0; dot < dots; ++dot) values[dot] = load_part<Isa>(read + dot * size, place, size);
+        for (size_t dot = 0; dot < dots; ++dot) values[dot] = Isa::load(read + dot * apart + place);
         for (size_t i = 0; i < group; ++i) {
-          const Float value = load_part<Isa>(x + (row + i) * size, place, size);
+          const Float value = load(x + (row + i) * inner + place);
           for (size_t dot = 0; dot < dots; ++dot) sums[i][dot] = Isa::add_product(sums[i][dot], value, values[dot]);
         }
-      }
+      };
+      for (size_t place = 0; place < whole; place += Isa::kLanes) add(place, [](const float* at) { return Isa::load(at); });
+      if (whole < inner) add(whole, [&](const float* at) { return Isa::load(at, inner - whole); });
       for (size_t i = 0; i < group; ++i) {
-        for (size_t dot = 0; dot < dots; ++dot) out[(row + i) * matrix.rows + begin + first + dot] = Isa::sum(sums[i][dot]);
+        for (size_t dot = 0; dot < dots; ++dot) {
+          const size_t index = begin + first + dot;
+          out[(row + i) * factors.rows() + index] = Isa::sum(sums[i][dot]) * factors.weights[index];
+        }
       }
     });
   });
 }
 
-// Columns begin … end of out = y + x · matrix. x: rows apart; out and y: rows out_apart.
+// Adds a part's B, times the part's columns of down (rows, rows of A), to its columns begin … end of out (rows, width of the
+// product).
 template <typename Isa>
-void add_low_rank(const float* x, size_t apart, size_t rows, const Matrix& matrix, size_t begin, size_t end, const float* y,
-                  float* out, size_t out_apart) {
+void add_up(const Factors& factors, size_t part, const float* down, size_t rows, size_t begin, size_t end, float* out) {
   using Float = typename Isa::Float;
-  constexpr size_t kVectors = 2, kWidth = kVectors * Isa::kLanes;
-  for (size_t index = 0; index < matrix.rows; ++index)
-    ask_for_all<Isa>(matrix.values + index * matrix.columns + begin, end - begin);
-  for (size_t column = begin; column < end; column += kWidth) {
-    const size_t width = std::min(kWidth, end - column);
-    in_groups<4>(rows, [&](size_t row, auto some) {
-      constexpr size_t group = some;
-      Float sums[group][kVectors];
-      for (size_t i = 0; i < group; ++i) {
-        for (size_t vector = 0; vector < kVectors; ++vector) {
-          sums[i][vector] = load_part<Isa>(y + (row + i) * out_apart + column, vector * Isa::kLanes, width);
-        }
-      }
-      for (size_t index = 0; index < matrix.rows; ++index) {
-        Float values[kVectors];
-        for (size_t vector = 0; vector < kVectors; ++vector) {
-          values[vector] = load_part<Isa>(matrix.values + index * matrix.columns + column, vector * Isa::kLanes, width);
-        }
-        for (size_t i = 0; i < group; ++i) {
-          const Float factor = Isa::broadcast(x[(row + i) * apart + index]);
-          for (size_t vector = 0; vector < kVectors; ++vector)
-            sums[i][vector] = Isa::add_product(sums[i][vector], factor, values[vector]);
-        }
-      }
-      for (size_t i = 0; i < group; ++i) {
-        alignas(64) float written[kWidth];
-        for (size_t vector = 0; vector < kVectors; ++vector) Isa::store(written + vector * Isa::kLanes, sums[i][vector]);
-        std::memcpy(out + (row + i) * out_apart + column, written, width * sizeof(float));
-      }
-    });
-  }
+  constexpr size_t kVectors = kGroup / Isa::kLanes, kAtOnce = 2;
+  const size_t rank = factors.rank, apart = factors.starts[factors.parts];
+  in_groups<kAtOnce>(
+      count_groups(end),
+      [&](size_t first, auto many) {
+        constexpr size_t vectors = many * kVectors;
+        const Half* read = factors.b[part] + first * rank * kGroup;
+        in_groups<2>(rows, [&](size_t row, auto some) {
+          constexpr size_t group = some;
+          Float sums[group][vectors];
+          for (auto& row_sums : sums)
+            for (Float& sum : row_sums) sum = Isa::zero();
+          for (size_t index = 0; index < rank; ++index) {
+            Float values[vectors];
+            for (size_t vector = 0; vector < vectors; ++vector) {
+              const size_t place = vector / kVectors * rank * kGroup + vector % kVectors * Isa::kLanes;
+              values[vector] = Isa::load(read + place + index * kGroup);
+            }
+            for (size_t i = 0; i < group; ++i) {
+              const Float factor = Isa::broadcast(down[(row + i) * factors.rows() + part * rank + index]);
+              for (size_t vector = 0; vector < vectors; ++vector)
+                sums[i][vector] = Isa::add_product(sums[i][vector], factor, values[vector]);
+            }
+          }
+          for (size_t i = 0; i < group; ++i) {
+            alignas(64) float added[many * kGroup];
+            for (size_t vector = 0; vector < vectors; ++vector) Isa::store(added + vector * Isa::kLanes, sums[i][vector]);
+            const size_t start = first * kGroup;
+            float* written = out + (row + i) * apart + factors.starts[part];
+            for (size_t column = std::max(begin, start); column < std::min(end, start + many * kGroup); ++column)
+              written[column] += added[column - start];
+          }
+        });
+      },
+      begin / kGroup);
 }
 
 }  // namespace

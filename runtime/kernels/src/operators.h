@@ -16,7 +16,7 @@ namespace edgelora {
 
 const CustomOp& matmul_nbits();
 const CustomOp& group_query_attention();
-const std::array<CustomOp, 3>& add_low_rank();  // by the number of parts
+const std::array<CustomOp, 3>& live_matmul_nbits();  // by the number of parts
 
 struct Failure {
   OrtStatus* status;

@@ -1,0 +1,164 @@
+// edgelora.LiveMatMulNBits1 … 3: a product with what a live adapter adds to it, W·x + B·(w ∘ A·x), one A for all parts of the
+// product and a B for each.
+//
+// Graphs say what these are in standard operators, as functions of the inputs a and b; onnxruntime runs those where it does not
+// have this library. The library reads the input `factors` instead, one for all products of a graph (docs/bundle-format.md): an
+// input costs a step a microsecond, and bytes are what the rest of an adapter costs.
+#include <cstring>
+
+#include "nbits_product.h"
+
+namespace edgelora {
+namespace {
+
+constexpr size_t kRowsTogether = 32, kDownRows = 4;  // of activations and of A, in a piece of A·x
+
+// A·x of some rows, (rows, rows of A), and its way into the product; see Alone.
+class LowRank {
+ public:
+  LowRank(const Kernels& kernels, const Factors& factors, const float* x, size_t rows, float* down, float* product)
+      : pieces(factors.rank ? rows > kRowsTogether ? cut(rows, kRowsTogether) : cut(factors.rows(), kDownRows) : 0),
+        bytes((factors.rows() * factors.inner + factors.rank * factors.starts[factors.parts]) * sizeof(Half)),
+        kernels_(kernels),
+        factors_(factors),
+        x_(x),
+        rows_(rows),
+        down_(down),
+        product_(product) {}
+
+  // Some rows of x and all of A where there are many of x; else all of x and some of A.
+  void work(size_t index) const {
+    const size_t all = factors_.rows();
+    if (rows_ > kRowsTogether) {
+      const size_t row = index * kRowsTogether, count = std::min(kRowsTogether, rows_ - row);
+      kernels_.multiply_down(factors_, x_ + row * factors_.inner, count, 0, all, down_ + row * all);
+    } else {
+      kernels_.multiply_down(factors_, x_, rows_, index * kDownRows, std::min((index + 1) * kDownRows, all), down_);
+    }
+  }
+
+  void ask(size_t begin, size_t end) const {
+    in_parts(begin, end, [&](size_t part, size_t from, size_t to) {
+      const size_t first = from / kGroup, groups = count_groups(to) - first, size = factors_.rank * kGroup;
+      kernels_.ask(factors_.b[part] + first * size, groups * size * sizeof(Half));
+    });
+  }
+
+  void add(size_t begin, size_t end) const {
+    in_parts(begin, end,
+             [&](size_t part, size_t from, size_t to) { kernels_.add_up(factors_, part, down_, rows_, from, to, product_); });
+  }
+
+  const size_t pieces, bytes;
+
+ private:
+  // call(part, its columns from … to) for the parts that have some of the product's columns begin … end.
+  template <typename Call>
+  void in_parts(size_t begin, size_t end, const Call& call) const {
+    if (!factors_.rank) return;
+    for (size_t part = 0; part < factors_.parts; ++part) {
+      const size_t start = factors_.starts[part], from = std::max(begin, start), to = std::min(end, factors_.starts[part + 1]);
+      if (from < to) call(part, from - start, to - start);
+    }
+  }
+
+  static size_t cut(size_t size, size_t piece) { return (size + piece - 1) / piece; }
+
+  const Kernels& kernels_;
+  const Factors& factors_;
+  const float* x_;
+  const size_t rows_;
+  float *down_, *product_;
+};
+
+class LiveMatMulNBits : NBitsProduct {
+ public:
+  enum Input : size_t { kFactors = kOwn, kDown, kUp };
+
+  LiveMatMulNBits(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
+      : NBitsProduct(api, info, "LiveMatMulNBits", kernels),
+        parts_(inputs_ - kUp),
+        slot_(static_cast<size_t>(attribute(info, "slot", int64_t{0}))) {}
+
+  void compute(OrtKernelContext* context) const {
+    static thread_local std::vector<float> down;  // its memory serves the thread's next product
+    const Factors factors = read_factors(context);
+    multiply(context, begin(context), [&](const Call& part) {
+      down.resize(part.rows * factors.rows());
+      return LowRank(kernels_, factors, part.read, part.rows, down.data(), part.written);
+    });
+  }
+
+  static int input_type(size_t index) {
+    return index == kCodes || index == kFactors ? kUint8 : index == kZeroPoints ? kAnyType : kFloat;
+  }
+
+ private:
+  // What the input begins with: how many slots there are; then for each where its factors lie, their rank, and how many columns
+  // of the product each part has.
+  struct Slot {
+    int64_t offset, rank, columns[kMostParts];
+  };
+
+  Factors read_factors(const OrtKernelContext* context) const {
+    const OrtValue* tensor = input(context, kFactors);
+    const Shape shape = describe(api_, tensor);
+    Factors factors{};
+    factors.parts = parts_;
+    factors.inner = weights_.inner;
+    const size_t size = shape.sizes.size() == 1 ? static_cast<size_t>(shape.sizes[0]) : 0;
+    if (size == 0) {
+      const Shape a = describe(api_, input(context, kDown));
+      if (a.sizes.empty() || a.sizes[0] != 0) refuse("A is given, but not the input factors, which edgelora's kernels read");
+      return factors;
+    }
+    const auto* bytes = read<uint8_t>(tensor);
+    uint64_t count = 0;
+    if (size >= sizeof count) std::memcpy(&count, bytes, sizeof count);
+    if (reinterpret_cast<uintptr_t>(bytes) % sizeof(float) || slot_ >= count || count > (size - sizeof count) / sizeof(Slot))
+      refuse("the factors have no such slot");
+    Slot slot{};
+    std::memcpy(&slot, bytes + sizeof count + slot_ * sizeof slot, sizeof slot);
+    constexpr int64_t kMostRank = 1 << 20;
+    const auto offset = static_cast<size_t>(slot.offset);
+    if (slot.rank < 0 || slot.rank > kMostRank || offset > size || offset % sizeof(float)) refuse("the factors are not whole");
+    factors.rank = static_cast<size_t>(slot.rank);
+    factors.weights = reinterpret_cast<const float*>(bytes + offset);
+    factors.a = reinterpret_cast<const Half*>(factors.weights + factors.rows());
+    const Half* b = factors.a + factors.rows() * count_groups(factors.inner) * kGroup;
+    for (size_t part = 0; part < parts_; ++part) {
+      const auto columns = static_cast<size_t>(slot.columns[part]);
+      if (columns > weights_.columns) refuse("the factors do not fit the product");
+      factors.b[part] = b;
+      factors.starts[part + 1] = factors.starts[part] + columns;
+      b += count_groups(columns) * factors.rank * kGroup;
+    }
+    if (factors.starts[parts_] != weights_.columns) refuse("the factors do not fit the product");
+    if (static_cast<size_t>(reinterpret_cast<const uint8_t*>(b) - bytes) > size) refuse("the factors are not whole");
+    return factors;
+  }
+
+  size_t parts_, slot_;
+};
+
+template <size_t Parts>
+CustomOp describe_operator() {
+  static constexpr const char* kNames[] = {"LiveMatMulNBits1", "LiveMatMulNBits2", "LiveMatMulNBits3"};
+  CustomOp described;
+  describe_life<LiveMatMulNBits>(described);
+  described.name = [](const CustomOp*) { return kNames[Parts - 1]; };
+  described.input_count = [](const CustomOp*) { return LiveMatMulNBits::kUp + Parts; };
+  described.input_type = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_type(index); };
+  described.input_presence = [](const CustomOp*, size_t index) -> int { return index == 3 ? kOptional : kRequired; };
+  described.output_count = [](const CustomOp*) { return size_t{1}; };
+  return described;
+}
+
+}  // namespace
+
+const std::array<CustomOp, 3>& live_matmul_nbits() {
+  static const std::array<CustomOp, kMostParts> described{describe_operator<1>(), describe_operator<2>(), describe_operator<3>()};
+  return described;
+}
+
+}  // namespace edgelora
