@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,36 +55,43 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], 
 
 def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> LoraInputs:
     """The same as one input of bytes, laid out as docs/bundle-format.md has it: fp16 factors as they are, weights beside."""
+    collected = [_collect(slot, mix) for slot in slots]
     table = np.zeros((len(slots), _SLOT), np.int64)
-    blocks = [_pack_slot(slot, *_collect(slot, mix), entry) for slot, entry in zip(slots, table, strict=True)]
-    start = _align(8 + table.nbytes)
-    for block, entry in zip(blocks, table, strict=True):
-        entry[0] = start
-        start = _align(start + len(block))
-    packed = np.zeros(start, PACKED)
-    packed[:8] = np.frombuffer(np.int64(len(slots)).tobytes(), PACKED)
-    packed[8 : 8 + table.nbytes] = table.reshape(-1).view(PACKED)
-    for block, entry in zip(blocks, table, strict=True):
-        packed[entry[0] : entry[0] + len(block)] = block
+    size = 8 + table.nbytes
+    for entry, slot, (_, rank) in zip(table, slots, collected, strict=True):
+        offset = -(-size // _ALIGNMENT) * _ALIGNMENT
+        entry[:2], entry[2 : 2 + len(slot.rows)] = (offset, rank), slot.rows
+        size = offset + sum(kind.itemsize * math.prod(shape) for kind, shape in _lay_out(slot, rank))
+    packed = np.zeros(size, PACKED)
+    packed[: 8 + table.nbytes].view(np.int64)[:] = [len(slots), *table.reshape(-1)]
+    for entry, slot, (parts, rank) in zip(table, slots, collected, strict=True):
+        _fill(packed[entry[0] :], _lay_out(slot, rank), parts)
     return {FACTORS: packed}
 
 
-def _pack_slot(slot: LiveSlots, parts: Parts, rank: int, entry: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The weights of a product's ranks, its A and its B's; the rank and the rows go into its entry."""
-    entry[1], entry[2 : 2 + len(parts)] = rank, slot.rows
-    weights = np.zeros((len(parts), rank), np.float32)
-    a = np.zeros((len(parts), rank, _GROUP * _count_groups(slot.columns)), np.float16)
-    ups = [np.zeros((_GROUP * _count_groups(rows), rank), np.float16) for rows in slot.rows]
+def _lay_out(slot: LiveSlots, rank: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """What a slot holds, one behind the other: the weights, A, and a B for each part."""
+    parts, half = len(slot.modules), np.dtype(np.float16)
+    weights = (np.dtype(np.float32), (parts, rank))
+    a = (half, (parts, rank, _GROUP * _count_groups(slot.columns)))
+    return [weights, a, *((half, (_count_groups(rows), rank, _GROUP)) for rows in slot.rows)]
+
+
+def _fill(block: NDArray[np.uint8], layout: list[tuple[np.dtype[Any], tuple[int, ...]]], parts: Parts) -> None:
+    """Writes a product's factors into zeros."""
+    stops = np.cumsum([kind.itemsize * math.prod(shape) for kind, shape in layout])
+    arrays = np.split(block[: stops[-1]], stops[:-1])
+    weights, a, *ups = (array.view(kind).reshape(shape) for array, (kind, shape) in zip(arrays, layout, strict=True))
     for index, (factors, b) in enumerate(zip(parts, ups, strict=True)):
         start = 0
         for down, up, weight in factors:
             stop = start + len(down)
             weights[index, start:stop] = weight
-            a[index, start:stop, : slot.columns] = down
-            b[: len(up), start:stop] = up
+            a[index, start:stop, : down.shape[1]] = down
+            rows, whole = b.transpose(0, 2, 1)[..., start:stop], len(up) // _GROUP
+            rows[:whole] = up[: whole * _GROUP].reshape(whole, _GROUP, len(down))
+            rows[whole:, : len(up) % _GROUP] = up[whole * _GROUP :]
             start = stop
-    groups = [b.reshape(len(b) // _GROUP, _GROUP, rank).transpose(0, 2, 1) for b in ups]
-    return np.concatenate([np.ascontiguousarray(array).reshape(-1).view(PACKED) for array in (weights, a, *groups)])
 
 
 def _collect(slot: LiveSlots, mix: Sequence[tuple[Factors, float]]) -> tuple[Parts, int]:
@@ -101,7 +109,3 @@ def _collect(slot: LiveSlots, mix: Sequence[tuple[Factors, float]]) -> tuple[Par
 
 def _count_groups(size: int) -> int:
     return -(-size // _GROUP)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT

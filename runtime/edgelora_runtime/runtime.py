@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     Prompt = str | Sequence[Message] | Sequence[int]
 
 OVERFLOWS = ("error", "slide")
-_LIVE_SHARE, _LEAST_LIVE = 0.15, 32 << 20  # of a live graph's blobs, and in bytes
+_LIVE_SHARE, _LEAST_LIVE = 0.1, 32 << 20  # of a live graph's blobs, and in bytes
 _MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
 
