@@ -59,6 +59,10 @@ def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -
     table = np.zeros((len(slots), _SLOT), np.int64)
     size = 8 + table.nbytes
     for entry, slot, (_, rank) in zip(table, slots, collected, strict=True):
+        if len(slot.rows) > MOST_PARTS:
+            raise IntegrityError(
+                f"live_slots of {slot.a} have {len(slot.rows)} modules, where kernels take {MOST_PARTS} at the most"
+            )
         offset = -(-size // _ALIGNMENT) * _ALIGNMENT
         entry[:2], entry[2 : 2 + len(slot.rows)] = (offset, rank), slot.rows
         size = offset + sum(kind.itemsize * math.prod(shape) for kind, shape in _lay_out(slot, rank))

@@ -395,6 +395,8 @@ def _check_references(manifest: Manifest) -> None:
     for slots in manifest.live_slots:
         if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
+        if not all(0 < size < 1 << 31 for size in (slots.columns, *slots.rows)):
+            wrong.append(f"live_slots of {slots.a} have sizes {slots.columns} and {', '.join(map(str, slots.rows))}")
     if manifest.router is not None:
         wrong += _check_router(manifest.router, manifest)
     model = manifest.model
