@@ -418,9 +418,7 @@ def demo(
     base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each. The two that mix best are mixed."
-        ),
+        typer.Option(metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each. Their adapters are mixed."),
     ] = None,
     json: JsonOption = False,
 ) -> None:

@@ -26,8 +26,8 @@ class DemoReport:
     """Scores are shares from 0 to 1, on test rows that nothing was chosen on.
 
     torch: per task, its adapter in PEFT on the base that it was trained on. scores: per variant and task, in onnxruntime.
-    weights: of the mix, chosen on held-out rows out of configurations_tried. kept: the share of each single adapter's score
-    that the mix keeps on its task.
+    written: answers of each adapter that the mix was learned from. kept: the share of each single adapter's score that the mix
+    keeps on its task.
     """
 
     bundle: Path
@@ -35,9 +35,8 @@ class DemoReport:
     metrics: Mapping[str, str]
     torch: Mapping[str, float]
     scores: Mapping[str, Mapping[str, float]]
-    weights: Mapping[str, float]
+    written: int
     kept: Mapping[str, float]
-    configurations_tried: int
     switches: Sequence[Switch]
     seconds: Mapping[str, float]
 
@@ -54,9 +53,8 @@ def show_report(report: DemoReport) -> None:
         rows.append([name, *(format_share(scores[task]) for task in tasks), *times])
     metrics = ", ".join(f"{report.metrics[task]} on {count} test rows of {task}" for task, count in report.test_rows.items())
     print_table(f"in %: {metrics}", columns, rows)
-    weights = " + ".join(f"{weight:g} {name}" for name, weight in report.weights.items())
     kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
-    print(f"mix = {weights}, the best of {report.configurations_tried} on held-out rows; it keeps {kept}")
+    print(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
     size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
     print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
-    print(f"talk to it:  edgelora chat {report.bundle} --variant {next(iter(report.weights))}")
+    print(f"talk to it:  edgelora chat {report.bundle} --variant mix")

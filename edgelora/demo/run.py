@@ -1,8 +1,7 @@
-"""`edgelora demo`: the whole pipeline on one small model. Train three adapters, mix two, export, evaluate, switch."""
+"""`edgelora demo`: the whole pipeline on one small model. Train three adapters, mix them, export, evaluate, switch."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 import time
@@ -17,6 +16,7 @@ from edgelora.demo.settings import DemoSettings
 from edgelora.demo.tasks import Task, make_tasks
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
+from edgelora.learning import LearnConfig, learn
 from edgelora.rows import Row, read_rows
 from edgelora.scores import main_score, slot_f1
 from edgelora.terminal import print_note, show_progress
@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 
-# Weights tried for each adapter of each pair, on held-out rows. 1 + 1 is the naive sum.
-WEIGHTS = (0.8, 0.9, 1.0, 1.1, 1.2, 1.35)
 MAX_TOKENS = 64
+WRITTEN = 200  # prompts that each adapter completes for the mix, on a base of one's own
 OWN_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix", "mix-live"  # beside one per task
 
 
@@ -67,11 +66,14 @@ def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) 
         )
         for task in tasks
     }
-    return run_pipeline(str(output / "base"), tasks, configs, output, max_tokens=settings.max_tokens, watch=watch)
+    mixing = settings.learn_config(
+        output / "base", {name: each.output for name, each in configs.items()}, output / "adapters" / MIX, seed=seed
+    )
+    return run_pipeline(tasks, configs, mixing, output, max_tokens=settings.max_tokens, watch=watch)
 
 
 def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> DemoReport:
-    """The pipeline on a base and rows of one's own: of each file a tenth is held out, and a fifth is for testing."""
+    """The pipeline on a base and rows of one's own, a fifth of each file for testing."""
     for name in data:  # before minutes of training
         if reason := "the demo's own variant has that name" if name in OWN_VARIANTS else check_variant_name(name):
             raise InputError(f"--data {name}=…: {reason}; choose another name")
@@ -85,17 +87,19 @@ def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> Demo
         )
         for task in tasks
     }
-    return run_pipeline(base, tasks, configs, output, max_tokens=MAX_TOKENS, watch=Stopwatch())
+    adapters = {name: each.output for name, each in configs.items()}
+    mixing = LearnConfig(base=base, adapters=adapters, output=output / "adapters" / MIX, written=WRITTEN, seed=seed)
+    return run_pipeline(tasks, configs, mixing, output, max_tokens=MAX_TOKENS, watch=Stopwatch())
 
 
 def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
-    """A task from rows in random order, no prompt in two splits; at most 100 held-out and 200 test rows."""
+    """A task from rows in random order, no prompt in both splits; at most 200 test rows."""
     distinct = list({row.prompt: row for row in rows}.values())
     if len(distinct) < 10:
         raise InputError(f"{name} has {len(distinct)} distinct prompts; give at least 10 rows")
     random.Random(seed).shuffle(distinct)  # noqa: S311  (data, not secrets)
-    held_out, test = min(100, len(distinct) // 10), min(200, len(distinct) // 5)
-    return Task(name, tuple(distinct[held_out + test :]), tuple(distinct[:held_out]), tuple(distinct[held_out : held_out + test]))
+    test = min(200, len(distinct) // 5)
+    return Task(name, train=tuple(distinct[test:]), test=tuple(distinct[:test]))
 
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
@@ -105,11 +109,17 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def run_pipeline(
-    base: str, tasks: Sequence[Task], configs: Mapping[str, TrainConfig], output: Path, *, max_tokens: int, watch: Stopwatch
+    tasks: Sequence[Task],
+    configs: Mapping[str, TrainConfig],
+    mixing: LearnConfig,
+    output: Path,
+    *,
+    max_tokens: int,
+    watch: Stopwatch,
 ) -> DemoReport:
-    """Everything after the base: adapters, a mix of two chosen on held-out rows, bundle, scores and switches.
+    """Everything after the base: adapters, their mix, bundle, scores and switches.
 
-    configs: how to train each task's adapter, by task name.
+    configs: how to train each task's adapter, by task name. mixing: how to mix them.
     """
     in_torch = {}
     for task in tasks:
@@ -117,15 +127,12 @@ def run_pipeline(
         with watch.stage(f"train {task.name}"), show_progress("steps") as on_progress:
             train(config, on_progress=on_progress)
         with watch.stage(f"evaluate {task.name} in torch"):
-            written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
+            written = write_with_torch(config.base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
             in_torch[task.name] = main_score(written, _right(task.test))
-    adapters = {task.name: configs[task.name].output for task in tasks}
-    with watch.stage("choose a mix on held-out rows"):
-        _write_recipe(output / "search.toml", base, adapters, _search_variants(adapters))
-        export(output / "search.toml", output / "search")
-        weights, tried = choose_mix(output / "search", tasks, max_tokens)
+    with watch.stage("mix the adapters by what they write themselves"), show_progress("steps") as on_progress:
+        learn(mixing, on_progress=on_progress)
     with watch.stage("export the bundle"):
-        _write_recipe(output / "recipe.toml", base, adapters, _final_variants(adapters, weights))
+        _write_recipe(output / "recipe.toml", mixing)
         export(output / "recipe.toml", output / "bundle")
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
         first = [runtime.switch(name) for name in runtime.variants]
@@ -142,53 +149,21 @@ def run_pipeline(
         },
         torch=in_torch,
         scores=scores,
-        weights=weights,
-        kept={name: scores[MIX][name] / max(scores[name][name], 1e-9) for name in weights},
-        configurations_tried=tried,
+        written=mixing.written,
+        kept={task.name: scores[MIX][task.name] / max(scores[task.name][task.name], 1e-9) for task in tasks},
         switches=tuple(Switch(one.variant, one.milliseconds, again.milliseconds) for one, again in zip(first, back, strict=True)),
         seconds=watch.seconds,
     )
 
 
-def choose_mix(bundle: Path, tasks: Sequence[Task], max_tokens: int) -> tuple[dict[str, float], int]:
-    """The pair of adapters and the weights that do best on held-out rows, and how many configurations were tried.
-
-    Best is the pair whose worse task keeps the largest share of what its adapter scores alone. The bundle has all adapters
-    live, so each configuration is one request's mix and no export.
-    """
-    with Runtime(bundle) as runtime:
-
-        def score_held_out(task: Task, mix: Mapping[str, float]) -> float:
-            return score_variant(runtime, task.held_out, mix=mix, max_tokens=max_tokens)
-
-        alone = {task.name: score_held_out(task, {task.name: 1.0}) for task in tasks}
-
-        def kept(pair: Sequence[Task], mix: Mapping[str, float]) -> tuple[float, float]:
-            shares = [score_held_out(task, mix) / max(alone[task.name], 1e-9) for task in pair]
-            return min(shares), sum(shares)
-
-        candidates = [
-            (pair, dict(zip((task.name for task in pair), weights, strict=True)))
-            for pair in itertools.combinations(tasks, 2)
-            for weights in itertools.product(WEIGHTS, repeat=2)
-        ]
-        _, best = max(candidates, key=lambda candidate: kept(*candidate))
-    return best, len(candidates)
-
-
-def _search_variants(adapters: Mapping[str, Path]) -> dict[str, str]:
-    return {"search": f"mix = {_format_mix(dict.fromkeys(adapters, 1.0))}\nkind = 'live'"}
-
-
-def _final_variants(adapters: Mapping[str, Path], weights: Mapping[str, float]) -> dict[str, str]:
-    """TOML per variant: the base, each adapter alone, the naive sum, the chosen mix merged and live."""
-    chosen = _format_mix(weights)
+def _list_variants(adapters: Sequence[str]) -> dict[str, str]:
+    """TOML per variant: the base, each adapter alone, the naive sum, the mix merged and live."""
     return {
         BASE: "mix = {}",
         **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
-        NAIVE_SUM: f"mix = {_format_mix(dict.fromkeys(weights, 1.0))}",
-        MIX: f"mix = {chosen}",
-        MIX_LIVE: f"mix = {chosen}\nkind = 'live'",
+        NAIVE_SUM: f"mix = {_format_mix(dict.fromkeys(adapters, 1.0))}",
+        MIX: f"mix = {_format_mix({MIX: 1.0})}",
+        MIX_LIVE: f"mix = {_format_mix({MIX: 1.0})}\nkind = 'live'",
     }
 
 
@@ -196,12 +171,13 @@ def _format_mix(weights: Mapping[str, float]) -> str:
     return "{ " + ", ".join(f"{_quote(name)} = {weight}" for name, weight in weights.items()) + " }"
 
 
-def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
+def _write_recipe(path: Path, mixing: LearnConfig) -> None:
     """A recipe file as a user would write it. Paths are absolute, so that it works from any folder."""
-    found = str(Path(base).resolve()) if Path(base).exists() else base
-    lines = [f"base = {_quote(found)}", "", "[adapters]"]
-    lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
-    for name, body in variants.items():
+    base = str(Path(mixing.base).resolve()) if Path(mixing.base).exists() else mixing.base
+    folders = {**mixing.adapters, MIX: mixing.output}
+    lines = [f"base = {_quote(base)}", "", "[adapters]"]
+    lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in folders.items()]
+    for name, body in _list_variants([*mixing.adapters]).items():
         lines += ["", f"[variants.{_quote(name)}]", body]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -28,17 +28,15 @@ class TaskSizes:
 
     train: int = 3000
     general: int = 4000
-    held_out: int = 40
     test: int = 150
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task and its rows; no prompt of the task stands in two of the three splits."""
+    """A task and its rows; no prompt of the task stands in both splits."""
 
     name: str
     train: tuple[Row, ...]
-    held_out: tuple[Row, ...]
     test: tuple[Row, ...]
 
 
@@ -54,14 +52,14 @@ def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Ta
     sizes = sizes or TaskSizes()
     rng = random.Random(f"{name} {seed}")  # noqa: S311  (data, not secrets)
     rows: dict[str, Row] = {}
-    while len(rows) < sizes.train + sizes.held_out + sizes.test:
+    while len(rows) < sizes.train + sizes.test:
         row = TASKS[name](rng)
         rows.setdefault(row.prompt, row)
     drawn = list(rows.values())
     tested, rest = drawn[: sizes.test], drawn[sizes.test :]
-    train = rest[sizes.held_out :] + [general_row(rng) for _ in range(sizes.general)]
+    train = rest + [general_row(rng) for _ in range(sizes.general)]
     rng.shuffle(train)
-    return Task(name, tuple(train), tuple(rest[: sizes.held_out]), tuple(tested))
+    return Task(name, tuple(train), tuple(tested))
 
 
 def general_row(rng: random.Random) -> Row:

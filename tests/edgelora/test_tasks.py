@@ -10,7 +10,7 @@ from edgelora.demo import phrases
 from edgelora.demo.tasks import COMMANDS, TASKS, UNKNOWN, TaskSizes, general_row, make_task, make_tasks
 from edgelora_runtime.errors import UsageError
 
-SIZES = TaskSizes(train=60, general=40, held_out=20, test=30)
+SIZES = TaskSizes(train=60, general=40, test=30)
 
 
 def test_numbers_and_ordinals_are_spelled() -> None:
@@ -33,12 +33,9 @@ def test_answers_are_exact() -> None:
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_share_no_prompt(name: str) -> None:
     task = make_task(name, SIZES, seed=3)
-    assert (len(task.train), len(task.held_out), len(task.test)) == (100, 20, 30)
-    train, held_out, test = ({row.prompt for row in rows} for rows in (task.train, task.held_out, task.test))
-    assert not train & held_out
+    assert (len(task.train), len(task.test)) == (100, 30)
+    train, test = ({row.prompt for row in rows} for rows in (task.train, task.test))
     assert not train & test
-    assert not held_out & test
-    assert len(held_out) == 20
     assert len(test) == 30
 
 
@@ -59,7 +56,7 @@ def test_base_never_sees_a_task() -> None:
 def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
     """So that the prompt's tokens are the same with and without the completion after it."""
     for task in make_tasks(SIZES):
-        for row in (*task.train, *task.held_out, *task.test):
+        for row in (*task.train, *task.test):
             assert row.prompt.endswith("\n")
             assert row.completion == row.completion.strip()
 
