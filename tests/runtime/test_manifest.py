@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 HASH = "0123456789abcdef" * 4
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True).filter(lambda name: check_variant_name(name) is None)
 NUMBERS = st.integers(1, (1 << 53) - 1)
+SIZES = st.integers(1, (1 << 31) - 1)  # of a matrix
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
 CACHES = st.sampled_from(["in_place", "growing"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.isprintable)
@@ -103,8 +104,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
                     LiveSlots,
                     TEXT,
                     *(st.tuples(*[TEXT] * count) for _ in range(2)),
-                    NUMBERS,
-                    st.tuples(*[NUMBERS] * count),
+                    SIZES,
+                    st.tuples(*[SIZES] * count),
                 )
             ),
             max_size=2,
