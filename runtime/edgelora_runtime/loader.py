@@ -10,9 +10,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.factors import FACTORS
 from edgelora_runtime.fair_lock import FairLock
 from edgelora_runtime.memory import reuse_freed_memory
-from edgelora_runtime.model import Model
+from edgelora_runtime.model import KEEP, Model
 from edgelora_runtime.stage import Stage, Stages, open_stage
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ class Loader:
         with ThreadPoolExecutor(self._threads or os.cpu_count(), "edgelora-load") as pool, keep_freed:
             opening = {file: pool.submit(self._stages.get, file) for file in largest_first}
             found = {file: future.result() for file, future in opening.items()}
+        for stage, _ in found.values():
+            if stage.takes_packed:
+                _check_slots(stage, self._bundle.manifest, graph)
         opened = {blob for file, (_, is_new) in found.items() if is_new for blob in self._entries[file].blobs}
         return Model(
             [found[stage.file][0] for stage in self._chains[graph]],
@@ -107,6 +111,14 @@ class Loader:
     def _count_bytes(self, file: str) -> int:
         """Bytes of the largest graph that a stage belongs to."""
         return max(sum(self.blobs[graph].values()) for graph, sizes in self.sizes.items() if file in sizes)
+
+
+def _check_slots(stage: Stage, manifest: Manifest, graph: str) -> None:
+    """Refuses a graph whose live inputs are not the manifest's slots in their order: packed factors are found by their place."""
+    slots = [name for slots in manifest.live_slots for name in (slots.a, *slots.b)]
+    names = [value.name for value in stage.session.get_overridable_initializers()]
+    if slots != [name for name in names if name not in (FACTORS, KEEP)]:
+        raise IntegrityError(f"the live inputs of {graph} are not those of live_slots, in their order; export the bundle again")
 
 
 def _count_packed(manifest: Manifest, stages: Sequence[StageEntry]) -> dict[str, int]:

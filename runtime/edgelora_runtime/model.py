@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Values = tuple[ort.NodeArg, ...]
 
+KEEP = "logits_to_keep"  # an input: how many last positions get logits
 STATES = "hidden_states"  # an output that graphs have since 1.4 of the format
 _STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits that come with it
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
@@ -156,7 +157,7 @@ class _Steps:
         self._live: LoraInputs | None = None
         self._keep = np.zeros(1, np.int64)
         self._ones = np.ones((1, 0), np.int64)
-        self._binding.optional_input("logits_to_keep", self._keep)
+        self._binding.optional_input(KEEP, self._keep)
 
     def run(
         self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int, states: NDArray[Any] | None = None
@@ -172,7 +173,7 @@ class _Steps:
             self._ones = np.ones((1, cache.capacity), np.int64)
         if self._keep[0] != keep:
             self._keep[0] = keep
-            self._binding.optional_input("logits_to_keep", self._keep)  # a GPU has a copy of its own
+            self._binding.optional_input(KEEP, self._keep)  # a GPU has a copy of its own
         if states is not None:
             self._binding.output(STATES, states)
         ids = np.array([tokens], np.int64)
