@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.demo.base import make_base
 from edgelora.demo.report import DemoReport, Switch
-from edgelora.demo.settings import DemoSettings
+from edgelora.demo.settings import DemoSettings, MixSettings
 from edgelora.demo.tasks import Task, make_tasks
 from edgelora.evaluation import score_variant
 from edgelora.exporting import export
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 
 MAX_TOKENS = 64
-WRITTEN = 200  # prompts that each adapter completes for the mix, on a base of one's own
 OWN_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix", "mix-live"  # beside one per task
 
 
@@ -66,10 +65,9 @@ def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) 
         )
         for task in tasks
     }
-    mixing = settings.learn_config(
-        output / "base", {name: each.output for name, each in configs.items()}, output / "adapters" / MIX, seed=seed
+    return run_pipeline(
+        str(output / "base"), tasks, configs, settings.mix, output, seed=seed, max_tokens=settings.max_tokens, watch=watch
     )
-    return run_pipeline(tasks, configs, mixing, output, max_tokens=settings.max_tokens, watch=watch)
 
 
 def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> DemoReport:
@@ -87,9 +85,7 @@ def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> Demo
         )
         for task in tasks
     }
-    adapters = {name: each.output for name, each in configs.items()}
-    mixing = LearnConfig(base=base, adapters=adapters, output=output / "adapters" / MIX, written=WRITTEN, seed=seed)
-    return run_pipeline(tasks, configs, mixing, output, max_tokens=MAX_TOKENS, watch=Stopwatch())
+    return run_pipeline(base, tasks, configs, MixSettings(), output, seed=seed, max_tokens=MAX_TOKENS, watch=Stopwatch())
 
 
 def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
@@ -109,17 +105,19 @@ def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def run_pipeline(
+    base: str,
     tasks: Sequence[Task],
     configs: Mapping[str, TrainConfig],
-    mixing: LearnConfig,
+    mix: MixSettings,
     output: Path,
     *,
+    seed: int,
     max_tokens: int,
     watch: Stopwatch,
 ) -> DemoReport:
     """Everything after the base: adapters, their mix, bundle, scores and switches.
 
-    configs: how to train each task's adapter, by task name. mixing: how to mix them.
+    configs: how to train each task's adapter, by task name. mix, seed: how to mix them.
     """
     in_torch = {}
     for task in tasks:
@@ -127,12 +125,14 @@ def run_pipeline(
         with watch.stage(f"train {task.name}"), show_progress("steps") as on_progress:
             train(config, on_progress=on_progress)
         with watch.stage(f"evaluate {task.name} in torch"):
-            written = write_with_torch(config.base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
+            written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
             in_torch[task.name] = main_score(written, _right(task.test))
     with watch.stage("mix the adapters by what they write themselves"), show_progress("steps") as on_progress:
-        learn(mixing, on_progress=on_progress)
+        adapters = {task.name: configs[task.name].output for task in tasks}
+        mixed = output / "adapters" / MIX
+        learn(LearnConfig(base, adapters, mixed, seed=seed, **vars(mix)), on_progress=on_progress)
     with watch.stage("export the bundle"):
-        _write_recipe(output / "recipe.toml", mixing)
+        _write_recipe(output / "recipe.toml", base, {**adapters, MIX: mixed}, _list_variants([*adapters]))
         export(output / "recipe.toml", output / "bundle")
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
         first = [runtime.switch(name) for name in runtime.variants]
@@ -149,7 +149,7 @@ def run_pipeline(
         },
         torch=in_torch,
         scores=scores,
-        written=mixing.written,
+        written=mix.written,
         kept={task.name: scores[MIX][task.name] / max(scores[task.name][task.name], 1e-9) for task in tasks},
         switches=tuple(Switch(one.variant, one.milliseconds, again.milliseconds) for one, again in zip(first, back, strict=True)),
         seconds=watch.seconds,
@@ -171,13 +171,12 @@ def _format_mix(weights: Mapping[str, float]) -> str:
     return "{ " + ", ".join(f"{_quote(name)} = {weight}" for name, weight in weights.items()) + " }"
 
 
-def _write_recipe(path: Path, mixing: LearnConfig) -> None:
+def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
     """A recipe file as a user would write it. Paths are absolute, so that it works from any folder."""
-    base = str(Path(mixing.base).resolve()) if Path(mixing.base).exists() else mixing.base
-    folders = {**mixing.adapters, MIX: mixing.output}
-    lines = [f"base = {_quote(base)}", "", "[adapters]"]
-    lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in folders.items()]
-    for name, body in _list_variants([*mixing.adapters]).items():
+    found = str(Path(base).resolve()) if Path(base).exists() else base
+    lines = [f"base = {_quote(found)}", "", "[adapters]"]
+    lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
+    for name, body in variants.items():
         lines += ["", f"[variants.{_quote(name)}]", body]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING
 
 from edgelora.demo.base import BaseSettings
 from edgelora.demo.tasks import TaskSizes
-from edgelora.learning import LearnConfig
 from edgelora.training import TrainConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
+
+
+@dataclass(frozen=True)
+class MixSettings:
+    """How adapters are mixed by what they write, see LearnConfig; by default as suits a base of one's own."""
+
+    written: int = 200
+    steps: int = 240
+    lr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class DemoSettings:
 
     Small adapters on the attention of the first two layers disturb each other less than larger ones: they look up the
     command, which is what a task adds, and leave what the base knows alone. max_tokens: the longest answer and some more.
-    written, mix_steps, mix_lr: of the mix, see LearnConfig; adapters as small as these take a large learning rate.
+    mix: adapters as small as these take a large learning rate.
     """
 
     base: BaseSettings = field(default_factory=BaseSettings)
@@ -33,9 +40,7 @@ class DemoSettings:
     batch_size: int = 16
     target_modules: tuple[str, ...] = tuple(f"layers.{layer}.self_attn.{name}_proj" for layer in (0, 1) for name in "qkvo")
     max_tokens: int = 48
-    written: int = 2000
-    mix_steps: int = 600
-    mix_lr: float = 5e-3
+    mix: MixSettings = field(default_factory=lambda: MixSettings(written=2000, steps=600, lr=5e-3))
 
     def train_config(self, base: Path, data: Path, output: Path, *, seed: int) -> TrainConfig:
         """How one task's adapter is trained."""
@@ -49,17 +54,5 @@ class DemoSettings:
             max_steps=self.steps,
             batch_size=self.batch_size,
             target_modules=self.target_modules,
-            seed=seed,
-        )
-
-    def learn_config(self, base: Path, adapters: Mapping[str, Path], output: Path, *, seed: int) -> LearnConfig:
-        """How the adapters are mixed."""
-        return LearnConfig(
-            base=str(base),
-            adapters=adapters,
-            output=output,
-            written=self.written,
-            steps=self.mix_steps,
-            lr=self.mix_lr,
             seed=seed,
         )

@@ -167,9 +167,7 @@ class GraphBuilder:
         )
         return ir.Model(graph, ir_version=10, producer_name="edgelora", functions=list(self._functions.values()))
 
-    def finish_function(
-        self, name: str, inputs: Sequence[ir.Value], output: ir.Value, attributes: Sequence[str] = ()
-    ) -> ir.Function:
+    def finish_function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value, attributes: Sequence[str]) -> ir.Function:
         """A function of what was made. attributes: names of those, integers, that its nodes refer to."""
         graph = ir.Graph(inputs, [output], nodes=self._tape.nodes, opset_imports=_OPSETS)
         return ir.Function(OWN, name, graph=graph, attributes=[ir.Attr(each, ir.AttributeType.INT, None) for each in attributes])

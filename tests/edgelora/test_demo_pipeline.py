@@ -11,7 +11,7 @@ import pytest
 from edgelora.demo import run_demo
 from edgelora.demo.report import show_report
 from edgelora.demo.run import run_built_in, split_rows
-from edgelora.demo.settings import DemoSettings
+from edgelora.demo.settings import DemoSettings, MixSettings
 from edgelora.demo.tasks import TaskSizes, make_tasks
 from edgelora.rows import Row
 from edgelora.terminal import print_json
@@ -28,8 +28,7 @@ SETTINGS = DemoSettings(
     batch_size=4,
     target_modules=("layers.0.self_attn.q_proj", "layers.0.self_attn.v_proj"),
     max_tokens=4,
-    written=6,
-    mix_steps=2,
+    mix=MixSettings(written=6, steps=2),
 )
 VARIANTS = {"base", "dates", "prices", "orders", "naive-sum", "mix", "mix-live"}
 

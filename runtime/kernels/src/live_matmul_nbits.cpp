@@ -17,7 +17,8 @@ constexpr size_t kRowsTogether = 32, kDownRows = 4;  // of activations and of A,
 class LowRank {
  public:
   LowRank(const Kernels& kernels, const Factors& factors, const float* x, size_t rows, float* down, float* product)
-      : pieces(factors.rank ? rows > kRowsTogether ? cut(rows, kRowsTogether) : cut(factors.rows(), kDownRows) : 0),
+      : pieces(factors.rank ? rows > kRowsTogether ? count_pieces(rows, kRowsTogether) : count_pieces(factors.rows(), kDownRows)
+                            : 0),
         bytes((factors.rows() * factors.inner + factors.rank * factors.starts[factors.parts]) * sizeof(Half)),
         kernels_(kernels),
         factors_(factors),
@@ -62,8 +63,6 @@ class LowRank {
     }
   }
 
-  static size_t cut(size_t size, size_t piece) { return (size + piece - 1) / piece; }
-
   const Kernels& kernels_;
   const Factors& factors_;
   const float* x_;
@@ -90,8 +89,9 @@ class LiveMatMulNBits : NBitsProduct {
   }
 
   static int input_type(size_t index) {
-    return index == kCodes || index == kFactors ? kUint8 : index == kZeroPoints ? kAnyType : kFloat;
+    return index < kOwn ? NBitsProduct::input_type(index) : index == kFactors ? kUint8 : kFloat;
   }
+  static int input_presence(size_t index) { return index == kZeroPoints ? kOptional : kRequired; }
 
  private:
   // What the input begins with: how many slots there are; then for each where its factors lie, their rank, and how many columns
@@ -149,7 +149,7 @@ CustomOp describe_operator() {
   described.name = [](const CustomOp*) { return kNames[Parts - 1]; };
   described.input_count = [](const CustomOp*) { return LiveMatMulNBits::kUp + Parts; };
   described.input_type = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_type(index); };
-  described.input_presence = [](const CustomOp*, size_t index) -> int { return index == 3 ? kOptional : kRequired; };
+  described.input_presence = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_presence(index); };
   described.output_count = [](const CustomOp*) { return size_t{1}; };
   return described;
 }

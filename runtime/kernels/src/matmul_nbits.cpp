@@ -20,9 +20,8 @@ class MatMulNBits : NBitsProduct {
     multiply(context, begin(context), [](const Call&) { return Alone{}; });
   }
 
-  static int input_type(size_t index) {
-    return index == kCodes ? kUint8 : index == kActivations || index == kScales ? kFloat : kAnyType;
-  }
+  static int input_type(size_t index) { return index < kOwn ? NBitsProduct::input_type(index) : kAnyType; }
+  static int input_presence(size_t index) { return index > kScales ? kOptional : kRequired; }
 };
 
 CustomOp describe_operator() {
@@ -31,7 +30,7 @@ CustomOp describe_operator() {
   described.name = [](const CustomOp*) { return "MatMulNBits"; };
   described.input_count = [](const CustomOp*) { return size_t{MatMulNBits::kInputs}; };
   described.input_type = [](const CustomOp*, size_t index) { return MatMulNBits::input_type(index); };
-  described.input_presence = [](const CustomOp*, size_t index) -> int { return index > 2 ? kOptional : kRequired; };
+  described.input_presence = [](const CustomOp*, size_t index) { return MatMulNBits::input_presence(index); };
   described.output_count = [](const CustomOp*) { return size_t{1}; };
   return described;
 }

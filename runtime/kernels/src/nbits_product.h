@@ -32,6 +32,9 @@ class NBitsProduct : protected Operator {
     float* written;
   };
 
+  // Of the inputs before an operator's own.
+  static int input_type(size_t index) { return index == kCodes ? kUint8 : index == kZeroPoints ? kAnyType : kFloat; }
+
   NBitsProduct(const Api& api, const OrtKernelInfo* info, const char* name, const Kernels& kernels)
       : Operator(api, info, name), kernels_(kernels) {
     const int64_t inner = attribute(info, "K", int64_t{0}), columns = attribute(info, "N", int64_t{0});
@@ -131,8 +134,8 @@ class NBitsProduct : protected Operator {
   template <typename Beside>
   void multiply_rounded(OrtKernelContext* context, const Activations& activations, const Call& call, const Beside& beside) const {
     const size_t column_bytes = weights_.chunks() * weights_.chunk_bytes() + weights_.blocks * sizeof(float);
-    const size_t tiles = (weights_.columns + kernels_.tile - 1) / kernels_.tile;
-    const size_t piece = (tiles + kPieces - 1) / kPieces;  // tiles
+    const size_t tiles = count_pieces(weights_.columns, kernels_.tile);
+    const size_t piece = count_pieces(tiles, kPieces);  // tiles
     const auto column = [&](size_t tile) { return std::min(tile * kernels_.tile, weights_.columns); };
     alignas(64) std::atomic<size_t> taken{0};
     alignas(64) std::atomic<size_t> done{0};
@@ -158,7 +161,7 @@ class NBitsProduct : protected Operator {
         add(tile, tile + 1);
       }
     };
-    parallel(context, (tiles + piece - 1) / piece, (weights_.columns * column_bytes + beside.bytes) * call.rows, work);
+    parallel(context, count_pieces(tiles, piece), (weights_.columns * column_bytes + beside.bytes) * call.rows, work);
   }
 };
 

@@ -60,6 +60,9 @@ inline Shape describe(const Api& api, const OrtValue* tensor) {
   return shape;
 }
 
+// How many pieces of a size something is cut into, the last of which may be smaller.
+constexpr size_t count_pieces(size_t size, size_t piece) { return (size + piece - 1) / piece; }
+
 // A node of a graph, as its operator sees it.
 class Operator {
  protected:
