@@ -134,10 +134,16 @@ class PackedCache:
                 fill(folder)
                 sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
                 (folder / ENTRY).write_text(json.dumps(sizes), encoding="ascii")
-                if not _is_whole(entry):
-                    self._delete(entry)
-                with contextlib.suppress(OSError):  # another process was first
-                    folder.rename(entry)
+                self._publish(folder, entry)
+
+    def _publish(self, folder: Path, entry: Path) -> None:
+        """Names a folder as the entry. What others published meanwhile stays, and may be in use: only a damaged one gives way."""
+        try:
+            folder.rename(entry)
+        except OSError:
+            if not _is_whole(entry):
+                self._delete(entry)
+                folder.rename(entry)
 
     def _entries(self) -> list[Path]:
         """Least recently used first."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from edgelora_runtime.factors import LoraInputs
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -201,6 +203,32 @@ def test_many_at_once_make_one_entry(bundle4: Path, folder: Path) -> None:
         found = set(pool.map(lambda cache: cache.write(bundle, graph), caches))
     assert len(found) == len(entries(folder)) == 1
     assert None not in found
+
+
+@pytest.mark.parametrize("moment", ["_write_inputs", "_is_whole"])
+def test_what_another_publishes_meanwhile_stays(
+    bundle4: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    bundle, inputs = Bundle.open(bundle4), {"a": np.arange(8, dtype=np.float32)}
+
+    def write() -> LoraInputs | None:
+        return PackedCache(folder).write_inputs(bundle, (("plain", 1.0),), np.dtype(np.float32), inputs)
+
+    def identify() -> list[int]:
+        return [entry.stat().st_ino for entry in entries(folder)]
+
+    undisturbed, published = getattr(module, moment), []
+
+    def disturbed(*arguments: object) -> object:
+        result = undisturbed(*arguments)
+        monkeypatch.undo()
+        write()
+        published.extend(identify())
+        return result
+
+    monkeypatch.setattr(module, moment, disturbed)
+    assert write() is not None
+    assert identify() == published != []
 
 
 def test_what_a_killed_process_left_is_swept(bundle4: Path, folder: Path) -> None:
