@@ -26,10 +26,10 @@ test-all: $(STAMP) $(OPTIMUM_STAMP) test-auto-round
 	$(BIN)/python -m pytest -m "slow or not slow" --hypothesis-profile="other examples"
 
 test-optimum: $(STAMP) $(OPTIMUM_STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" tests/export/test_optimum.py
+	$(BIN)/python -m pytest -m "slow or not slow" tests/export/traced/test_optimum.py
 
 test-auto-round: $(AUTO_ROUND_STAMP)
-	$(AUTO_ROUND_VENV)/bin/python -m pytest tests/export/test_auto_round.py
+	$(AUTO_ROUND_VENV)/bin/python -m pytest tests/export/stream/test_auto_round.py
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -28,7 +28,7 @@ from benchmarks.decode import Ratio
 from benchmarks.export_memory import MIB, watch
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, write_adapter
 from benchmarks.workers import OtherWork, default_cache, describe_machine, report
-from edgelora.methods import METHODS
+from edgelora.mix.methods import METHODS
 from edgelora.terminal import print_json, print_note, print_table
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ import numpy as np
 from benchmarks.composition_arms import Arm, list_arms
 from benchmarks.composition_data import DISTANT, Prepared, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
-from edgelora.mixed_model import MixedModel
-from edgelora.scores import count_scores
+from edgelora.data.scores import count_scores
+from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.terminal import print_json, print_note, print_table
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
 
     Doubles = NDArray[np.float64]
 

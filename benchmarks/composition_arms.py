@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.composition_data import ALL, FEW, name_file
-from edgelora.adapters import Adapter
-from edgelora.composing import write_composed
-from edgelora.learning import LearnConfig, learn
-from edgelora.mix import Mix
-from edgelora.rows import read_rows
+from edgelora.adapters.folder import Adapter
+from edgelora.composing.compose import write_composed
+from edgelora.data.rows import read_rows
+from edgelora.learn.learn import LearnConfig, learn
+from edgelora.mix.mix import Mix
 from edgelora.terminal import print_note
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from benchmarks.composition_data import Prepared
-    from edgelora.mixed_model import MixedModel
+    from edgelora.in_torch.mixed_model import MixedModel
 
 WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for every method that has one for all adapters
 DATA_FREE = (

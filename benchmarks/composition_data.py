@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.pocket import SLOTS, STEPS, hold_out, train_adapter, write_rows
-from edgelora.adapters import Adapter
-from edgelora.rows import read_rows
+from edgelora.adapters.folder import Adapter
+from edgelora.data.rows import read_rows
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
 
 DISTANT = ("slots-buses", "sql", "medical")
 LABELLED = 100  # rows of each task that no adapter learns from

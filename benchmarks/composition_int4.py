@@ -20,10 +20,10 @@ from benchmarks.composition import add_arguments
 from benchmarks.composition_data import ALL, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
 from edgelora.evaluation import score_variant
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.terminal import print_json, print_note, print_table
-from edgelora_export.gate import Gate
+from edgelora_export.bundle.gate import Gate
 from edgelora_runtime import Runtime
 
 if TYPE_CHECKING:

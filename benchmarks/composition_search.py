@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.pocket import find_base, find_data, hold_out, train_adapter, write_rows
-from edgelora.adapters import Adapter
-from edgelora.mix import Mix
-from edgelora.mixed_model import MixedModel
-from edgelora.rows import read_rows
+from edgelora.adapters.folder import Adapter
+from edgelora.data.rows import read_rows
+from edgelora.in_torch.mixed_model import MixedModel
+from edgelora.mix.mix import Mix
 from edgelora.search.config import DISTINCT, SearchConfig
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.run import search
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
     from edgelora.search.report import SearchReport
 
 TASKS = ("slots-buses", "sql", "medical")

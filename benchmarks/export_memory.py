@@ -27,7 +27,7 @@ from benchmarks.workers import default_cache, last_line, report
 from edgelora.inspection import describe_bundle
 from edgelora.terminal import print_json, print_table
 from edgelora_runtime import Bundle
-from edgelora_runtime.memory import find_anonymous_memory
+from edgelora_runtime.residency.memory import find_anonymous_memory
 
 ADAPTERS = ("first", "second", "third")
 METHODS = ("rtn", "gptq")

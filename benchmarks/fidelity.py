@@ -22,18 +22,18 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.data.rows import Row, read_rows
+from edgelora.data.scores import slot_f1
 from edgelora.evaluation import score_variant
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
-from edgelora.rows import Row, read_rows
-from edgelora.scores import slot_f1
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.in_torch.reference import write_with_torch
 from edgelora.terminal import print_json, print_note, print_table
-from edgelora.torch_reference import write_with_torch
-from edgelora_export.fidelity import log_softmax
-from edgelora_export.gate import Gate
-from edgelora_export.variants import Quantization
+from edgelora_export.bundle.fidelity import log_softmax
+from edgelora_export.bundle.gate import Gate
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
-from edgelora_runtime.cache import shared_prefix
+from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

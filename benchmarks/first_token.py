@@ -22,10 +22,10 @@ from pathlib import Path
 
 from benchmarks.pocket import find_base
 from benchmarks.workers import describe_machine
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.terminal import format_bytes, print_json, print_note, print_table
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
 
 OURS = "edgelora"
 PEERS = ("llama-cpp-python", "onnxruntime-genai", "openvino-genai")

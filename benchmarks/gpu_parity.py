@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.exporting import export
-from edgelora.merging import merge_into
-from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.composing.merge_into_base import merge_into
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.terminal import print_table
 from edgelora_export.architectures import read_decoder
-from edgelora_export.base import Base
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
+from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import UsageError
-from edgelora_runtime.providers import find_provider
+from edgelora_runtime.session.providers import find_provider
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,13 +8,13 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.in_torch.train import TrainConfig, train
 from edgelora.terminal import print_note
-from edgelora.training import TrainConfig, train
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
 
 SLOTS = ("slots-buses", "slots-events", "slots-homes", "slots-rentalcars")
 STEPS, LEARNING_RATE = 250, 2e-3

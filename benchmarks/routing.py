@@ -20,16 +20,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.data.rows import Row, read_rows
+from edgelora.data.scores import parse_slots
 from edgelora.evaluation import score_variant
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, RouterRecipe, VariantRecipe
-from edgelora.routing import train_router
-from edgelora.rows import Row, read_rows
-from edgelora.scores import parse_slots
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, RouterRecipe, VariantRecipe
+from edgelora.exporting.train_router import train_router
 from edgelora.terminal import format_share, print_json, print_note, print_table
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
-from edgelora_runtime.router import AUTO, Router
+from edgelora_runtime.bundle.router import AUTO, Router
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.data.rows import Row, read_rows
+from edgelora.data.scores import main_score
 from edgelora.evaluation import score_variant
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
-from edgelora.rows import Row, read_rows
-from edgelora.scores import main_score
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.in_torch.reference import write_with_torch
 from edgelora.terminal import format_share, print_json, print_note, print_table
-from edgelora.torch_reference import write_with_torch
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 
 DOMAINS = ("slots-buses", "slots-events")

@@ -23,17 +23,17 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.pocket import find_base, find_data, train_adapter
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
-from edgelora.rows import read_rows
+from edgelora.data.rows import read_rows
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.terminal import print_json, print_note, print_table
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, Runtime
-from edgelora_runtime.drafting import Drafter
-from edgelora_runtime.kernels import choose_kernels
-from edgelora_runtime.model import Model
-from edgelora_runtime.providers import CPU
-from edgelora_runtime.step_costs import LEAST_ROWS, MOST_GUESSES
+from edgelora_runtime.decode.drafter import Drafter
+from edgelora_runtime.session.kernels import choose_kernels
+from edgelora_runtime.session.model import Model
+from edgelora_runtime.session.providers import CPU
+from edgelora_runtime.session.step_costs import LEAST_ROWS, MOST_GUESSES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

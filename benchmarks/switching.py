@@ -32,13 +32,13 @@ from benchmarks.workers import (
     report,
     start_workers,
 )
-from edgelora.exporting import export
-from edgelora.recipe import Recipe, VariantRecipe
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.terminal import print_json, print_note, print_table
-from edgelora_export.variants import Quantization
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, PackedCache, Runtime
-from edgelora_runtime.kernels import KERNELS
-from edgelora_runtime.memory import find_anonymous_memory
+from edgelora_runtime.residency.memory import find_anonymous_memory
+from edgelora_runtime.session.kernels import KERNELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgelora_runtime.cache_folder import find_cache_folder
+from edgelora_runtime.residency.cache_folder import find_cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_VERSION = "1"  # raise it when what shapes.py or peer_models.py write changes

@@ -23,9 +23,9 @@ from edgelora_runtime import (
 )
 
 if TYPE_CHECKING:
-    from edgelora.composing import compose
-    from edgelora.exporting import export
-    from edgelora.training import TrainConfig, train
+    from edgelora.composing.compose import compose
+    from edgelora.exporting.export import export
+    from edgelora.in_torch.train import TrainConfig, train
 
 __all__ = [
     "Bundle",
@@ -49,7 +49,7 @@ __all__ = [
 ]
 
 # Imported when first asked for: they bring torch or onnx. Package that may be absent → the extra that has it.
-_LAZY = {"compose": "composing", "export": "exporting", "train": "training", "TrainConfig": "training"}
+_LAZY = {"compose": "composing.compose", "export": "exporting.export", "train": "in_torch.train", "TrainConfig": "in_torch.train"}
 _EXTRAS = {"onnx": "export", "onnx_ir": "export", "torch": "export", "transformers": "export"}
 
 

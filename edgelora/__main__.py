@@ -1,5 +1,5 @@
 """python -m edgelora: the command line."""
 
-from edgelora.cli import main
+from edgelora.cli.app import main
 
 main()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.terminal import format_bytes, print_json, print_table
 from edgelora_runtime.errors import UsageError
-from edgelora_runtime.memory import find_anonymous_memory
+from edgelora_runtime.residency.memory import find_anonymous_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

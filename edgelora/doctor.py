@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.kernels import find_kernels, why_none
-from edgelora_runtime.packed_cache import PackedCache, find_packed_folder
+from edgelora_runtime.residency.packed_cache import PackedCache, find_packed_folder
+from edgelora_runtime.session.kernels import find_kernels, why_none
 
 if TYPE_CHECKING:
     from pathlib import Path

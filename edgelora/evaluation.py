@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora.scores import exact_match, main_score, slot_f1
-from edgelora_runtime.cache import shared_prefix
+from edgelora.data.scores import exact_match, main_score, slot_f1
 from edgelora_runtime.errors import InputError
+from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
     from edgelora_runtime import Runtime
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from edgelora_runtime import Bundle
-    from edgelora_runtime.manifest import (
+    from edgelora_runtime.bundle.manifest import (
         BaseEntry,
         CalibrationEntry,
         FidelityEntry,

@@ -128,7 +128,7 @@ kind = "live"
 @pytest.fixture(scope="session")
 def bundle32(tiny_recipe: Path) -> Path:
     """The recipe's bundle in float32."""
-    from edgelora.exporting import export
+    from edgelora.exporting.export import export
 
     output = tiny_recipe.parent / "bundle32"
     export(tiny_recipe, output)
@@ -138,7 +138,7 @@ def bundle32(tiny_recipe: Path) -> Path:
 @pytest.fixture(scope="session")
 def bundle4(tiny_recipe: Path) -> Path:
     """The recipe's bundle in int4."""
-    from edgelora.exporting import export
+    from edgelora.exporting.export import export
 
     recipe = tiny_recipe.with_name("recipe4.toml")
     recipe.write_text(tiny_recipe.read_text(encoding="utf-8").replace("bits = 32", "bits = 4"), encoding="utf-8")
@@ -150,7 +150,7 @@ def bundle4(tiny_recipe: Path) -> Path:
 @pytest.fixture(scope="session")
 def routed_bundle(tiny_recipe: Path) -> Path:
     """The recipe's bundle in float32 with a router: prompts about cats go to plain, about days to other, the rest to base."""
-    from edgelora.exporting import export
+    from edgelora.exporting.export import export
 
     for name, form in (("cats", "the cat number {} sat"), ("days", "a day in the sun, {} of them")):
         rows = [json.dumps({"prompt": form.format(n), "completion": f" {n}"}) for n in range(40)]

@@ -9,7 +9,7 @@ import sys
 import onnxruntime as ort
 import pytest
 
-from edgelora_runtime.kernels import find_kernels
+from edgelora_runtime.session.kernels import find_kernels
 
 needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed, or have none for this CPU")
 
@@ -34,5 +34,6 @@ def run_in_lesser_sets(code: str) -> None:
     assert found is not None
     for name in _LESSER.get(found.instruction_set, []):
         environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
-        checked = f"from edgelora_runtime.kernels import find_kernels\nassert find_kernels().instruction_set == {name!r}\n{code}"
+        imports = "from edgelora_runtime.session.kernels import find_kernels"
+        checked = f"{imports}\nassert find_kernels().instruction_set == {name!r}\n{code}"
         subprocess.run([sys.executable, "-c", checked], check=True, env=environment)

@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from edgelora_export.base import Base
-from edgelora_export.build import build_bundle
-from edgelora_export.variants import Quantization, Variant
+from edgelora_export.bundle.builder import build_bundle
+from edgelora_export.plan.variants import Quantization, Variant
+from edgelora_export.weights.base import Base
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_runtime.manifest import Manifest
+    from edgelora_runtime.bundle.manifest import Manifest
 
     Floats = NDArray[np.float32]
 

@@ -8,15 +8,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgelora.demo.tasks import general_row
-from edgelora.training import quiet_libraries
-from edgelora_export.publish import staged_folder
+from edgelora.in_torch.train import quiet_libraries
+from edgelora_export.weights.publish import staged_folder
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
 
 BOS, EOS = "<s>", "</s>"
 # Each turn is a document of its own, as in pretraining: <s>Command: text\nanswer</s>

@@ -10,21 +10,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.data.rows import Row, read_rows
+from edgelora.data.scores import main_score, slot_f1
 from edgelora.demo.base import make_base
 from edgelora.demo.report import DemoReport, Switch
 from edgelora.demo.settings import DemoSettings, MixSettings
 from edgelora.demo.tasks import Task, make_tasks
 from edgelora.evaluation import score_variant
-from edgelora.exporting import export
-from edgelora.learning import LearnConfig, learn
-from edgelora.rows import Row, read_rows
-from edgelora.scores import main_score, slot_f1
+from edgelora.exporting.export import export
+from edgelora.in_torch.reference import write_with_torch
+from edgelora.in_torch.train import TrainConfig, train
+from edgelora.learn.learn import LearnConfig, learn
 from edgelora.terminal import print_note, show_progress
-from edgelora.torch_reference import write_with_torch
-from edgelora.training import TrainConfig, train
 from edgelora_runtime import Runtime
+from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
-from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

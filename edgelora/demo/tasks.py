@@ -12,8 +12,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora.data.rows import Row
 from edgelora.demo.phrases import MONTHS, PLACES, WORDS, draw_date, draw_order, draw_price, spell_number, spell_ordinal
-from edgelora.rows import Row
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:

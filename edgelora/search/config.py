@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.methods import METHODS
+from edgelora.mix.methods import METHODS
+from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError, list_wrong
-from edgelora_runtime.manifest import check_variant_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

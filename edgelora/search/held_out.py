@@ -9,16 +9,16 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.calibration_data import find_training_data
-from edgelora.rows import read_rows
+from edgelora.data.calibration import find_training_data
+from edgelora.data.rows import read_rows
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-    from edgelora.adapters import Adapter
-    from edgelora.rows import Row
+    from edgelora.adapters.folder import Adapter
+    from edgelora.data.rows import Row
 
 # Short rows recur by chance: up to 13% of the rows of a training file stand in its test file, too (slots; docs/log.md).
 CHANCE_SHARE = 0.25

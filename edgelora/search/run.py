@@ -9,8 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.adapters import Adapter, check_same_base
-from edgelora.composing import compose
+from edgelora.adapters.checks import check_same_base
+from edgelora.adapters.folder import Adapter
+from edgelora.composing.compose import compose
 from edgelora.search.held_out import read_held_out
 from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective, sum_up
@@ -18,8 +19,8 @@ from edgelora.search.report import MixFigures, SearchReport, write_recipe
 from edgelora.search.space import Point, choose_sampler, read_point
 from edgelora.search.trials import choose, run_trials
 from edgelora.search.workers import Job, open_workers
-from edgelora_export.base import Base
-from edgelora_export.publish import write_file
+from edgelora_export.weights.base import Base
+from edgelora_export.weights.publish import write_file
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.methods import DEFAULT_DENSITY, DENSITY, METHODS
+from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, METHODS
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:

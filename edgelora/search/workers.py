@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edgelora.adapters import Adapter
-from edgelora.mix import Mix
-from edgelora.scores import count_scores
-from edgelora_export.torch_model import first_line
+from edgelora.adapters.folder import Adapter
+from edgelora.data.scores import count_scores
+from edgelora.mix.mix import Mix
+from edgelora_export.weights.torch_model import first_line
 from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora.rows import Row
+    from edgelora.data.rows import Row
     from edgelora.search.space import Point
 
     Figures = Mapping[str, NDArray[np.float64]]
@@ -44,7 +44,7 @@ class Scorer:
     """A base in memory that scores one point at a time."""
 
     def __init__(self, job: Job) -> None:
-        from edgelora.mixed_model import MixedModel
+        from edgelora.in_torch.mixed_model import MixedModel
 
         self._job = job
         self._adapters = {name: Adapter.open(folder, name) for name, folder in job.adapters.items()}

@@ -1,7 +1,10 @@
 """Runs edgelora bundles: numpy, onnxruntime and tokenizers, nothing heavier."""
 
 from edgelora_runtime._version import __version__
-from edgelora_runtime.bundle import Bundle
+from edgelora_runtime.bundle.folder import Bundle
+from edgelora_runtime.bundle.router import Route
+from edgelora_runtime.decode.loop import Generation, Receipt, TextStream
+from edgelora_runtime.decode.sampling import Sampling
 from edgelora_runtime.errors import (
     EdgeloraError,
     InputError,
@@ -10,11 +13,8 @@ from edgelora_runtime.errors import (
     ResourceError,
     UsageError,
 )
-from edgelora_runtime.generation import Generation, Receipt, TextStream
-from edgelora_runtime.packed_cache import PackedCache
-from edgelora_runtime.router import Route
+from edgelora_runtime.residency.packed_cache import PackedCache
 from edgelora_runtime.runtime import Runtime
-from edgelora_runtime.sampling import Sampling
 
 __all__ = [
     "Bundle",

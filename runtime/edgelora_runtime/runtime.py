@@ -11,26 +11,26 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_runtime.bundle import Bundle
-from edgelora_runtime.choice import Choice, choose_mix, choose_variant
+from edgelora_runtime.bundle.choice import Choice, choose_mix, choose_variant
+from edgelora_runtime.bundle.folder import Bundle
+from edgelora_runtime.bundle.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
+from edgelora_runtime.bundle.tokenizer import Tokenizer
+from edgelora_runtime.decode.cancellation import Interruption
+from edgelora_runtime.decode.grammar import Grammars
+from edgelora_runtime.decode.loop import Generation, Receipt, Request, TextStream, continue_prompt
+from edgelora_runtime.decode.sampling import Sampling
+from edgelora_runtime.decode.speculation import SPECULATIONS, Speculation
+from edgelora_runtime.decode.stop_strings import StopFilter
 from edgelora_runtime.errors import InputError, UsageError
-from edgelora_runtime.generation import Generation, Receipt, Request, TextStream, continue_prompt
-from edgelora_runtime.grammar import Grammars
-from edgelora_runtime.interruption import Interruption
-from edgelora_runtime.kernels import choose_kernels
-from edgelora_runtime.live import LiveMixes
-from edgelora_runtime.loader import Loader
-from edgelora_runtime.memory import find_free_memory, parse_bytes
-from edgelora_runtime.model import PREFILL_CHUNK, Model, new_cache
-from edgelora_runtime.prompt_cache import PromptCache
-from edgelora_runtime.prompt_file import read_prompts, write_prompts
-from edgelora_runtime.providers import find_provider
-from edgelora_runtime.residency import Residency, Usage
-from edgelora_runtime.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
-from edgelora_runtime.sampling import Sampling
-from edgelora_runtime.speculation import SPECULATIONS, Speculation
-from edgelora_runtime.streaming import StopFilter
-from edgelora_runtime.tokenizer import Tokenizer
+from edgelora_runtime.residency.live_mixes import LiveMixes
+from edgelora_runtime.residency.loader import Loader
+from edgelora_runtime.residency.memory import find_free_memory, parse_bytes
+from edgelora_runtime.residency.models import Residency, Usage
+from edgelora_runtime.residency.prompt_cache import PromptCache
+from edgelora_runtime.residency.prompt_file import read_prompts, write_prompts
+from edgelora_runtime.session.kernels import choose_kernels
+from edgelora_runtime.session.model import PREFILL_CHUNK, Model, new_cache
+from edgelora_runtime.session.providers import find_provider
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_runtime.factors import LoraInputs
-    from edgelora_runtime.manifest import VariantEntry
-    from edgelora_runtime.options import GenerateOptions
-    from edgelora_runtime.packed_cache import PackedCache
-    from edgelora_runtime.tokenizer import Message
+    from edgelora_runtime.bundle.manifest import VariantEntry
+    from edgelora_runtime.bundle.tokenizer import Message
+    from edgelora_runtime.decode.options import GenerateOptions
+    from edgelora_runtime.residency.packed_cache import PackedCache
+    from edgelora_runtime.session.factors import LoraInputs
 
     Floats = NDArray[np.float32]
     Prompt = str | Sequence[Message] | Sequence[int]

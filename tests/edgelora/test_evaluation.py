@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from edgelora.data.rows import Row
 from edgelora.evaluation import completion_loss, evaluate, log_likelihood
-from edgelora.rows import Row
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_tokenizer
 

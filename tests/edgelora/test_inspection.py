@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora.adapters import Provenance, write_provenance
-from edgelora.calibration_data import hash_data
-from edgelora.exporting import export
-from edgelora.fidelity_report import write_reports
+from edgelora.adapters.folder import Provenance, write_provenance
+from edgelora.data.calibration import hash_data
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.inspection import show_bundle
-from edgelora.recipe import Recipe, VariantRecipe
-from edgelora_export.base import Base
-from edgelora_export.gate import Gate
-from edgelora_export.variants import Quantization
+from edgelora.report.fidelity_pages import write_reports
+from edgelora_export.bundle.gate import Gate
+from edgelora_export.plan.variants import Quantization
+from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle
 from tests.tiny import make_adapter
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from edgelora_runtime import InputError, IntegrityError, Route, Runtime, UsageError
-from edgelora_runtime.manifest import MANIFEST
+from edgelora_runtime.bundle.manifest import MANIFEST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

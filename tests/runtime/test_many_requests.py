@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from edgelora_runtime import Runtime
-from edgelora_runtime.memory import find_anonymous_memory
+from edgelora_runtime.residency.memory import find_anonymous_memory
 from tests.tiny import random_tokens
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from edgelora_runtime import Runtime, UsageError
-from edgelora_runtime.interruption import Interruption
-from edgelora_runtime.model import PREFILL_CHUNK, _Steps
+from edgelora_runtime.decode.cancellation import Interruption
+from edgelora_runtime.session.model import PREFILL_CHUNK, _Steps
 from tests.runtime.test_runtime import generate_alone
 from tests.tiny import random_tokens
 

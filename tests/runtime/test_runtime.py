@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from edgelora_runtime import Bundle, InputError, Runtime, UsageError, providers
-from edgelora_runtime.memory import parse_bytes
-from edgelora_runtime.model import PREFILL_CHUNK
+from edgelora_runtime import Bundle, InputError, Runtime, UsageError
+from edgelora_runtime.residency.memory import parse_bytes
+from edgelora_runtime.session import providers
+from edgelora_runtime.session.model import PREFILL_CHUNK
 from tests.tiny import greedy, load_base, random_tokens
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     import onnxruntime
 
-    from edgelora_runtime.providers import Provider
+    from edgelora_runtime.session.providers import Provider
 
 PROMPT = "the cat sat"
 MIX = {"plain": 0.5, "other": -0.8}
@@ -439,9 +440,9 @@ def test_threads_of_large_models_alone_sleep_between_steps(
         opened.append(options)
         return providers.open_session(graph, options, provider)
 
-    monkeypatch.setattr("edgelora_runtime.stage.open_session", watch)
+    monkeypatch.setattr("edgelora_runtime.session.stage.open_session", watch)
     if large:
-        monkeypatch.setattr("edgelora_runtime.loader._SPIN_BELOW", 0)
+        monkeypatch.setattr("edgelora_runtime.residency.loader._SPIN_BELOW", 0)
     with Runtime(bundle32, threads=2) as other:
         assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
     assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))

@@ -17,7 +17,7 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgelora_export.decoder import Decoder
+    from edgelora_export.decoder.description import Decoder
 
 _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "gemma2": read_gemma2,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.decoder import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Norm, Part
-from edgelora_export.rope import read_rope, rotary_tables
+from edgelora_export.decoder.description import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Norm, Part
+from edgelora_export.decoder.rope import read_rope, rotary_tables
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, make_norm, make_tables, read_sizes, read_windows
-from edgelora_export.rope import read_rope
+from edgelora_export.decoder.rope import read_rope
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from edgelora_export.decoder import Decoder, HeadPadding, Layer, Norm
+    from edgelora_export.decoder.description import Decoder, HeadPadding, Layer, Norm
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora_export.architectures.dense import make_decoder, make_layer, read_sizes
 
 if TYPE_CHECKING:
-    from edgelora_export.decoder import Decoder
+    from edgelora_export.decoder.description import Decoder
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, read_sizes
-from edgelora_export.decoder import Part
-from edgelora_export.rope import read_rope
+from edgelora_export.decoder.description import Part
+from edgelora_export.decoder.rope import read_rope
 
 if TYPE_CHECKING:
-    from edgelora_export.decoder import Decoder, Layer
+    from edgelora_export.decoder.description import Decoder, Layer
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, make_norm, read_sizes, read_windows
 
 if TYPE_CHECKING:
-    from edgelora_export.decoder import Decoder
+    from edgelora_export.decoder.description import Decoder
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

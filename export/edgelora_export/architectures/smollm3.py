@@ -12,7 +12,7 @@ from edgelora_export.architectures.dense import make_decoder, make_layer, read_s
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from edgelora_export.decoder import Decoder
+    from edgelora_export.decoder.description import Decoder
 
 # What transformers assumes where config.json is silent.
 _DEFAULTS: dict[str, Any] = {

@@ -1,0 +1,100 @@
+"""`edgelora chat`: a conversation in the terminal that changes variants between turns."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from edgelora.terminal import print_note
+from edgelora_runtime.bundle.router import AUTO
+from edgelora_runtime.errors import EdgeloraError
+
+if TYPE_CHECKING:
+    from edgelora_runtime import Route, Runtime
+
+HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
+
+
+def run_chat(
+    runtime: Runtime, *, variant: str | None, max_tokens: int, temperature: float, seed: int | None, quiet: bool
+) -> list[dict[str, str]]:
+    """Reads lines until /quit or the end of input; returns the turns as {"variant", "prompt", "answer"}.
+
+    A bundle with a chat template gets the conversation so far, one without gets each line as a prompt of its own.
+    variant "auto": the bundle's router picks one for each line, on that line alone. quiet: answers are not printed.
+    """
+    current = _switch(runtime, variant)
+    print_note(HELP)
+    messages: list[dict[str, str]] = []
+    turns: list[dict[str, str]] = []
+    while (line := _read_line(f"{current}> ")) is not None:
+        if line.startswith("/"):
+            if line == "/quit":
+                break
+            current = _obey(runtime, line, messages, current)
+            continue
+        if not line:
+            continue
+        messages.append({"role": "user", "content": line})
+        prompt = messages if runtime.tokenizer.has_chat_template else line
+        try:
+            stream = runtime.stream(prompt, variant=current, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            pieces = []
+            for piece in stream:
+                pieces.append(piece)
+                if not quiet:
+                    print(piece, end="", flush=True)
+        except EdgeloraError as error:
+            print_note(f"edgelora: {error}")
+            messages.pop()
+            continue
+        answer = "".join(pieces)
+        if not quiet:
+            print()
+        assert stream.generation is not None
+        if stream.generation.route is not None:
+            print_note(describe_route(stream.generation.route))
+        messages.append({"role": "assistant", "content": answer})
+        turns.append({"variant": stream.generation.variant, "prompt": line, "answer": answer})
+    return turns
+
+
+def describe_route(route: Route) -> str:
+    """One line that says which variant a router chose, and how sure it was."""
+    return f"routed to {route.variant} ({'fallback, ' if route.fallback else ''}confidence {route.confidence:.2f})"
+
+
+def _switch(runtime: Runtime, variant: str | None) -> str:
+    """Makes a variant ready, or the router; returns what the next turns ask for."""
+    if variant == AUTO:
+        runtime.route("")  # loads the router, or says that there is none
+        print_note("each turn goes to the variant that the router picks for it")
+        return AUTO
+    receipt = runtime.switch(variant)
+    print_note(f"{receipt.variant} in {receipt.milliseconds:.1f} ms ({'cold' if receipt.cold else 'warm'})")
+    return receipt.variant
+
+
+def _read_line(prompt: str) -> str | None:
+    """A line without its end, None where the input ends. The prompt goes to standard error."""
+    if sys.stdin.isatty():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    return line.strip() if line else None
+
+
+def _obey(runtime: Runtime, line: str, messages: list[dict[str, str]], current: str) -> str:
+    """Does what a line with a slash says; returns what the next turns ask for."""
+    verb, _, name = line.partition(" ")
+    if verb == "/switch":
+        try:
+            return _switch(runtime, name.strip())
+        except EdgeloraError as error:
+            print_note(f"edgelora: {error}")
+    elif verb == "/variants":
+        print_note(", ".join(runtime.variants))
+    elif verb == "/reset":
+        messages.clear()
+    else:
+        print_note(HELP)
+    return current

@@ -1,0 +1,201 @@
+"""`edgelora compose`: writes a mix as a PEFT adapter, so that any PEFT user can load it and edgelora can export it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgelora.adapters.folder import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.composing.mergekit_config import read_mergekit
+from edgelora.composing.mergekit_mix import MergekitMix
+from edgelora.mix.methods import DEFAULT_DENSITY
+from edgelora.mix.mix import Mix
+from edgelora_export.weights.publish import staged_folder, write_file
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Set
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora.mix.weights import Weight
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ComposeReport:
+    """What was written. rank: the largest of a module.
+
+    largest_error, mean_error: of the modules' B·A against their ΔW, ‖ΔW - B·A‖ / ‖ΔW‖; 0 where the rank holds the mix exactly.
+    """
+
+    output: Path
+    modules: int
+    rank: int
+    largest_error: float
+    mean_error: float
+
+
+class Composition(Protocol):
+    """Adapters of one base and what a method makes of them, as factors: a Mix, or what another tool's file means."""
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]: ...
+
+    @property
+    def modules(self) -> Set[str]: ...
+
+    def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]: ...
+
+    def describe(self) -> str: ...
+
+
+def compose(
+    adapters: Mapping[str, tuple[Path | str, Weight]],
+    output: Path,
+    *,
+    method: str = "linear",
+    density: float = DEFAULT_DENSITY,
+    seed: int = 0,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> ComposeReport:
+    """Mixes adapters, given as name → (folder, weight), into one adapter.
+
+    Methods on factors are exact, at most at the sum of the ranks; others are the nearest matrices of that rank. A rank cuts both
+    to it, or to less where a module has less. The report says how near they are. Raises InputError for adapters that do not
+    mix and for an output that is something else.
+    """
+    if not adapters:
+        raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
+    opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
+    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
+    return write_mix(mix, output, rank=rank, on_progress=on_progress)
+
+
+def write_mix(
+    mix: Composition,
+    output: Path,
+    *,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> ComposeReport:
+    """Writes a mix of adapters, all of which take part, as one adapter; see compose."""
+    check_composable(mix.adapters)
+    factors: dict[str, tuple[Floats, Floats]] = {}
+    errors: list[float] = []
+    modules = sorted(mix.modules)
+    if not modules:
+        raise InputError("the weights are 0 in every module: there is nothing to compose")
+    for done, module in enumerate(modules):
+        on_progress(done, len(modules), module)
+        a, b, error = mix.factors_with_error(module, rank)
+        factors[module] = a, b
+        errors.append(error)
+    on_progress(len(modules), len(modules), "writing")
+    described = f"composed: {mix.describe()}" + (f", cut to rank {rank}" if rank else "")
+    provenance = derive_provenance(mix.adapters, described, factors)
+    write_composed(output, factors, next(iter(mix.adapters.values())), provenance)
+    return ComposeReport(output, len(modules), max(len(a) for a, _ in factors.values()), max(errors), fmean(errors))
+
+
+def check_composable(adapters: Mapping[str, Adapter]) -> None:
+    """Refuses what no LoRA adapter of linear layers could hold."""
+    if wrong := sorted({module for adapter in adapters.values() for module in adapter.modules if adapter.is_embedding(module)}):
+        raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
+
+
+def write_composed(
+    output: Path, factors: Mapping[str, tuple[Floats, Floats]], first: Adapter, provenance: Provenance | None
+) -> None:
+    """Writes A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder; first: one of the adapters they come from."""
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for module, (a, b) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    config = _peft_config({module: len(a) for module, (a, _) in factors.items()}, first)
+    with staged_folder(output, marker=CONFIG) as folder:
+        write_file(folder / CONFIG, [(json.dumps(config, indent=1) + "\n").encode()])
+        write_file(folder / WEIGHTS, _pack(tensors))
+        if provenance is not None:
+            write_provenance(folder, provenance)
+
+
+def compose_mergekit(
+    path: Path | str,
+    output: Path,
+    *,
+    seed: int = 0,
+    rank: int | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> ComposeReport:
+    """Writes the merge of a mergekit configuration, a YAML file, as one adapter; see compose and read_mergekit."""
+    config = read_mergekit(path)
+    for note in config.notes:
+        on_note(f"{path}: {note}")
+    return write_mix(MergekitMix.open(config, seed), output, rank=rank, on_progress=on_progress)
+
+
+def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
+    """A safetensors file in pieces: its own writer would copy all tensors, twice."""
+    header, offset = {}, 0
+    for name, values in tensors.items():
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
+        offset += values.nbytes
+    packed = json.dumps(header).encode()
+    packed += b" " * (-len(packed) % 8)  # the format wants the data aligned to 8 bytes
+    yield len(packed).to_bytes(8, "little") + packed
+    for values in tensors.values():
+        yield np.ascontiguousarray(values, "<f4").data
+
+
+def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
+    """α = r for every module, so that the scale is 1 and the factors alone say everything."""
+    common = max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != common}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": first.config.get("base_model_name_or_path"),
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": bool(first.config.get("fan_in_fan_out")),  # of the base's layers: PEFT sets it for GPT-2's
+    }
+
+
+def derive_provenance(
+    adapters: Mapping[str, Adapter], init: str, factors: Mapping[str, tuple[Floats, Floats]]
+) -> Provenance | None:
+    """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
+    origins = [adapter.provenance for adapter in adapters.values()]
+    if any(origin is None for origin in origins):
+        return None
+    first = next(origin for origin in origins if origin is not None)
+    held = {origin.base_quantization for origin in origins if origin is not None}
+    rank = max(len(a) for a, _ in factors.values())
+    return Provenance(
+        base_name=first.base_name,
+        base_sha256=first.base_sha256,
+        base_quantization=first.base_quantization if len(held) == 1 else "mixed",
+        data_sha256="",
+        data_rows=0,
+        init=init,
+        seed=0,
+        rank=rank,
+        alpha=float(rank),
+        steps=0,
+        learning_rate=0.0,
+    )

@@ -1,0 +1,76 @@
+"""`edgelora compose --merge-into BASE`: a mix added into its base, saved as a plain Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora.adapters.checks import check_same_base, check_shapes
+from edgelora.adapters.folder import Adapter
+from edgelora.mix.methods import DEFAULT_DENSITY
+from edgelora.mix.mix import Mix
+from edgelora_export.architectures import read_decoder
+from edgelora_export.weights.base import Base
+from edgelora_export.weights.checkpoint import DTYPES, write_checkpoint
+from edgelora_export.weights.publish import staged_folder, write_file
+from edgelora_export.weights.store import check_modules
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from edgelora.mix.weights import Weight
+
+MERGED = "edgelora_merge.json"  # what was merged; also marks the folder as ours, to be replaced by a later run
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What was written: a checkpoint in which the weights of so many modules have changed."""
+
+    output: Path
+    base_sha256: str
+    modules: int
+
+
+def merge_into(
+    base: str,
+    adapters: Mapping[str, tuple[Path | str, Weight]],
+    output: Path,
+    *,
+    method: str = "linear",
+    density: float = DEFAULT_DENSITY,
+    seed: int = 0,
+    dtype: str | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> MergeReport:
+    """Adds a mix of adapters, given as name → (folder, weight), to a base and saves the sum.
+
+    base: a local folder or a hub id. dtype: float32, float16 or bfloat16; None for the base's own.
+    Raises InputError for adapters that do not fit the base and for an output that is something else.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+    if not adapters:
+        raise InputError("no adapter to merge; give at least one as NAME=FOLDER:WEIGHT")
+    opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
+    found = Base.find(base)
+    decoder = read_decoder(found.config)
+    check_same_base(opened, found.sha256)
+    mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
+    check_modules(decoder, mix.modules, "the mix", ends=True)
+    check_shapes(opened, decoder)
+    origin = {
+        "base": found.folder.resolve().name,
+        "base_sha256": found.sha256,
+        "mix": dict(mix.weights),
+        "method": method,
+        **mix.options(),
+        "adapters": {name: adapter.sha256 for name, adapter in opened.items()},
+    }
+    with staged_folder(output, marker=MERGED) as folder:
+        write_checkpoint(found, mix, folder, dtype, on_progress)
+        write_file(folder / MERGED, [(json.dumps(origin, indent=1) + "\n").encode()])
+    return MergeReport(output, found.sha256, len(mix.modules))

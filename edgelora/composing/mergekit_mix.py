@@ -1,0 +1,198 @@
+"""A mergekit merge of LoRA adapters, computed on ΔW module by module as mergekit computes it on whole models in float32.
+
+The formulas are those of mergekit's linear.py, generalized_task_arithmetic.py and sparsify.py at
+https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit; only what dare draws at random
+are edgelora's own draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.adapters.checks import check_same_base
+from edgelora.adapters.folder import Adapter
+from edgelora.mix.methods.dare import drop
+from edgelora.mix.methods.deltas import Changed, Product, by_runs, runs
+from edgelora.mix.methods.magnitude import trim
+from edgelora.mix.methods.spectra import stack_factors, truncate, truncate_product
+from edgelora.mix.mix import draw_seed
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence, Set
+
+    from numpy.typing import NDArray
+
+    from edgelora.composing.mergekit_config import MergekitConfig, MergeSource
+    from edgelora.mix.methods.deltas import Rows
+
+    Floats = NDArray[np.float32]
+
+_TINY = 1e-7  # sums of magnitudes below which mergekit does not rescale
+_SUM_METHODS = ("linear", "task_arithmetic")
+
+
+@dataclass(frozen=True)
+class Scaled(Changed):
+    """A delta times a factor."""
+
+    factor: float
+
+    def __getitem__(self, rows: slice) -> Floats:
+        scaled: Floats = self.delta[rows] * np.float32(self.factor)
+        return scaled
+
+
+@dataclass(frozen=True)
+class MergekitMix:
+    """The adapters of a configuration, opened and named, and what it makes of them. Satisfies edgelora_export's Delta.
+
+    sources: by adapter's name; the base's own places in the configuration are left to it. seed: for what dare draws.
+    """
+
+    config: MergekitConfig
+    sources: Mapping[str, MergeSource]
+    adapters: Mapping[str, Adapter] = field(default_factory=dict)
+    seed: int = 0
+
+    @classmethod
+    def open(cls, config: MergekitConfig, seed: int = 0) -> MergekitMix:
+        """Opens the adapters; InputError for those that do not mix."""
+        named: dict[str, MergeSource] = {}
+        for source in config.sources:
+            if source.adapter is not None:
+                name = source.adapter.name
+                while name in named:
+                    name += "'"
+                named[name] = source
+        adapters = {name: Adapter.open(source.adapter, name) for name, source in named.items() if source.adapter is not None}
+        check_same_base(adapters)
+        return cls(config, named, adapters, seed)
+
+    @property
+    def modules(self) -> Set[str]:
+        return {module for adapter in self.adapters.values() for module in adapter.modules}
+
+    def describe(self) -> str:
+        """The merge in a few words."""
+        return f"mergekit {self.config.method}({', '.join(self.adapters)})"
+
+    def rank(self, module: str) -> int:
+        """The summed rank of the adapters that change a module."""
+        return sum(adapter.shapes[module][2] for adapter in self._present(module).values())
+
+    def dense(self, module: str, weight: Floats | None = None) -> Floats:
+        """ΔW float32 (N, K); weight is the base's, which some kinds of adapters need."""
+        deltas: dict[str, Rows] = {
+            name: adapter.dense(module, weight) if adapter.in_terms_of_base(module) else Product(*adapter.factors(module))
+            for name, adapter in self._present(module).items()
+        }
+        weights = self._weights(module)
+        if self.config.method in _SUM_METHODS:
+            parts, shares = [*deltas.values()], [self._shares(module)[name] for name in deltas]
+            return by_runs(lambda rows: _sum(rows, shares), parts)
+        sparse = [self._sparsify(module, name, delta) for name, delta in deltas.items()]
+        factor = self.config.shared("lambda", module, 1.0)
+        normalize = self._normalizes(module)
+        if self.config.method == "dare_linear":
+            total = sum(weights.values())
+            factor /= total if normalize and abs(total) >= 1e-8 else 1.0
+            return by_runs(lambda rows: _sum(rows, [weights[name] * factor for name in deltas]), sparse)
+        return by_runs(lambda rows: _elect(rows, [weights[name] for name in deltas], factor, normalize=normalize), sparse)
+
+    def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]:
+        """A float32 (r, K) and B float32 (N, r), and the relative error of B·A; 0 for sums, others have the summed rank."""
+        if rank is not None and rank < 1:
+            raise InputError(f"rank = {rank}: use 1 or more")
+        if self.config.method in _SUM_METHODS:
+            shares = self._shares(module)
+            factors = {name: adapter.factors(module) for name, adapter in self._present(module).items()}
+            a, b = stack_factors([(a, b * np.float32(shares[name])) for name, (a, b) in factors.items()])
+            return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
+        return truncate(self.dense(module), rank or self.rank(module))
+
+    def _present(self, module: str) -> dict[str, Adapter]:
+        return {name: adapter for name, adapter in self.adapters.items() if module in adapter.modules}
+
+    def _normalizes(self, module: str) -> bool:
+        return bool(self.config.shared("normalize", module, float(self.config.method in ("linear", "ties"))))
+
+    def _weights(self, module: str) -> dict[str, float]:
+        """The weight of each adapter in a module, also of those that leave it alone: mergekit counts them with a ΔW of 0."""
+        return {name: self._weight(source, name, module) for name, source in self.sources.items()}
+
+    def _weight(self, source: MergeSource, name: str, module: str) -> float:
+        weight = self.config.own(source, "weight", module)
+        if weight is None:
+            raise InputError(
+                f"mergekit configuration: {name} has no weight for {module}; write parameters: weight: for it or for all"
+            )
+        if not math.isfinite(weight):
+            raise InputError(f"mergekit configuration: the weight of {name} for {module} is {weight}; use a finite number")
+        return weight
+
+    def _shares(self, module: str) -> dict[str, float]:
+        """What each adapter's ΔW is multiplied with where the merge is a sum."""
+        weights, normalize = self._weights(module), self._normalizes(module)
+        if self.config.method == "task_arithmetic":
+            factor, total = self.config.shared("lambda", module, 1.0), sum(weights.values())
+            factor /= total if normalize and abs(total) >= 1e-8 else 1.0
+            return {name: weight * factor for name, weight in weights.items()}
+        rest = sum(self._weight(source, "the base", module) for source in self.config.sources if source.adapter is None)
+        total = sum(weights.values()) + rest
+        if not normalize and abs(total - 1) > 1e-6:
+            raise InputError(
+                f"mergekit configuration: linear with normalize: false and weights that sum to {total:g} in {module} scales the "
+                "base itself, which no adapter can; let them sum to 1, or use task_arithmetic"
+            )
+        if abs(total) < 1e-8:
+            raise InputError(f"mergekit configuration: the weights of linear sum to 0 in {module}, by which mergekit divides")
+        return {name: weight / (total if normalize else 1.0) for name, weight in weights.items()}
+
+    def _sparsify(self, module: str, name: str, delta: Rows) -> Rows:
+        density = self.config.own(self.sources[name], "density", module)
+        size = math.prod(delta.shape)
+        if density is None or density >= 1:
+            return delta
+        kept = int(density * size)
+        if kept < 1 or density <= 0:
+            raise InputError(
+                f"mergekit configuration: density {density:g} keeps nothing of {name} in {module}; use a larger share"
+            )
+        if self.config.method == "ties":
+            # trim keeps ceil(density · N · K) entries, mergekit int(density · N · K).
+            sparse: Rows = trim(delta, (kept - 0.5) / size)
+        else:
+            dropped = drop(delta, density, draw_seed(self.seed, module, name))
+            sparse = Scaled(dropped, dropped.probability)  # the entries that are left, as they were
+        rescale = self.config.shared("rescale", module, float(self.config.method != "ties"))
+        if not rescale:
+            return sparse
+        before, after = _sum_magnitudes(delta), _sum_magnitudes(sparse)
+        return Scaled(sparse, before / after) if min(before, after) >= _TINY else sparse
+
+
+def _sum_magnitudes(delta: Rows) -> float:
+    return sum(float(np.abs(delta[rows]).sum(dtype=np.float64)) for rows in runs(delta.shape))
+
+
+def _sum(parts: Sequence[Floats], weights: Sequence[float]) -> Floats:
+    total: Floats = np.zeros_like(parts[0])
+    for part, weight in zip(parts, weights, strict=True):
+        total += part * np.float32(weight)
+    return total
+
+
+def _elect(parts: Sequence[Floats], weights: Sequence[float], factor: float, *, normalize: bool) -> Floats:
+    """The sum of the weighted entries whose sign is that of all of them together, + where they cancel; over their weights."""
+    votes = np.stack([part * np.float32(weight) for part, weight in zip(parts, weights, strict=True)])
+    agrees = np.where(votes.sum(axis=0) >= 0, votes > 0, votes < 0)
+    total: Floats = np.where(agrees, votes, np.float32(0)).sum(axis=0)
+    if normalize:
+        divisor = np.tensordot(np.array(weights, np.float32), agrees.astype(np.float32), axes=1)
+        total /= np.where(divisor == 0, np.float32(1), divisor)
+    return total * np.float32(factor)

@@ -1,0 +1,157 @@
+"""What variants are quantized and judged on: rows that their adapters were trained on, and general text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from importlib.resources import files as package_files
+from typing import TYPE_CHECKING
+
+from edgelora.data.rows import Row, read_rows
+from edgelora_export.plan.calibration import Calibration, Sample
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.session.kv_cache import shared_prefix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from edgelora.adapters.folder import Adapter
+
+    Encode = Callable[[str], list[int]]
+
+LONGEST = 512  # tokens of one sample; the rest is left out
+LEAST_TOKENS = 16384  # to quantize on, as far as the data go; wider models need twice their widest input
+HELD_OUT_TOKENS = 2048  # to judge on
+GENERAL_TEXT = "general_text.jsonl"  # comes with edgelora, so that GPTQ never sees a task's format alone
+GENERAL_SHARE = 0.1  # of all tokens to quantize on, at the most, beside adapters' data; figures are in docs/log.md
+_HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are; of general text alone, too
+
+
+def find_training_data(adapter: Adapter) -> Path | None:
+    """The file that an adapter was trained on, if edgelora.json says where and it is still the same; else None."""
+    provenance = adapter.provenance
+    if provenance is None or not provenance.data_file:
+        return None
+    path = adapter.folder / provenance.data_file
+    if not path.is_file() or hash_data(path) != provenance.data_sha256:
+        return None
+    return path
+
+
+def hash_data(path: Path) -> str:
+    """SHA-256 of a data file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def gather_calibration(
+    files: Sequence[Path], encode: Encode, *, widest: int, general_share: float = 0.0, seed: int = 0
+) -> Calibration:
+    """Samples from data files, in turn from each, shuffled; a part of each is held out.
+
+    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; the
+    second moments of fewer than twice as many tokens mislead GPTQ. general_share: how much of what is quantized on may be
+    edgelora's own general text, on which nothing is ever judged; 1 for all of it.
+    """
+    budget = max(LEAST_TOKENS, 2 * widest)
+    piles = [_shuffle(path, seed) for path in dict.fromkeys(files)]
+    fit: list[Sample] = []
+    held_out: list[Sample] = []
+    fit_tokens = held_out_tokens = 0
+    for place in range(max(map(len, piles), default=0)):
+        for pile in piles:
+            if place >= len(pile) or (sample := _encode(pile[place], encode)) is None:
+                continue
+            if place % _HELD_OUT_SHARE == 0 and held_out_tokens < HELD_OUT_TOKENS:
+                held_out.append(sample)
+                held_out_tokens += len(sample.tokens)
+            elif fit_tokens < budget:
+                fit.append(sample)
+                fit_tokens += len(sample.tokens)
+        if fit_tokens >= budget and held_out_tokens >= HELD_OUT_TOKENS:
+            break
+    sources = {_label(path, files): hash_data(path) for path in dict.fromkeys(files)}
+    spare: list[Sample] = []
+    if general_share > 0:
+        general, sources[f"edgelora/{GENERAL_TEXT}"] = _read_general(encode, seed)
+        if not held_out:
+            count = len(general) // _HELD_OUT_SHARE
+            spare, general = general[:count], general[count:]
+        room = fit_tokens * general_share / (1 - general_share) if general_share < 1 else math.inf
+        for sample in general:
+            if len(sample.tokens) <= room:
+                fit.append(sample)
+                room -= len(sample.tokens)
+    return Calibration(tuple(fit), tuple(held_out), sources, tuple(spare))
+
+
+def gather_samples(path: Path, encode: Encode, tokens: int, seed: int = 0) -> list[Sample]:
+    """Samples of one data file, shuffled, until they have so many tokens."""
+    found: list[Sample] = []
+    for item in _shuffle(path, seed):
+        if tokens <= 0:
+            break
+        if (sample := _encode(item, encode)) is not None:
+            found.append(sample)
+            tokens -= len(sample.tokens)
+    if not found:
+        raise InputError(f"data file {path}: no row has two tokens or more")
+    return found
+
+
+def read_general_text() -> list[str]:
+    """The texts that come with edgelora."""
+    return [str(json.loads(line)["text"]) for line in _general_file().splitlines()]
+
+
+def _general_file() -> bytes:
+    return package_files("edgelora.data").joinpath(GENERAL_TEXT).read_bytes()
+
+
+def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
+    """The general text that comes with edgelora, shuffled, and the SHA-256 of its file."""
+    texts = read_general_text()
+    random.Random(seed).shuffle(texts)  # noqa: S311  (not for secrets)
+    samples = [sample for text in texts if (sample := _encode(text, encode)) is not None]
+    return samples, hashlib.sha256(_general_file()).hexdigest()
+
+
+def _label(path: Path, files: Sequence[Path]) -> str:
+    """A file's name, with its folder's before it where two files share one."""
+    names = [other.name for other in dict.fromkeys(files)]
+    label = path.name if names.count(path.name) == 1 else f"{path.resolve().parent.name}/{path.name}"
+    return "".join(filter(str.isprintable, label))
+
+
+def _shuffle(path: Path, seed: int) -> list[Row | str]:
+    """A file's rows or texts, in an order that its content and the seed decide."""
+    items: list[Row | str] = [*_read_texts(path)] or [*read_rows(path)]
+    random.Random(f"{seed} {len(items)}").shuffle(items)  # noqa: S311  (not for secrets)
+    return items
+
+
+def _read_texts(path: Path) -> list[str]:
+    """The texts of a file of {"text": …}; none where its first line is something else."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        values = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
+        return []  # read_rows says what is wrong with it
+    if not values or not isinstance(values[0], dict) or "text" not in values[0]:
+        return []
+    if wrong := [n for n, value in enumerate(values, 1) if not isinstance(value, dict) or not isinstance(value.get("text"), str)]:
+        raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, as the first one is')
+    return [value["text"] for value in values]
+
+
+def _encode(item: Row | str, encode: Encode) -> Sample | None:
+    """A row or text as tokens; None where nothing is left to predict."""
+    if isinstance(item, str):
+        tokens = encode(item)[:LONGEST]
+        return Sample(tuple(tokens)) if len(tokens) > 1 else None
+    whole = encode(item.prompt + item.completion)
+    start = max(1, shared_prefix(encode(item.prompt), whole))
+    tokens = whole[:LONGEST]
+    return Sample(tuple(tokens), start) if start < len(tokens) else None

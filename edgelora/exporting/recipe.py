@@ -1,0 +1,242 @@
+"""recipe.toml: which base, which adapters, which mixes become variants. Read strictly, every mistake in one message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.mix.methods import DEFAULT_DENSITY, METHODS
+from edgelora.mix.weights import check_weight
+from edgelora_export.bundle.gate import Gate
+from edgelora_export.plan.targets import CPU, check_targets
+from edgelora_export.plan.variants import MERGE_BASES, Quantization
+from edgelora_export.weights.files import read_toml
+from edgelora_runtime.bundle.manifest import check_variant_name
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from edgelora.mix.weights import Weight
+
+KINDS = ("merged", "live")
+
+
+@dataclass(frozen=True)
+class VariantRecipe:
+    """One variant as the recipe asks for it.
+
+    mix: weight per adapter, a number or numbers by pattern of module names, {} for the bare base. density, seed: for methods
+    that read them. merge_base: None for the recipe's.
+    """
+
+    mix: Mapping[str, Weight]
+    kind: str = "merged"
+    method: str = "linear"
+    density: float = DEFAULT_DENSITY
+    merge_base: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RouterRecipe:
+    """What picks a variant for a prompt, learnt from what the variants' adapters were trained on.
+
+    variants: to choose among, None for all that have such data. fallback: the variant for prompts unlike any of theirs, None
+    for the default. threshold: the confidence below which the fallback is used, too. data: by variant, files of rows in place
+    of what its adapters were trained on.
+    """
+
+    variants: tuple[str, ...] | None = None
+    fallback: str | None = None
+    threshold: float = 0.0
+    data: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A bundle to be made.
+
+    base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
+    the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
+    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
+    each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
+    base as their adapters' training held it), or auto, the better. router: None for a bundle without one. drafts: whether
+    the bundle holds draft tables for speculation, which are fragments of the adapters' training data.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    variants: Mapping[str, VariantRecipe]
+    quantization: Quantization = field(default_factory=Quantization)
+    default: str | None = None
+    context_length: int | None = None
+    calibration: Path | None = None
+    gate: Gate = field(default_factory=Gate)
+    targets: tuple[str, ...] = (CPU.name,)
+    merge_base: str = "auto"
+    router: RouterRecipe | None = None
+    drafts: bool = False
+
+
+def read_recipe(path: Path | str) -> Recipe:
+    """Reads a recipe file; paths in it are relative to its folder. InputError lists everything that is wrong with it."""
+    path = Path(path)
+    return parse_recipe(read_toml(path, "a recipe says what to export"), path.parent, str(path))
+
+
+def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") -> Recipe:
+    """A Recipe from parsed TOML; see read_recipe."""
+    wrong: list[str] = []
+
+    def take(table: Mapping[str, Any], where: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+        """The known keys of a table that have the right type; notes all others."""
+        wrong.extend(f"{where}{key} is not a known key; known: {', '.join(kinds)}" for key in table if key not in kinds)
+        taken = {}
+        for key, kind in kinds.items():
+            if key in table:
+                if isinstance(table[key], kind) and (kind is bool or not isinstance(table[key], bool)):
+                    taken[key] = table[key]
+                else:
+                    wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
+        return taken
+
+    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict, "router": dict}
+    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str, "drafts": bool}
+    top = take(value, "", base=str, default=str, **keys, **tables)
+    if "base" not in top and "base" not in value:
+        wrong.append('base is missing; write base = "path or hub id"')
+    if not top.get("variants") and "variants" not in value:
+        wrong.append("there is no variant; write at least [variants.base] with mix = {}")
+    adapters = {}
+    for name, location in top.get("adapters", {}).items():
+        if not isinstance(location, str):
+            wrong.append(f"adapters.{name} = {location!r} is not a path")
+        elif reason := check_variant_name(name):
+            wrong.append(f"adapters.{name}: {reason}")
+        else:
+            adapters[name] = folder / location
+    variants = {}
+    for name, table in top.get("variants", {}).items():
+        where = f"variants.{name}."
+        if reason := check_variant_name(name):
+            wrong.append(f"variants.{name}: {reason}")
+        if not isinstance(table, dict):
+            wrong.append(f"variants.{name} is not a table")
+            continue
+        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float), seed=int, merge_base=str)
+        wrong += _check_variant(taken, where, top.get("adapters", {}))
+        variants[name] = taken
+    grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
+    quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
+    number = (int, float)
+    gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
+    router = take(top.get("router", {}), "router.", variants=list, fallback=str, threshold=number, data=dict)
+    wrong += _check_router(router, top.get("variants", {}))
+    wrong += _check_merge_base(top, "")
+    if "default" in top and top["default"] not in top.get("variants", {}):
+        wrong.append(f"default = {top['default']!r} is no variant of the recipe")
+    try:
+        patterns = quantization.pop("int8", [])
+        if not all(isinstance(pattern, str) for pattern in patterns):
+            raise InputError(f"int8 = {patterns!r} is no list of names")
+        grid = Quantization(**quantization, int8=tuple(patterns))
+    except InputError as error:
+        wrong.append(f"quantization: {error}")
+    try:
+        checked = Gate(**gate)
+    except InputError as error:
+        wrong.append(str(error))
+    targets = top.get("targets", [CPU.name])
+    try:
+        check_targets(targets)
+    except InputError as error:
+        wrong.append(str(error))
+    if wrong:
+        raise InputError(f"{label}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+    base = folder / top["base"]
+    return Recipe(
+        base=str(base) if base.exists() else top["base"],
+        adapters=adapters,
+        variants={name: VariantRecipe(**{"mix": {}, **taken}) for name, taken in variants.items()},
+        quantization=grid,
+        default=top.get("default"),
+        context_length=top.get("context_length"),
+        calibration=folder / top["calibration"] if "calibration" in top else None,
+        gate=checked,
+        targets=tuple(targets),
+        merge_base=top.get("merge_base", "auto"),
+        router=_read_router(router, folder) if "router" in top else None,
+        drafts=top.get("drafts", False),
+    )
+
+
+def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for name, weight in table.get("mix", {}).items():
+        if name not in adapters:
+            wrong.append(f"{where}mix names {name}, which [adapters] lacks")
+        wrong += check_weight(weight, f"{where}mix.{name}")
+    if not 0 < table.get("density", 1) <= 1:
+        wrong.append(f"{where}density = {table['density']}: use a share, more than 0 and at most 1")
+    if not 0 <= table.get("seed", 0) < 1 << 53:
+        wrong.append(f"{where}seed = {table['seed']}: use a whole number from 0 to 2^53")
+    method = table.get("method", "linear")
+    if method in METHODS:
+        idle = [key for key in ("density", "seed") if key in table and key not in METHODS[method].settings]
+        wrong += [f"{where}{key} means nothing to method {method}; leave it out" for key in idle]
+    for key, allowed in (("kind", KINDS), ("method", METHODS)):
+        if key in table and table[key] not in allowed:
+            wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
+    wrong += _check_merge_base(table, where)
+    if table.get("merge_base") == "trained" and (table.get("kind") == "live" or not table.get("mix")):
+        wrong.append(f"{where}merge_base = 'trained' is for a merged variant with a mix; leave it out here")
+    if table.get("kind") == "live" and not table.get("mix"):
+        wrong.append(f"{where}kind = 'live' needs a mix; without one use kind = 'merged'")
+    by_module = [name for name, weight in table.get("mix", {}).items() if isinstance(weight, dict)]
+    if table.get("kind") == "live" and by_module:
+        wrong.append(
+            f"{where}mix gives {', '.join(by_module)} weights by module, and a live variant has one per adapter; "
+            "make it one adapter with edgelora compose, or use kind = 'merged'"
+        )
+    if table.get("kind") == "live" and method != "linear":
+        wrong.append(
+            f"{where}method = {method!r} gives no sum of adapters, which a live variant is; "
+            "make it one adapter with edgelora compose, or use kind = 'merged'"
+        )
+    return wrong
+
+
+def _check_merge_base(table: Mapping[str, Any], where: str) -> list[str]:
+    if table.get("merge_base", "auto") in MERGE_BASES:
+        return []
+    return [f"{where}merge_base = {table['merge_base']!r}: use one of {', '.join(MERGE_BASES)}"]
+
+
+def _check_router(table: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str]:
+    wrong = []
+    for key in ("variants", "data"):
+        wrong += [f"router.{key} names {name!r}, which is no variant" for name in table.get(key, ()) if name not in [*variants]]
+    if table.get("variants") == []:
+        wrong.append("router.variants is empty; leave it out to choose among all that have training data")
+    if "fallback" in table and table["fallback"] not in variants:
+        wrong.append(f"router.fallback = {table['fallback']!r} is no variant of the recipe")
+    if not 0 <= table.get("threshold", 0) <= 1:
+        wrong.append(f"router.threshold = {table['threshold']}: use a probability, from 0 to 1")
+    for name, paths in table.get("data", {}).items():
+        if not paths or not (
+            isinstance(paths, str) or (isinstance(paths, list) and all(isinstance(path, str) for path in paths))
+        ):
+            wrong.append(f"router.data.{name} = {paths!r} is no file and no list of files")
+    return wrong
+
+
+def _read_router(table: Mapping[str, Any], folder: Path) -> RouterRecipe:
+    data = {name: (paths,) if isinstance(paths, str) else tuple(paths) for name, paths in table.get("data", {}).items()}
+    return RouterRecipe(
+        variants=tuple(table["variants"]) if "variants" in table else None,
+        fallback=table.get("fallback"),
+        threshold=float(table.get("threshold", 0.0)),
+        data={name: tuple(folder / path for path in paths) for name, paths in data.items()},
+    )

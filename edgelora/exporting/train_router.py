@@ -1,0 +1,172 @@
+"""Trains a bundle's router on the prompts that its variants' adapters were trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors.numpy import save
+
+from edgelora.data.calibration import find_training_data, read_general_text
+from edgelora.data.rows import read_rows
+from edgelora.exporting.softmax_regression import SparseRows, find_temperature, fit_softmax
+from edgelora_export.plan.variants import PackedRouter
+from edgelora_runtime.bundle.manifest import RouterClass, RouterEntry
+from edgelora_runtime.bundle.router import ROUTER, Router, count_ngrams
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora.adapters.folder import Adapter
+    from edgelora.exporting.recipe import Recipe, RouterRecipe
+    from edgelora.mix.weights import Weight
+
+# docs/log.md has the figures that the first two were chosen by.
+BUCKETS = 1 << 14
+PENALTY = 5e-5
+HELD_OUT_SHARE = 8  # one prompt of so many is held out, by its hash
+MOST_NGRAMS = 1 << 19  # of one class's prompts, each n-gram of a prompt once; prompts beyond are left out
+LEAST_PROMPTS = 8  # of a variant
+_SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+|\n")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt that a class learns from or is tested on, as its n-grams."""
+
+    label: int
+    ngrams: tuple[NDArray[np.int64], NDArray[np.float32]]
+    held_out: bool
+
+
+def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter | None:
+    """The router that a recipe asks for, None if it asks for none.
+
+    Raises InputError for variants without prompts, and for variants that would learn from the same ones.
+    """
+    if recipe.router is None:
+        return None
+    files = assign_data(recipe, recipe.router, adapters)
+    prompts = {name: [row.prompt for path in paths for row in read_rows(path)] for name, paths in files.items()}
+    fallback = recipe.router.fallback or recipe.default or next(iter(recipe.variants))
+    return train_router(prompts, fallback=fallback, threshold=recipe.router.threshold)
+
+
+def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Adapter]) -> dict[str, list[Path]]:
+    """The files whose prompts go to each variant.
+
+    What an adapter was trained on goes to one variant: the first that has this adapter alone, or else the first that mixes
+    it in, with a weight above 0. Files that the recipe names for a variant take the place of its adapters'.
+    """
+    names = list(dict.fromkeys((*(router.variants or recipe.variants), *router.data)))
+    files = {name: list(router.data.get(name, ())) for name in names}
+    lost = {}
+    for adapter, owner in _find_owners({name: recipe.variants[name].mix for name in names}).items():
+        if owner not in router.data:
+            path = find_training_data(adapters[adapter])
+            if path is None:
+                lost[adapter] = owner
+            else:
+                files[owner].append(path)
+    if lost:
+        raise InputError(
+            f"router: the training data of {', '.join(lost)} are not where edgelora.json says, or have changed; name files "
+            f'under [router.data], as {next(iter(lost.values()))} = "FILE.jsonl", or list other variants'
+        )
+    if router.variants and (idle := [name for name, paths in files.items() if not paths]):
+        raise InputError(
+            f"router: no prompts are left for {', '.join(idle)}: an adapter's go to the first variant that has it alone; "
+            "take it from variants, or name files under [router.data]"
+        )
+    files = {name: list(dict.fromkeys(paths)) for name, paths in files.items() if paths}
+    if not files:
+        raise InputError("router: no variant has an adapter whose prompts it could learn; name files under [router.data]")
+    owned: dict[Path, str] = {}
+    for name, paths in files.items():
+        for path in paths:
+            if (other := owned.setdefault(path.resolve(), name)) != name:
+                raise InputError(f"router: {other} and {name} would both learn from {path}; list one of them in variants")
+    return files
+
+
+def _find_owners(mixes: Mapping[str, Mapping[str, Weight]]) -> dict[str, str]:
+    """The variant that each adapter's prompts go to."""
+    added = {name: [adapter for adapter, weight in mix.items() if _is_added(weight)] for name, mix in mixes.items()}
+    owners: dict[str, str] = {}
+    for alone in (True, False):
+        for name, adapters in added.items():
+            if (len(adapters) == 1) == alone:
+                for adapter in adapters:
+                    owners.setdefault(adapter, name)
+    return owners
+
+
+def train_router(prompts: Mapping[str, Sequence[str]], *, fallback: str, threshold: float = 0.0) -> PackedRouter:
+    """A router that sends prompts to the variants whose prompts they are like, and all others to the fallback.
+
+    prompts: those of each variant. threshold: the least confidence, below which the fallback is used, too. What is like
+    nobody's prompts is learnt from the sentences of edgelora's own general text.
+    Raises InputError for a variant with too few prompts to learn from.
+    """
+    classes: list[str | None] = [*prompts, None]
+    texts = [*prompts.values(), _sentences()]
+    chosen = [prompt for label, each in enumerate(texts) for prompt in _choose_prompts(label, each)]
+    fit = [prompt for prompt in chosen if not prompt.held_out]
+    counts = np.bincount([prompt.label for prompt in fit], minlength=len(classes))
+    if few := [f"{name} has {count}" for name, count in zip(prompts, counts[:-1], strict=True) if count < LEAST_PROMPTS]:
+        raise InputError(f"router: {', '.join(few)} prompts to learn from; give at least {2 * LEAST_PROMPTS} rows")
+    weights, bias = fit_softmax(
+        SparseRows.stack([prompt.ngrams for prompt in fit], BUCKETS),
+        np.array([prompt.label for prompt in fit]),
+        len(classes),
+        penalty=PENALTY,
+    )
+    held_out = [prompt for prompt in chosen if prompt.held_out]
+    labels = np.array([prompt.label for prompt in held_out], np.int64)
+    rows = SparseRows.stack([prompt.ngrams for prompt in held_out], BUCKETS)
+    temperature = find_temperature(rows.times(weights) + bias, labels)
+    stored, shift = (weights / temperature).astype(np.float16), (bias / temperature).astype(np.float32)
+    right = (rows.times(stored.astype(np.float64)) + shift).argmax(axis=1) == labels
+    entries = []
+    for label, name in enumerate(classes):
+        tested = int((labels == label).sum())
+        accuracy = float(right[labels == label].mean()) if tested else None
+        entries.append(RouterClass(name, int(counts[label]), tested, accuracy))
+    known = [each.accuracy for each in entries if each.accuracy is not None]
+    entry = RouterEntry(
+        ROUTER, "bytes 3-5", tuple(entries), fallback, threshold, accuracy=float(np.mean(known)) if known else None
+    )
+    content = save({"weights": stored, "bias": shift})
+    Router.read(content, entry)  # what was written is what will be read
+    return PackedRouter(entry, content)
+
+
+def _choose_prompts(label: int, texts: Sequence[str]) -> list[_Prompt]:
+    """As many of a class's texts as its budget of n-grams allows, in the order of their hashes."""
+    chosen: list[_Prompt] = []
+    room = MOST_NGRAMS
+    for digest, text in sorted((hashlib.sha256(text.encode(errors="replace")).digest(), text) for text in texts):
+        ngrams = count_ngrams(text, BUCKETS)
+        room -= len(ngrams[0])
+        if room < 0:
+            break
+        chosen.append(_Prompt(label, ngrams, digest[-1] % HELD_OUT_SHARE == 0))
+    return chosen
+
+
+def _sentences() -> list[str]:
+    """The sentences and lines of edgelora's general text."""
+    return [piece for text in read_general_text() for piece in _SENTENCE_END.split(text) if piece.strip()]
+
+
+def _is_added(weight: Weight) -> bool:
+    """Whether a mix adds an adapter, rather than leaving it out or taking it away; a weight may differ between modules."""
+    return max(weight.values(), default=0.0) > 0 if isinstance(weight, Mapping) else weight > 0

@@ -1,0 +1,86 @@
+"""The base as training held it: weights in NF4 or on the int4 grid, and a mix on top of them, as a change of the float base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal, cast
+
+from edgelora_export.plan.variants import TrainedBase
+from edgelora_export.quantize.int4 import quantize_rtn
+from edgelora_export.weights.store import end_modules
+from edgelora_runtime.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora.mix.mix import Mix
+    from edgelora_export.decoder.description import Decoder
+
+    Floats = NDArray[np.float32]
+    Held = Literal["nf4", "int4"]
+
+NF4_BLOCK = 64  # weights that share a scale: what bitsandbytes takes for a Linear4bit when nobody says otherwise
+
+
+def hold_weight(weight: Floats, quantization: Held) -> Floats:
+    """A weight (N, K) as training held it: rounded, and back in float32.
+
+    nf4: bitsandbytes' own, with double quantization. int4: the grid that export writes. On a GPU training rounds from 16
+    bits, which may move a value that lies between two codes.
+    """
+    if quantization == "int4":
+        return quantize_rtn(weight).dequantize()
+    import torch
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    codes, state = quantize_4bit(torch.from_numpy(weight), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
+    held: Floats = dequantize_4bit(codes, state).numpy()
+    return held
+
+
+@dataclass(frozen=True)
+class OnTrainedBase:
+    """A mix on the base that training held. Satisfies edgelora_export's Delta.
+
+    held: modules whose weights training held in 4 bits. modules: those that change; the others stay the float base's.
+    """
+
+    mix: Mix
+    quantization: Held
+    held: Set[str]
+    modules: Set[str]
+
+    def dense(self, module: str, weight: Floats) -> Floats:
+        """What stands in place of the float base's weight (N, K), less that weight: float32 (N, K)."""
+        base = hold_weight(weight, self.quantization) if module in self.held else weight
+        change = base - weight
+        return change + self.mix.dense(module, base) if module in self.mix.modules else change
+
+
+def find_quantization(mix: Mix) -> Held | None:
+    """How training held the base of a mix; None where that was unquantized, is not known, or differs between adapters."""
+    origins = [mix.adapters[name].provenance for name in mix.weights]
+    found = {None if origin is None else origin.base_quantization for origin in origins}
+    return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
+
+
+def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> TrainedBase:
+    """A mix on its trained base, as the exporter takes it.
+
+    bitsandbytes holds the decoder's linear layers and leaves embedding and head as they are; int4 rounds these, too.
+    Raises MissingExtraError for nf4 without bitsandbytes.
+    """
+    if quantization == "nf4" and find_spec("bitsandbytes") is None:
+        raise MissingExtraError("bitsandbytes", "train")
+    held = {module for linear in decoder.linears for module in linear.modules}
+    if quantization == "int4":
+        held |= set(end_modules(decoder).values())
+    return TrainedBase(
+        quantization,
+        merged=OnTrainedBase(mix, quantization, held, mix.modules),
+        unmerged=OnTrainedBase(mix, quantization, held, held | mix.modules),
+    )

@@ -1,0 +1,214 @@
+"""The base in torch with a mix set on it and taken off again: what mixes score before anything is exported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora.in_torch.reference import write_completions
+from edgelora.mix.methods.spectra import stack_factors
+from edgelora_export.weights.base import Base
+from edgelora_export.weights.torch_model import load_model, quiet_libraries
+from edgelora_runtime.errors import InputError
+from edgelora_runtime.session.kv_cache import shared_prefix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+    from numpy.typing import NDArray
+
+    from edgelora.adapters.folder import Adapter
+    from edgelora.data.rows import Row
+    from edgelora.mix.mix import Mix
+
+    Doubles = NDArray[np.float64]
+
+BATCH_TOKENS = 2048  # of one forward pass, padding included: with a vocabulary of 128k its logits take 1 GiB
+IGNORED = -100  # torch's own mark of a position that has no target
+
+
+@dataclass(frozen=True)
+class FactorStack:
+    """The factors of several adapters for one module, one above the other: it gains B · (weights[owner] ∘ A·x).
+
+    a: float32 (R, K). b: float32 (N, R), scales folded in. owner: int64 (R,), whose each row of A is. weights: float32 (T,),
+    read at every forward pass: change them in place to change the mix, or let them require a gradient to learn them.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    owner: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class CompletionBatch:
+    """Rows as one padded batch. rows: int64 (B,), their places among all; ids: int64 (B, S), padded at the end.
+
+    targets: int64 (B, S), the tokens of the completions in their places, IGNORED elsewhere.
+    """
+
+    rows: NDArray[np.int64]
+    ids: torch.Tensor
+    targets: torch.Tensor
+
+
+class MixedModel:
+    """A base in float32 on which one mix at a time is set. The base's own weights stay as they are, so nothing adds up."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
+        self._weights: dict[str, Any] = {}  # the base's own parameters of modules that hold a sum in their place
+        self._hooks: list[Any] = []
+
+    @classmethod
+    def open(cls, base: str) -> MixedModel:
+        """Loads a folder or hub id in float32, on a GPU where there is one; InputError where transformers cannot."""
+        import torch
+        from transformers import AutoTokenizer
+
+        found = Base.find(base)
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True)
+            model = load_model(found)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+
+    def set_mix(self, mix: Mix | None) -> None:
+        """Puts a mix, by any method, in the place of the one that is set; None leaves the bare base.
+
+        Takes as much memory again as the weights of the modules that the mix touches.
+        """
+        import torch
+
+        self._clear()
+        for name in sorted(mix.modules) if mix is not None else ():
+            module = self._module(name)
+            transposed = _is_transposed(module)
+            weight = module.weight.data.T if transposed else module.weight.data
+            assert mix is not None
+            delta = torch.from_numpy(np.ascontiguousarray(mix.dense(name, weight.cpu().numpy()))).to(weight)
+            self._weights[name] = module.weight
+            # A parameter of its own: a head that is tied to the embedding keeps the base's.
+            module.weight = torch.nn.Parameter((weight + delta).T if transposed else weight + delta, requires_grad=False)
+
+    def set_stacks(self, stacks: Mapping[str, FactorStack]) -> None:
+        """Puts factors on modules, by name, in the place of what is set; see FactorStack."""
+        self._clear()
+        for name, stack in stacks.items():
+            self._hooks.append(self._module(name).register_forward_hook(_add_factors(stack)))
+
+    def encode(self, row: Row) -> tuple[list[int], int]:
+        """A row's tokens, and the first that is not its prompt's, as evaluation.completion_loss counts."""
+        prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
+        return whole, max(1, shared_prefix(prompt, whole))
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:
+        """Rows in batches of about one length each, shortest first; a row counts from the first token not its prompt's."""
+        import torch
+
+        encoded = [self.encode(row) for row in rows]
+        order = sorted(range(len(rows)), key=lambda place: len(encoded[place][0]))
+        while order:
+            count = next((n for n in range(1, len(order)) if (n + 1) * len(encoded[order[n]][0]) > BATCH_TOKENS), len(order))
+            places, order = order[:count], order[count:]
+            ids = torch.zeros(count, len(encoded[places[-1]][0]), dtype=torch.int64)
+            targets = torch.full_like(ids, IGNORED)
+            for at, place in enumerate(places):
+                whole, start = encoded[place]
+                ids[at, : len(whole)] = torch.tensor(whole)
+                targets[at, start : len(whole)] = torch.tensor(whole[start:])
+            yield CompletionBatch(np.array(places), ids.to(self.model.device), targets.to(self.model.device))
+
+    def nats(self, batch: CompletionBatch) -> torch.Tensor:
+        """Negative log likelihood of each row's completion, in nats, float32 (B,); the weights of stacks get gradients."""
+        import torch
+
+        places = (batch.targets != IGNORED).any(dim=0).nonzero()
+        if not len(places):  # prompt and completion are one token, and the first has no likelihood
+            return torch.zeros(len(batch.rows), device=batch.ids.device)
+        first = int(places[0])
+        kept = batch.ids.shape[1] - first + 1  # positions from the one that predicts the first target on
+        # Padding at the end is never seen by what stands before it, so no mask is needed.
+        logits = self.model(input_ids=batch.ids, logits_to_keep=kept, use_cache=False).logits[:, -kept:-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch.targets[:, first:], ignore_index=IGNORED, reduction="none"
+        )
+        return losses.sum(dim=1)
+
+    def losses(self, rows: Sequence[Row]) -> Doubles:
+        """Of each row the nats and the tokens of its completion, float64 (rows, 2)."""
+        import torch
+
+        found = np.zeros((len(rows), 2))
+        with torch.inference_mode():
+            for batch in self.batches(rows):
+                found[batch.rows, 0] = self.nats(batch).cpu().numpy()
+                found[batch.rows, 1] = (batch.targets != IGNORED).sum(dim=1).cpu().numpy()
+        return found
+
+    def loss(self, rows: Sequence[Row]) -> float:
+        """Mean negative log likelihood of the completions, in nats per token, as evaluation.Scores has it."""
+        nats, tokens = self.losses(rows).sum(axis=0)
+        return float(nats / tokens)
+
+    def write(self, rows: Sequence[Row], max_tokens: int = 64) -> list[str]:
+        """The completions that are written greedily after the rows' prompts."""
+        with quiet_libraries():
+            return write_completions(self.model, self.tokenizer, rows, max_tokens)
+
+    def _clear(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for name, weight in self._weights.items():
+            self._module(name).weight = weight
+        self._hooks, self._weights = [], {}
+
+    def _module(self, name: str) -> Any:
+        try:
+            module = self.model.get_submodule(name)
+        except AttributeError:
+            module = None
+        if getattr(module, "weight", None) is None:
+            raise InputError(f"this base has no layer {name}, which an adapter changes; was it trained on another base?")
+        return module
+
+
+def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[str, FactorStack]:
+    """The factors of adapters by module, with weights that start at 0 and stand in the order of the adapters.
+
+    Raises InputError for adapters whose change is no product of factors of a linear layer.
+    """
+    import torch
+
+    opened = list(adapters.values())
+    stacks = {}
+    for module in sorted({module for adapter in opened for module in adapter.modules}):
+        owners = [place for place, adapter in enumerate(opened) if module in adapter.modules]
+        if wrong := [opened[place].name for place in owners if opened[place].is_embedding(module)]:
+            raise InputError(f"adapter {wrong[0]}: {module} is an embedding, whose change cannot be stacked; set it as a mix")
+        factors = [opened[place].factors(module) for place in owners]
+        a, b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
+        stacks[module] = FactorStack(
+            a=a,
+            b=b,
+            owner=torch.tensor([place for place, (a, _) in zip(owners, factors, strict=True) for _ in a], device=device),
+            weights=torch.zeros(len(opened), device=device),
+        )
+    return stacks
+
+
+def _add_factors(stack: FactorStack) -> Callable[[Any, Any, Any], Any]:
+    def hook(module: Any, inputs: Any, output: Any) -> Any:  # noqa: ARG001  (torch's signature)
+        return output + (inputs[0] @ stack.a.T * stack.weights[stack.owner]) @ stack.b.T
+
+    return hook
+
+
+def _is_transposed(module: Any) -> bool:
+    """Whether a layer holds its weight as (K, N), as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)

@@ -1,0 +1,66 @@
+"""An adapter as PEFT and torch run it, on the base that it was trained on: what exported variants are measured against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from edgelora.in_torch.train import load_base, quiet_libraries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from edgelora.data.rows import Row
+
+BATCH = 32  # prompts per generate() call
+
+
+def write_with_torch(
+    base: str,
+    adapter: Path | None,
+    rows: Sequence[Row],
+    *,
+    quant: str = "nf4",
+    max_tokens: int = 64,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[str]:
+    """The completions that PEFT's model writes greedily for the rows' prompts; the bare base's for no adapter."""
+    from peft import PeftModel
+
+    with quiet_libraries():
+        model, tokenizer = load_base(base, quant)
+        if adapter is not None:
+            model = PeftModel.from_pretrained(model, adapter)
+        return write_completions(model.eval(), tokenizer, rows, max_tokens, on_progress)
+
+
+def write_completions(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    max_tokens: int,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> list[str]:
+    """The completions that a transformers model writes greedily for the rows' prompts, those of like length together."""
+    import torch
+    from transformers import GenerationConfig
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    settings = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
+    )
+    encoded = [tokenizer(row.prompt)["input_ids"] for row in rows]
+    order = sorted(range(len(rows)), key=lambda place: len(encoded[place]))
+    written = [""] * len(rows)
+    with torch.inference_mode():
+        for start in range(0, len(rows), BATCH):
+            on_progress(start, len(rows), "torch")
+            places = order[start : start + BATCH]
+            prompts = [encoded[place] for place in places]
+            width = max(map(len, prompts))
+            ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+            answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            for place, answer in zip(places, answers, strict=True):
+                written[place] = tokenizer.decode(answer[width:], skip_special_tokens=True)
+    return written

@@ -1,0 +1,285 @@
+"""`edgelora compose learn`: a mix that is made on data. RegMean on the adapters' own rows, then steps on a few labelled ones."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.adapters.checks import check_same_base, check_shapes
+from edgelora.adapters.folder import Adapter
+from edgelora.composing.compose import check_composable, derive_provenance, write_composed
+from edgelora.data.calibration import find_training_data, gather_samples
+from edgelora.data.rows import read_rows
+from edgelora.in_torch.mixed_model import FactorStack, MixedModel
+from edgelora.learn.imitation import Example, distance, encode_rows, write_rows
+from edgelora.learn.regmean import match_inputs
+from edgelora.mix.methods.spectra import stack_factors
+from edgelora_export.architectures import read_decoder
+from edgelora_export.weights.base import Base
+from edgelora_export.weights.store import check_modules
+from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
+from edgelora_runtime.errors import InputError, list_wrong
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+    from numpy.typing import NDArray
+
+    from edgelora.data.rows import Row
+    from edgelora_export.plan.calibration import Sample
+
+    Floats = NDArray[np.float32]
+    Factors = tuple[Floats, Floats]
+    OnProgress = Callable[[int, int, str], None]
+
+STARTS = ("regmean", "linear")
+GRAINS = {"factors": 5e-4, "core": 5e-3, "rank": 5e-2, "module": 5e-2}  # what is learned → its learning rate
+PROMPT_TOKENS = 16384  # of each adapter's rows that RegMean looks at, as far as they go
+WARMUP = 10  # steps up to the full learning rate
+
+
+@dataclass(frozen=True)
+class LearnConfig:
+    """What to mix, and from which data.
+
+    base: folder or hub id. adapters: folders by name. output: folder for the mixed adapter.
+    labelled: JSONL rows by adapter, few; without any, and none written, the start is the result. They should be rows that the
+    adapters were not trained on. prompts: JSONL rows by adapter that RegMean starts from, whose completions are no labels but
+    more input; the rows that the adapter was trained on without it.
+    written: prompts of those rows of each adapter that are learned from beside the labelled ones, completed by the adapter.
+    start: regmean, or linear for equal shares.
+    grain: what one weight is for: module, an adapter in a module (LoRA Soups, arXiv 2410.13025), rank, a row of its A there,
+    core: a matrix between the stacked A's and B's of a module (as LoRA-XS trains one, arXiv 2405.17604), or factors: every
+    entry of them. The last is a short training that starts from the merge; the others only weigh what is there.
+    rows: labelled rows used of each adapter. steps, batch_size, lr: of AdamW, falling linearly after warmup; lr None for
+    that of the grain.
+    soft: share of the loss that asks for each adapter's own probabilities on its rows; the rest asks for the labels.
+    """
+
+    base: str
+    adapters: Mapping[str, Path]
+    output: Path
+    labelled: Mapping[str, Path] = field(default_factory=dict)
+    prompts: Mapping[str, Path] = field(default_factory=dict)
+    start: str = "regmean"
+    grain: str = "factors"
+    rows: int = 100
+    written: int = 0
+    steps: int = 240
+    batch_size: int = 16
+    lr: float | None = None
+    soft: float = 0.7
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted((set(self.labelled) | set(self.prompts)) - set(self.adapters))
+        wrong = list_wrong(
+            (
+                ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
+                ("data", unknown, not unknown, f"names of adapters: {', '.join(self.adapters)}"),
+                ("start", self.start, self.start in STARTS, f"one of {', '.join(STARTS)}"),
+                ("grain", self.grain, self.grain in GRAINS, f"one of {', '.join(GRAINS)}"),
+                ("rows", self.rows, self.rows >= 1, "1 or more"),
+                ("written", self.written, self.written >= 0, "0 or more"),
+                ("steps", self.steps, self.steps >= 1, "1 or more"),
+                ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
+                ("lr", self.lr, self.lr is None or self.lr > 0, "more than 0"),
+                ("soft", self.soft, 0 <= self.soft <= 1, "a share, from 0 to 1"),
+                ("seed", self.seed, self.seed >= 0, "0 or more"),
+            )
+        )
+        if wrong:
+            raise InputError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What was learned. rows: labelled rows by adapter, {} for the start alone. loss: of the last steps, nats per token."""
+
+    output: Path
+    modules: int
+    rank: int
+    rows: Mapping[str, int]
+    weights: int
+    loss: float | None
+
+
+def learn(
+    config: LearnConfig,
+    *,
+    on_progress: OnProgress = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> LearnReport:
+    """Mixes adapters into one of their summed rank, by what data say of them, and writes it as a PEFT folder.
+
+    Without rows to learn from the result is RegMean's. Raises InputError for adapters that do not fit each other or the base, for
+    data that are not there, and for an output that is something else, which then is as it was.
+    """
+    base = Base.find(config.base)
+    adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
+    check_same_base(adapters, base.sha256)
+    check_composable(adapters)
+    labelled = {name: _draw(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
+    if config.start == "regmean":
+        pairs = _match(config, base, adapters, on_progress)
+    else:
+        if not labelled and not config.written:
+            raise InputError(
+                "start = linear learns nothing without labelled rows or written ones; give some, or use edgelora compose"
+            )
+        share = np.float32(1 / len(adapters))
+        pairs = {
+            module: {
+                name: _scaled(adapter.factors(module), share) for name, adapter in adapters.items() if module in adapter.modules
+            }
+            for module in sorted({module for adapter in adapters.values() for module in adapter.modules})
+        }
+    loss, count, rows = None, 0, {name: len(rows) for name, rows in labelled.items()}
+    how = config.start
+    if labelled or config.written:
+        model = MixedModel.open(config.base)
+        examples = _gather_examples(config, model, adapters, labelled, on_progress)
+        factors, loss, count = _learn_gates(config, model, pairs, examples, on_progress)
+        learned = sum(map(len, examples.values()))
+        how += f", {config.grain} weights on {learned} rows, {learned - sum(rows.values())} of them written by the adapters"
+    else:
+        factors = {module: stack_factors([*each.values()]) for module, each in pairs.items()}
+    provenance = derive_provenance(adapters, f"learned: {' + '.join(adapters)} ({how})", factors)
+    write_composed(config.output, factors, next(iter(adapters.values())), provenance)
+    on_progress(1, 1, "written")
+    if labelled and (seen := _seen(adapters, labelled)):
+        on_note(f"{seen} of the labelled rows are among those that the adapters were trained on, and say less than new ones")
+    return LearnReport(
+        config.output,
+        len(factors),
+        max(len(a) for a, _ in factors.values()),
+        rows,
+        count,
+        loss,
+    )
+
+
+def _match(
+    config: LearnConfig, base: Base, adapters: Mapping[str, Adapter], on_progress: OnProgress
+) -> dict[str, dict[str, Factors]]:
+    """RegMean's factors."""
+    decoder = read_decoder(base.config)
+    check_shapes(adapters, decoder)
+    for name, adapter in adapters.items():
+        check_modules(decoder, adapter.modules, f"adapter {name}")
+    tokenizer = load_tokenizer((base.folder / TOKENIZER).read_bytes())
+    samples: dict[str, Sequence[Sample]] = {
+        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), PROMPT_TOKENS, config.seed)
+        for name, path in _find_prompts(config, adapters).items()
+    }
+    layers = len(decoder.layers)
+    return match_inputs(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
+
+
+def _find_prompts(config: LearnConfig, adapters: Mapping[str, Adapter]) -> dict[str, Path]:
+    """Of each adapter the file of rows to start from."""
+    files = {name: config.prompts.get(name) or find_training_data(adapter) for name, adapter in adapters.items()}
+    if blind := [name for name, path in files.items() if path is None]:
+        raise InputError(
+            f"{', '.join(blind)}: the rows that these adapters were trained on are not where edgelora.json says; "
+            "give --prompts NAME=FILE.jsonl, or --start linear and no --written"
+        )
+    return {name: path for name, path in files.items() if path is not None}
+
+
+def _gather_examples(
+    config: LearnConfig,
+    model: MixedModel,
+    adapters: Mapping[str, Adapter],
+    labelled: Mapping[str, Sequence[Row]],
+    on_progress: OnProgress,
+) -> dict[str, list[Example]]:
+    """Of each adapter the rows to learn from: the labelled ones, and those that it writes on other prompts."""
+    rows = {name: list(labelled.get(name, ())) for name in adapters}
+    for done, (name, path) in enumerate(_find_prompts(config, adapters).items() if config.written else ()):
+        on_progress(done, len(adapters), f"{name} writes")
+        known = {row.prompt for row in rows[name]}
+        others = [row for row in read_rows(path) if row.prompt not in known]
+        rows[name] += write_rows(model, adapters[name], others, config.written, config.seed)
+    return {name: encode_rows(model, adapters[name], each) for name, each in rows.items() if each}
+
+
+def _draw(rows: list[Row], count: int, seed: int) -> list[Row]:
+    return rows if len(rows) <= count else random.Random(seed).sample(rows, count)  # noqa: S311  (not for secrets)
+
+
+def _scaled(factors: Factors, share: np.float32) -> Factors:
+    return factors[0], factors[1] * share
+
+
+def _seen(adapters: Mapping[str, Adapter], labelled: Mapping[str, Sequence[Row]]) -> int:
+    files = {name: find_training_data(adapters[name]) for name in labelled}
+    return sum(len(set(rows) & set(read_rows(path))) for name, rows in labelled.items() if (path := files[name]) is not None)
+
+
+class _Gate:
+    """The stacked factors of one module, with what is learned of them or between them."""
+
+    def __init__(self, factors: Sequence[Factors], grain: str, device: torch.device) -> None:
+        import torch
+
+        self._a, self._b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
+        total = len(self._a)
+        self._core = torch.eye(total, device=device) if grain == "core" else None
+        if grain == "module":  # each row of A has its adapter's weight
+            owner = np.repeat(np.arange(len(factors)), [len(a) for a, _ in factors])
+        else:
+            owner = np.arange(total) if grain == "rank" else np.zeros(total, np.int64)
+        self._owner, self._weights = torch.from_numpy(owner).to(device), torch.ones(int(owner.max()) + 1, device=device)
+        if self._core is not None:
+            self.learned = [self._core]
+        else:
+            self.learned = [self._a, self._b] if grain == "factors" else [self._weights]
+        for tensor in self.learned:
+            tensor.requires_grad_()
+
+    def stack(self) -> FactorStack:
+        """What MixedModel takes; gradients go through it to what is learned."""
+        return FactorStack(self._a if self._core is None else self._core @ self._a, self._b, self._owner, self._weights)
+
+    def factors(self) -> Factors:
+        stack = self.stack()
+        a = stack.weights[stack.owner][:, None] * stack.a
+        return a.detach().cpu().numpy(), stack.b.detach().cpu().numpy()
+
+
+def _learn_gates(
+    config: LearnConfig,
+    model: MixedModel,
+    pairs: Mapping[str, Mapping[str, Factors]],
+    examples: Mapping[str, Sequence[Example]],
+    on_progress: OnProgress,
+) -> tuple[dict[str, Factors], float, int]:
+    """AdamW on rows, as many of each adapter in a batch: factors by module, the loss at the end, numbers learned."""
+    import torch
+
+    torch.manual_seed(config.seed)
+    gates = {module: _Gate([*factors.values()], config.grain, model.model.device) for module, factors in pairs.items()}
+    learned = [tensor for gate in gates.values() for tensor in gate.learned]
+    optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
+    draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
+    rate = GRAINS[config.grain] if config.lr is None else config.lr
+    each = max(1, config.batch_size // len(examples))
+    for step in range(config.steps):
+        on_progress(step, config.steps, "steps")
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - step / config.steps)
+        model.set_stacks({module: gate.stack() for module, gate in gates.items()})
+        batch = [draws.sample(items, min(each, len(items))) for items in examples.values()]
+        loss = distance(model, batch, config.soft)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(loss.item())
+    factors = {module: gate.factors() for module, gate in gates.items()}
+    return factors, float(np.mean(losses[-WARMUP:])), sum(tensor.numel() for tensor in learned)

@@ -1,0 +1,85 @@
+"""RegMean: factors under which each adapter does on its own inputs, as nearly as one matrix can, what it does alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_export.plan.calibration import Moments
+from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora.adapters.folder import Adapter
+    from edgelora_export.decoder.description import Decoder, Part
+    from edgelora_export.plan.calibration import Sample
+    from edgelora_export.weights.base import Base
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+    Factors = tuple[Floats, Floats]
+
+RIDGE = 1e-2  # of the mean diagonal of G_t, added to it: where no sample leads, the mix is the mean of the adapters
+
+
+def match_inputs(
+    base: Base,
+    decoder: Decoder,
+    adapters: Mapping[str, Adapter],
+    samples: Mapping[str, Sequence[Sample]],
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> dict[str, dict[str, Factors]]:
+    """Factors A (r, K), B (N, r) by module and adapter, whose plain sum over the adapters is the mix.
+
+    With G_t = XᵀX / T of the inputs X (T, K) that a product sees on the samples of adapter t while t alone is on the base,
+    ΔW = (Σ Δ_t G_t) (Σ G_t)⁻¹ is the least squares answer to what all adapters do to their own inputs (arXiv 2212.09849,
+    equation 2). B stays as it is and A becomes A_t G_t (Σ G)⁻¹, so the rank is the sum of the ranks. Streams the base: holds a
+    layer of it, the samples' hidden states, and G of each product of that layer for each adapter.
+    """
+    stream = LayerStream(decoder)
+    hidden = {name: embed(base, decoder, samples[name], adapters[name]) for name in adapters}
+    matched: dict[str, dict[str, Factors]] = {}
+    for index, layer in enumerate(decoder.layers):
+        on_layer(index)
+        moments = {name: {linear.name: Moments(linear.columns) for linear in layer.linears} for name in adapters}
+        for name, adapter in adapters.items():
+            weights = read_layer(base, decoder, index, adapter)
+            taps = {product: sums.add for product, sums in moments[name].items()}
+            hidden[name] = stream.run(index, weights, hidden[name], taps)
+        counts = {name: sum(len(states) for states in hidden[name]) for name in adapters}
+        for linear in layer.linears:
+            sums = {name: moments[name].pop(linear.name).total() / np.float32(counts[name]) for name in adapters}
+            matched |= {part.module: _match(part, adapters, sums) for part in linear.parts if _is_changed(part, adapters)}
+    return matched
+
+
+def _match(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str, Floats]) -> dict[str, Factors]:
+    """The factors of one module, from the G (K, K) that its product has on each adapter's samples."""
+    places = _columns(part)
+    own = {name: moments[np.ix_(places, places)].astype(np.float64) for name, moments in sums.items()}
+    for matrix in own.values():
+        matrix[np.diag_indices_from(matrix)] += RIDGE * np.trace(matrix) / len(matrix)
+    total: Doubles = np.sum(list(own.values()), axis=0)
+    factors = {}
+    for name, adapter in adapters.items():
+        if part.module in adapter.modules:
+            a, b = adapter.factors(part.module)
+            factors[name] = np.linalg.solve(total, own[name] @ a.T.astype(np.float64)).T.astype(np.float32), b
+    return factors
+
+
+def _columns(part: Part) -> NDArray[np.intp]:
+    """Where each input of a module in the checkpoint stands among the inputs of its product, (K,)."""
+    if part.columns is None:
+        return np.arange(part.in_features)
+    # Their numbers from 1 on, and 0 where heads are padded; float32 is exact for them.
+    numbered = part.columns.apply(np.arange(1, part.in_features + 1, dtype=np.float32), axis=0)
+    return np.argsort(numbered, kind="stable")[-part.in_features :]
+
+
+def _is_changed(part: Part, adapters: Mapping[str, Adapter]) -> bool:
+    return any(part.module in adapter.modules for adapter in adapters.values())

@@ -1,0 +1,44 @@
+"""Sums of deltas: task arithmetic, as a matrix or exactly as factors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.mix.methods.deltas import by_runs
+from edgelora.mix.methods.spectra import decompose_product, least_factors, stack_factors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgelora.mix.methods.deltas import Factors, Floats, Rows
+
+
+def linear(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
+    """Task arithmetic: Σ w·Δ (arXiv 2212.04089, section 2)."""
+
+    def add(parts: Sequence[Floats]) -> Floats:
+        total: Floats = parts[0] * parts[0].dtype.type(weights[0])
+        for part, weight in zip(parts[1:], weights[1:], strict=True):
+            total += part * part.dtype.type(weight)
+        return total
+
+    return by_runs(add, deltas)
+
+
+def linear_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """The same sum as one product: the A's on top of each other, the B's, each times its weight, side by side."""
+    return stack_factors([(a, b * np.float32(weight)) for (a, b), weight in zip(factors, weights, strict=True)])
+
+
+def least_rank_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """The same sum by its singular value decomposition: the least rank that holds it to float32's rounding."""
+    size = sum(abs(weight) * product_norm(a, b) for (a, b), weight in zip(factors, weights, strict=True))
+    return least_factors(*decompose_product(*linear_factors(factors, weights)), size)
+
+
+def product_norm(a: Floats, b: Floats) -> float:
+    """The Frobenius norm of B·A: ‖B·A‖² is the sum of the entries of BᵀB times those of AAᵀ."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return float(np.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))))

@@ -1,0 +1,325 @@
+"""`edgelora compose report`: what a set of adapters does to each other, for each pair whether to merge or to route."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora.adapters.checks import check_same_base
+from edgelora.adapters.folder import Adapter
+from edgelora.data.rows import read_rows
+from edgelora.report.interference import Interference, ModuleFigures, Stack, compare_deltas, summarize
+from edgelora.report.output_interference import (
+    choose_weights,
+    likely_moments,
+    observe_moments,
+    output_products,
+    relate_outputs,
+    worst_error,
+)
+from edgelora.report.pair_scores import KEPT, Bench, PairScore, TaskScore
+from edgelora.report.precompiling import Candidate, Plan, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
+from edgelora_export.architectures import native_types, read_decoder
+from edgelora_export.weights.base import Base
+from edgelora_runtime.bundle.manifest import check_variant_name
+from edgelora_runtime.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence, Set
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora.data.rows import Row
+    from edgelora.report.interference import Factors
+    from edgelora.report.output_interference import OutputInterference
+    from edgelora_export.decoder.description import Decoder
+
+    Doubles = NDArray[np.float64]
+
+EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # that are measured for each pair, beside the predicted best
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class AdapterFigures:
+    """An adapter. rank: its largest. norm: ‖ΔW‖ over all its modules."""
+
+    folder: Path
+    sha256: str
+    rank: int
+    modules: int
+    norm: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a linear mix of two should keep.
+
+    inputs: "data" for the tasks' own on the base. "adapters" where nothing is known of them: energies are then for inputs that
+    each ΔW was likely built of, and what is kept is the least of those and of inputs that go all ways alike.
+    weights: of the best mix. kept: by task, 1 - E‖(mix - adapter)·x‖² / E‖adapter·x‖² under it. energy: by task, how loud the
+    other adapter is there at weight 1, E‖Δ_other·x‖² / E‖Δ·x‖²; layer_energy: the same by layer.
+    """
+
+    inputs: str
+    weights: Mapping[str, float]
+    kept: Mapping[str, float]
+    energy: Mapping[str, float]
+    layer_energy: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """choice: merge or route. basis: measured or predicted. reason: the figure that it rests on, in a sentence."""
+
+    choice: str
+    basis: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class PairReport:
+    """Two adapters: on everything that they share, by layer and by module."""
+
+    pair: tuple[str, str]
+    overall: Interference
+    layers: Mapping[str, Interference]
+    modules: Mapping[str, Interference]
+    prediction: Prediction
+    score: PairScore | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class CompositionReport:
+    """All pairs. base: as it was given. layers: their names, in order. rows: how many each task was measured on.
+
+    base_scores: by task; scores: by adapter and task; both empty without data. mixes_tried: how many were measured.
+    """
+
+    base: str | None
+    adapters: Mapping[str, AdapterFigures]
+    layers: tuple[str, ...]
+    pairs: tuple[PairReport, ...]
+    rows: Mapping[str, int]
+    base_scores: Mapping[str, TaskScore]
+    scores: Mapping[str, Mapping[str, TaskScore]]
+    mixes_tried: int
+    plan: Plan
+
+
+def report_composition(
+    adapters: Mapping[str, Path | str],
+    *,
+    base: str | None = None,
+    data: Mapping[str, Path | str] | None = None,
+    budget: int | None = None,
+    limit: int = 100,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+) -> CompositionReport:
+    """Compares adapters, given as name → folder, and plans which mixes to compile.
+
+    base: folder or hub id. data: with a base, rows for each adapter that it was not trained on, the first `limit` of which are
+    used; every pair is then measured in torch. budget: bytes of the bundle, or without a base of what variants add to one.
+    Raises UsageError for a call that means nothing, InputError for adapters that do not mix or are no products of factors.
+    """
+    tasks = _read_tasks(adapters, base, data or {}, limit)
+    if tasks and (missing := [name for name in ("torch", "transformers") if find_spec(name) is None]):
+        raise MissingExtraError(", ".join(missing), "export")
+    opened = {name: Adapter.open(folder, name) for name, folder in adapters.items()}
+    found_base = Base.find(base) if base else None
+    check_same_base(opened, found_base.sha256 if found_base else None)
+    pairs = [*itertools.combinations(opened, 2)]
+    modules = sorted({module for adapter in opened.values() for module in adapter.modules})
+    total = len(modules) + (2 * len(opened) + 1 + len(pairs) * (len(EQUAL_WEIGHTS) + 1) if tasks else 0)
+    steps = itertools.count()
+
+    def on_step(what: str) -> None:
+        on_progress(next(steps), total, what)
+
+    bench, moments = None, None
+    if tasks:
+        assert base is not None
+        bench = Bench.open(base, opened, tasks, on_step)
+        moments = _observe(bench, modules, on_step)
+    figures, views = _compare(opened, modules, moments, on_step)
+    reports = [_report_pair([*opened], pair, figures, views, bench, on_step) for pair in pairs]
+    native = found_base is not None and found_base.config.get("model_type") in native_types()
+    decoder = read_decoder(found_base.config) if found_base is not None and native else None
+    on_progress(total, total, "done")
+    return CompositionReport(
+        base=base,
+        adapters={
+            name: AdapterFigures(
+                adapter.folder, adapter.sha256, adapter.rank, len(adapter.modules), summarize([*figures.values()], i, i).norms[0]
+            )
+            for i, (name, adapter) in enumerate(opened.items())
+        },
+        layers=tuple(_by_layer(figures)),
+        pairs=tuple(reports),
+        rows={name: len(rows) for name, rows in tasks.items()},
+        base_scores=bench.base if bench else {},
+        scores=bench.alone if bench else {},
+        mixes_tried=sum(pair.score.tried for pair in reports if pair.score),
+        plan=_plan(opened, reports, decoder, budget),
+    )
+
+
+def judge(prediction: Prediction, score: PairScore | None) -> Verdict:
+    """Merge where both tasks keep enough, as measured if they were, else as predicted; route otherwise."""
+    if score is not None:
+        worst, found = min(score.tasks.items(), key=lambda item: (item[1].holds, -item[1].excess))
+        reason = (
+            f"{worst} keeps {found.kept_score:.2f} of its slot F1"
+            if found.kept_score is not None
+            else (f"{worst} is {found.excess:.2f} nats per token above its adapter's loss")
+        )
+        return Verdict("merge" if found.holds else "route", "measured", f"{reason} at {_name_weights(score.weights)}")
+    worst, kept = min(prediction.kept.items(), key=lambda item: item[1])
+    reason = f"{worst} should keep {kept:.2f} of its effect at {_name_weights(prediction.weights)}"
+    return Verdict("merge" if kept >= KEPT else "route", "predicted", reason)
+
+
+def _read_tasks(
+    adapters: Mapping[str, Path | str], base: str | None, data: Mapping[str, Path | str], limit: int
+) -> dict[str, list[Row]]:
+    """The rows of each adapter's task; refuses calls that mean nothing, all mistakes at once."""
+    wrong = []
+    if len(adapters) < 2:
+        wrong.append("compose report compares adapters: give at least two as NAME=FOLDER")
+    wrong += [f"adapter {name}: {reason}" for name in adapters if (reason := check_variant_name(name))]
+    if data and base is None:
+        wrong.append("--data needs the --base that the adapters run on")
+    if data:
+        wrong += [f"adapter {name} has no --data {name}=ROWS.jsonl" for name in adapters if name not in data]
+        wrong += [f"--data {name}=… belongs to no adapter" for name in data if name not in adapters]
+    if limit < 1:
+        wrong.append(f"limit = {limit}: use 1 or more rows")
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    return {name: read_rows(data[name])[:limit] for name in adapters} if data else {}
+
+
+def _factors(adapters: Mapping[str, Adapter], module: str) -> list[Factors | None]:
+    return [adapter.factors(module) if module in adapter.modules else None for adapter in adapters.values()]
+
+
+def _observe(bench: Bench, modules: Sequence[str], on_step: Callable[[str], None]) -> list[dict[str, Doubles]]:
+    """The inputs of each task on the bare base, as the adapters' A see them: see observe_moments."""
+    readers = {
+        module: np.concatenate([pair[0] for pair in _factors(bench.adapters, module) if pair is not None])
+        for module in modules
+        if not _is_embedding(bench.adapters, module)
+    }
+    moments = []
+    for name, rows in bench.tasks.items():
+        on_step(f"inputs of {name}")
+        moments.append(observe_moments(bench.model, rows, readers))
+    return moments
+
+
+def _compare(
+    adapters: Mapping[str, Adapter],
+    modules: Sequence[str],
+    moments: Sequence[Mapping[str, Doubles]] | None,
+    on_step: Callable[[str], None],
+) -> tuple[dict[str, ModuleFigures], list[OutputInterference]]:
+    """All figures by module, one module's factors at a time, and views of the outputs: see Prediction.inputs."""
+    figures: dict[str, ModuleFigures] = {}
+    products: dict[str, Doubles] = {}
+    even: dict[str, Doubles] = {}
+    for module in modules:
+        on_step(module)
+        stack = Stack.of(_factors(adapters, module))
+        figures[module] = compare_deltas(stack)
+        if _is_embedding(adapters, module):
+            continue  # what it is given are tokens, which no A reads
+        seen = [likely_moments(stack, i) if moments is None else moments[i][module] for i in range(len(adapters))]
+        product = np.stack([output_products(stack, one) for one in seen])
+        layer = _layer(module)
+        products[layer] = products.get(layer, 0) + product
+        # E xxᵀ = 1 makes E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩, whatever the task.
+        even[layer] = even.get(layer, 0) + np.stack([figures[module].inner] * len(adapters))
+    views = [relate_outputs(products)]
+    return figures, views if moments is not None else [*views, relate_outputs(even)]
+
+
+def _report_pair(
+    names: Sequence[str],
+    pair: tuple[str, str],
+    figures: Mapping[str, ModuleFigures],
+    views: Sequence[OutputInterference],
+    bench: Bench | None,
+    on_step: Callable[[str], None],
+) -> PairReport:
+    i, j = names.index(pair[0]), names.index(pair[1])
+    sides = {pair[0]: (i, j), pair[1]: (j, i)}
+    outputs, weights = views[0], choose_weights(views, i, j)
+    prediction = Prediction(
+        "adapters" if bench is None else "data",
+        dict(zip(pair, weights, strict=True)),
+        {name: 1 - worst_error(views, own, {i: weights[0], j: weights[1]}) for name, (own, _) in sides.items()},
+        {name: outputs.energy(*side) for name, side in sides.items()},
+        {name: {layer: outputs.energy(*side, layer) for layer in outputs.layers} for name, side in sides.items()},
+    )
+    tries = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), weights])
+    score = None if bench is None else bench.score_pair(pair, [*tries], on_step)
+    return PairReport(
+        pair,
+        summarize([*figures.values()], i, j),
+        {layer: summarize(group, i, j) for layer, group in _by_layer(figures).items()},
+        {module: summarize([one], i, j) for module, one in figures.items()},
+        prediction,
+        score,
+        judge(prediction, score),
+    )
+
+
+def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder: Decoder | None, budget: int | None) -> Plan:
+    """The candidates are all single adapters, and the pairs that are to be merged."""
+    candidates = [
+        Candidate(name, {name: 1.0}, {name: 1.0}, count_merged_bytes([adapter], decoder)) for name, adapter in adapters.items()
+    ]
+    for pair in pairs:
+        if pair.verdict.choice != "merge":
+            continue
+        weights = pair.prediction.weights if pair.score is None else pair.score.weights
+        found = {name: task.kept for name, task in pair.score.tasks.items()} if pair.score else pair.prediction.kept
+        kept = {name: 1.0 if share is None else min(1.0, share) for name, share in found.items()}
+        size = count_merged_bytes([adapters[name] for name in pair.pair], decoder)
+        candidates.append(Candidate(_name_mix(pair.pair, {one.name for one in candidates}), weights, kept, size))
+    base_bytes = count_base_bytes(decoder) if decoder else None
+    return plan_variants(candidates, [*adapters], count_live_bytes(adapters.values()), base_bytes, budget)
+
+
+def _name_mix(pair: tuple[str, str], taken: Set[str]) -> str:
+    """A name for a variant, unlike those taken and no longer than a variant's may be."""
+    name = "-".join(pair)[:60]
+    return next(one for one in (name, *(f"{name}-{place}" for place in range(2, 100))) if one not in taken)
+
+
+def _by_layer(figures: Mapping[str, ModuleFigures]) -> dict[str, list[ModuleFigures]]:
+    layers: dict[str, list[ModuleFigures]] = {}
+    for module in sorted(figures, key=lambda name: (not (match := _LAYER.search(name)), int(match[1]) if match else 0)):
+        layers.setdefault(_layer(module), []).append(figures[module])
+    return layers
+
+
+def _layer(module: str) -> str:
+    """The layer of a module, or the module itself where it stands in none."""
+    match = _LAYER.search(module)
+    return f"layer {match[1]}" if match else module
+
+
+def _is_embedding(adapters: Mapping[str, Adapter], module: str) -> bool:
+    return any(module in adapter.modules and adapter.is_embedding(module) for adapter in adapters.values())
+
+
+def _name_weights(weights: Mapping[str, float]) -> str:
+    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())

@@ -1,0 +1,141 @@
+"""What mixes of two adapters score on both tasks, beside the base and each adapter alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora.data.scores import slot_f1
+from edgelora.mix.mix import Mix
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from edgelora.adapters.folder import Adapter
+    from edgelora.data.rows import Row
+    from edgelora.in_torch.mixed_model import MixedModel
+
+KEPT = 0.8  # of an adapter's gain over the base, the least that a mix must keep; the gate of export asks as much
+EXCESS = 0.1  # nats per token over the adapter's own loss, the most where there is no score; docs/log.md has the figures
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """loss: nats per token of the right completions. slot_f1: of what is written greedily, None where they are no slots."""
+
+    loss: float
+    slot_f1: float | None
+
+
+@dataclass(frozen=True)
+class MixScore:
+    """A mix on one task. kept_loss, kept_score: (mix - base) / (single - base), None where the single is no better than the base.
+
+    excess: nats per token over the single adapter's loss. kept: what counts, the score where there is one, else the loss.
+    """
+
+    loss: float
+    slot_f1: float | None
+    kept_loss: float | None
+    kept_score: float | None
+    excess: float
+    kept: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the mix does the task well enough to stand in for its adapter.
+
+        A loss alone flatters: most of what an adapter gains over a base that does not know the format is the format.
+        """
+        if self.kept_score is not None:
+            return self.kept_score >= KEPT
+        return self.excess <= EXCESS and (self.kept_loss is None or self.kept_loss >= KEPT)
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """The best of the tried mixes of two adapters. weights: by adapter. tasks: by task. tried: how many, on these very rows."""
+
+    weights: Mapping[str, float]
+    tasks: Mapping[str, MixScore]
+    tried: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A base in torch and the rows of each adapter's task, with what the base and each adapter alone score on all tasks."""
+
+    model: MixedModel
+    adapters: Mapping[str, Adapter]
+    tasks: Mapping[str, Sequence[Row]]
+    base: Mapping[str, TaskScore]
+    alone: Mapping[str, Mapping[str, TaskScore]]
+
+    @classmethod
+    def open(
+        cls,
+        base: str,
+        adapters: Mapping[str, Adapter],
+        tasks: Mapping[str, Sequence[Row]],
+        on_step: Callable[[str], None] = lambda what: None,
+    ) -> Bench:
+        """Loads a base and scores it, and each adapter alone; on_step is called before each."""
+        from edgelora.in_torch.mixed_model import MixedModel
+
+        on_step("base")
+        model = MixedModel.open(base)
+        bare = _score(model, tasks)
+        alone = {}
+        for name in adapters:
+            on_step(name)
+            model.set_mix(Mix(adapters, {name: 1.0}))
+            alone[name] = _score(model, tasks)
+        model.set_mix(None)
+        return cls(model, adapters, tasks, bare, alone)
+
+    def score_pair(
+        self, pair: tuple[str, str], tries: Sequence[tuple[float, float]], on_step: Callable[[str], None] = lambda what: None
+    ) -> PairScore:
+        """The linear mix of two adapters whose worse task has the least loss over its adapter's own, out of the tried weights."""
+        tasks = {name: self.tasks[name] for name in pair}
+        losses = []
+        for weights in tries:
+            on_step(" + ".join(pair))
+            self._set(pair, weights)
+            losses.append({name: self.model.loss(rows) for name, rows in tasks.items()})
+        excess = [max(found[name] - self.alone[name][name].loss for name in pair) for found in losses]
+        best = excess.index(min(excess))
+        self._set(pair, tries[best])
+        scores = {
+            name: rate_mix(TaskScore(losses[best][name], _write(self.model, rows)), self.base[name], self.alone[name][name])
+            for name, rows in tasks.items()
+        }
+        self.model.set_mix(None)
+        return PairScore(dict(zip(pair, tries[best], strict=True)), scores, len(tries))
+
+    def _set(self, pair: tuple[str, str], weights: tuple[float, float]) -> None:
+        self.model.set_mix(Mix(self.adapters, dict(zip(pair, weights, strict=True))))
+
+
+def rate_mix(mix: TaskScore, base: TaskScore, alone: TaskScore) -> MixScore:
+    """A mix's score against the base's and the single adapter's."""
+    by_loss = _kept(mix.loss, base.loss, alone.loss, better=base.loss - alone.loss)
+    by_score = None
+    if mix.slot_f1 is not None and base.slot_f1 is not None and alone.slot_f1 is not None:
+        by_score = _kept(mix.slot_f1, base.slot_f1, alone.slot_f1, better=alone.slot_f1 - base.slot_f1)
+    kept = by_loss if by_score is None else by_score
+    return MixScore(mix.loss, mix.slot_f1, by_loss, by_score, mix.loss - alone.loss, kept)
+
+
+def _kept(mix: float, base: float, alone: float, *, better: float) -> float | None:
+    return (mix - base) / (alone - base) if better > 0 else None
+
+
+def _score(model: MixedModel, tasks: Mapping[str, Sequence[Row]]) -> dict[str, TaskScore]:
+    return {name: TaskScore(model.loss(rows), _write(model, rows)) for name, rows in tasks.items()}
+
+
+def _write(model: MixedModel, rows: Sequence[Row]) -> float | None:
+    """Slot F1 of what the model writes; None, and nothing written, where the right completions are no slots."""
+    right = [row.completion for row in rows]
+    return None if slot_f1(right, right) is None else slot_f1(model.write(rows), right)

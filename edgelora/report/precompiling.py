@@ -1,0 +1,158 @@
+"""Which mixes are worth a merged variant of their own under a budget of bytes, and which adapters stay live. As a recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora_export.quantize.int4 import Grid
+from edgelora_export.weights.store import end_modules
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+
+    from edgelora.adapters.folder import Adapter
+    from edgelora_export.decoder.description import Decoder
+
+LEAST_GAIN = 0.05  # of one task: what a variant must add to be worth any bytes
+GRID = Grid(bits=4, block_size=32)  # a recipe's default
+_SCALE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A variant that could be compiled. kept: by task, the share of its adapter's effect that the variant has, 0 to 1.
+
+    bytes: of the weights that the variant does not share with the base.
+    """
+
+    name: str
+    mix: Mapping[str, float]
+    kept: Mapping[str, float]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ChosenVariant:
+    """A candidate worth its bytes. gain: what it added to the tasks' kept shares when it was chosen."""
+
+    name: str
+    mix: Mapping[str, float]
+    bytes: int
+    gain: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compile. merged: in the order of their gain per byte. live: adapters whose tasks no merged variant serves.
+
+    bytes: of all of it. base_bytes: the base's part of them, None where the base is not given and counts for nothing.
+    budget: None for no limit. live_bytes: of all adapters' factors, which go along as soon as one is live.
+    fits: whether the live ones have room, too.
+    """
+
+    merged: tuple[ChosenVariant, ...]
+    live: tuple[str, ...]
+    bytes: int
+    base_bytes: int | None
+    live_bytes: int
+    budget: int | None
+    fits: bool
+
+
+def plan_variants(
+    candidates: Sequence[Candidate], tasks: Sequence[str], live_bytes: int, base_bytes: int | None, budget: int | None
+) -> Plan:
+    """Takes the candidate with the largest gain per byte again and again, as long as it fits.
+
+    The gain is what a candidate adds to each task's best kept share, summed over the tasks; so a mix that keeps two tasks
+    goes before a single adapter of the same size, and after it the single ones gain only what the mix lost. Tasks that end
+    without a variant are served live, for which room is set aside where not everything fits merged.
+    """
+    fixed = base_bytes or 0
+    room = math.inf if budget is None else budget - fixed
+    chosen, served = _choose(candidates, tasks, room)
+    if len(served) < len(tasks):
+        chosen, served = _choose(candidates, tasks, room - live_bytes)
+    live = tuple(task for task in tasks if task not in served)
+    used = sum(variant.bytes for variant in chosen) + (live_bytes if live else 0)
+    return Plan(tuple(chosen), live, fixed + used, base_bytes, live_bytes, budget, used <= room)
+
+
+def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) -> tuple[list[ChosenVariant], set[str]]:
+    """The chosen ones, and the tasks that they serve."""
+    best = dict.fromkeys(tasks, 0.0)
+    left, chosen = list(candidates), []
+
+    def gain(candidate: Candidate) -> float:
+        return sum(max(0.0, share - best[task]) for task, share in candidate.kept.items())
+
+    while fitting := [one for one in left if one.bytes <= room and gain(one) >= LEAST_GAIN]:
+        # Of equal worth, the one that serves more tasks, then the first.
+        taken = max(fitting, key=lambda one: (gain(one) / max(one.bytes, 1), len(one.kept)))
+        chosen.append(ChosenVariant(taken.name, taken.mix, taken.bytes, gain(taken)))
+        best |= {task: max(best[task], share) for task, share in taken.kept.items()}
+        room -= taken.bytes
+        left.remove(taken)
+    return chosen, {task for task, share in best.items() if share > 0}
+
+
+def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> int:
+    """Bytes that a merged variant of some adapters adds to a bundle: codes and scales of the products that they touch.
+
+    decoder: of the base, which says which layers are stored as one product; without it each module counts for itself.
+    """
+    shapes = {module: (rows, columns) for adapter in adapters for module, (rows, columns, _) in adapter.shapes.items()}
+    if decoder is None:
+        return sum(_matrix_bytes(rows, columns) for rows, columns in shapes.values())
+    linears = [linear for linear in decoder.linears if not shapes.keys().isdisjoint(linear.modules)]
+    ends = [module for module in end_modules(decoder).values() if module in shapes]
+    return sum(_matrix_bytes(linear.rows, linear.columns) for linear in linears) + sum(
+        _matrix_bytes(decoder.vocab_size, decoder.hidden_size) for _ in ends
+    )
+
+
+def count_base_bytes(decoder: Decoder) -> int:
+    """Bytes of the int4 base in a bundle, but for norms and graph, which are a thousandth of it."""
+    linears = sum(_matrix_bytes(linear.rows, linear.columns) for linear in decoder.linears)
+    return linears + len(end_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
+
+
+def count_live_bytes(adapters: Iterable[Adapter]) -> int:
+    """Bytes of adapters' factors in fp16."""
+    return sum(2 * rank * (rows + columns) for adapter in adapters for rows, columns, rank in adapter.shapes.values())
+
+
+def _matrix_bytes(rows: int, columns: int) -> int:
+    return rows * (GRID.row_bytes(columns) + _SCALE_BYTES * -(-columns // GRID.block_size))
+
+
+def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], folder: Path) -> str:
+    """The plan as the text of a recipe.toml that lies in a folder; without a base, its line is left to fill in."""
+    lines = [f"base = {_quote(_seen_from(folder, base))}" if base else '# base = "path or hub id"', "", "[adapters]"]
+    lines += [f"{_quote(name)} = {_quote(_seen_from(folder, os.fspath(path)))}" for name, path in adapters.items()]
+    lines += ["", "[variants.base]", "mix = {}"]
+    for variant in plan.merged:
+        lines += ["", f"[variants.{_quote(variant.name)}]", f"mix = {_inline(variant.mix)}"]
+    for name in plan.live:
+        lines += ["", f"[variants.{_quote(name)}]", f"mix = {_inline({name: 1.0})}", 'kind = "live"']
+    if len(plan.merged) + len(plan.live) > 1:
+        lines += ["", '# [router]  # without the mark, variant "auto" picks one of these for each request']
+    return "\n".join(lines) + "\n"
+
+
+def _inline(mix: Mapping[str, float]) -> str:
+    return "{ " + ", ".join(f"{_quote(name)} = {float(weight)}" for name, weight in mix.items()) + " }"
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    """A local path relative to a folder; a hub id as it is."""
+    return os.path.relpath(path, folder).replace(os.sep, "/") if os.path.exists(path) else path  # noqa: PTH110  (maybe no path)

@@ -1,0 +1,41 @@
+"""Live adapters: which graph inputs take which module's A and B, and the fp16 file that holds an adapter's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safetensors.numpy import save
+
+from edgelora_export.weights.fp16_copies import to_half
+from edgelora_runtime.bundle.manifest import LiveSlots
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora_export.decoder.description import Decoder, Linear
+    from edgelora_export.plan.variants import LowRank
+
+
+def live_slots(linear: Linear) -> LiveSlots:
+    """The names of a product's LoRA inputs, and the modules whose factors they take."""
+    return LiveSlots(
+        a=f"{linear.name}.lora_A",
+        b=tuple(f"{module}.lora_B" for module in linear.modules),
+        modules=linear.modules,
+        columns=linear.columns,
+        rows=tuple(part.graph_rows for part in linear.parts),
+    )
+
+
+def pack_live_adapter(decoder: Decoder, adapter: LowRank) -> bytes:
+    """The safetensors bytes of an adapter: per module lora_A (r, K) and lora_B (N, r), fp16, scaling folded into B."""
+    tensors: dict[str, NDArray[np.float16]] = {}
+    for linear in decoder.linears:
+        for part in linear.parts:
+            if part.module in adapter.modules:
+                a, b = adapter.factors(part.module)
+                owner = f"the adapter's factor for {part.module}"
+                tensors[f"{part.module}.lora_A"] = to_half(part.pad_columns(a), owner, "export it merged")
+                tensors[f"{part.module}.lora_B"] = to_half(part.pad_rows(b), owner, "export it merged")
+    return save(tensors)

@@ -1,0 +1,44 @@
+"""Products with weight matrices as nodes: MatMulNBits where the weight is quantized."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora_export.graph.nodes import CONTRIB
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from edgelora_export.graph.nodes import GraphBuilder
+    from edgelora_export.quantize.int4 import Grid
+
+
+def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
+    """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
+    grid = b.source.grid(name)
+    if grid is None:
+        return b.multiply_transposed(x, b.weight(name))
+    attributes = nbits_attributes(b, grid, columns, rows)
+    return b.op("MatMulNBits", x, *nbits_weights(b, name), domain=CONTRIB, **attributes)
+
+
+def nbits_weights(b: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """MatMulNBits' inputs behind the activations: codes, scales and zero points."""
+    return b.weight(f"{name}.codes"), b.weight(f"{name}.scales"), packed_zeros(b, name)
+
+
+def nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> dict[str, int]:
+    """MatMulNBits' attributes for a weight (rows, columns)."""
+    return {
+        "K": columns,
+        "N": rows,
+        "bits": grid.bits,
+        "block_size": grid.block_size,
+        "accuracy_level": b.target.accuracy_level,
+    }
+
+
+def packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:
+    """The zero points of a product, None where its grid is symmetric."""
+    zeros = f"{name}.zero_points"
+    return b.weight(zeros) if b.source.has(zeros) else None

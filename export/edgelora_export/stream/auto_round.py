@@ -1,0 +1,230 @@
+"""Codes by the auto-round package: rounding and clipping learned block by block, on the whole model in torch.
+
+Cheng et al., SignRound (arXiv 2309.05516): signed gradient descent on the outputs of each transformer block. The package
+works on a torch model as a whole, so that this backend holds the merged model in float32, where GPTQ streams it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora_export.quantize.int4 import BlockQuantized, Grid, pack_codes
+from edgelora_export.weights.store import read_end, read_part
+from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
+from edgelora_runtime.bundle.tokenizer import TOKENIZER
+from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_export.decoder.description import Decoder, Linear, Part
+    from edgelora_export.plan.calibration import Sample
+    from edgelora_export.plan.variants import Delta, Quantization
+    from edgelora_export.weights.base import Base
+
+    Floats = NDArray[np.float32]
+
+BITS = 4  # what is learned; products with 8 bits have nothing to gain
+ITERATIONS = 200  # the package's default, and the paper's
+_BATCH = 8  # sequences in an iteration, as there
+_KEPT = 0.98  # of all tokens: sequences are cut where this is left, because all are filled up to the longest
+_OFF_GRID = 1e-3  # steps by which float32 may miss a whole number of them; measured 1e-6
+
+
+def require_auto_round() -> None:
+    """Raises MissingExtraError where the package is not installed; does not import it."""
+    if find_spec("auto_round") is None:
+        raise MissingExtraError("auto-round", "auto-round")
+
+
+def tune_products(
+    base: Base,
+    decoder: Decoder,
+    delta: Delta | None,
+    linears: Sequence[Linear],
+    quantization: Quantization,
+    samples: Sequence[Sample],
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> dict[str, BlockQuantized]:
+    """What auto-round makes of some products of the base with a delta added, by their names; see read_codes.
+
+    samples: what it learns on, at least one. on_layer(index) is called once for each layer, before it. All other products stay in
+    float32 while it learns. Products that it leaves alone are absent from the result: those of 8 bits, and those with a
+    number of inputs or outputs that is no multiple of 32.
+    Raises MissingExtraError without the package, InputError where it fails, IntegrityError for weights off the grid.
+    """
+    require_auto_round()
+    grid = Grid(BITS, quantization.block_size, quantization.symmetric)
+    wanted = [linear for linear in linears if quantization.grid(linear.name) == grid]
+    if not wanted:
+        return {}
+    model = _load_merged(base, decoder, delta)
+    learned = {part.module: _lay_out(model, part) for linear in wanted for part in linear.parts}
+    rows = _even_out(samples)
+    _keep_positions(model, decoder, len(rows[0]), on_layer)
+    model = _learn(model, base, set(learned.values()), quantization, rows)
+    tuned = {}
+    for linear in wanted:
+        modules = [model.get_submodule(learned[part.module]) for part in linear.parts]
+        if all(getattr(module, "scale", None) is not None for module in modules):
+            tuned[linear.name] = _read_product(linear, modules, grid)
+    return tuned
+
+
+def read_codes(weight: Floats, scales: Floats, zeros: Floats | None, grid: Grid) -> BlockQuantized:
+    """The codes that a rounded weight stands for: w = (code - zero) * scale, with nothing rounded a second time.
+
+    weight: float32 (N, K), on the grid already. scales: float32 (N, ceil(K / block_size)), of either sign; where one is 0
+    its block must be, too. zeros: whole numbers of the same shape, None for 2^(bits-1).
+    Raises IntegrityError for a weight that no codes stand for.
+    """
+    rows, columns = weight.shape
+    blocks = -(-columns // grid.block_size)
+    top, half = (1 << grid.bits) - 1, 1 << (grid.bits - 1)
+    padded = np.zeros((rows, blocks * grid.block_size), np.float64)
+    padded[:, :columns] = weight
+    padded = padded.reshape(rows, blocks, grid.block_size)
+    steps = np.divide(padded, scales[:, :, None], out=padded.copy(), where=scales[:, :, None] != 0)
+    zero = np.full((rows, blocks), half, np.float64) if zeros is None else np.rint(zeros)
+    codes = np.rint(steps) + zero[:, :, None]
+    on_grid = np.abs(codes - zero[:, :, None] - steps) < _OFF_GRID  # False for NaN as well
+    whole = zeros is None or np.array_equal(zero, zeros)
+    if not (on_grid.all() and whole and min(codes.min(), zero.min()) >= 0 and max(codes.max(), zero.max()) <= top):
+        raise IntegrityError("it is not on the grid that its scales and zero points span")
+    packed = None if zeros is None else pack_codes(zero.astype(np.uint8), grid.bits)
+    return BlockQuantized(
+        pack_codes(codes.astype(np.uint8), grid.bits), scales.astype(np.float32), packed, grid.bits, grid.block_size, columns
+    )
+
+
+def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
+    """The base with a delta added as transformers runs it, float32."""
+    import torch
+
+    with quiet_libraries():
+        model = load_model(base)
+    with torch.no_grad():
+        for linear in decoder.linears:
+            for part in linear.parts:
+                model.get_submodule(part.module).weight.copy_(torch.from_numpy(read_part(base, part, delta)))
+        model.get_input_embeddings().weight.copy_(torch.from_numpy(read_end(base, decoder, "embedding", delta)))
+    return model
+
+
+def _lay_out(model: Any, part: Part) -> str:
+    """Gives a layer whose inputs the graph pads the padded columns, so that blocks are the graph's; its name in the model."""
+    import torch
+
+    heads = part.columns
+    if heads is None or heads.padded == heads.size:
+        return part.module
+    parent, _, name = part.module.rpartition(".")
+    narrow = model.get_submodule(part.module)
+    wide = torch.nn.Linear(part.graph_columns, part.out_features, bias=narrow.bias is not None)
+    with torch.no_grad():
+        wide.weight.copy_(torch.from_numpy(part.pad_columns(narrow.weight.numpy())))
+        if narrow.bias is not None:
+            wide.bias.copy_(narrow.bias)
+    pad = torch.nn.ConstantPad1d((0, heads.padded - heads.size), 0.0)
+    layers = (torch.nn.Unflatten(-1, (heads.heads, heads.size)), pad, torch.nn.Flatten(-2), wide)
+    setattr(model.get_submodule(parent), name, torch.nn.Sequential(*layers))
+    return f"{part.module}.{len(layers) - 1}"
+
+
+def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callable[[int], None]) -> None:
+    """Has each layer keep the positions and the mask that the model gives it, whatever it is called with.
+
+    auto-round remembers the first layer's and calls all layers with them, which is wrong where layers differ (Gemma). The
+    mask is that of `length` tokens without padding, so that sequences are to be filled up on the right.
+    """
+    import torch
+
+    blocks = [model.get_submodule(layer.linears[0].parts[0].module.rsplit(".", 2)[0]) for layer in decoder.layers]
+    own: dict[Any, dict[str, Any]] = {}
+
+    def remember(block: Any, _: Any, kwargs: dict[str, Any]) -> None:
+        own[block] = {name: kwargs[name] for name in ("position_embeddings", "attention_mask") if name in kwargs}
+
+    hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
+    with torch.no_grad():
+        model.base_model(torch.zeros((1, length), dtype=torch.int64), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    begun: set[Any] = set()
+
+    def restore(block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if block not in begun:
+            on_layer(len(begun))
+            begun.add(block)
+        return args, kwargs | own[block]
+
+    for block in blocks:
+        block.register_forward_pre_hook(restore, with_kwargs=True)
+
+
+def _even_out(samples: Sequence[Sample]) -> list[list[int]]:
+    """Sequences of one length: the longest are cut, the others filled up with their last token.
+
+    auto-round takes such an end for padding and leaves it out of its loss.
+    """
+    lengths = np.array([len(sample.tokens) for sample in samples])
+    left = (np.minimum(lengths, length).sum() / lengths.sum() for length in range(1, lengths.max() + 1))
+    longest = next(length for length, share in enumerate(left, 1) if share >= _KEPT)
+    cut = [sample.tokens[:longest] for sample in samples]
+    return [[*tokens, *tokens[-1:] * (longest - len(tokens))] for tokens in cut]
+
+
+def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, rows: Sequence[Sequence[int]]) -> Any:
+    """Runs auto-round over a model, of which it is to touch the layers `learned`; the model, with what it found as weights."""
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+    others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in learned]
+    try:
+        with quiet_libraries():
+            from auto_round import AutoRound
+
+            tokenizer: Any = PreTrainedTokenizerFast
+            tuner: Any = AutoRound(
+                model,
+                tokenizer(tokenizer_file=str(base.folder / TOKENIZER)),  # asked for, and used for texts alone
+                bits=BITS,
+                group_size=quantization.block_size,
+                sym=quantization.symmetric,
+                data_type="int",
+                scale_dtype="fp32",
+                layer_config={name: {"bits": 16} for name in others},
+                dataset=[torch.tensor([tokens]) for tokens in rows],
+                seqlen=len(rows[0]),
+                nsamples=len(rows),
+                batch_size=_BATCH,
+                iters=ITERATIONS,
+                seed=0,
+                device_map="cpu",
+                amp=False,
+                enable_torch_compile=False,
+                low_cpu_mem_usage=False,
+            )
+            return tuner.quantize()[0]
+    except (Exception, SystemExit) as error:  # it passes on what torch raises, and leaves by sys.exit
+        raise InputError(f"auto-round cannot quantize this base ({first_line(error)}); use method = 'gptq'") from error
+
+
+def _read_product(linear: Linear, modules: Sequence[Any], grid: Grid) -> BlockQuantized:
+    """One product from its tuned layers, laid out as the graph has it."""
+    weights, scales, zeros = [], [], []
+    for part, module in zip(linear.parts, modules, strict=True):
+        scale = module.scale.numpy().reshape(part.out_features, -1)
+        weights.append(part.pad_rows(module.weight.detach().numpy()))
+        scales.append(part.pad_rows(scale))
+        if not grid.symmetric:
+            zeros.append(part.pad_rows(module.zp.numpy().reshape(scale.shape)))
+    try:
+        return read_codes(np.concatenate(weights), np.concatenate(scales), np.concatenate(zeros) if zeros else None, grid)
+    except IntegrityError as error:
+        raise IntegrityError(f"auto-round's weight of {linear.name} is unusable: {error}; use method = 'gptq'") from error

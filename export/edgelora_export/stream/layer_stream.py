@@ -1,0 +1,137 @@
+"""Runs a decoder layer by layer in float32, on weights that are read one layer at a time and then forgotten."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnxruntime as ort
+
+from edgelora_export.graph.nodes import pack_graph
+from edgelora_export.stream.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
+from edgelora_export.weights.store import read_bias, read_end, read_end_rows, read_linear, read_norm, read_rows, touches_ends
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import onnx_ir as ir
+    from numpy.typing import NDArray
+
+    from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.calibration import Sample
+    from edgelora_export.plan.variants import Delta
+    from edgelora_export.stream.layer_graph import WeightlessGraph
+    from edgelora_export.weights.base import Base
+
+    Floats = NDArray[np.float32]
+    OnInput = Callable[[Floats], object]
+
+_HEAD_ROWS = 16384  # of the vocabulary at once, at the most
+
+
+def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
+    """The hidden states (T, H) that enter the first layer of the float base with a delta added, per sample."""
+    tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
+    changed = touches_ends(delta, decoder)
+    rows = read_end(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
+    rows = rows * np.float32(decoder.embedding_multiplier)
+    return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
+
+
+def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) -> dict[str, Floats]:
+    """One layer's weights in float32, by their names in the whole graph; a delta is added to the products that it touches."""
+    layer = decoder.layers[index]
+    weights = {**decoder.rotary_tables, **{norm.name: read_norm(base, norm) for norm in layer.norms}}
+    for linear in layer.linears:
+        weights[linear.name] = read_linear(base, linear, delta)
+        if linear.bias:
+            weights[f"{linear.name}.bias"] = read_bias(base, linear)
+    return weights
+
+
+class LayerStream:
+    """The sessions that run layers: one for each kind of layer, whatever their number."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+
+    def run(
+        self,
+        index: int,
+        weights: Mapping[str, Floats],
+        hidden: Sequence[Floats],
+        on_input: Mapping[str, OnInput] = MappingProxyType({}),
+    ) -> list[Floats]:
+        """Takes hidden states (T, H), one array a sequence, through one layer.
+
+        weights: see read_layer. on_input: by product, what is called with its inputs (T, K) of each sequence.
+        """
+        return self._run(build_layer_graph(self._decoder, index, on_input), weights, hidden, on_input)
+
+    def observe(
+        self, index: int, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> None:
+        """The same for the inputs of these products alone: nothing behind them is computed."""
+        self._run(build_layer_graph(self._decoder, index, on_input, whole=False), weights, hidden, on_input)
+
+    def _run(
+        self, graph: WeightlessGraph, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
+    ) -> list[Floats]:
+        """What the graph makes of each sequence, if it is whole; its taps go to on_input."""
+        session = self._session(graph.model)
+        fixed = {short: weights[name] for name, short in graph.weights.items()}
+        outputs = [str(value.name) for value in graph.model.graph.outputs]
+        after: list[Floats] = []
+        for states in hidden:
+            found = dict(zip(outputs, session.run(outputs, fixed | {HIDDEN: states[None]}), strict=True))
+            for product, callback in on_input.items():
+                callback(found[graph.taps[product]][0])
+            if HIDDEN_OUT in found:
+                after.append(found[HIDDEN_OUT][0])
+        return after
+
+    def final_states(
+        self, base: Base, samples: Sequence[Sample], delta: Delta | None, on_layer: Callable[[int], None] = lambda index: None
+    ) -> list[Floats]:
+        """Takes samples through all layers of the float base with a delta added: final hidden states (T, H), one array each."""
+        hidden = embed(base, self._decoder, samples, delta)
+        for index in range(len(self._decoder.layers)):
+            on_layer(index)
+            hidden = self.run(index, read_layer(base, self._decoder, index, delta), hidden)
+        return hidden
+
+    def normed(self, base: Base, hidden: Floats) -> Floats:
+        """Final hidden states (T, H) as the head takes them."""
+        mean = np.square(hidden).mean(axis=1, keepdims=True)
+        normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
+        return normed * read_norm(base, self._decoder.final_norm)
+
+    def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
+        """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
+        decoder = self._decoder
+        graph = build_head_graph(decoder)
+        session = self._session(graph.model)
+        head = decoder.head_product
+        norm = read_norm(base, decoder.final_norm)
+        logits = np.empty((len(hidden), decoder.vocab_size), np.float32)
+        done = 0
+        for rows in read_end_rows(base, decoder, head, delta):
+            for start in range(0, len(rows), _HEAD_ROWS):
+                weights = {head: rows[start : start + _HEAD_ROWS], decoder.final_norm.name: norm}
+                feeds = {short: weights[name] for name, short in graph.weights.items()}
+                (part,) = session.run([LOGITS], feeds | {HIDDEN: hidden[None]})
+                logits[:, done : done + part.shape[2]] = part[0]
+                done += part.shape[2]
+        return logits
+
+    def _session(self, model: ir.Model) -> ort.InferenceSession:
+        raw = pack_graph(model)
+        if raw not in self._sessions:
+            options = ort.SessionOptions()
+            options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs
+            options.log_severity_level = 3
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # numpy needs the cores between calls
+            self._sessions[raw] = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])
+        return self._sessions[raw]

@@ -1,0 +1,117 @@
+"""Reads a bundle from disk and checks it: names, kinds and sizes on opening, every byte on verify()."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.bundle.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
+from edgelora_runtime.errors import InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_CHUNK = 1 << 20  # bytes hashed at a time
+TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries has about 30 MB
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Bundle:
+        """Reads the manifest and checks that the folder holds exactly the files that it lists, in the sizes it gives.
+
+        Raises InputError where there is no bundle, IntegrityError where it is not what its manifest says.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise InputError(f"no bundle at {folder}: not a folder; make one with: edgelora export RECIPE.toml --output {folder}")
+        if not (folder / MANIFEST).is_file():
+            raise InputError(f"no bundle at {folder}: it has no {MANIFEST}; make one with: edgelora export")
+        manifest = parse_manifest(_read_regular(folder / MANIFEST, MANIFEST_LIMIT))
+        wrong = _compare(folder, manifest)
+        if wrong:
+            raise IntegrityError(f"bundle {folder}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+        return cls(folder, manifest)
+
+    def verify(self, on_file: Callable[[str], None] | None = None) -> list[str]:
+        """Hashes every file; returns the names of those that differ from the manifest, none if all is well."""
+        broken = []
+        for name, entry in self.manifest.files.items():
+            if hash_file(self.folder / name) != entry.sha256:
+                broken.append(name)
+            if on_file is not None:
+                on_file(name)
+        return broken
+
+    def path(self, name: str) -> Path:
+        """The path of a listed file."""
+        if name not in self.manifest.files:
+            raise IntegrityError(f"bundle {self.folder} lists no file {name}")
+        return self.folder / name
+
+    def read(self, name: str, *, limit: int = TEXT_LIMIT) -> bytes:
+        """The bytes of a listed file, checked against its hash; for the small files that are parsed here."""
+        raw = _read_regular(self.path(name), limit)
+        if hashlib.sha256(raw).hexdigest() != self.manifest.files[name].sha256:
+            raise IntegrityError(f"bundle {self.folder}: {name} is not the file that {MANIFEST} lists; copy the bundle again")
+        return raw
+
+    def has(self, name: str) -> bool:
+        return name in self.manifest.files
+
+
+def _compare(folder: Path, manifest: Manifest) -> list[str]:
+    """What is missing, extra, of another size or not a plain file."""
+    wrong: list[str] = []
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+    for name, entry in manifest.files.items():
+        info = found.pop(name, None)
+        if info is None:
+            wrong.append(f"{name} is missing")
+        elif not stat.S_ISREG(info.st_mode):
+            wrong.append(f"{name} is not a plain file")
+        elif info.st_size != entry.size:
+            wrong.append(f"{name} has {info.st_size} bytes, not {entry.size}")
+    found.pop(MANIFEST, None)
+    wrong += [f"{name} is not listed in {MANIFEST}" for name in sorted(found)]
+    return wrong
+
+
+def _open_regular(path: Path) -> int:
+    """A descriptor of a plain file; a link is not followed."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise IntegrityError(f"{path} cannot be opened as a plain file ({error.strerror})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IntegrityError(f"{path} is not a plain file")
+    return descriptor
+
+
+def _read_regular(path: Path, limit: int) -> bytes:
+    with os.fdopen(_open_regular(path), "rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise IntegrityError(f"{path} is larger than the {limit} bytes that such a file may have")
+    return raw
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a plain file, in hex."""
+    digest = hashlib.sha256()
+    with os.fdopen(_open_regular(path), "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,135 @@
+"""Picks a variant for a prompt: hashed n-grams of its bytes and a linear model over them, in numpy alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from edgelora_runtime.errors import InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.manifest import RouterEntry
+    from edgelora_runtime.bundle.tokenizer import Message
+
+    Floats = NDArray[np.float32]
+
+AUTO = "auto"  # in place of a variant's name: the router picks one
+ROUTER = "router.safetensors"
+ROUTER_LIMIT = 64 << 20  # bytes of that file
+_LENGTHS = (3, 4, 5)  # bytes of an n-gram
+_BUCKETS = (1 << 8, 1 << 20)  # a power of two between these
+# FNV-1a with 32 bits: http://www.isthe.com/chongo/tech/comp/fnv/#FNV-param
+_FNV_BASIS, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which variant a prompt goes to.
+
+    confidence: probability of the likeliest class, which is the variant's own unless this is a fallback. fallback: the
+    prompt is like none of the router's variants, or the confidence is below the bundle's threshold. milliseconds: what
+    that took, with the router's loading where it was the first.
+    """
+
+    variant: str
+    confidence: float
+    fallback: bool
+    milliseconds: float
+
+
+class Router:
+    """A bundle's router, loaded; any number of threads may ask it.
+
+    weights: float (classes, buckets), bias: float (classes,), in the order of the entry's classes.
+    """
+
+    def __init__(self, entry: RouterEntry, weights: NDArray[np.floating], bias: NDArray[np.floating]) -> None:
+        self._entry = entry
+        self._by_bucket = np.ascontiguousarray(weights.T, np.float32)
+        self._bias = bias.astype(np.float64)
+
+    @classmethod
+    def read(cls, raw: bytes, entry: RouterEntry) -> Router:
+        """The router in a file's bytes; IntegrityError says what is wrong with them."""
+        try:
+            tensors = load(raw)
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three: types that numpy lacks
+            raise IntegrityError(f"{entry.file} is not a readable safetensors file ({error})") from error
+        if tensors.keys() != {"weights", "bias"}:
+            raise IntegrityError(f"{entry.file} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not weights and bias")
+        weights, bias = tensors["weights"], tensors["bias"]
+        buckets = weights.shape[-1] if weights.ndim else 0
+        if buckets & (buckets - 1) or not _BUCKETS[0] <= buckets <= _BUCKETS[1]:
+            raise IntegrityError(f"{entry.file} has {buckets} buckets, no power of two from {_BUCKETS[0]} to {_BUCKETS[1]}")
+        for name, tensor, shape, kind in (
+            ("weights", weights, (len(entry.classes), buckets), np.float16),
+            ("bias", bias, (len(entry.classes),), np.float32),
+        ):
+            if tensor.shape != shape or tensor.dtype != kind:
+                raise IntegrityError(
+                    f"{entry.file}: {name} is {tensor.dtype} {tensor.shape}, not {np.dtype(kind)} {shape} for the classes listed"
+                )
+            if not np.isfinite(tensor).all():
+                raise IntegrityError(f"{entry.file}: {name} holds values that are not finite")
+        return cls(entry, weights, bias)
+
+    def probabilities(self, text: str) -> NDArray[np.float64]:
+        """How likely a text belongs to each class, float64 (classes,), in the order of the entry's classes."""
+        buckets, values = count_ngrams(text, len(self._by_bucket))
+        # einsum calls no BLAS, whose threads would cost more than they save beside those of onnxruntime.
+        scores = self._bias + np.einsum("m,mc->c", values, self._by_bucket[buckets])
+        likelihoods = np.exp(scores - scores.max())
+        found: NDArray[np.float64] = likelihoods / likelihoods.sum()
+        return found
+
+    def pick(self, text: str) -> tuple[str, float, bool]:
+        """Variant, confidence and fallback of a text's Route."""
+        likelihoods = self.probabilities(text)
+        best = int(likelihoods.argmax())
+        variant, confidence = self._entry.classes[best].variant, float(likelihoods[best])
+        if variant is None or confidence < self._entry.threshold:
+            return self._entry.fallback, confidence, True
+        return variant, confidence, False
+
+
+def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
+    """The n-grams of a text by bucket.
+
+    Returns the buckets that occur, int64 (M,), ascending, and how much each counts, float32 (M,), of Euclidean length 1.
+    docs/bundle-format.md specifies both. The text is lower-cased in ASCII alone: Unicode's tables differ between versions
+    of Python.
+    """
+    words = text.encode(errors="replace").lower().split()
+    spaced = np.frombuffer(b" %b " % b" ".join(words), np.uint8)
+    hashes = np.full(len(spaced) + 1, _FNV_BASIS)
+    found = []
+    for length in range(1, _LENGTHS[-1] + 1):  # hashes[i]: of the bytes i to i + length
+        hashes = (hashes[:-1] ^ spaced[length - 1 :]) * _FNV_PRIME
+        if length in _LENGTHS:
+            found.append(hashes)
+        if len(hashes) == 1:
+            break
+    hashed = np.concatenate(found) if found else hashes[:0]
+    folded = (hashed ^ (hashed >> np.uint32(buckets.bit_length() - 1))) & np.uint32(buckets - 1)
+    counts = np.bincount(folded, minlength=buckets)
+    occurring = np.flatnonzero(counts)
+    values = np.log1p(counts[occurring]).astype(np.float32)
+    return occurring, values / max(math.sqrt(float((values * values).sum())), 1e-30)
+
+
+def last_request(messages: Sequence[Message]) -> str:
+    """What a conversation is routed on: its last message of a user, or its last one where no user speaks."""
+    asked = [message for message in messages if message.get("role") == "user"] or messages
+    content = asked[-1].get("content")
+    if not isinstance(content, str):
+        raise InputError(f"the last message's content is {type(content).__name__}, not the text that variant 'auto' is chosen by")
+    return content

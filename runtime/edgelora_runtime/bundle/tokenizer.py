@@ -1,0 +1,167 @@
+"""Text to tokens and back: the tokenizer, the chat template in a sandbox, and decoding that never splits a character."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as RustTokenizer
+
+from edgelora_runtime.errors import InputError, IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgelora_runtime.bundle.folder import Bundle
+
+    Message = Mapping[str, str]
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+_TEMPLATE_LIMIT = 1 << 18  # bytes of template
+_RENDERED_LIMIT = 1 << 24  # characters of rendered chat
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A bundle's tokenizer.json together with its chat template."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
+        config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
+        self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT) if bundle.has(CHAT_TEMPLATE) else None
+        self._template = None if source is None else _compile(source)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    @property
+    def size(self) -> int:
+        """One more than the highest token id; ids may have gaps."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
+    def to_json(self) -> str:
+        """What a tokenizer.json of it holds."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a plain prompt, with the special tokens that the tokenizer itself adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation, ending where the assistant is to speak."""
+        return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """The conversation as the template writes it; InputError where there is no template or it fails."""
+        if self._template is None:
+            raise InputError("this bundle has no chat template; pass the prompt as text")
+        pieces: list[str] = []
+        length = 0
+        try:
+            for piece in self._template.generate(messages=messages, add_generation_prompt=True, **self._special):
+                length += len(piece)
+                if length > _RENDERED_LIMIT:
+                    raise InputError(
+                        f"the chat template wrote more than {_RENDERED_LIMIT} characters; the bundle's template is broken"
+                    )
+                pieces.append(piece)
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the chat template refused these messages ({error})") from error
+        return "".join(pieces)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class IncrementalDecoder:
+    """Turns tokens into text one by one; the pieces joined are what decode() gives at once, for valid UTF-8.
+
+    A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each
+    piece is the difference between two decodings of a short window, and text that ends in U+FFFD waits for its rest.
+    keep_space: the text may start with a space, which some decoders would drop.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._ids = tokenizer.encode("a") if keep_space else []  # a text that the rest goes on from
+        self._window = 0  # first token of the window
+        self._read = len(self._ids)  # tokens whose text has been given out
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, often its own, sometimes none."""
+        self._ids.append(token)
+        before, after = self._decode_window()
+        if after.endswith(_REPLACEMENT) or len(after) <= len(before):
+            return ""
+        self._window, self._read = self._read, len(self._ids)
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is left at the end: an unfinished character comes out as U+FFFD."""
+        before, after = self._decode_window()
+        self._window = self._read = len(self._ids)
+        return after[len(before) :]
+
+    def _decode_window(self) -> tuple[str, str]:
+        window = self._ids[self._window :]
+        return self._tokenizer.decode(window[: self._read - self._window]), self._tokenizer.decode(window)
+
+
+def load_tokenizer(raw: bytes) -> RustTokenizer:
+    """The tokenizer of a tokenizer.json's bytes; IntegrityError where they are none."""
+    try:
+        return RustTokenizer.from_str(raw.decode())
+    except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise IntegrityError(f"{TOKENIZER} cannot be loaded ({error})") from None
+
+
+def _read_config(raw: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(raw.decode())
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{TOKENIZER_CONFIG} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise IntegrityError(f"{TOKENIZER_CONFIG} holds {type(value).__name__}, not an object")
+    return value
+
+
+def _compile(source: bytes) -> Any:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+    try:
+        return environment.from_string(source.decode())
+    except (TemplateError, UnicodeDecodeError, RecursionError) as error:
+        raise IntegrityError(f"{CHAT_TEMPLATE} is not a valid template ({error})") from error
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _token_text(value: object) -> str:
+    """A special token of tokenizer_config.json: text, or an object that holds it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,150 @@
+"""Structured output: which tokens may come next, so that an answer fits a JSON schema, a regular expression or a grammar."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora_runtime.errors import MissingExtraError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from llguidance import LLMatcher, LLTokenizer
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.manifest import ModelEntry
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
+
+    Floats = NDArray[np.float32]
+
+# Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
+_BLANKS = r" |\n[ ]{0,32}"
+# What each of eight logits is bounded by, float32 (256, 8), for each byte of a mask: cheaper than a choice per logit.
+_BOUNDS = np.array([-np.inf, np.inf], np.float32)[
+    np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+]
+_REASON = 300  # characters that are shown
+_QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
+
+
+class Constraint:
+    """How far one answer has come in its grammar. end_tokens: those of the model, which may come where the grammar accepts."""
+
+    def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: Sequence[int]) -> None:
+        self._name = name
+        self._matcher = matcher
+        self._end_tokens = np.array(end_tokens, np.int64)
+        self._masked = np.empty(vocab_size, np.float32)
+        self._bounds = np.empty((len(matcher.compute_bitmask()), 8), np.float32)
+        self.mask(np.zeros(vocab_size, np.float32))  # so that what nothing fits is refused before a prompt is read
+
+    def mask(self, logits: Floats) -> Floats:
+        """The logits, float32 (V,), with -inf for tokens that may not come next; overwritten by the next call.
+
+        Raises UsageError where none may, or where finding out takes more steps than llguidance allows itself.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._check()  # a matcher that failed allows the end tokens, as one does that is done
+        np.take(_BOUNDS, bits, axis=0, out=self._bounds, mode="clip")  # numpy would copy `out` to raise errors
+        bounds = self._bounds.reshape(-1)[: self._masked.size]
+        if not self._matcher.is_accepting():
+            bounds[self._end_tokens] = -np.inf  # which may be plain text to the tokenizer
+        np.minimum(logits, bounds, out=self._masked)
+        if np.isneginf(self._masked.max()):
+            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
+        return self._masked
+
+    def advance(self, token: int) -> bool:
+        """Takes a token that the mask allowed; returns whether anything but the end may follow."""
+        self._matcher.consume_token(token)
+        self._check()
+        return not self._matcher.is_stopped()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise UsageError(f"{self._name}: {_find_reason(self._matcher)}")
+
+
+class Grammars:
+    """Makes constraints over a bundle's tokenizer, which llguidance reads once, when the first is asked for; for any thread."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
+        self._source = tokenizer
+        self._size = model.vocab_size
+        self._end_tokens = [token for token in model.eos_token_ids if 0 <= token < model.vocab_size]
+        self._lock = threading.Lock()
+        self._tokenizer: LLTokenizer | None = None
+
+    def compile(
+        self, json_schema: Mapping[str, Any] | str | None = None, regex: str | None = None, grammar: str | None = None
+    ) -> Constraint | None:
+        """The constraint of a request, None for none.
+
+        Raises UsageError for more than one, for what llguidance cannot read or does not support, and for a tokenizer of a kind
+        that it does not; MissingExtraError where it is not installed.
+        """
+        given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
+        names = [name for name, value in given.items() if value is not None]
+        if not names:
+            return None
+        if len(names) > 1:
+            raise UsageError(f"{' and '.join(names)} are given together; use one of them")
+        try:
+            from llguidance import LLMatcher, LLParserLimits
+        except ImportError as error:
+            raise MissingExtraError("llguidance", "grammar") from error
+        tokenizer, limits = self._load_tokenizer(), LLParserLimits(verbose_errors=False)
+        try:
+            if json_schema is not None:
+                source = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": _BLANKS})
+            elif regex is not None:
+                source = LLMatcher.grammar_from_regex(regex)
+            else:
+                assert grammar is not None
+                source = LLMatcher.grammar_from_lark(grammar)
+            matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
+        except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
+            raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
+        return Constraint(names[0], matcher, self._size, self._end_tokens)
+
+    def clear(self) -> None:
+        """Frees llguidance's view of the tokenizer; a later call makes it again."""
+        self._tokenizer = None
+
+    def _load_tokenizer(self) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        with self._lock:
+            if self._tokenizer is None:
+                # A model can have more tokens than its tokenizer, and fewer.
+                size = max(self._size, self._source.size)
+                try:
+                    self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._end_tokens or None)
+                except ValueError as error:
+                    raise UsageError(f"llguidance cannot read this bundle's tokenizer ({error}); use no constraint") from error
+            return self._tokenizer
+
+
+def _write_schema(schema: Mapping[str, Any] | str) -> str:
+    """A schema as JSON; ValueError or TypeError where it is no object, or where one of its values is none of JSON's."""
+    value = json.loads(schema) if isinstance(schema, str) else dict(schema)
+    if not isinstance(value, dict):
+        raise TypeError(f"{type(value).__name__} is no schema; use an object, such as {{}} for any JSON")
+    return json.dumps(value, allow_nan=False)
+
+
+def _find_reason(matcher: LLMatcher) -> str:
+    """Why a matcher failed, on one line: without the source that llguidance quotes below its reason."""
+    reason = _shorten(_QUOTED.split(matcher.get_error(), maxsplit=1)[0])
+    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason
+
+
+def _shorten(reason: str) -> str:
+    """The start and the end, on one line, of a reason that may quote all of a pattern in between."""
+    line = " ".join(reason.split())
+    return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"

@@ -1,0 +1,34 @@
+"""How likely the model held a token, and which it held likelier: log probabilities before temperature, filters, constraints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgelora_runtime.decode.sampling import take_largest
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token that was written, its log probability (natural, of the model's own distribution), and the likeliest tokens.
+
+    top: (token, log probability) of these, likeliest first; the written one is among them only if it is one of them.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def rate_token(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
+    """The log probability of a token and of the `count` likeliest, for logits of shape (V,); computed in float64."""
+    values = logits.astype(np.float64)
+    largest = values.max()
+    total = largest + np.log(np.exp(values - largest).sum())
+    top = tuple((int(each), float(values[each] - total)) for each in take_largest(logits, count))
+    return TokenLogprob(token, float(values[token] - total), top)

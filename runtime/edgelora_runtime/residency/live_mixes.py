@@ -1,0 +1,115 @@
+"""Live adapters at run time: their files, and the graph's inputs for the mixes that were asked for."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from edgelora_runtime.bundle.choice import choose_variant
+from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.session.factors import PACKED, pack_mix, stack_mix
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.choice import LiveWeights
+    from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.residency.packed_cache import PackedCache
+    from edgelora_runtime.session.factors import Factors, LoraInputs
+
+FILE_LIMIT = 1 << 32  # bytes of one adapter file
+
+
+def read_factors(raw: bytes, name: str) -> Factors:
+    """The fp16 tensors of an adapter file."""
+    try:
+        factors = load(raw)
+    except SafetensorError as error:
+        raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
+    wrong = sorted(key for key, tensor in factors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
+    if wrong:
+        raise IntegrityError(f"{name} holds tensors that are not fp16 matrices: {', '.join(wrong[:4])}")
+    modules = {key.removesuffix(".lora_A").removesuffix(".lora_B") for key in factors}
+    if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= factors.keys()):
+        raise IntegrityError(f"{name} lacks lora_A or lora_B of {', '.join(single[:4])}")
+    return factors
+
+
+class LiveMixes:
+    """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for.
+
+    budget: bytes of factors and LoRA inputs kept for the way back, least recently used out first; the last mix always stays.
+    packed_cache: keeps the inputs of live variants, which then are mapped and take nothing of the budget.
+    """
+
+    def __init__(self, bundle: Bundle, budget: int, packed_cache: PackedCache | None = None) -> None:
+        self._bundle = bundle
+        self._budget = budget
+        self._packed_cache = packed_cache
+        self._variants = {choose_variant(bundle.manifest, "cpu", name).live for name in bundle.manifest.variants}
+        self._mapped: dict[LiveWeights, LoraInputs] = {}
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str | LiveWeights, Mapping[str, NDArray[Any]]] = (
+            OrderedDict()
+        )  # factors by adapter, inputs by mix
+
+    def get(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
+        """The inputs of that type for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
+        with self._lock:
+            if mix in self._mapped:
+                return self._mapped[mix], 0
+            if mix in self._kept:
+                self._kept.move_to_end(mix)
+                return self._kept[mix], 0
+            inputs = self._open(mix, lora_type)
+            return inputs, _count_bytes(inputs)
+
+    @property
+    def bytes(self) -> int:
+        """What is kept now."""
+        with self._lock:
+            return sum(map(_count_bytes, self._kept.values()))
+
+    def clear(self) -> None:
+        with self._lock:
+            self._kept.clear()
+            self._mapped.clear()
+
+    def _open(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs:
+        """Maps the inputs of a live variant, written where they are not yet; makes those of any other mix."""
+        cache = self._packed_cache if mix in self._variants else None
+        mapped = None if cache is None else cache.find_inputs(self._bundle, mix, lora_type)
+        if mapped is None:
+            slots, factors = self._bundle.manifest.live_slots, [(self._read(name), weight) for name, weight in mix]
+            made = pack_mix(slots, factors) if lora_type == PACKED else stack_mix(slots, factors, lora_type)
+            mapped = None if cache is None else cache.write_inputs(self._bundle, mix, lora_type, made)
+            if mapped is None:
+                self._kept[mix] = made
+            self._make_room()
+        if mapped is None:
+            return made
+        self._mapped[mix] = mapped
+        return mapped
+
+    def _make_room(self) -> None:
+        while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self._budget:
+            self._kept.popitem(last=False)
+
+    def _read(self, name: str) -> Factors:
+        if name not in self._kept:
+            file = self._bundle.manifest.adapters[name].file
+            assert file is not None  # the manifest's references were checked
+            self._kept[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
+        self._kept.move_to_end(name)
+        return self._kept[name]
+
+
+def _count_bytes(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return sum(array.nbytes for array in arrays.values())

@@ -1,0 +1,247 @@
+"""Packed weights and unpacked factors on this machine's disk, mapped by every session and process that runs them.
+
+onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
+file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
+and out as it does any file. A live variant's factors, as its graph takes them, are kept likewise.
+Packed files hang on the CPU and on onnxruntime's version, so they are made where they are used, never shipped.
+
+An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, or INPUTS,
+one behind the other, with their SHAPES; and ENTRY, which says how large the files are. It is made under another name and
+renamed when it is whole, so several processes may make the same one. Entries are trusted as far as the user's own files are:
+a folder that others may write is refused, and blobs are checked against the manifest's hashes before they are packed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edgelora_runtime.bundle.folder import hash_file
+from edgelora_runtime.errors import IntegrityError, UsageError
+from edgelora_runtime.residency.cache_folder import find_cache_folder
+from edgelora_runtime.residency.memory import parse_bytes
+from edgelora_runtime.session.providers import CPU, open_session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgelora_runtime.bundle.choice import LiveWeights
+    from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.bundle.manifest import StageEntry
+    from edgelora_runtime.session.factors import LoraInputs
+
+GRAPH, WEIGHTS, INPUTS, SHAPES, ENTRY = "graph.onnx", "weights.bin", "inputs.npy", "shapes.json", "entry.json"
+_LAYOUT = 1  # of an entry
+_UNFINISHED, _LEAVING = ".unfinished-", ".leaving-"
+_ABANDONED = 3600  # seconds after which an unfinished entry is nobody's
+_DISK_SHARE = 3  # bytes an entry may take over those of its blobs (measured: 2.4)
+
+
+class PackedCache:
+    """A folder of packed weights.
+
+    folder: the platform's cache folder without one. budget: bytes, as a number or like "8GiB"; the least recently used
+    entries go first. Give it to Runtime(packed_cache=…); several runtimes and processes may share one folder.
+    Raises UsageError for a folder that cannot be made, belongs to someone else or that others may write.
+    """
+
+    def __init__(self, folder: str | Path | None = None, *, budget: int | str = "16GiB") -> None:
+        self.folder = Path(folder) if folder is not None else find_packed_folder()
+        self._budget = parse_bytes(budget) or 0
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            info = self.folder.stat()
+        except OSError as error:
+            raise UsageError(f"the packed cache {self.folder} cannot be used ({error.strerror}); name another folder") from error
+        if sys.platform != "win32" and (info.st_uid != os.getuid() or info.st_mode & 0o022):
+            raise UsageError(f"the packed cache {self.folder} can be written by others; name a folder that only you can write")
+
+    def find(self, bundle: Bundle, graph: StageEntry) -> Path | None:
+        """The graph that maps packed weights, where there is one; it counts as used now."""
+        entry = self._find(_name_graph(bundle, graph))
+        return None if entry is None else entry / GRAPH
+
+    def write(self, bundle: Bundle, graph: StageEntry) -> Path | None:
+        """Packs a graph's weights and writes them; None where that fails or they are too large for budget or disk.
+
+        Takes several times as long as loading, and for its time the memory of two sessions. Raises IntegrityError where the
+        bundle is not what its manifest says.
+        """
+        most = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
+        if most > self._budget:
+            return None
+        broken = [name for name in graph.blobs if hash_file(bundle.path(name)) != bundle.manifest.files[name].sha256]
+        if broken:
+            raise IntegrityError(f"bundle {bundle.folder}: {', '.join(broken)} differ from the manifest; copy the bundle again")
+        self._write(_name_graph(bundle, graph), most, lambda folder: _write_graph(bundle.path(graph.file), folder))
+        return self.find(bundle, graph)
+
+    def find_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs | None:
+        """The mapped LoRA inputs of a live mix, all of one type, where they are kept."""
+        entry = self._find(_name_inputs(bundle, mix, lora_type))
+        return None if entry is None else _map_inputs(entry)
+
+    def write_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any], inputs: LoraInputs) -> LoraInputs | None:
+        """Writes LoRA inputs and maps them; None where they are too large for budget or disk."""
+        size = sum(array.nbytes for array in inputs.values())
+        self._write(_name_inputs(bundle, mix, lora_type), size, lambda folder: _write_inputs(inputs, folder))
+        return self.find_inputs(bundle, mix, lora_type)
+
+    def measure(self) -> int:
+        """Bytes of all entries."""
+        return sum(_measure(entry) for entry in self._entries())
+
+    def clear(self) -> None:
+        """Deletes all entries; what has one open keeps it until it is closed (Windows: and so does the cache)."""
+        for entry in self._entries():
+            self._delete(entry)
+
+    def _find(self, name: str) -> Path | None:
+        entry = self.folder / name
+        if not _is_whole(entry):
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry / ENTRY)
+        return entry
+
+    def _write(self, name: str, most: int, fill: Callable[[Path], None]) -> None:
+        """Makes an entry of so many bytes at the most; none where they are too many, or something fails."""
+        if most > self._budget:
+            return
+        entry = self.folder / name
+        with contextlib.suppress(OSError, IntegrityError):  # the disk is full, or onnxruntime says so
+            self._sweep()
+            self._make_room(most)
+            if most > shutil.disk_usage(self.folder).free:
+                return
+            with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
+                folder = Path(unfinished)
+                fill(folder)
+                sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+                (folder / ENTRY).write_text(json.dumps(sizes), encoding="ascii")
+                self._publish(folder, entry)
+
+    def _publish(self, folder: Path, entry: Path) -> None:
+        """Names a folder as the entry. What others published meanwhile stays, and may be in use: only a damaged one gives way."""
+        try:
+            folder.rename(entry)
+        except OSError:
+            if not _is_whole(entry):
+                self._delete(entry)
+                folder.rename(entry)
+
+    def _entries(self) -> list[Path]:
+        """Least recently used first."""
+        used = []
+        for entry in self.folder.iterdir():
+            if entry.name.startswith("."):
+                continue
+            with contextlib.suppress(OSError):
+                used.append(((entry / ENTRY).stat().st_mtime_ns, entry))
+        return [entry for _, entry in sorted(used)]
+
+    def _sweep(self) -> None:
+        """Deletes what processes left that were killed."""
+        for folder in (*self.folder.glob(f"{_UNFINISHED}*"), *self.folder.glob(f"{_LEAVING}*")):
+            with contextlib.suppress(OSError):
+                if time.time() - folder.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        entries = self._entries()
+        held = sum(map(_measure, entries))
+        while entries and held + size > self._budget:
+            held -= _measure(entries[0])
+            self._delete(entries.pop(0))
+
+    def _delete(self, entry: Path) -> None:
+        """Renames first, so that nobody finds half of it."""
+        leaving = self.folder / f"{_LEAVING}{entry.name}-{os.getpid()}"
+        with contextlib.suppress(OSError):
+            entry.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
+
+
+def find_packed_folder() -> Path:
+    """Where packed weights lie unless an app says otherwise."""
+    return find_cache_folder() / "edgelora" / "packed"
+
+
+def _name_graph(bundle: Bundle, graph: StageEntry) -> str:
+    files = [bundle.manifest.files[name].sha256 for name in (graph.file, *graph.blobs)]
+    return _digest(onnxruntime=ort.__version__, cpu=_describe_cpu(), files=files)
+
+
+def _name_inputs(bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any]) -> str:
+    manifest = bundle.manifest
+    files = [manifest.adapters[name].file for name, _ in mix]
+    adapters = [(manifest.files[file].sha256, weight) for file, (_, weight) in zip(files, mix, strict=True) if file is not None]
+    return _digest(slots=[asdict(slot) for slot in manifest.live_slots], adapters=adapters, type=lora_type.name)
+
+
+def _digest(**parts: object) -> str:
+    return hashlib.sha256(json.dumps({"layout": _LAYOUT, **parts}).encode()).hexdigest()[:32]
+
+
+@cache
+def _describe_cpu() -> str:
+    """What kernels are chosen by: the instructions that the CPU has, as far as the system tells them."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return next(" ".join(line.split()) for line in lines if line.lower().startswith(("flags", "features")))
+    return f"{platform.machine()} {platform.processor()}"
+
+
+def _write_graph(graph: Path, folder: Path) -> None:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # fatal: it warns that such a graph is for this machine alone
+    options.optimized_model_filepath = str(folder / GRAPH)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    open_session(graph, options, CPU)
+
+
+def _write_inputs(inputs: LoraInputs, folder: Path) -> None:
+    np.save(folder / INPUTS, np.concatenate([array.reshape(-1) for array in inputs.values()]), allow_pickle=False)
+    (folder / SHAPES).write_text(json.dumps({name: array.shape for name, array in inputs.items()}), encoding="utf-8")
+
+
+def _map_inputs(entry: Path) -> LoraInputs | None:
+    try:
+        flat = np.load(entry / INPUTS, mmap_mode="c", allow_pickle=False).view(np.ndarray)
+        shapes = json.loads((entry / SHAPES).read_text(encoding="utf-8"))
+        stops = np.cumsum([math.prod(shape) for shape in shapes.values()])
+        parts = np.split(flat, stops[:-1])
+        return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    except (OSError, ValueError):  # deleted just now to make room
+        return None
+
+
+def _is_whole(entry: Path) -> bool:
+    try:
+        sizes = json.loads((entry / ENTRY).read_text(encoding="ascii"))
+        return bool(sizes) and all((entry / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _measure(entry: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(file.stat().st_size for file in entry.iterdir())
+    return 0

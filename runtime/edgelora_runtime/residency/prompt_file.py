@@ -1,0 +1,126 @@
+"""Cached prompts on disk: one safetensors file of keys and values, and what each belongs to by hash."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edgelora_runtime.bundle.choice import Choice
+from edgelora_runtime.errors import InputError, ResourceError
+from edgelora_runtime.residency.prompt_cache import SavedPrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.bundle.manifest import Manifest
+    from edgelora_runtime.session.kv_cache import Floats
+
+_FORMAT = "edgelora prompts 1"
+
+
+def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPrompt]) -> int:
+    """Writes prompts to a file, whole or not at all; returns how many there are. Raises ResourceError where it cannot be written.
+
+    Tensors are {number}.{layer}.key and .value, (kv_heads, tokens, head_size). The metadata lists for each number the SHA-256 of
+    the graph, which names its weights by hash, that of each live adapter with its weight, and the tokens.
+    """
+    path = Path(path)
+    files = bundle.manifest.files
+    entries = [
+        {
+            "graph": files[prompt.choice.graph].sha256,
+            "live": None if prompt.choice.live is None else _hash_adapters(bundle.manifest, prompt.choice.live),
+            "tokens": prompt.tokens,
+        }
+        for prompt in prompts
+    ]
+    tensors = {f"{number}.{name}": array for number, prompt in enumerate(prompts) for name, array in prompt.state.items()}
+    raw = save(tensors, {"format": _FORMAT, "prompts": json.dumps(entries)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(f"{path} cannot be written ({error.strerror}); what was there is as it was") from error
+    return len(prompts)
+
+
+def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPrompt]:
+    """The prompts of a file whose graph and live adapters the bundle has, byte for byte; the others are left out.
+
+    Raises InputError for another kind of file, and for keys and values that do not fit the model.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                raise InputError(f"{path} holds no cached prompts of this version; make it with Runtime.save_prompts()")
+            found, names = [], _names(bundle.manifest)
+            for number, entry in enumerate(json.loads(metadata["prompts"])):
+                choice = _find_choice(bundle.manifest, target, entry)
+                if choice is not None:
+                    state = {name: file.get_tensor(f"{number}.{name}") for name in names}
+                    found.append(_check(SavedPrompt(choice, tuple(entry["tokens"]), state), bundle.manifest))
+            return found
+    except InputError:  # a ValueError, too
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is not a file of cached prompts ({error})") from error
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [f"{layer}.{kind}" for layer in range(manifest.model.layers) for kind in ("key", "value")]
+
+
+def _hash_adapters(manifest: Manifest, live: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+    return [(_adapter_hash(manifest, name), weight) for name, weight in live]
+
+
+def _adapter_hash(manifest: Manifest, name: str) -> str:
+    file = manifest.adapters[name].file
+    assert file is not None  # it is one of a live mix
+    return manifest.files[file].sha256
+
+
+def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> Choice | None:
+    """What this bundle calls the graph and the adapters that an entry names by hash; None where it lacks any."""
+    graphs = {variant.graphs[target].file: name for name, variant in reversed(manifest.variants.items())}
+    graph = next((graph for graph in graphs if manifest.files[graph].sha256 == entry["graph"]), None)
+    if graph is None:
+        return None
+    if entry["live"] is None:
+        return Choice(graphs[graph], graph, None)
+    names = {_adapter_hash(manifest, name): name for name, adapter in manifest.adapters.items() if adapter.file is not None}
+    if any(digest not in names for digest, _ in entry["live"]):
+        return None
+    return Choice(graphs[graph], graph, tuple(sorted((names[digest], float(weight)) for digest, weight in entry["live"])))
+
+
+def _check(prompt: SavedPrompt, manifest: Manifest) -> SavedPrompt:
+    """Refuses what a KV cache of this model would not hold."""
+    model, tokens = manifest.model, prompt.tokens
+    shape = (model.kv_heads, len(tokens), model.head_size)
+    if not 0 < len(tokens) <= model.context_length:
+        raise ValueError(f"{len(tokens)} tokens in a context of {model.context_length}")
+    if any(not isinstance(token, int) or not 0 <= token < model.vocab_size for token in tokens):
+        raise ValueError(f"a token outside the vocabulary of {model.vocab_size}")
+    if wrong := [name for name, array in prompt.state.items() if array.shape != shape or not _is_sound(array)]:
+        raise ValueError(f"{wrong[0]} is not finite float32 or float16 of shape {shape}")
+    return prompt
+
+
+def _is_sound(array: Floats) -> bool:
+    return array.dtype in (np.float32, np.float16) and bool(np.isfinite(array).all())

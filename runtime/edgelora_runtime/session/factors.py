@@ -1,0 +1,115 @@
+"""The factors of a weighted mix of live adapters as a graph's inputs: in floats, product by product, or packed for kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora_runtime.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.manifest import LiveSlots
+
+    Floats = NDArray[np.float32]
+    Halves = NDArray[np.float16]
+    Factors = Mapping[str, Halves]  # of an adapter, by tensor
+    Parts = list[list[tuple[Halves, Halves, float]]]  # of a product, and of its parts: A (r, K), B (N, r) and weight by adapter
+    LoraInputs = Mapping[str, NDArray[Any]]  # float32, float16 for a GPU's graphs, or uint8: see PACKED
+
+FACTORS = "factors"  # the input that takes what pack_mix makes
+PACKED = np.dtype(np.uint8)
+MOST_PARTS = 3  # that a product may have to be packed
+_GROUP = 16  # columns of B that lie together; rows of A are filled up to a multiple
+_SLOT = 2 + MOST_PARTS  # int64 of a slot's entry: offset, rank, and each part's rows
+_ALIGNMENT = 64
+
+
+def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], float_type: np.dtype[Any]) -> LoraInputs:
+    """The inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
+
+    Returns for each product A (parts * R, K), and per part B (R, N), of the float type. Parts of unequal rank are filled
+    up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
+    """
+    inputs: dict[str, Floats] = {}
+    for slot in slots:
+        parts, rank = _collect(slot, mix)
+        inputs[slot.a] = a = np.zeros((len(parts), rank, slot.columns), np.float32)
+        for index, (factors, name, rows) in enumerate(zip(parts, slot.b, slot.rows, strict=True)):
+            inputs[name] = b = np.zeros((rank, rows), np.float32)
+            start = 0
+            for down, up, weight in factors:
+                stop = start + len(down)
+                a[index, start:stop] = down
+                b[start:stop] = up.T
+                b[start:stop] *= np.float32(weight)
+                start = stop
+        inputs[slot.a] = a.reshape(-1, slot.columns)
+    return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
+
+
+def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> LoraInputs:
+    """The same as one input of bytes, laid out as docs/bundle-format.md has it: fp16 factors as they are, weights beside."""
+    collected = [_collect(slot, mix) for slot in slots]
+    table = np.zeros((len(slots), _SLOT), np.int64)
+    size = 8 + table.nbytes
+    for entry, slot, (_, rank) in zip(table, slots, collected, strict=True):
+        if len(slot.rows) > MOST_PARTS:
+            raise IntegrityError(
+                f"live_slots of {slot.a} have {len(slot.rows)} modules, where kernels take {MOST_PARTS} at the most"
+            )
+        offset = -(-size // _ALIGNMENT) * _ALIGNMENT
+        entry[:2], entry[2 : 2 + len(slot.rows)] = (offset, rank), slot.rows
+        size = offset + sum(kind.itemsize * math.prod(shape) for kind, shape in _lay_out(slot, rank))
+    packed = np.zeros(size, PACKED)
+    packed[: 8 + table.nbytes].view(np.int64)[:] = [len(slots), *table.reshape(-1)]
+    for entry, slot, (parts, rank) in zip(table, slots, collected, strict=True):
+        _fill(packed[entry[0] :], _lay_out(slot, rank), parts)
+    return {FACTORS: packed}
+
+
+def _lay_out(slot: LiveSlots, rank: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
+    """What a slot holds, one behind the other: the weights, A, and a B for each part."""
+    parts, half = len(slot.modules), np.dtype(np.float16)
+    weights = (np.dtype(np.float32), (parts, rank))
+    a = (half, (parts, rank, _GROUP * _count_groups(slot.columns)))
+    return [weights, a, *((half, (_count_groups(rows), rank, _GROUP)) for rows in slot.rows)]
+
+
+def _fill(block: NDArray[np.uint8], layout: list[tuple[np.dtype[Any], tuple[int, ...]]], parts: Parts) -> None:
+    """Writes a product's factors into zeros."""
+    stops = np.cumsum([kind.itemsize * math.prod(shape) for kind, shape in layout])
+    arrays = np.split(block[: stops[-1]], stops[:-1])
+    weights, a, *ups = (array.view(kind).reshape(shape) for array, (kind, shape) in zip(arrays, layout, strict=True))
+    for index, (factors, b) in enumerate(zip(parts, ups, strict=True)):
+        start = 0
+        for down, up, weight in factors:
+            stop = start + len(down)
+            weights[index, start:stop] = weight
+            a[index, start:stop, : down.shape[1]] = down
+            rows, whole = b.transpose(0, 2, 1)[..., start:stop], len(up) // _GROUP
+            rows[:whole] = up[: whole * _GROUP].reshape(whole, _GROUP, len(down))
+            rows[whole:, : len(up) % _GROUP] = up[whole * _GROUP :]
+            start = stop
+
+
+def _collect(slot: LiveSlots, mix: Sequence[tuple[Factors, float]]) -> tuple[Parts, int]:
+    """What adapters have for a product, part by part, and the rank that all parts get."""
+    parts = [
+        [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
+        for m in slot.modules
+    ]
+    for module, rows, factors in zip(slot.modules, slot.rows, parts, strict=True):
+        for a, b, _ in factors:
+            if a.shape != (len(a), slot.columns) or b.shape != (rows, len(a)):
+                raise IntegrityError(f"an adapter's factors for {module} have shapes {a.shape} and {b.shape}")
+    return parts, max(sum(len(a) for a, _, _ in factors) for factors in parts)
+
+
+def _count_groups(size: int) -> int:
+    return -(-size // _GROUP)

@@ -1,0 +1,71 @@
+"""The KV cache of graphs that write in place: one buffer is past and present, and each step fills its next positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import onnxruntime as ort
+
+from edgelora_runtime.errors import ResourceError
+from edgelora_runtime.session.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
+    from edgelora_runtime.bundle.manifest import ModelEntry
+    from edgelora_runtime.session.binding import Binding
+    from edgelora_runtime.session.kv_cache import Floats
+
+
+class InPlaceCache(KVCache):
+    """Buffers (1, kv_heads, capacity, head_size); positions behind the tokens are overwritten when their turn comes.
+
+    memory: the device that they lie on, by onnxruntime's name.
+    """
+
+    def __init__(self, entry: ModelEntry, float_type: np.dtype[Any], memory: str = "cpu") -> None:
+        super().__init__(entry, float_type)
+        self._memory = memory
+        self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; another dict whenever one is another
+        self._capacity = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def state(self, length: int) -> dict[str, Floats]:
+        return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
+
+    def bind(self, binding: Binding, count: int, keep: int) -> None:
+        self.reserve(len(self.tokens) + count)
+        self._fit_logits(keep)
+        if binding.holds is not self._buffers:
+            for name, buffer in self._buffers.items():
+                binding.cache(f"past_key_values.{name}", f"present.{name}", buffer)
+            binding.holds = self._buffers
+        if binding.writes is not self.logits:
+            binding.output("logits", self.logits)
+            binding.writes = self.logits
+
+    def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
+        capacity = self._next_capacity(positions)
+        shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
+        buffers = {}
+        for kind in ("key", "value"):
+            for index, array in enumerate(self._allocate(shape)):
+                name = f"{index}.{kind}"
+                if state:
+                    array[0, :, : state[name].shape[1]] = state[name]
+                buffers[name] = self._place(array)
+        self._buffers, self._capacity = buffers, capacity
+
+    def _place(self, array: Floats) -> ort.OrtValue:
+        """The array on the cache's device: itself in main memory, else a copy."""
+        try:
+            return ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            raise ResourceError(
+                f"no memory on {self._memory} for a larger KV cache; use a shorter prompt or fewer tokens"
+            ) from error

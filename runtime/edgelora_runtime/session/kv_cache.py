@@ -1,0 +1,118 @@
+"""What a KV cache is to the runtime, whichever way a graph writes it: tokens that were read, and buffers to bind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgelora_runtime.errors import ResourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.manifest import ModelEntry
+    from edgelora_runtime.session.binding import Binding
+
+    Floats = NDArray[np.floating[Any]]  # float32, or float16 in graphs for a GPU
+
+_KEPT_ROWS = 16  # positions of logits, for which memory stays
+_SMALLEST = 256  # positions; a cache doubles from here as it fills
+
+
+class KVCache(ABC):
+    """Keys and values of the tokens that one variant has read.
+
+    float_type: of both. tokens: what its positions hold. logits: float32 (1, kept, V), what the last step wrote; here and
+    not in the model, since a cache has one owner.
+    """
+
+    _copies = 1  # buffers of each key and value
+
+    def __init__(self, entry: ModelEntry, float_type: np.dtype[Any]) -> None:
+        self.tokens: list[int] = []
+        self._entry = entry
+        self._float_type = float_type
+        self._most = 0  # tokens that it has held at once
+        self.drop_logits()
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Positions that fit into its buffers, in tokens."""
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the keys and values that were written; what was reserved and not touched takes none."""
+        position = 2 * self._entry.layers * self._entry.kv_heads * self._entry.head_size * self._float_type.itemsize
+        return self._copies * self._most * position
+
+    @abstractmethod
+    def bind(self, binding: Binding, count: int, keep: int) -> None:
+        """Binds its buffers for a step that reads `count` tokens and writes the logits of the last `keep`."""
+
+    @abstractmethod
+    def state(self, length: int) -> dict[str, Floats]:
+        """Keys and values of the first `length` tokens by {layer}.key and {layer}.value, (kv_heads, length, head_size); views."""
+
+    @abstractmethod
+    def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
+        """Makes its buffers anew, with room for so many positions, of which the first hold the state; {} is none."""
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for at least that many positions, keeping what is there; untouched memory costs nothing."""
+        if positions > self.capacity:
+            self._allocate_buffers(positions, self.state(len(self.tokens)))
+
+    def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
+        """Takes a copy of another cache's tokens and state in place of its own."""
+        self._allocate_buffers(len(tokens), state)
+        self.tokens = list(tokens)
+        self._most = max(self._most, len(tokens))
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Takes over what a step with these tokens wrote into the bound buffers."""
+        self.tokens.extend(tokens)
+        self._most = max(self._most, len(self.tokens))
+
+    def drop_logits(self) -> None:
+        """Frees the memory of the last step's logits, half a megabyte per position where the vocabulary is large."""
+        self.logits: NDArray[np.float32] = np.empty((1, 0, self._entry.vocab_size), np.float32)
+        self._rows = self.logits  # whose memory they lie in: speculation asks for other numbers of positions by turns
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        del self.tokens[length:]
+
+    def _fit_logits(self, keep: int) -> None:
+        """Makes room for the logits of `keep` positions, in the memory of those before if they fit and it is not much more."""
+        if self.logits.shape[1] != keep:
+            if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
+                self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
+            self.logits = self._rows[:, :keep]
+
+    def _next_capacity(self, positions: int) -> int:
+        capacity = max(_SMALLEST, self.capacity)
+        while capacity < positions:
+            capacity *= 2
+        return min(capacity, self._entry.context_length)
+
+    def _allocate(self, shape: tuple[int, ...]) -> list[Floats]:
+        """One array per layer."""
+        try:
+            return [np.zeros(shape, self._float_type) for _ in range(self._entry.layers)]
+        except MemoryError as error:
+            raise ResourceError("no memory for a larger KV cache; use a shorter prompt or fewer tokens") from error
+
+
+def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences share from their start."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length

@@ -1,0 +1,270 @@
+"""What the gate measures is what transformers and PEFT say, and what it does about a lost adapter is what it promises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from peft import PeftModel
+
+from edgelora.adapters.folder import Adapter
+from edgelora_export.bundle import fidelity
+from edgelora_export.bundle.builder import build_bundle
+from edgelora_export.bundle.gate import Gate
+from edgelora_export.plan.calibration import Calibration, Sample
+from edgelora_export.plan.variants import Quantization, TrainedBase, Variant
+from edgelora_export.weights.base import Base
+from edgelora_runtime import Bundle, Runtime
+from edgelora_runtime.bundle.manifest import AdapterEntry
+from edgelora_runtime.errors import InputError, IntegrityError
+from tests.tiny import load_base, make_adapter, random_tokens, torch_logits
+
+if TYPE_CHECKING:
+    from collections.abc import Set
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.bundle.manifest import Manifest
+
+    Floats = NDArray[np.float32]
+    Doubles = NDArray[np.float64]
+
+FIT = tuple(Sample(tuple(random_tokens(40, seed=seed))) for seed in range(30))
+HELD_OUT = tuple(Sample(tuple(random_tokens(30 + seed, seed=100 + seed)), start=1 + seed) for seed in range(5))
+CALIBRATION = Calibration(FIT, HELD_OUT, {"rows.jsonl": "0" * 64})
+
+
+def build(base: Path, adapter: Adapter, output: Path, gate: Gate | None, *, kind: str = "merged", **settings: Any) -> Manifest:
+    return build_bundle(
+        Base.open(base),
+        [
+            Variant("base"),
+            Variant("tuned", {"a": 1.0}, delta=adapter, live={"a": 1.0} if kind == "live" else None, calibration=CALIBRATION),
+        ],
+        output,
+        quantization=Quantization(**{"method": "rtn", **settings}),
+        adapters={"a": AdapterEntry("0" * 64, adapter.rank)},
+        live_adapters={"a": adapter},
+        base_calibration=CALIBRATION,
+        gate=gate,
+    )
+
+
+@pytest.fixture(scope="module")
+def strong(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """An adapter that changes what the model says far more than rounding does."""
+    folder = tmp_path_factory.mktemp("strong")
+    make_adapter(tiny_base, folder, size=0.3)
+    return Adapter.open(folder)
+
+
+@pytest.fixture(scope="module")
+def faint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
+    """An adapter scaled down until what rounding to nearest does to the weights is louder than it."""
+    folder = tmp_path_factory.mktemp("faint")
+    make_adapter(tiny_base, folder, size=0.012)
+    return Adapter.open(folder)
+
+
+def softmax(logits: Floats) -> Doubles:
+    wide: Doubles = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    wide /= wide.sum(axis=-1, keepdims=True)
+    return wide
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("merged", 1000), ("merged", 7), ("live", 20)])
+def test_figures_are_those_of_peft_against_the_runtime(
+    tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fidelity, "_LOGITS_BYTES", positions * 4 * 300)  # of the tiny base's 300 tokens
+    manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(retention=-100.0), kind=kind)
+    found = manifest.variants["tuned"].fidelity
+    assert found is not None
+    adapted = PeftModel.from_pretrained(load_base(tiny_base), strong.folder).eval()
+    bare = load_base(tiny_base)
+    divergences, moved, same, nats = [], [], [], []
+    with Runtime(tmp_path / "bundle") as runtime:
+        for sample in HELD_OUT:
+            rows = slice(sample.start - 1, len(sample.tokens) - 1)
+            said = softmax(runtime.logits(sample.tokens, variant="tuned")[rows])
+            wanted = softmax(torch_logits(adapted, sample.tokens)[rows])
+            without = softmax(torch_logits(bare, sample.tokens)[rows])
+            divergences.append((wanted * np.log(wanted / said)).sum(axis=1))
+            moved.append((wanted * np.log(wanted / without)).sum(axis=1))
+            same.append(wanted.argmax(axis=1) == said.argmax(axis=1))
+            nats.append(-np.log(said[np.arange(len(said)), sample.tokens[sample.start :]]))
+    divergence = np.concatenate(divergences)
+    assert found.tokens == len(divergence)
+    assert found.kl_mean == pytest.approx(divergence.mean(), rel=1e-2)
+    assert found.kl_p99 == pytest.approx(np.quantile(divergence, 0.99), rel=1e-2)
+    assert found.adapter_kl == pytest.approx(np.concatenate(moved).mean(), rel=1e-3)
+    assert found.retention == pytest.approx(1 - found.kl_mean / found.adapter_kl)
+    assert found.top1 == pytest.approx(np.concatenate(same).mean(), abs=0.011)
+    assert found.perplexity == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-3)
+    assert manifest.variants["base"].fidelity is not None
+    assert manifest.variants["base"].fidelity.retention is None
+
+
+def test_product_figures_are_the_formulas(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
+    manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(retention=-100.0))
+    found = manifest.variants["tuned"].fidelity
+    assert found is not None
+    assert len(found.products) == 8
+    for product in found.products.values():
+        assert product.bits == 4
+        assert product.retention == pytest.approx(1, abs=0.2)
+        assert 0.1 < product.codes_changed < 1
+        assert 0 < product.noise < 1
+
+
+def test_a_strong_adapter_passes(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
+    manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(policy="fail", retention=0.5))
+    tuned = manifest.variants["tuned"]
+    assert tuned.fidelity is not None and tuned.fidelity.outcome == "passed"
+    assert tuned.int8 == ()
+
+
+def test_a_lost_adapter_fails_and_the_layers_are_named(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        build(tiny_base, faint, tmp_path / "bundle", Gate(policy="fail"))
+    assert caught.value.exit_code == 4
+    assert "tuned keeps" in str(caught.value) and "layers." in str(caught.value)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_lost_adapter_is_repaired(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    measured = build(tiny_base, faint, tmp_path / "as-is", Gate(retention=-100.0)).variants["tuned"].fidelity
+    assert measured is not None and measured.retention is not None and measured.retention < 0.8
+    manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="repair"))
+    tuned, base = manifest.variants["tuned"], manifest.variants["base"]
+    assert tuned.fidelity is not None and tuned.fidelity.outcome == "repaired"
+    assert tuned.fidelity.retention is not None and tuned.fidelity.retention >= 0.8
+    assert tuned.int8 and all(tuned.fidelity.products[name].bits == 8 for name in tuned.int8 if name in tuned.fidelity.products)
+    assert base.int8 == ()
+    assert Bundle.open(tmp_path / "bundle").verify(lambda name: None) == []
+    used = {blob for variant in manifest.variants.values() for graph in variant.graphs.values() for blob in graph.blobs}
+    assert used == {name for name in manifest.files if name.endswith(".bin")}
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An adapter's change times a factor: a merge that misses what the adapter does."""
+
+    adapter: Adapter
+    factor: float
+
+    @property
+    def modules(self) -> Set[str]:
+        return self.adapter.modules
+
+    def dense(self, module: str, weight: Floats) -> Floats:
+        return np.float32(self.factor) * self.adapter.dense(module, weight)
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_trained_base_that_loses_the_adapter_is_given_up_if_it_was_edgeloras_choice(
+    tiny_base: Path, strong: Adapter, tmp_path: Path, chosen: bool
+) -> None:
+    trained = TrainedBase("nf4", merged=Scaled(strong, 0.1), unmerged=strong)
+    losses = {"float": 3.0, "nf4": 2.0} if chosen else {}
+    manifest = build_bundle(
+        Base.open(tiny_base),
+        [
+            Variant(
+                "tuned", {"a": 1.0}, delta=strong, calibration=CALIBRATION, trained=trained, merge_base="trained",
+                merge_losses=losses,
+            )
+        ],
+        tmp_path / "bundle",
+        quantization=Quantization(method="rtn"),
+        adapters={"a": AdapterEntry("0" * 64, strong.rank)},
+        live_adapters={"a": strong},
+        base_calibration=CALIBRATION,
+        gate=Gate(retention=0.5),
+    )  # fmt: skip
+    tuned = manifest.variants["tuned"]
+    assert tuned.fidelity is not None and tuned.fidelity.retention is not None and tuned.fidelity.retention >= 0.5
+    assert tuned.merge_base == "float" and tuned.int8 == ()
+    assert (tuned.kind, tuned.fidelity.outcome) == (("merged", "repaired") if chosen else ("live", "live"))
+    assert tuned.merge_losses == losses
+
+
+def test_live_policy_turns_a_lost_adapter_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="live"))
+    tuned = manifest.variants["tuned"]
+    assert tuned.kind == "live" and tuned.live == {"a": 1.0}
+    assert tuned.fidelity is not None and tuned.fidelity.outcome == "live"
+    with Runtime(tmp_path / "bundle") as runtime:
+        assert runtime.generate([5, 6, 7], variant="tuned", max_tokens=4).tokens
+
+
+def test_weights_by_module_do_not_go_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"cannot be made live: a weighs by module.*edgelora compose"):
+        build_bundle(
+            Base.open(tiny_base),
+            [Variant("tuned", {"a": 1.0}, delta=faint, calibration=CALIBRATION, weights={"a": {"*": 1.0}})],
+            tmp_path / "bundle",
+            quantization=Quantization(method="rtn"),
+            adapters={"a": AdapterEntry("0" * 64, faint.rank)},
+            live_adapters={"a": faint},
+            base_calibration=CALIBRATION,
+            gate=Gate(policy="live"),
+        )
+
+
+def test_what_nothing_mends_ends_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
+    manifest = build(tiny_base, faint, tmp_path / "bundle", Gate(policy="repair", retention=1.0))
+    assert manifest.variants["tuned"].kind == "live"
+
+
+def test_a_variant_may_go_live_where_none_ran_the_bare_base(tiny_base: Path, tmp_path: Path) -> None:
+    """Weights of the base that no graph uses are kept until no variant can need them."""
+    make_adapter(tiny_base, tmp_path / "a", size=0.012, target_modules=["q_proj"])
+    adapter = Adapter.open(tmp_path / "a")
+    manifest = build_bundle(
+        Base.open(tiny_base),
+        [Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION)],
+        tmp_path / "bundle",
+        quantization=Quantization(method="rtn"),
+        adapters={"a": AdapterEntry("0" * 64, adapter.rank)},
+        live_adapters={"a": adapter},
+        base_calibration=CALIBRATION,
+        gate=Gate(policy="live", retention=1.0),
+    )
+    assert manifest.variants["tuned"].kind == "live"
+    with Runtime(tmp_path / "bundle") as runtime:
+        assert runtime.generate([5, 6, 7], max_tokens=4).tokens
+
+
+def test_max_kl_and_min_top1_are_limits_too(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError) as caught:
+        build(tiny_base, strong, tmp_path / "bundle", Gate(policy="fail", retention=-100.0, max_kl=1e-9, min_top1=1.0))
+    assert "nats per token" in str(caught.value) and "of the tokens" in str(caught.value)
+
+
+def test_gptq_strays_less_than_rounding(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
+    strayed = {}
+    for method in ("rtn", "gptq"):
+        found = build(tiny_base, strong, tmp_path / method, Gate(retention=-100.0), method=method).variants["tuned"].fidelity
+        assert found is not None
+        strayed[method] = found.kl_mean
+    assert strayed["gptq"] < 0.95 * strayed["rtn"]
+
+
+def test_patterns_give_products_8_bits(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
+    manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(), int8=("*.mlp.down", "head"))
+    assert set(manifest.variants["base"].int8) == {"layers.0.mlp.down", "layers.1.mlp.down", "head"}
+    with pytest.raises(InputError, match="mpl"):
+        build(tiny_base, strong, tmp_path / "wrong", Gate(), int8=("*.mpl.down",))
+
+
+@pytest.mark.parametrize(
+    ("settings", "mention"),
+    [({"policy": "maybe"}, "maybe"), ({"retention": 1.5}, "1.5"), ({"max_kl": 0.0}, "max_kl"), ({"min_top1": 2.0}, "min_top1")],
+)
+def test_gates_that_make_no_sense(settings: dict[str, Any], mention: str) -> None:
+    with pytest.raises(InputError, match=mention):
+        Gate(**settings)

@@ -1,0 +1,180 @@
+"""edgelora's own LiveMatMulNBits, a product with live adapters: against a float64 formula, in every instruction set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from edgelora_runtime.bundle.manifest import LiveSlots
+from edgelora_runtime.session.factors import FACTORS, pack_mix
+from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
+from tests.runtime.kernels.test_kernels import Product, round_chunks
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.session.factors import Factors
+
+pytestmark = needs_kernels
+
+WEIGHTS = (0.7, -1.3)  # of two adapters
+
+
+@dataclass(frozen=True)
+class Live:
+    """A product of parts whose live adapters have these ranks; the second of them leaves the last part alone.
+
+    Its slot is the second of two, of which the first is another's.
+    """
+
+    inner: int
+    widths: tuple[int, ...]
+    ranks: tuple[int, int]
+    bits: int = 4
+    block: int = 32
+    asymmetric: bool = False
+
+    @property
+    def product(self) -> Product:
+        return Product(self.inner, sum(self.widths), self.bits, self.block, asymmetric=self.asymmetric, biased=False)
+
+    @property
+    def slots(self) -> list[LiveSlots]:
+        modules = tuple(f"m{part}" for part in range(len(self.widths)))
+        return [
+            LiveSlots("other.A", ("other.B",), ("other",), 24, (40,)),
+            LiveSlots("a", tuple(f"b{part}" for part in range(len(self.widths))), modules, self.inner, self.widths),
+        ]
+
+    def draw_adapters(self) -> list[Factors]:
+        draw = np.random.default_rng(self.inner)
+        shapes = {"other": (24, 40)} | {f"m{part}": (self.inner, width) for part, width in enumerate(self.widths)}
+        adapters: list[Factors] = []
+        for index, rank in enumerate(self.ranks):
+            modules = list(shapes)[: len(shapes) - index if len(self.widths) > 1 else None]
+            adapters.append(
+                {f"{m}.lora_A": draw.standard_normal((rank, shapes[m][0])).astype(np.float16) for m in modules}
+                | {f"{m}.lora_B": draw.standard_normal((shapes[m][1], rank)).astype(np.float16) for m in modules}
+            )
+        return adapters
+
+    def pack(self) -> NDArray[np.uint8]:
+        packed: NDArray[np.uint8] = pack_mix(self.slots, list(zip(self.draw_adapters(), WEIGHTS, strict=True)))[FACTORS]
+        return packed
+
+    def open(self, threads: int = 1, slot: int = 1) -> ort.InferenceSession:
+        """A session of the product's model, its node exchanged for a live one."""
+        model = onnx.load_from_string(self.product.build()[0])
+        plain = model.graph.node[0]
+        weights = [*plain.input, ""][:4]
+        slots = self.slots[1]
+        attributes = {attribute.name: attribute.i for attribute in plain.attribute}
+        name = f"LiveMatMulNBits{len(self.widths)}"
+        inputs = [*weights, FACTORS, slots.a, *slots.b]
+        model.graph.node[0].CopyFrom(helper.make_node(name, inputs, ["y"], domain="edgelora", slot=slot, **attributes))
+        model.graph.input.append(helper.make_tensor_value_info(FACTORS, TensorProto.UINT8, [None]))
+        for each in (slots.a, *slots.b):
+            model.graph.input.append(helper.make_tensor_value_info(each, TensorProto.FLOAT, [None, None]))
+        model.opset_import.append(helper.make_opsetid("edgelora", 1))
+        return open_own(model.SerializeToString(), threads=threads)
+
+    def run(self, session: ort.InferenceSession, x: NDArray[np.float32], factors: NDArray[np.uint8], a_rank: int = 0) -> Any:
+        slots = self.slots[1]
+        empty = {name: np.zeros((0, width), np.float32) for name, width in zip(slots.b, self.widths, strict=True)}
+        a = np.ones((a_rank, self.inner), np.float32)
+        return session.run(None, {"x": x, FACTORS: factors, slots.a: a, **empty})[0]
+
+    def check(self, row_counts: list[int], threads: int = 1) -> None:
+        _, weights, largest, _ = self.product.build()
+        session = self.open(threads)
+        deltas = []
+        for part, width in enumerate(self.widths):
+            delta = np.zeros((width, self.inner))
+            for adapter, weight in zip(self.draw_adapters(), WEIGHTS, strict=True):
+                if f"m{part}.lora_A" in adapter:
+                    a, b = (adapter[f"m{part}.lora_{kind}"].astype(np.float64) for kind in "AB")
+                    delta += weight * (b @ a)
+            deltas.append(delta)
+        delta = np.concatenate(deltas)
+        for rows in row_counts:
+            x = np.random.default_rng(rows).standard_normal((rows, self.inner), np.float32)
+            wanted = round_chunks(x) @ weights.T + x.astype(np.float64) @ delta.T
+            size = np.abs(round_chunks(x)) @ largest.T + np.abs(x.astype(np.float64)) @ np.abs(delta).T + 1
+            worst = (np.abs(self.run(session, x, self.pack()) - wanted) / size).max(initial=0.0)
+            assert worst < 2e-6, f"{self}, {rows} rows: {worst}"
+
+
+CASES = [
+    Live(576, (576, 192, 192), (16, 4)),
+    Live(2048, (2048,), (60, 4)),
+    Live(96, (8, 40, 17), (3, 2), asymmetric=True),  # parts that begin and end amid a group, and amid a tile
+    Live(70, (33, 99), (5, 1), bits=8),  # activations that do not fill a vector
+    Live(64, (5000, 1000), (8, 8), block=64),  # pieces of several tiles
+    Live(64, (50,), (0, 0)),
+]
+ROWS = [0, 1, 2, 3, 9, 32, 33, 70, 300]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_is_what_the_formula_says(case: Live, threads: int) -> None:
+    case.check(ROWS, threads)
+
+
+@given(
+    inner=st.integers(1, 200),
+    widths=st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    ranks=st.tuples(st.integers(0, 20), st.integers(0, 5)),
+    rows=st.integers(1, 40),
+)
+def test_any_sizes(inner: int, widths: list[int], ranks: tuple[int, int], rows: int) -> None:
+    Live(inner, tuple(widths), ranks).check([rows])
+
+
+def test_every_instruction_set_of_this_machine() -> None:
+    run_in_lesser_sets(
+        "from tests.runtime.kernels import test_live_product_kernel as each\nfor case in each.CASES: case.check(each.ROWS, 2)"
+    )
+
+
+def test_without_factors_it_is_the_product_alone() -> None:
+    case = CASES[0]
+    model, *_ = case.product.build()
+    x = np.random.default_rng(0).standard_normal((3, case.inner), np.float32)
+    found = case.run(case.open(), x, np.zeros(0, np.uint8))
+    np.testing.assert_array_equal(found, open_own(model).run(None, {"x": x})[0])
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case, x = CASES[2], np.ones((1, 96), np.float32)
+    session, packed = case.open(), case.pack()
+    with pytest.raises(Exception, match="but not the input factors"):
+        case.run(session, x, np.zeros(0, np.uint8), a_rank=6)
+    for slot in (2, 1 << 40, -1):
+        with pytest.raises(Exception, match="no such slot"):
+            case.run(case.open(slot=slot), x, packed)
+    with pytest.raises(Exception, match="do not fit the product"):
+        case.run(case.open(slot=0), x, packed)
+    with pytest.raises(Exception, match="no such slot"):
+        case.run(session, x, packed[:80])
+    with pytest.raises(Exception, match="not whole"):
+        case.run(session, x, packed[:-64])
+    for place, value, reason in (
+        (0, 1 << 40, "whole"),
+        (0, -4, "whole"),
+        (0, 66, "whole"),
+        (1, 1 << 21, "whole"),
+        (3, 41, "fit"),
+    ):
+        changed = packed.copy()
+        changed[48:88].view(np.int64)[place] = value
+        with pytest.raises(Exception, match=reason):
+            case.run(session, x, changed)
