@@ -88,7 +88,7 @@ def make_bundle(output: Path) -> Path:
             task: train_adapter(find_base(), find_data() / f"{task}.train.jsonl", output / task, 0, steps=STEPS) for task in TASKS
         }
         variants = {STORIES: VariantRecipe({}), **{task: VariantRecipe({task: 1.0}) for task in TASKS}}
-        recipe = Recipe(str(find_base()), adapters, variants, Quantization(method="rtn"), merge_base="float", drafts=True)
+        recipe = Recipe(str(find_base()), adapters, variants, Quantization(method="rtn"), merge_base="float", draft_tables=True)
         export(recipe, bundle, gate="off")
     return bundle
 

@@ -40,6 +40,7 @@ class VariantDescription:
     bytes: int
     private_bytes: int
     merge_base: str
+    trained_on: str | None
     merge_losses: Mapping[str, float]
     int8: Sequence[str]
     calibration: CalibrationEntry | None
@@ -90,6 +91,7 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
                 sum(sizes[file] for file in files[name]),
                 sum(sizes[file] for file in files[name] if users[file] == 1),
                 variant.merge_base,
+                variant.trained_on,
                 variant.merge_losses,
                 variant.int8,
                 variant.calibration,
@@ -152,8 +154,9 @@ def _name_merge_base(item: VariantDescription) -> str:
     """The base that a mix was merged into, and the losses of the two that were tried."""
     if item.kind == "live" or not item.mix:
         return "–"
-    losses = [f"{name} {loss:.4g}" for name in ("float", "nf4", "int4") if (loss := item.merge_losses.get(name)) is not None]
-    return f"{item.merge_base} (loss: {', '.join(losses)})" if losses else item.merge_base
+    name = f"trained, {item.trained_on}" if item.merge_base == "trained" else item.merge_base
+    losses = [f"{base} {loss:.4g}" for base, loss in item.merge_losses.items()]
+    return f"{name} (loss: {', '.join(losses)})" if losses else name
 
 
 def _figures(item: VariantDescription, found: FidelityEntry) -> list[str]:

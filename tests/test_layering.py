@@ -54,7 +54,7 @@ def name_of(package: str, path: Path) -> str:
 
 def imported(path: Path) -> set[str]:
     """Dotted names that a file imports anywhere, inside functions and for type checking too."""
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
@@ -63,9 +63,8 @@ def imported(path: Path) -> set[str]:
             assert node.module is not None
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            argument = node.args[0]
-            names.add(argument.value if isinstance(argument, ast.Constant) else ast.unparse(argument).split(".")[0].lstrip("f'"))
-    return {str(name) for name in names}
+            names.add(ast.unparse(node.args[0]).removeprefix("f").strip("'").partition("{")[0].strip("."))
+    return names
 
 
 def read_modules(package: str) -> Graph:

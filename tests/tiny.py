@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from edgelora_export.architectures import read_decoder
 from edgelora_export.bundle.builder import build_bundle
+from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.weights.base import Base
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_export.bundle.progress import OnProgress
     from edgelora_runtime.bundle.manifest import Manifest
 
     Floats = NDArray[np.float32]
@@ -135,6 +138,18 @@ def random_tokens(count: int, vocabulary: int = 300, seed: int = 0) -> list[int]
 def export_base(base: Path, output: Path, **quantization: Any) -> Manifest:
     """A bundle with the bare base alone."""
     settings = {"bits": 32, **quantization}
-    return build_bundle(
-        Base.open(base), [Variant("base")], output, quantization=Quantization(**settings), adapters={}, live_adapters={}
-    )
+    return build_variants(Base.open(base), [Variant("base")], output, quantization=Quantization(**settings))
+
+
+def build_variants(
+    base: Base,
+    variants: Sequence[Variant],
+    output: Path,
+    *,
+    context_length: int | None = None,
+    on_progress: OnProgress = lambda done, total, what: None,
+    **settings: Any,
+) -> Manifest:
+    """Builds a bundle of variants; settings are fields of BundlePlan."""
+    plan = BundlePlan(base, read_decoder(base.config, context_length), tuple(variants), **settings)
+    return build_bundle(plan, output, on_progress=on_progress)

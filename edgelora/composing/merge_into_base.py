@@ -13,8 +13,8 @@ from edgelora.mix.mix import Mix
 from edgelora_export.architectures import read_decoder
 from edgelora_export.weights.base import Base
 from edgelora_export.weights.checkpoint import DTYPES, write_checkpoint
+from edgelora_export.weights.merged import check_modules
 from edgelora_export.weights.publish import staged_folder, write_file
-from edgelora_export.weights.store import check_modules
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def merge_into(
     decoder = read_decoder(found.config)
     check_same_base(opened, found.sha256)
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
-    check_modules(decoder, mix.modules, "the mix", ends=True)
+    check_modules(decoder, mix.modules, "the mix", vocab=True)
     check_shapes(opened, decoder)
     origin = {
         "base": found.folder.resolve().name,

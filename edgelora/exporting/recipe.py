@@ -62,8 +62,8 @@ class Recipe:
     the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
     text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
     each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
-    base as their adapters' training held it), or auto, the better. router: None for a bundle without one. drafts: whether
-    the bundle holds draft tables for speculation, which are fragments of the adapters' training data.
+    base as their adapters' training held it), or auto, the better. router: None for a bundle without one. draft_tables:
+    whether the bundle holds draft tables for speculation, which are fragments of the adapters' training data.
     """
 
     base: str
@@ -77,7 +77,7 @@ class Recipe:
     targets: tuple[str, ...] = (CPU.name,)
     merge_base: str = "auto"
     router: RouterRecipe | None = None
-    drafts: bool = False
+    draft_tables: bool = False
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -103,7 +103,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         return taken
 
     tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict, "router": dict}
-    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str, "drafts": bool}
+    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str, "draft_tables": bool}
     top = take(value, "", base=str, default=str, **keys, **tables)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
@@ -168,7 +168,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         targets=tuple(targets),
         merge_base=top.get("merge_base", "auto"),
         router=_read_router(router, folder) if "router" in top else None,
-        drafts=top.get("drafts", False),
+        draft_tables=top.get("draft_tables", False),
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from edgelora_export.plan.variants import TrainedBase
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.store import end_modules
+from edgelora_export.weights.merged import vocab_modules
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> Trained
         raise MissingExtraError("bitsandbytes", "train")
     held = {module for linear in decoder.linears for module in linear.modules}
     if quantization == "int4":
-        held |= set(end_modules(decoder).values())
+        held |= set(vocab_modules(decoder).values())
     return TrainedBase(
         quantization,
         merged=OnTrainedBase(mix, quantization, held, mix.modules),

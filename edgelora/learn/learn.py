@@ -19,7 +19,7 @@ from edgelora.learn.regmean import match_inputs
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.architectures import read_decoder
 from edgelora_export.weights.base import Base
-from edgelora_export.weights.store import check_modules
+from edgelora_export.weights.merged import check_modules
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError, list_wrong
 

@@ -43,7 +43,7 @@ def _render(name: str, variant: VariantEntry, found: FidelityEntry) -> str:
     }
     charts = ""
     if found.products:
-        kept = {product: figures.retention for product, figures in found.products.items()}
+        kept = {product: figures.delta_projection for product, figures in found.products.items()}
         noise = {product: figures.noise for product, figures in found.products.items()}
         changed = {product: figures.codes_changed for product, figures in found.products.items()}
         charts = (

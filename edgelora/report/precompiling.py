@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_export.quantize.int4 import Grid
-from edgelora_export.weights.store import end_modules
+from edgelora_export.weights.merged import vocab_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -110,7 +110,7 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
     if decoder is None:
         return sum(_matrix_bytes(rows, columns) for rows, columns in shapes.values())
     linears = [linear for linear in decoder.linears if not shapes.keys().isdisjoint(linear.modules)]
-    ends = [module for module in end_modules(decoder).values() if module in shapes]
+    ends = [module for module in vocab_modules(decoder).values() if module in shapes]
     return sum(_matrix_bytes(linear.rows, linear.columns) for linear in linears) + sum(
         _matrix_bytes(decoder.vocab_size, decoder.hidden_size) for _ in ends
     )
@@ -119,7 +119,7 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
 def count_base_bytes(decoder: Decoder) -> int:
     """Bytes of the int4 base in a bundle, but for norms and graph, which are a thousandth of it."""
     linears = sum(_matrix_bytes(linear.rows, linear.columns) for linear in decoder.linears)
-    return linears + len(end_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
+    return linears + len(vocab_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
 
 
 def count_live_bytes(adapters: Iterable[Adapter]) -> int:

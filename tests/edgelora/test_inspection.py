@@ -55,7 +55,7 @@ def test_the_json_holds_every_figure(judged: Bundle, capsys: pytest.CaptureFixtu
         assert shown[name]["fidelity"] == asdict(entry.fidelity)
         assert (shown[name]["merge_base"], shown[name]["merge_losses"]) == (entry.merge_base, entry.merge_losses)
         assert shown[name]["int8"] == list(entry.int8)
-    assert set(shown["chosen"]["merge_losses"]) == {"float", "nf4"}
+    assert set(shown["chosen"]["merge_losses"]) == {"float", "trained"}
 
 
 def test_the_tables_hold_every_figure(judged: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,8 +66,9 @@ def test_the_tables_hold_every_figure(judged: Bundle, capsys: pytest.CaptureFixt
     sizes, figures = ({row[0]: row[1:] for row in cells if len(row) == width} for width in (7, 10))
     entries = judged.manifest.variants
     losses = entries["chosen"].merge_losses
-    assert sizes["chosen"][3] == f"{entries['chosen'].merge_base} (loss: float {losses['float']:.4g}, nf4 {losses['nf4']:.4g})"
-    assert [sizes[name][3] for name in ("base *", "held", "alive")] == ["–", "nf4", "–"]
+    into = {"float": "float", "trained": "trained, nf4"}[entries["chosen"].merge_base]
+    assert sizes["chosen"][3] == f"{into} (loss: float {losses['float']:.4g}, trained {losses['trained']:.4g})"
+    assert [sizes[name][3] for name in ("base *", "held", "alive")] == ["–", "trained, nf4", "–"]
     for name, entry in entries.items():
         found = entry.fidelity
         assert found is not None
@@ -86,7 +87,7 @@ def test_the_report_names_the_merge_base_and_its_losses(judged: Bundle, tmp_path
     for mention in (
         f"<td>{chosen.merge_base}</td>",
         f"float {chosen.merge_losses['float']:.4f}",
-        f"nf4 {chosen.merge_losses['nf4']:.4f}",
+        f"trained {chosen.merge_losses['trained']:.4f}",
         f"{chosen.fidelity.trained_kl:.4g}",
         f"{chosen.fidelity.teacher_perplexity:.3f}",
     ):

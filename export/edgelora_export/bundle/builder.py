@@ -1,141 +1,266 @@
-"""Builds a bundle: streams the base layer by layer, writes each distinct weight once, judges the variants, publishes."""
+"""Builds a bundle from its plan, stage by stage, in a folder that takes the bundle's name when all of it is there."""
 
 from __future__ import annotations
 
-import json
+from contextlib import contextmanager
 from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from edgelora_export.architectures import read_decoder
-from edgelora_export.bundle.draft import Draft
-from edgelora_export.bundle.gate import Gate, judge, judged
+from edgelora_export.bundle.entries import (
+    describe_base,
+    describe_files,
+    describe_model,
+    describe_quantization,
+    describe_variant,
+)
+from edgelora_export.bundle.fidelity import Comparison, Subject, Teacher, compare, run_teacher
+from edgelora_export.bundle.gate import MakeLive, MergeIntoFloat, RaiseToInt8, name_worst, propose_repairs, why_not_live
+from edgelora_export.bundle.genai_config import GENAI_CONFIG, pack_genai_config
+from edgelora_export.bundle.graphs import find_live_products, write_graphs, write_live_adapters
 from edgelora_export.bundle.merge_base import choose_merge_base
 from edgelora_export.bundle.progress import Progress
-from edgelora_export.plan.calibration import Calibration
-from edgelora_export.plan.targets import CPU, check_targets
-from edgelora_export.weights.journal import Journal
-from edgelora_export.weights.publish import journal_of, staged_folder, write_file, write_hashed
-from edgelora_export.weights.store import check_modules
+from edgelora_export.bundle.texts import copy_texts, read_end_tokens, read_generation_settings
+from edgelora_export.bundle.weights import BundleWeights
+from edgelora_export.graph.live_slots import live_slots
+from edgelora_export.plan.targets import CPU
+from edgelora_export.weights.publish import BLOB, staged_folder, write_file, write_hashed
+from edgelora_runtime import Runtime
+from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.draft_table import DRAFT_TABLE
-from edgelora_runtime.bundle.manifest import MANIFEST, AdapterEntry, Manifest, check_variant_name
-from edgelora_runtime.bundle.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.bundle.folder import Bundle
+from edgelora_runtime.bundle.manifest import MANIFEST, FidelityEntry, Manifest, ProductFidelity
+from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.residency.memory import return_freed_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from edgelora_export.bundle.gate import Gate, Repair
+    from edgelora_export.bundle.plan import BundlePlan
     from edgelora_export.bundle.progress import OnProgress
-    from edgelora_export.decoder.description import Decoder
-    from edgelora_export.plan.variants import LowRank, PackedRouter, Quantization, Variant
-    from edgelora_export.weights.base import Base
+    from edgelora_export.plan.variants import Variant
 
-_COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", "generation_config.json")
+    Outcome = Literal["measured", "passed", "repaired", "live"]
 
 
-def build_bundle(
-    base: Base,
-    variants: Sequence[Variant],
-    output: Path,
-    *,
-    quantization: Quantization,
-    adapters: Mapping[str, AdapterEntry],
-    live_adapters: Mapping[str, LowRank],
-    base_calibration: Calibration | None = None,
-    gate: Gate | None = None,
-    default_variant: str | None = None,
-    context_length: int | None = None,
-    targets: Sequence[str] = (CPU.name,),
-    plan: str | None = None,
-    router: PackedRouter | None = None,
-    draft_tables: Mapping[str, bytes] = MappingProxyType({}),
-    on_progress: OnProgress = lambda done, total, what: None,
-) -> Manifest:
-    """Writes the bundle folder in one step: a reader sees the old one or the new one, never a part.
+def build_bundle(plan: BundlePlan, output: Path, *, on_progress: OnProgress = lambda done, total, what: None) -> Manifest:
+    """Writes the bundle of a plan in one step: a reader sees the old folder or the new one, never a part.
 
-    adapters: what the manifest says of each (its file is filled in here). live_adapters: factors by adapter name, for live
-    variants and for those that the gate turns live. base_calibration: what the bare base is quantized on. gate: what
-    variants must keep of their adapters; None measures nothing. context_length: see read_decoder. targets: what each
-    variant gets a graph for, see targets.py; cpu must be among them. plan: one line that two calls share only if they make the
-    same weights; the second then takes over what the first had finished when it was killed. router: what picks a variant for
-    a prompt. draft_tables: files of them by adapter. on_progress(done, total, what) is called per layer.
-    Raises InputError for names, modules or settings that cannot be built, ResourceError for a full disk, IntegrityError
-    where a variant does not pass the gate.
+    on_progress(done, total, what) is called per layer. Raises InputError for a base or an output folder that cannot be used,
+    IntegrityError where a variant does not pass the gate, ResourceError for a full disk.
     """
-    check_targets(targets)
-    decoder = read_decoder(base.config, context_length)
-    _check(variants, decoder, quantization, live_adapters)
-    with staged_folder(output, marker=MANIFEST, plan=plan) as folder:
-        copy_texts(base, folder)
-        if router is not None:
-            write_file(folder / router.entry.file, [router.content])
-        tables = {name: write_hashed(folder, table, DRAFT_TABLE) for name, table in draft_tables.items()}
-        draft = Draft(
-            base=base,
-            decoder=decoder,
-            folder=folder,
-            default_variant=variants[0].name if default_variant is None else default_variant,
-            quantization=quantization,
-            variants={variant.name: variant for variant in variants},
-            adapters={name: replace(entry, drafts=tables.get(name)) for name, entry in adapters.items()},
-            factors=live_adapters,
-            base_calibration=base_calibration or Calibration(),
-            progress=Progress(on_progress, len(decoder.layers)),
-            journal=Journal(None if plan is None else journal_of(folder), folder),
-            targets=targets,
-            router=None if router is None else router.entry,
+    with staged_folder(output, marker=MANIFEST, plan=plan.resume_key) as folder:
+        builder = BundleBuilder(plan, folder, on_progress)
+        builder.copy_texts()
+        builder.choose_merge_bases()
+        builder.store_weights()
+        builder.pass_gate()
+        return builder.write_bundle()
+
+
+class Measurement(NamedTuple):
+    """A variant's figures, and whose kernels ran it."""
+
+    comparison: Comparison
+    kernels: str
+
+
+class BundleBuilder:
+    """A bundle in the making: what its plan has become in `folder` so far. The methods without a name argument are the stages.
+
+    variants: by name, in the bundle's order. A stage replaces a variant when its merge base is chosen or its kind changes.
+    """
+
+    def __init__(self, plan: BundlePlan, folder: Path, on_progress: OnProgress = lambda done, total, what: None) -> None:
+        self._plan, self._folder = plan, folder
+        self._progress = Progress(on_progress, len(plan.decoder.layers))
+        self._weights = BundleWeights(plan, folder, self._progress)
+        self._draft_tables: dict[str, str] = {}  # file by adapter
+        self._fidelity: dict[str, FidelityEntry] = {}
+        self.variants: dict[str, Variant] = {variant.name: variant for variant in plan.variants}
+        self._weights.expect_progress(self.variants)
+        self._progress.expect(len(self._measured()))
+
+    def copy_texts(self) -> None:
+        """Requires: an empty folder, or the blobs of an interrupted run. Ensures: tokenizer, configs, router, draft tables."""
+        copy_texts(self._plan.base, self._folder)
+        if self._plan.router is not None:
+            write_file(self._folder / self._plan.router.entry.file, [self._plan.router.content])
+        for name, table in self._plan.draft_tables.items():
+            self._draft_tables[name] = write_hashed(self._folder, table, DRAFT_TABLE)
+
+    def choose_merge_bases(self) -> None:
+        """Requires: no weights. Ensures: every variant's merge base is float or trained, by held-out loss where it was auto."""
+        for name, variant in self.variants.items():
+            self._progress.show(f"choosing the base of {name}")
+            self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder, variant)
+
+    def store_weights(self) -> None:
+        """Requires: merge bases are chosen. Ensures: the weights of every variant are in blobs, each product in the journal."""
+        self._weights.store(self.variants)
+
+    def pass_gate(self) -> None:
+        """Requires: weights are stored. Ensures: each variant with held-out samples is measured, and passes the plan's gate.
+
+        A variant that falls short is repaired or made live, as the gate's policy says. Raises IntegrityError, naming variants
+        and products, where the policy is to fail or no repair can be made. Does nothing if the plan has no gate.
+        """
+        gate = self._plan.gate
+        if gate is None:
+            return
+        refused = [refusal for name in self._measured() if (refusal := self._check_variant(name, gate))]
+        if refused:
+            raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
+
+    def write_bundle(self) -> Manifest:
+        """Requires: weights are stored. Ensures: the folder holds graphs, live adapters, genai_config.json and the manifest.
+
+        Files that nothing uses are removed: blobs and graphs of what a repair replaced.
+        """
+        variants = list(self.variants.values())
+        default = self.variants[self._plan.default_variant]
+        manifest = self._describe(variants, self._plan.targets)
+        used = {file for each in manifest.variants.values() for graph in each.graphs.values() for file in graph.files}
+        for path in self._folder.iterdir():
+            if path.suffix in (BLOB, ".onnx") and path.name not in used:
+                path.unlink()
+        if default.live is None:  # for a reader that binds no factors, a live variant is the bare base
+            graph = manifest.variants[default.name].graphs[CPU.name].file
+            write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(graph)])
+        manifest = replace(manifest, files=describe_files(self._folder))
+        write_file(self._folder / MANIFEST, [manifest.dump()])
+        self._progress.finish("written")
+        return manifest
+
+    def subject(self, name: str) -> Subject:
+        """What to measure of a variant. Requires: its weights are stored."""
+        variant, plan = self.variants[name], self._plan
+        samples = plan.calibration_of(variant).held_out
+        return Subject(plan.base, plan.decoder, variant, samples, self._folder, self._weights.of(variant), self._weights.bare)
+
+    @contextmanager
+    def run_variant(self, name: str) -> Iterator[Runtime]:
+        """A runtime over a variant as it is stored now. Requires: its weights are stored. Ensures: its cpu graph is written."""
+        manifest = self._describe([self.variants[name]], (CPU.name,))
+        return_freed_memory()  # what quantizing, the teacher and an earlier session freed: a session may pack the whole model
+        with Runtime(Bundle(self._folder, manifest), provider="cpu") as runtime:
+            yield runtime
+
+    def repair(self, name: str, repair: Repair) -> None:
+        """Changes a merged variant. Requires: its weights are stored. Ensures: so are those of what it becomes."""
+        variant = self.variants[name]
+        if isinstance(repair, RaiseToInt8):
+            self._progress.show(f"repairing {name}, {len(repair.products)} products to 8 bits")
+            self._weights.raise_to_int8(variant, repair.products)
+            return
+        if isinstance(repair, MergeIntoFloat):
+            self.variants[name] = replace(variant, merge_base="float")
+        else:
+            self.variants[name] = replace(variant, live=variant.mix, merge_base="float", merge_losses={})
+        self._weights.drop(name)
+        self._weights.store(self.variants)
+
+    def _measured(self) -> list[str]:
+        """The variants that the gate measures: those with held-out samples."""
+        if self._plan.gate is None:
+            return []
+        return [name for name, variant in self.variants.items() if self._plan.calibration_of(variant).held_out]
+
+    def _check_variant(self, name: str, gate: Gate) -> str | None:
+        """Measures a variant and repairs it until it passes; returns what it lacks where the policy is to fail."""
+        variant = self.variants[name]
+        teacher = run_teacher(self.subject(name), self._progress.through(f"checking {name}"))
+        measurement = self._measure(name, teacher)
+        outcome: Outcome = "measured" if variant.live is None else "live"
+        refusal, products = None, teacher.products
+        if variant.delta is not None and variant.live is None:
+            outcome = "passed"
+            lacking = gate.find_shortfalls(measurement.comparison)
+            if lacking and gate.policy == "fail":
+                refusal = f"{name} {' and '.join(lacking)}; most is lost in {name_worst(products)}"
+            elif lacking:
+                outcome, measurement, products = self._repair_until_it_passes(name, gate, teacher, measurement.comparison)
+        self._fidelity[name] = _describe_fidelity(measurement, outcome, products)
+        return refusal
+
+    def _repair_until_it_passes(
+        self, name: str, gate: Gate, teacher: Teacher, found: Comparison
+    ) -> tuple[Outcome, Measurement, dict[str, ProductFidelity]]:
+        """Tries one repair after the other; returns the outcome, and the figures of the variant and of its products."""
+        repairs = self._propose_repairs(name, gate, teacher)
+        while True:
+            repair = next(repairs)
+            if isinstance(repair, MakeLive) and (reason := why_not_live(self.variants[name], self._plan.live_adapters)):
+                raise IntegrityError(f"{name} {' and '.join(gate.find_shortfalls(found))}, and cannot be made live: {reason}")
+            self.repair(name, repair)
+            measurement = self._measure(name, teacher)
+            if isinstance(repair, MakeLive):
+                return "live", measurement, {}
+            found = measurement.comparison
+            passes = not gate.find_shortfalls(found)
+            if passes or isinstance(repair, MergeIntoFloat):
+                teacher = run_teacher(self.subject(name))  # for the figures of the products as they are now
+            if passes:
+                return "repaired", measurement, teacher.products
+            if isinstance(repair, MergeIntoFloat):
+                repairs = self._propose_repairs(name, gate, teacher)
+
+    def _propose_repairs(self, name: str, gate: Gate, teacher: Teacher) -> Iterator[Repair]:
+        variant = self.variants[name]
+        return propose_repairs(gate, variant, self._weights.of(variant).grids, teacher.products)
+
+    def _measure(self, name: str, teacher: Teacher) -> Measurement:
+        with self.run_variant(name) as runtime:
+            found = compare(self.subject(name), teacher, lambda tokens, count: runtime.iterate_logits(tokens, positions=count))
+            return Measurement(found, runtime.kernels)
+
+    def _describe(self, variants: Sequence[Variant], targets: Sequence[str]) -> Manifest:
+        """Writes graphs and live adapters of some variants; returns the manifest of the folder with these variants alone."""
+        plan = self._plan
+        graphs = write_graphs(plan, self._folder, variants, self._weights, targets)
+        files = write_live_adapters(plan, self._folder, variants)
+        live = find_live_products(plan, variants)
+        return Manifest(
+            created_by=f"edgelora {__version__}",
+            default_variant=plan.default_variant if plan.default_variant in graphs else variants[0].name,
+            base=describe_base(plan.base),
+            model=describe_model(plan.base, plan.decoder),
+            quantization=describe_quantization(plan.quantization),
+            adapters={
+                name: replace(entry, file=files.get(name), draft_table=self._draft_tables.get(name))
+                for name, entry in plan.adapters.items()
+            },
+            live_slots=tuple(live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
+            variants={
+                variant.name: describe_variant(
+                    plan, variant, self._weights.of(variant), graphs[variant.name], self._fidelity.get(variant.name)
+                )
+                for variant in variants
+            },
+            files=describe_files(self._folder),
+            router=None if plan.router is None else plan.router.entry,
         )
-        draft.expect_progress()
-        if gate is not None:
-            draft.progress.expect(len(judged(draft)))
-        for name, variant in draft.variants.items():
-            draft.progress.show(f"choosing the base of {name}")
-            draft.variants[name] = choose_merge_base(base, decoder, variant)
-        draft.store_weights()
-        manifest = draft.write(final=True) if gate is None else judge(draft, gate)
-        draft.progress.finish("written")
-    return manifest
+
+    def _pack_genai_config(self, graph: str) -> bytes:
+        base = self._plan.base
+        settings = {**base.config, **read_generation_settings(base)}
+        return pack_genai_config(self._plan.decoder, graph, settings=settings, end_tokens=read_end_tokens(base))
 
 
-def check_names(variants: Sequence[Variant]) -> None:
-    """Refuses a bundle without variants, and names that cannot be a variant's or would be one file's."""
-    if not variants:
-        raise InputError("the recipe names no variant; add at least [variants.base] with mix = {}")
-    seen: set[str] = set()
-    for variant in variants:
-        if reason := check_variant_name(variant.name):
-            raise InputError(f"variant {variant.name!r}: {reason}")
-        if variant.name.lower() in seen:
-            raise InputError(f"variant {variant.name!r} stands twice; two names must differ in more than case, so rename one")
-        seen.add(variant.name.lower())
-
-
-def _check(
-    variants: Sequence[Variant], decoder: Decoder, quantization: Quantization, live_adapters: Mapping[str, LowRank]
-) -> None:
-    check_names(variants)
-    for variant in variants:
-        if variant.delta is not None:
-            check_modules(decoder, variant.delta.modules, f"variant {variant.name}", ends=True)
-    for name, adapter in live_adapters.items():
-        check_modules(decoder, adapter.modules, f"adapter {name}")
-    folded = [name.lower() for name in live_adapters]
-    if twice := sorted({name for name in live_adapters if folded.count(name.lower()) > 1}):
-        raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
-    products = [linear.name for linear in decoder.linears] + ["embedding"] + ([] if decoder.tied else ["head"])
-    if idle := quantization.idle_patterns(products):
-        raise InputError(f"int8 = {', '.join(idle)}: no product is called so; there are {products[0]} … and {products[-1]}")
-
-
-def copy_texts(base: Base, folder: Path) -> None:
-    """Copies the tokenizer and the configs; a chat template inside tokenizer_config.json gets its own file."""
-    if not (base.folder / TOKENIZER).is_file():
-        raise InputError(f"base {base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
-    for name in _COPIED:
-        if (base.folder / name).is_file():
-            write_file(folder / name, [(base.folder / name).read_bytes()])
-    if not (folder / CHAT_TEMPLATE).exists() and (folder / TOKENIZER_CONFIG).exists():
-        template = json.loads((folder / TOKENIZER_CONFIG).read_bytes()).get("chat_template")
-        if isinstance(template, str):
-            write_file(folder / CHAT_TEMPLATE, [template.encode()])
+def _describe_fidelity(measurement: Measurement, outcome: Outcome, products: dict[str, ProductFidelity]) -> FidelityEntry:
+    found = measurement.comparison
+    return FidelityEntry(
+        outcome=outcome,
+        kernels=measurement.kernels,
+        tokens=found.tokens,
+        kl_mean=found.kl_mean,
+        kl_p99=found.kl_p99,
+        adapter_kl=found.adapter_kl,
+        retention=found.retention,
+        top1=found.top1,
+        perplexity=found.perplexity,
+        teacher_perplexity=found.teacher_perplexity,
+        products=products,
+        trained_kl=found.trained_kl,
+    )

@@ -1,4 +1,4 @@
-"""How much of an adapter a quantized variant keeps: product by product in its weights, and in what onnxruntime says."""
+"""How much of an adapter a quantized variant keeps: in each product's weights, and in the logits that onnxruntime computes."""
 
 from __future__ import annotations
 
@@ -10,30 +10,49 @@ import numpy as np
 from edgelora_export.quantize.gptq import output_error
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.weights.store import load_matrix, read_linear, touches, touches_ends
+from edgelora_export.weights.merged import changes_linear, changes_vocab, read_linear
+from edgelora_export.weights.stored import load_matrix
 from edgelora_runtime.bundle.manifest import ProductFidelity
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from edgelora_export.bundle.draft import Draft
     from edgelora_export.decoder.description import Decoder, Linear
     from edgelora_export.plan.calibration import Sample
-    from edgelora_export.plan.variants import Delta
+    from edgelora_export.plan.variants import Delta, Variant
     from edgelora_export.weights.base import Base
+    from edgelora_export.weights.stored import StoredWeights
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
+    Logits = Callable[[Sequence[int], int], Iterator[Floats]]
 
-_LOGITS_BYTES = 1 << 25  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
-_WIDE = 1 << 20  # numbers that are compared in float64 at a time
+LOGITS_BYTES = 1 << 25  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
+_WIDE = 1 << 20  # numbers that are compared in float64 at a time, unless one row has more
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the float base with a delta added has to say: final hidden states (T, H) per sample."""
+class Subject:
+    """A variant that is measured, and where its weights lie.
+
+    samples: held-out samples. weights: the variant's, stored in folder. bare: the bare base's, None if they are not stored.
+    """
+
+    base: Base
+    decoder: Decoder
+    variant: Variant
+    samples: Sequence[Sample]
+    folder: Path
+    weights: StoredWeights
+    bare: StoredWeights | None
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """The final hidden states (T, H), one array per sample, of the float base with a delta added."""
 
     delta: Delta | None
     states: list[Floats]
@@ -43,13 +62,13 @@ class Said:
 class Teacher:
     """The unmerged adapter on the float base, the bare float base, and the unmerged adapter on the base of its training.
 
-    bare: None without an adapter. trained: None where that base is the float one or not known.
+    bare: None without an adapter. trained: None where that base is the float one or not known. products: figures of the
+    products of a merged variant, by name.
     """
 
-    samples: Sequence[Sample]
-    adapted: Said
-    bare: Said | None
-    trained: Said | None
+    adapted: HiddenStates
+    bare: HiddenStates | None
+    trained: HiddenStates | None
     products: dict[str, ProductFidelity]
 
 
@@ -72,80 +91,82 @@ class Comparison:
     teacher_perplexity: float
     trained_kl: float | None
 
+    @property
+    def retention(self) -> float | None:
+        """The share of the adapter's effect that is left: 1 is all of it, 0 is the bare float base; None without an adapter."""
+        return 1 - self.kl_mean / self.adapter_kl if self.adapter_kl > 0 else None
 
-def run_teacher(draft: Draft, name: str, on_layer: Callable[[int], None] = lambda index: None) -> Teacher:
-    """Streams a variant's held-out samples through the float base with and without its delta, and through its trained base.
 
-    On the way each product of a merged variant is compared with the weight that it stands for.
+def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index: None) -> Teacher:
+    """Streams the samples through the float base with and without the variant's delta, and through its trained base.
+
+    On the way each product of a merged variant is compared with the float weight that it stands for.
     """
-    variant, decoder = draft.variants[name], draft.decoder
-    samples = draft.calibration_of(name).held_out
+    base, decoder, variant, samples = subject.base, subject.decoder, subject.variant, subject.samples
     stream = LayerStream(decoder)
     if variant.delta is None:
-        return Teacher(samples, Said(None, stream.final_states(draft.base, samples, None, on_layer)), None, None, {})
-    bare = embed(draft.base, decoder, samples)
-    adapted = embed(draft.base, decoder, samples, variant.delta)
+        return Teacher(HiddenStates(None, stream.final_states(base, samples, None, on_layer)), None, None, {})
+    bare = embed(base, decoder, samples)
+    adapted = embed(base, decoder, samples, variant.delta)
     products: dict[str, ProductFidelity] = {}
     for index in range(len(decoder.layers)):
         on_layer(index)
-        adapted, bare = _run_layer(draft, name, stream, index, adapted, bare, products)
+        adapted, bare, compared = _run_layer(subject, stream, index, adapted, bare)
+        products |= compared
     trained = None
     if variant.trained is not None:
         unmerged = variant.trained.unmerged
-        trained = Said(unmerged, stream.final_states(draft.base, samples, unmerged))
-    return Teacher(samples, Said(variant.delta, adapted), Said(None, bare), trained, products)
+        trained = HiddenStates(unmerged, stream.final_states(base, samples, unmerged))
+    return Teacher(HiddenStates(variant.delta, adapted), HiddenStates(None, bare), trained, products)
 
 
 def _run_layer(
-    draft: Draft,
-    name: str,
-    stream: LayerStream,
-    index: int,
-    adapted: list[Floats],
-    bare: list[Floats],
-    products: dict[str, ProductFidelity],
-) -> tuple[list[Floats], list[Floats]]:
-    """Takes the states with and without a variant's delta through a layer, and adds the figures of its products."""
-    variant, layer = draft.variants[name], draft.decoder.layers[index]
+    subject: Subject, stream: LayerStream, index: int, adapted: list[Floats], bare: list[Floats]
+) -> tuple[list[Floats], list[Floats], dict[str, ProductFidelity]]:
+    """Takes the states with and without the variant's delta through a layer; returns them with the figures of its products."""
+    variant, layer = subject.variant, subject.decoder.layers[index]
     assert variant.delta is not None
-    plain = read_layer(draft.base, draft.decoder, index, None)
-    touched = [linear for linear in layer.linears if touches(variant.delta, linear)]
-    tuned = plain | {linear.name: read_linear(draft.base, linear, variant.delta) for linear in touched}
-    inputs: dict[str, list[Floats]] = {linear.name: [] for linear in touched if variant.live is None}
+    plain = read_layer(subject.base, subject.decoder, index, None)
+    changed = [linear for linear in layer.linears if changes_linear(variant.delta, linear)]
+    tuned = plain | {linear.name: read_linear(subject.base, linear, variant.delta) for linear in changed}
+    inputs: dict[str, list[Floats]] = {linear.name: [] for linear in changed if variant.live is None}
     adapted = stream.run(index, tuned, adapted, {product: seen.append for product, seen in inputs.items()})
     bare = stream.run(index, plain, bare)
-    for linear in touched if inputs else ():
+    products = {}
+    for linear in changed if inputs else ():
         seen = np.concatenate(inputs.pop(linear.name))
-        products[linear.name] = _compare_product(draft, name, linear, plain[linear.name], tuned[linear.name], seen)
-    return adapted, bare
+        products[linear.name] = _compare_product(subject, linear, plain[linear.name], tuned[linear.name], seen)
+    return adapted, bare, products
 
 
 def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta) -> float:
     """The float base's loss on samples with a delta added, in nats per token."""
     stream = LayerStream(decoder)
-    said = Said(delta, stream.final_states(base, samples, delta))
+    states = HiddenStates(delta, stream.final_states(base, samples, delta))
     nats, tokens = 0.0, 0
-    for rows in _gather_rows(samples, _say_nothing, decoder.vocab_size):
-        (logits,) = _predict(stream, base, decoder, [said], rows)
+    for rows in _gather_rows(samples, _skip_logits, decoder.vocab_size, LOGITS_BYTES):
+        (logits,) = _predict(stream, base, decoder, [states], rows)
         for part in _split(logits):
             nats -= float(_pick(log_softmax(logits[part]), rows.targets[part]).sum())
         tokens += len(rows.targets)
     return nats / tokens
 
 
-def compare(draft: Draft, teacher: Teacher, logits: Callable[[Sequence[int], int], Iterator[Floats]]) -> Comparison:
+def compare(subject: Subject, teacher: Teacher, logits: Logits, *, batch_bytes: int = LOGITS_BYTES) -> Comparison:
     """Compares a variant with its teacher.
 
-    logits: from token ids and a number of positions, the variant's logits float32 (P, V) of that many at a time.
+    logits: called with token ids and a number of positions; gives the variant's logits, float32 (P, V), that many at a time.
+    batch_bytes: of the logits that are compared at once; larger batches read the teachers' head less often.
     """
-    stream = LayerStream(draft.decoder)
-    saids = [said for said in (teacher.adapted, teacher.bare, teacher.trained) if said is not None]
+    base, decoder = subject.base, subject.decoder
+    stream = LayerStream(decoder)
+    teachers = [states for states in (teacher.adapted, teacher.bare, teacher.trained) if states is not None]
     divergences: list[Doubles] = []
     moved: list[Doubles] = []
     from_trained: list[Doubles] = []
     agreed, nats, teacher_nats = 0, 0.0, 0.0
-    for rows in _gather_rows(teacher.samples, logits, draft.decoder.vocab_size):
-        predicted = _predict(stream, draft.base, draft.decoder, saids, rows)
+    for rows in _gather_rows(subject.samples, logits, decoder.vocab_size, batch_bytes):
+        predicted = _predict(stream, base, decoder, teachers, rows)
         for part in _split(rows.found):
             found, wanted, *others = (log_softmax(each[part]) for each in (rows.found, *predicted))
             divergences.append(_divergence(wanted, found))
@@ -180,14 +201,9 @@ class _Rows:
     found: Floats
 
 
-def _gather_rows(
-    samples: Sequence[Sample], logits: Callable[[Sequence[int], int], Iterator[Floats]], vocabulary: int
-) -> Iterator[_Rows]:
-    """The predictions that count, as many at a time as memory has room for: each batch reads the whole head once.
-
-    A batch's logits are overwritten by the next one's.
-    """
-    count = max(1, _LOGITS_BYTES // (4 * vocabulary))
+def _gather_rows(samples: Sequence[Sample], logits: Logits, vocabulary: int, batch_bytes: int) -> Iterator[_Rows]:
+    """The predictions that count, in batches of logits of so many bytes; each batch overwrites the logits of the one before."""
+    count = max(1, batch_bytes // (4 * vocabulary))
     room: Floats | None = None
     positions: list[tuple[int, slice]] = []
     targets: list[int] = []
@@ -213,18 +229,18 @@ def _gather_rows(
         yield _Rows(positions, np.array(targets, np.int64), room[: len(targets)])
 
 
-def _say_nothing(tokens: Sequence[int], count: int) -> Iterator[Floats]:
-    """Logits of no vocabulary, where no variant is asked."""
+def _skip_logits(tokens: Sequence[int], count: int) -> Iterator[Floats]:
+    """Logits over no vocabulary, for where no variant is compared."""
     for start in range(0, len(tokens), count):
         yield np.empty((min(count, len(tokens) - start), 0), np.float32)
 
 
-def _predict(stream: LayerStream, base: Base, decoder: Decoder, saids: Sequence[Said], rows: _Rows) -> list[Floats]:
-    """Logits (P, V) of the rows' predictions, by each of those who have a say; the head is read once if it is all theirs."""
-    chosen = [np.concatenate([said.states[place][part] for place, part in rows.positions]) for said in saids]
-    if any(touches_ends(said.delta, decoder) for said in saids):
-        return [stream.logits(base, states, said.delta) for said, states in zip(saids, chosen, strict=True)]
-    return np.split(stream.logits(base, np.concatenate(chosen)), len(saids))
+def _predict(stream: LayerStream, base: Base, decoder: Decoder, teachers: Sequence[HiddenStates], rows: _Rows) -> list[Floats]:
+    """The logits (P, V) of the rows' predictions by each teacher; the head is read once unless a teacher's delta changes it."""
+    chosen = [np.concatenate([teacher.states[place][part] for place, part in rows.positions]) for teacher in teachers]
+    if any(changes_vocab(teacher.delta, decoder) for teacher in teachers):
+        return [stream.logits(base, states, teacher.delta) for teacher, states in zip(teachers, chosen, strict=True)]
+    return np.split(stream.logits(base, np.concatenate(chosen)), len(teachers))
 
 
 def _split(logits: Floats) -> Iterator[slice]:
@@ -253,16 +269,16 @@ def _divergence(wanted: Doubles, found: Doubles) -> Doubles:
     return divergence
 
 
-def _compare_product(draft: Draft, name: str, linear: Linear, plain: Floats, tuned: Floats, inputs: Floats) -> ProductFidelity:
-    """One product's figures. plain, tuned: the float base's weight (N, K) without and with the delta; inputs (T, K)."""
-    stored = load_matrix(draft.folder, linear.name, draft.weights_of(name), linear.columns)
-    variant = draft.variants[name]
-    merged = tuned if variant.change is variant.delta else read_linear(draft.base, linear, variant.change)
+def _compare_product(subject: Subject, linear: Linear, plain: Floats, tuned: Floats, inputs: Floats) -> ProductFidelity:
+    """The figures of one product. plain, tuned: the float base's weight (N, K) without and with the delta. inputs: (T, K)."""
+    stored = load_matrix(subject.folder, linear.name, subject.weights, linear.columns)
+    variant = subject.variant
+    merged = tuned if variant.change is variant.delta else read_linear(subject.base, linear, variant.change)
     delta = merged - plain
     if not isinstance(stored, BlockQuantized):
-        return ProductFidelity(bits=32, retention=1.0, codes_changed=1.0, noise=0.0)
+        return ProductFidelity(bits=32, delta_projection=1.0, codes_changed=1.0, noise=0.0)
     values = stored.dequantize()
-    before = None if draft.bare is None else load_matrix(draft.folder, linear.name, draft.bare, linear.columns)
+    before = None if subject.bare is None else load_matrix(subject.folder, linear.name, subject.bare, linear.columns)
     if not isinstance(before, BlockQuantized) or before.grid != stored.grid:
         before = quantize_rtn(plain, bits=stored.bits, block_size=stored.block_size, symmetric=stored.zero_points is None)
     size = float(np.vdot(delta, delta))
@@ -270,7 +286,7 @@ def _compare_product(draft: Draft, name: str, linear: Linear, plain: Floats, tun
     noise = output_error(values - merged, inputs)
     return ProductFidelity(
         bits=stored.bits,
-        retention=float(np.vdot(values - before.dequantize(), delta)) / size if size else 1.0,
+        delta_projection=float(np.vdot(values - before.dequantize(), delta)) / size if size else 1.0,
         codes_changed=stored.share_changed(before),
         noise=float(np.sqrt(noise / effect)) if effect else 0.0,
     )

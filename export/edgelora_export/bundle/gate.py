@@ -1,40 +1,34 @@
-"""The gate: a variant ships when onnxruntime, running it as shipped, still says what its unmerged adapter says."""
+"""The gate's rules: what a merged variant must keep of its adapters, and what is tried when it keeps less."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from edgelora_export.bundle.fidelity import Comparison, Teacher, compare, run_teacher
-from edgelora_runtime import Runtime
-from edgelora_runtime.bundle.manifest import FidelityEntry
-from edgelora_runtime.errors import InputError, IntegrityError
-from edgelora_runtime.residency.memory import return_freed_memory
+from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
-    from edgelora_export.bundle.draft import Draft
+    from edgelora_export.bundle.fidelity import Comparison
     from edgelora_export.plan.variants import Variant
-    from edgelora_runtime.bundle.manifest import Manifest
-
-    Outcome = Literal["measured", "passed", "repaired", "live"]
+    from edgelora_export.quantize.int4 import Grid
+    from edgelora_runtime.bundle.manifest import ProductFidelity
 
 POLICIES = ("repair", "fail", "live", "off")
 _REPAIR_SHARES = (0.25, 0.5, 1.0)  # of the products that the adapter changes, the noisiest first
-_NAMED = 5  # layers that a refusal names
+_NAMED = 5  # products that a refusal names
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a merged variant must keep, and what happens to one that does not.
+    """What a merged variant must keep, and what happens to one that keeps less.
 
-    policy: repair (the float base where the variant was merged into another by choice, then more bits for the noisiest
-    products, and if that is not enough a live variant), live (a live variant at once), fail (no bundle), off (nothing is
-    measured). retention: the least share of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) /
-    KL(teacher ‖ bare base). max_kl: nats per token, and min_top1: share of tokens, at most and at least; None asks for
-    neither.
+    policy: repair tries, in this order, the float base if edgelora chose another one, 8 bits for the noisiest products, and a
+    live variant. live makes the variant live at once. fail writes no bundle. off measures nothing. retention: the least share
+    of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) / KL(teacher ‖ bare base). max_kl: the most nats per
+    token, and min_top1: the least share of tokens with the same most likely token; None does not ask for it.
     """
 
     policy: str = "repair"
@@ -52,11 +46,11 @@ class Gate:
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
             raise InputError(f"gate min_top1 = {self.min_top1}: use a share, from 0 to 1")
 
-    def shortfalls(self, found: Comparison) -> list[str]:
-        """What a variant's figures lack, in words; empty where it passes."""
+    def find_shortfalls(self, found: Comparison) -> list[str]:
+        """What a variant's figures lack, in words; empty if it passes."""
         lacking = []
-        if (kept := retention(found)) is not None and kept < self.retention:
-            lacking.append(f"keeps {kept:.2f} of its adapter's effect, less than {self.retention:g}")
+        if found.retention is not None and found.retention < self.retention:
+            lacking.append(f"keeps {found.retention:.2f} of its adapter's effect, less than {self.retention:g}")
         if self.max_kl is not None and found.kl_mean > self.max_kl:
             lacking.append(f"strays {found.kl_mean:.3g} nats per token, more than {self.max_kl:g}")
         if self.min_top1 is not None and found.top1 < self.min_top1:
@@ -64,117 +58,61 @@ class Gate:
         return lacking
 
 
-def retention(found: Comparison) -> float | None:
-    """The share of the adapter's effect that a variant keeps: 1 is all, 0 what the bare float base says; None without one."""
-    return 1 - found.kl_mean / found.adapter_kl if found.adapter_kl > 0 else None
+@dataclass(frozen=True)
+class MergeIntoFloat:
+    """Merge the variant anew, into the float base."""
 
 
-def judged(draft: Draft) -> list[str]:
-    """The variants that have held-out samples."""
-    return [name for name in draft.variants if draft.calibration_of(name).held_out]
+@dataclass(frozen=True)
+class RaiseToInt8:
+    """Store these products in 8 bits."""
+
+    products: tuple[str, ...]
 
 
-def judge(draft: Draft, gate: Gate) -> Manifest:
-    """Measures every variant that has held-out samples, mends those that fall short, and writes the bundle with the figures.
+@dataclass(frozen=True)
+class MakeLive:
+    """Drop the merged weights, and run the mix live on the bare base."""
 
-    Raises IntegrityError, naming variants and layers, where the policy is to fail or nothing helps.
+
+Repair = MergeIntoFloat | RaiseToInt8 | MakeLive
+
+
+def propose_repairs(
+    gate: Gate, variant: Variant, grids: Mapping[str, Grid], products: Mapping[str, ProductFidelity]
+) -> Iterator[Repair]:
+    """The repairs to try in this order until the variant passes. The last one is always MakeLive.
+
+    grids: of the variant's stored products. products: figures of those that the mix changes.
     """
-    draft.write(final=False)
-    refused = [refusal for name in judged(draft) if (refusal := _judge_variant(draft, name, gate))]
-    if refused:
-        raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
-    return draft.write(final=True)
-
-
-def _judge_variant(draft: Draft, name: str, gate: Gate) -> str | None:
-    """Judges one variant and forgets what it took; says what it lacks where the policy is to fail."""
-    variant = draft.variants[name]
-    teacher = run_teacher(draft, name, draft.progress.through(f"checking {name}"))
-    found = _measure(draft, name, teacher)
-    outcome: Outcome = "measured" if variant.live is None else "live"
-    refusal = None
-    if variant.delta is not None and variant.live is None:
-        outcome = "passed"
-        lacking = gate.shortfalls(found)
-        if lacking and gate.policy == "fail":
-            refusal = f"{name} {' and '.join(lacking)}; most is lost in {_name_worst(teacher)}"
-        elif lacking:
-            outcome, found, teacher = _mend(draft, name, gate, teacher, found)
-    draft.fidelity[name] = _describe(found, teacher, outcome)
-    return refusal
-
-
-def _mend(draft: Draft, name: str, gate: Gate, teacher: Teacher, found: Comparison) -> tuple[Outcome, Comparison, Teacher]:
-    """Merges into the float base and raises products to int8 until the variant passes, else makes it live."""
     if gate.policy == "repair":
-        if draft.variants[name].merge_base == "trained" and draft.variants[name].merge_losses:
-            draft.merge_into_float(name)
-            draft.write(final=False)
-            found, teacher = _measure(draft, name, teacher), run_teacher(draft, name)
-            if not gate.shortfalls(found):
-                return "repaired", found, teacher
-        for products in _rounds(draft, name, teacher):
-            draft.progress.show(f"repairing {name}, {len(products)} products to 8 bits")
-            draft.raise_to_int8(name, products)
-            draft.write(final=False)
-            found = _measure(draft, name, teacher)
-            if not gate.shortfalls(found):
-                return "repaired", found, run_teacher(draft, name)
-    variant = draft.variants[name]
-    if reason := _why_not_live(draft, variant):
-        raise IntegrityError(f"{name} {' and '.join(gate.shortfalls(found))}, and cannot be made live: {reason}")
-    draft.make_live(name)
-    draft.write(final=False)
-    return "live", _measure(draft, name, teacher), replace(teacher, products={})
+        if variant.merge_base == "trained" and variant.merge_losses:  # edgelora's choice, not the recipe's
+            yield MergeIntoFloat()
+        low = [product for product, grid in grids.items() if grid.bits < 8]
+        noisiest = [product for product in _sort_by_noise(products) if product in low]
+        for share in _REPAIR_SHARES if noisiest else ():
+            yield RaiseToInt8(tuple(noisiest[: math.ceil(share * len(noisiest))]))
+        if len(low) > len(noisiest):
+            yield RaiseToInt8(tuple(low))
+    yield MakeLive()
 
 
-def _rounds(draft: Draft, name: str, teacher: Teacher) -> Iterator[list[str]]:
-    """Products to raise, more each round: those with the most noise for the adapter's effect, then everything."""
-    low = [product for product, grid in draft.weights_of(name).grids.items() if grid.bits < 8]
-    noisiest = [product for product in _by_noise(teacher) if product in low]
-    for share in _REPAIR_SHARES if noisiest else ():
-        yield noisiest[: math.ceil(share * len(noisiest))]
-    if len(low) > len(noisiest):
-        yield low
-
-
-def _why_not_live(draft: Draft, variant: Variant) -> str | None:
+def why_not_live(variant: Variant, live_adapters: Collection[str]) -> str | None:
+    """Why a merged variant cannot be made live, or None."""
     if variant.method != "linear":
         return f"its method {variant.method} gives no sum of adapters; make it one adapter with edgelora compose"
     if variant.weights:
         return f"{', '.join(variant.weights)} weighs by module; make it one adapter with edgelora compose"
-    if absent := sorted(set(variant.mix) - set(draft.factors)):
+    if absent := sorted(set(variant.mix) - set(live_adapters)):
         return f"{', '.join(absent)} cannot be applied as A and B"
     return None
 
 
-def _measure(draft: Draft, name: str, teacher: Teacher) -> Comparison:
-    return_freed_memory()  # what quantizing, the teacher and an earlier session freed, since this one packs the whole model
-    with Runtime(draft.folder, provider="cpu") as runtime:
-        return compare(draft, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant=name, positions=count))
+def name_worst(products: Mapping[str, ProductFidelity]) -> str:
+    """The products with the most noise, for a message."""
+    worst = _sort_by_noise(products)[:_NAMED]
+    return ", ".join(f"{product} (noise {products[product].noise:.2g} of the adapter)" for product in worst)
 
 
-def _by_noise(teacher: Teacher) -> list[str]:
-    return sorted(teacher.products, key=lambda product: -teacher.products[product].noise)
-
-
-def _name_worst(teacher: Teacher) -> str:
-    return ", ".join(
-        f"{product} (noise {teacher.products[product].noise:.2g} of the adapter)" for product in _by_noise(teacher)[:_NAMED]
-    )
-
-
-def _describe(found: Comparison, teacher: Teacher, outcome: Outcome) -> FidelityEntry:
-    return FidelityEntry(
-        outcome=outcome,
-        tokens=found.tokens,
-        kl_mean=found.kl_mean,
-        kl_p99=found.kl_p99,
-        adapter_kl=found.adapter_kl,
-        retention=retention(found),
-        top1=found.top1,
-        perplexity=found.perplexity,
-        teacher_perplexity=found.teacher_perplexity,
-        products=teacher.products,
-        trained_kl=found.trained_kl,
-    )
+def _sort_by_noise(products: Mapping[str, ProductFidelity]) -> list[str]:
+    return sorted(products, key=lambda product: -products[product].noise)

@@ -27,7 +27,7 @@ def choose_merge_base(base: Base, decoder: Decoder, variant: Variant) -> Variant
         return replace(variant, merge_base="float")
     losses = {
         "float": measure_loss(base, decoder, samples, variant.delta),
-        trained.quantization: measure_loss(base, decoder, samples, trained.merged),
+        "trained": measure_loss(base, decoder, samples, trained.merged),
     }
-    better = "trained" if losses[trained.quantization] < losses["float"] else "float"
+    better = "trained" if losses["trained"] < losses["float"] else "float"
     return replace(variant, merge_base=better, merge_losses=losses)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.targets import Target
-    from edgelora_export.weights.store import Weights
+    from edgelora_export.weights.stored import StoredWeights
 
 _END = np.iinfo(np.int64).max
 
 
 def build_graph(
-    decoder: Decoder, weights: Weights, folder: Path, *, live: frozenset[str] = frozenset(), target: Target = CPU
+    decoder: Decoder, weights: StoredWeights, folder: Path, *, live: frozenset[str] = frozenset(), target: Target = CPU
 ) -> ir.Model:
     """The graph of one variant.
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from safetensors.numpy import save
 
-from edgelora_export.weights.fp16_copies import to_half
+from edgelora_export.weights.fp16_copies import to_fp16
 from edgelora_runtime.bundle.manifest import LiveSlots
 
 if TYPE_CHECKING:
@@ -36,6 +36,6 @@ def pack_live_adapter(decoder: Decoder, adapter: LowRank) -> bytes:
             if part.module in adapter.modules:
                 a, b = adapter.factors(part.module)
                 owner = f"the adapter's factor for {part.module}"
-                tensors[f"{part.module}.lora_A"] = to_half(part.pad_columns(a), owner, "export it merged")
-                tensors[f"{part.module}.lora_B"] = to_half(part.pad_rows(b), owner, "export it merged")
+                tensors[f"{part.module}.lora_A"] = to_fp16(part.pad_columns(a), owner, "export it merged")
+                tensors[f"{part.module}.lora_B"] = to_fp16(part.pad_rows(b), owner, "export it merged")
     return save(tensors)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from edgelora_export.plan.targets import Target
     from edgelora_export.quantize.int4 import Grid
-    from edgelora_export.weights.store import Weights
+    from edgelora_export.weights.stored import StoredWeights
 
 OPSET = 21
 CONTRIB = "com.microsoft"
@@ -36,9 +36,9 @@ class WeightSource(Protocol):
 
 
 class BlobWeights:
-    """Weights that lie in blobs beside the graph: initializers with external data."""
+    """StoredWeights that lie in blobs beside the graph: initializers with external data."""
 
-    def __init__(self, weights: Weights, folder: Path) -> None:
+    def __init__(self, weights: StoredWeights, folder: Path) -> None:
         self._weights = weights
         self._folder = folder
 
@@ -85,7 +85,7 @@ class InputWeights:
 
 
 class GraphBuilder:
-    """One graph in the making. Weights come from `source` by name, and each name enters the graph once."""
+    """One graph in the making. StoredWeights come from `source` by name, and each name enters the graph once."""
 
     def __init__(self, source: WeightSource, target: Target = CPU) -> None:
         self.source = source

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-METHODS = ("gptq", "auto-round", "rtn", "none")
+QUANTIZATION_METHODS = ("gptq", "auto-round", "rtn", "none")
 MERGE_BASES = ("auto", "float", "trained")
 
 
@@ -63,8 +63,8 @@ class Quantization:
     int8: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"quantization method {self.method!r}: use one of {', '.join(METHODS)}")
+        if self.method not in QUANTIZATION_METHODS:
+            raise InputError(f"quantization method {self.method!r}: use one of {', '.join(QUANTIZATION_METHODS)}")
         if self.bits == 32 or self.method == "none":
             object.__setattr__(self, "bits", 32)
             object.__setattr__(self, "method", "none")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_export.quantize.int4 import BlockQuantized, Grid, pack_codes
-from edgelora_export.weights.store import read_end, read_part
+from edgelora_export.weights.merged import read_part, read_vocab_matrix
 from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
 from edgelora_runtime.bundle.tokenizer import TOKENIZER
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.plan.variants import Delta, Quantization
     from edgelora_export.weights.base import Base
+    from edgelora_export.weights.stored import Storage
 
     Floats = NDArray[np.float32]
 
@@ -43,22 +44,21 @@ def require_auto_round() -> None:
 
 
 def tune_products(
-    base: Base,
-    decoder: Decoder,
+    storage: Storage,
     delta: Delta | None,
     linears: Sequence[Linear],
-    quantization: Quantization,
     samples: Sequence[Sample],
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> dict[str, BlockQuantized]:
-    """What auto-round makes of some products of the base with a delta added, by their names; see read_codes.
+    """Has auto-round quantize some products of the base with a delta added; returns them by name. See read_codes.
 
-    samples: what it learns on, at least one. on_layer(index) is called once for each layer, before it. All other products stay in
-    float32 while it learns. Products that it leaves alone are absent from the result: those of 8 bits, and those with a
-    number of inputs or outputs that is no multiple of 32.
+    samples: at least one, to learn on. on_layer(index) is called before each layer. All other products stay in float32
+    meanwhile. The result lacks the products that auto-round leaves alone: those of 8 bits, and those with a number of inputs or
+    outputs that is no multiple of 32.
     Raises MissingExtraError without the package, InputError where it fails, IntegrityError for weights off the grid.
     """
     require_auto_round()
+    base, decoder, quantization = storage.base, storage.decoder, storage.quantization
     grid = Grid(BITS, quantization.block_size, quantization.symmetric)
     wanted = [linear for linear in linears if quantization.grid(linear.name) == grid]
     if not wanted:
@@ -112,7 +112,7 @@ def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
         for linear in decoder.linears:
             for part in linear.parts:
                 model.get_submodule(part.module).weight.copy_(torch.from_numpy(read_part(base, part, delta)))
-        model.get_input_embeddings().weight.copy_(torch.from_numpy(read_end(base, decoder, "embedding", delta)))
+        model.get_input_embeddings().weight.copy_(torch.from_numpy(read_vocab_matrix(base, decoder, "embedding", delta)))
     return model
 
 

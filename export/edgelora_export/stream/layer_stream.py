@@ -10,7 +10,15 @@ import onnxruntime as ort
 
 from edgelora_export.graph.nodes import pack_graph
 from edgelora_export.stream.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.weights.store import read_bias, read_end, read_end_rows, read_linear, read_norm, read_rows, touches_ends
+from edgelora_export.weights.merged import (
+    changes_vocab,
+    iterate_vocab_rows,
+    read_bias,
+    read_linear,
+    read_norm,
+    read_rows,
+    read_vocab_matrix,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,8 +41,8 @@ _HEAD_ROWS = 16384  # of the vocabulary at once, at the most
 def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
     """The hidden states (T, H) that enter the first layer of the float base with a delta added, per sample."""
     tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
-    changed = touches_ends(delta, decoder)
-    rows = read_end(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
+    changed = changes_vocab(delta, decoder)
+    rows = read_vocab_matrix(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
     rows = rows * np.float32(decoder.embedding_multiplier)
     return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
 
@@ -117,7 +125,7 @@ class LayerStream:
         norm = read_norm(base, decoder.final_norm)
         logits = np.empty((len(hidden), decoder.vocab_size), np.float32)
         done = 0
-        for rows in read_end_rows(base, decoder, head, delta):
+        for rows in iterate_vocab_rows(base, decoder, head, delta):
             for start in range(0, len(rows), _HEAD_ROWS):
                 weights = {head: rows[start : start + _HEAD_ROWS], decoder.final_norm.name: norm}
                 feeds = {short: weights[name] for name, short in graph.weights.items()}

@@ -2,138 +2,149 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.plan.calibration import Moments
+from edgelora_export.plan.calibration import Calibration, Moments
 from edgelora_export.quantize.gptq import output_error, quantize_gptq
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.auto_round import tune_products
 from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.weights.store import Weights, load_matrix, read_linear, store_matrix, store_rounded, touches
+from edgelora_export.weights.merged import changes_linear, read_linear
+from edgelora_export.weights.stored import StoredWeights, load_matrix, store_matrix, store_rounded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from edgelora_export.decoder.description import Decoder, Linear
-    from edgelora_export.plan.calibration import Calibration, Sample
+    from edgelora_export.decoder.description import Linear
+    from edgelora_export.plan.calibration import Sample
     from edgelora_export.plan.variants import Delta, Quantization
     from edgelora_export.quantize.int4 import Grid
-    from edgelora_export.weights.base import Base
-    from edgelora_export.weights.journal import Lane
+    from edgelora_export.weights.journal import JournalSection
+    from edgelora_export.weights.stored import Storage
 
     Floats = NDArray[np.float32]
 
 
 def store_products(
-    base: Base,
-    decoder: Decoder,
+    storage: Storage,
     delta: Delta | None,
-    shared: Weights,
-    folder: Path,
-    quantization: Quantization,
-    finished: Lane,
+    shared: StoredWeights,
+    finished: JournalSection,
     *,
-    bare: Weights | None = None,
+    bare: StoredWeights | None = None,
     calibration: Calibration | None = None,
     on_layer: Callable[[int], None] = lambda index: None,
-) -> Weights:
-    """The weights of a variant: `shared` and every product of the base with the delta added.
+) -> StoredWeights:
+    """Stores every product of the base with the delta added; returns them together with the `shared` weights.
 
-    finished: the products that an earlier run has stored, to which this one adds. bare: the bare base's weights, whose
-    products are taken over where the delta touches nothing. calibration: what GPTQ or auto-round is given to see; without
-    it, and for method rtn, weights are rounded to nearest.
+    Requires: `shared` holds norms, rotary tables and the embedding, all in storage.folder.
+    Ensures: the result has a weight for every product of the decoder, and `finished` knows each one that was stored.
+
+    finished: the products that an earlier run stored; they are not stored again. bare: the bare base's weights, which serve
+    where the delta changes nothing. calibration: the samples that GPTQ and auto-round see. Without samples, and for
+    method rtn, weights are rounded to nearest. on_layer: called with each layer's index before its products are stored.
     """
-    weights = Weights() | shared
-    stream = None
+    quantization, decoder = storage.quantization, storage.decoder
+    calibration = calibration or Calibration()
+    calibrated = compensates(quantization, calibration)
+    weights = StoredWeights() | shared
+    stream = _QuantizedStream(storage, calibration, weights) if calibrated and quantization.method == "gptq" else None
     tuned: Mapping[str, BlockQuantized] = {}
-    if calibration is not None and compensates(quantization, calibration) and quantization.method == "gptq":
-        stream = _QuantizedStream(base, decoder, calibration, weights, folder)
-    elif calibration is not None and compensates(quantization, calibration):
-        changed = [linear for linear in decoder.linears if bare is None or touches(delta, linear)]
+    if calibrated and stream is None:
+        changed = [linear for linear in decoder.linears if bare is None or changes_linear(delta, linear)]
         if any(finished.find(linear.name) is None for linear in changed):
-            tuned = tune_products(base, decoder, delta, changed, quantization, calibration.fit, on_layer)
+            tuned = tune_products(storage, delta, changed, calibration.fit, on_layer)
     for index, layer in enumerate(decoder.layers):
-        if not tuned:  # else each layer has been a step of progress already
+        if not tuned:  # auto-round has reported its own progress
             on_layer(index)
-        own = [linear for linear in layer.linears if bare is None or touches(delta, linear)]
+        own = [linear for linear in layer.linears if bare is None or changes_linear(delta, linear)]
         for linear in layer.linears:
             if bare is not None and linear not in own:
-                weights.take(bare.only(linear.name))
+                weights.update(bare.only(linear.name))
         if stream is not None:
-            stream.quantize_layer(index, delta, own, quantization, finished)
+            stream.quantize_layer(index, delta, own, finished)
             continue
         for linear in own:
             stored = finished.find(linear.name)
             if stored is None and linear.name in tuned:
-                stored = finished.note(linear.name, store_matrix(folder, linear.name, tuned[linear.name]))
+                stored = finished.note(linear.name, store_matrix(storage.folder, linear.name, tuned[linear.name]))
             if stored is None:
-                weight = read_linear(base, linear, delta)
-                stored = finished.note(linear.name, store_rounded(folder, linear.name, weight, quantization.grid(linear.name)))
-            weights.take(stored)
+                weight, grid = read_linear(storage.base, linear, delta), quantization.grid(linear.name)
+                stored = finished.note(linear.name, store_rounded(storage.folder, linear.name, weight, grid))
+            weights.update(stored)
     return weights
 
 
+def raise_to_int8(storage: Storage, delta: Delta | None, linears: Sequence[Linear]) -> StoredWeights:
+    """Stores products with the delta added once more, rounded to nearest in 8 bits."""
+    stored = StoredWeights()
+    for linear in linears:
+        grid = storage.quantization.grid(linear.name)
+        assert grid is not None  # float32 weights lose nothing that more bits could repair
+        weight = read_linear(storage.base, linear, delta)
+        stored.update(store_rounded(storage.folder, linear.name, weight, replace(grid, bits=8)))
+    return stored
+
+
 def compensates(quantization: Quantization, calibration: Calibration) -> bool:
-    """Whether codes are to make up for errors, by a method that has something to see them on."""
+    """Whether codes make up for each other's errors: the method is a calibrated one, and has samples to do it on."""
     return bool(calibration.fit) and quantization.calibrated
 
 
 class _QuantizedStream:
-    """Calibration sequences on their way through the layers, each of which is quantized before they pass it."""
+    """Calibration sequences on their way through the layers. Each layer is quantized before they pass it."""
 
-    def __init__(self, base: Base, decoder: Decoder, calibration: Calibration, weights: Weights, folder: Path) -> None:
-        self._base, self._decoder, self._weights, self._folder = base, decoder, weights, folder
-        self._stream = LayerStream(decoder)
+    def __init__(self, storage: Storage, calibration: Calibration, weights: StoredWeights) -> None:
+        self._storage, self._weights = storage, weights
+        self._stream = LayerStream(storage.decoder)
         self._fit = self._embed(calibration.fit)
         self._unseen = self._embed(calibration.unseen)
 
-    def quantize_layer(
-        self, index: int, delta: Delta | None, own: Sequence[Linear], quantization: Quantization, finished: Lane
-    ) -> None:
+    def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], finished: JournalSection) -> None:
         """Stores the products `own` of a layer, and takes the sequences through the layer as it is stored."""
-        layer = self._decoder.layers[index]
-        running = read_layer(self._base, self._decoder, index, delta)
+        base, decoder, folder = self._storage.base, self._storage.decoder, self._storage.folder
+        running = read_layer(base, decoder, index, delta)
         missing = [linear for linear in own if finished.find(linear.name) is None]
         moments = {linear.name: Moments(linear.columns) for linear in missing}
         unseen: dict[str, list[Floats]] = {linear.name: [] for linear in missing}
         if missing:
             self._stream.observe(index, running, self._fit, {name: sums.add for name, sums in moments.items()})
-            self._stream.observe(index, running, self._unseen, {name: others.append for name, others in unseen.items()})
+            self._stream.observe(index, running, self._unseen, {name: inputs.append for name, inputs in unseen.items()})
         for linear in missing:
-            grid = quantization.grid(linear.name)
+            grid = self._storage.quantization.grid(linear.name)
             assert grid is not None  # gptq goes with quantized products alone
             seen, others = moments.pop(linear.name).total(), unseen.pop(linear.name)
             matrix = _quantize(running[linear.name], grid, seen, np.concatenate(others) if others else None)
-            finished.note(linear.name, store_matrix(self._folder, linear.name, matrix))
+            finished.note(linear.name, store_matrix(folder, linear.name, matrix))
         for linear in own:
             done = finished.find(linear.name)
             assert done is not None
-            self._weights.take(done)
-        if index + 1 == len(self._decoder.layers):
+            self._weights.update(done)
+        if index + 1 == len(decoder.layers):
             return
-        for linear in layer.linears:
-            stored = load_matrix(self._folder, linear.name, self._weights, linear.columns)
+        for linear in decoder.layers[index].linears:
+            stored = load_matrix(folder, linear.name, self._weights, linear.columns)
             running[linear.name] = stored.dequantize() if isinstance(stored, BlockQuantized) else stored
         self._fit = self._stream.run(index, running, self._fit)
         self._unseen = self._stream.run(index, running, self._unseen)
 
     def _embed(self, samples: Sequence[Sample]) -> list[Floats]:
         """The hidden states (T, H) that enter the first layer, from the embedding as it is stored."""
-        stored = load_matrix(self._folder, "embedding", self._weights, self._decoder.hidden_size)
+        decoder = self._storage.decoder
+        stored = load_matrix(self._storage.folder, "embedding", self._weights, decoder.hidden_size)
         if not isinstance(stored, BlockQuantized):
-            return embed(self._base, self._decoder, samples)
-        scale = np.float32(self._decoder.embedding_multiplier)
+            return embed(self._storage.base, decoder, samples)
+        scale = np.float32(decoder.embedding_multiplier)
         return [stored.rows(np.array(sample.tokens)).dequantize() * scale for sample in samples]
 
 
 def _quantize(weight: Floats, grid: Grid, moments: Floats, unseen: Floats | None) -> BlockQuantized:
-    """GPTQ, or rounding to nearest where that serves inputs (T, K) better that GPTQ has not seen."""
+    """GPTQ's codes, or those of rounding to nearest where these serve inputs (T, K) better that GPTQ has not seen."""
     compensated = quantize_gptq(weight, moments, **asdict(grid))
     if unseen is None:
         return compensated

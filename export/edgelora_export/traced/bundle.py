@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgelora_export.bundle.builder import check_names, copy_texts
-from edgelora_export.bundle.draft import describe_base, describe_file, end_tokens
+from edgelora_export.bundle.entries import describe_base, describe_files, describe_quantization
+from edgelora_export.bundle.plan import check_names
+from edgelora_export.bundle.texts import copy_texts, read_end_tokens
 from edgelora_export.graph.nodes import mapped_blobs, pack_graph
 from edgelora_export.plan.targets import CPU
 from edgelora_export.traced.graph import find_lookups, find_products, rewrite_graph
 from edgelora_export.traced.optimum import digest
 from edgelora_export.weights.publish import staged_folder, write_file
-from edgelora_export.weights.store import Weights, store_rounded
+from edgelora_export.weights.stored import StoredWeights, store_rounded
 from edgelora_runtime._version import __version__
-from edgelora_runtime.bundle.manifest import MANIFEST, GraphEntry, Manifest, ModelEntry, QuantizationEntry, VariantEntry
+from edgelora_runtime.bundle.manifest import MANIFEST, GraphEntry, Manifest, ModelEntry, VariantEntry
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
@@ -30,15 +32,26 @@ if TYPE_CHECKING:
 _PREFIX = "matrix/"
 
 
-def check_traceable(variants: Sequence[Variant], quantization: Quantization) -> None:
-    """Refuses, before any work is done, what a traced graph cannot be made to do."""
-    check_names(variants)
-    if live := [variant.name for variant in variants if variant.live is not None]:
-        raise InputError(
-            f"variants {', '.join(live)} are live: a graph that Optimum traced has no inputs for adapters; use kind = 'merged'"
-        )
-    if quantization.method not in ("rtn", "none"):
-        raise InputError(f"quantization method {quantization.method!r} is for native graphs; for this base use rtn")
+@dataclass(frozen=True)
+class TracedPlan:
+    """What build_traced_bundle builds; fields as in BundlePlan. Raises InputError for what a traced graph cannot do."""
+
+    base: Base
+    variants: tuple[Variant, ...]
+    quantization: Quantization
+    adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    default: str | None = None
+    router: PackedRouter | None = None
+
+    def __post_init__(self) -> None:
+        check_names(self.variants)
+        if live := [variant.name for variant in self.variants if variant.live is not None]:
+            raise InputError(
+                f"variants {', '.join(live)} are live: a graph that Optimum traced has no inputs for adapters; "
+                "use kind = 'merged'"
+            )
+        if self.quantization.method not in ("rtn", "none"):
+            raise InputError(f"quantization method {self.quantization.method!r} is for native graphs; for this base use rtn")
 
 
 class TracedMatrices:
@@ -80,24 +93,18 @@ class TracedMatrices:
 
 
 def build_traced_bundle(
-    base: Base,
+    plan: TracedPlan,
     traced: TracedDecoder,
     matrices: TracedMatrices,
-    variants: Sequence[Variant],
     output: Path,
     *,
-    quantization: Quantization,
-    adapters: Mapping[str, AdapterEntry],
-    default_variant: str | None = None,
-    router: PackedRouter | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
     """Writes the bundle folder in one step, as build_bundle does, from a graph that Optimum traced.
 
-    Raises InputError for variants and modules that cannot be built, ResourceError for a full disk.
+    Raises InputError for modules that cannot be changed, ResourceError for a full disk.
     """
-    check_traceable(variants, quantization)
-    for variant in variants:
+    for variant in plan.variants:
         if variant.delta is not None and (unknown := sorted(variant.delta.modules - matrices.shapes.keys())):
             shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise InputError(
@@ -105,35 +112,23 @@ def build_traced_bundle(
                 f"{traced.architecture}"
             )
     with staged_folder(output, marker=MANIFEST) as folder:
-        copy_texts(base, folder)
-        if router is not None:
-            write_file(folder / router.entry.file, [router.content])
-        stored = _store_weights(matrices, variants, folder, quantization, on_progress)
+        copy_texts(plan.base, folder)
+        if plan.router is not None:
+            write_file(folder / plan.router.entry.file, [plan.router.content])
+        stored = _store_weights(matrices, plan, folder, on_progress)
         graphs = {}
-        for variant in variants:
+        for variant in plan.variants:
             model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
             file = f"{variant.name}.{CPU.name}.onnx"
             write_file(folder / file, [pack_graph(model)])
             graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
-            default_variant=variants[0].name if default_variant is None else default_variant,
-            base=describe_base(base),
-            model=ModelEntry(
-                architecture=traced.architecture,
-                hidden_size=traced.hidden_size,
-                layers=traced.sizes.layers,
-                kv_heads=traced.sizes.kv_heads,
-                head_size=traced.sizes.head_size,
-                vocab_size=traced.sizes.vocab_size,
-                context_length=traced.context_length,
-                eos_token_ids=end_tokens(base),
-                cache="growing",
-            ),
-            quantization=QuantizationEntry(
-                quantization.bits, quantization.block_size, quantization.symmetric, quantization.method
-            ),
-            adapters=dict(adapters),
+            default_variant=plan.variants[0].name if plan.default is None else plan.default,
+            base=describe_base(plan.base),
+            model=_describe_model(plan.base, traced),
+            quantization=describe_quantization(plan.quantization),
+            adapters=dict(plan.adapters),
             live_slots=(),
             variants={
                 variant.name: VariantEntry(
@@ -145,33 +140,44 @@ def build_traced_bundle(
                     density=variant.density,
                     seed=variant.seed,
                 )
-                for variant in variants
+                for variant in plan.variants
             },
-            files={path.name: describe_file(path) for path in sorted(folder.iterdir())},
-            router=None if router is None else router.entry,
+            files=describe_files(folder),
+            router=None if plan.router is None else plan.router.entry,
         )
         write_file(folder / MANIFEST, [manifest.dump()])
     return manifest
 
 
+def _describe_model(base: Base, traced: TracedDecoder) -> ModelEntry:
+    return ModelEntry(
+        architecture=traced.architecture,
+        hidden_size=traced.hidden_size,
+        layers=traced.sizes.layers,
+        kv_heads=traced.sizes.kv_heads,
+        head_size=traced.sizes.head_size,
+        vocab_size=traced.sizes.vocab_size,
+        context_length=traced.context_length,
+        eos_token_ids=read_end_tokens(base),
+        cache="growing",
+    )
+
+
 def _store_weights(
-    matrices: TracedMatrices,
-    variants: Sequence[Variant],
-    folder: Path,
-    quantization: Quantization,
-    on_progress: Callable[[int, int, str], None],
-) -> dict[str, Weights]:
+    matrices: TracedMatrices, plan: TracedPlan, folder: Path, on_progress: Callable[[int, int, str], None]
+) -> dict[str, StoredWeights]:
     """The weights of each variant: the base's, with ΔW added where the variant has one."""
-    stored = {variant.name: Weights() for variant in variants}
+    stored = {variant.name: StoredWeights() for variant in plan.variants}
     for done, (name, matrix) in enumerate(matrices):
         on_progress(done, len(matrices), name)
-        weight, grid = matrix.read(), quantization.grid(name)
-        bare: Weights | None = None
-        for variant in variants:
+        weight, grid = matrix.read(), plan.quantization.grid(name)
+        bare: StoredWeights | None = None
+        for variant in plan.variants:
             if variant.delta is not None and name in variant.delta.modules:
-                stored[variant.name].take(store_rounded(folder, _PREFIX + name, weight + variant.delta.dense(name, weight), grid))
+                tuned = weight + variant.delta.dense(name, weight)
+                stored[variant.name].update(store_rounded(folder, _PREFIX + name, tuned, grid))
             else:
                 bare = bare or store_rounded(folder, _PREFIX + name, weight, grid)
-                stored[variant.name].take(bare)
+                stored[variant.name].update(bare)
     on_progress(len(matrices), len(matrices), "graphs")
     return stored

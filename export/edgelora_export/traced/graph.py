@@ -19,7 +19,7 @@ from edgelora_export.graph.decoder_graph import gather_rows
 from edgelora_export.graph.nodes import BlobWeights, GraphBuilder
 from edgelora_export.graph.products import multiply_matrix
 from edgelora_export.weights.blobs import write_blob
-from edgelora_export.weights.store import Weights
+from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def find_lookups(graph: ir.Graph) -> Iterator[tuple[ir.Node, Matrix]]:
 
 
 def rewrite_graph(
-    traced: ir.Model, products: Mapping[str, str], embedding: str | None, weights: Weights, folder: Path, sizes: Sizes
+    traced: ir.Model, products: Mapping[str, str], embedding: str | None, weights: StoredWeights, folder: Path, sizes: Sizes
 ) -> ir.Model:
     """The graph of one variant.
 
@@ -225,7 +225,7 @@ def _store_rest(graph: ir.Graph, folder: Path) -> None:
         and _lies_elsewhere(value.const_value, folder)
     }
     stored = write_blob(folder, {name: tensor.numpy() for name, tensor in rest.items()}) if rest else {}
-    source = BlobWeights(Weights(stored), folder)
+    source = BlobWeights(StoredWeights(stored), folder)
     for name in stored:
         graph.initializers[name].const_value = source.value(name, None, None).const_value
     for name, value in graph.initializers.items():  # small ones may still lie in the traced graph's own folder

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_export.weights.blobs import StoredTensor, read_stored, write_blob
-from edgelora_export.weights.store import Weights
+from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _LIMIT = float(np.finfo(np.float16).max)
 
 
-def to_half(values: NDArray[np.float32], owner: str, advice: str) -> NDArray[np.float16]:
+def to_fp16(values: NDArray[np.float32], owner: str, advice: str) -> NDArray[np.float16]:
     """Values in fp16. InputError with the advice where one is beyond its range; what is too small for it rounds towards 0."""
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= _LIMIT:
@@ -27,7 +27,7 @@ def to_half(values: NDArray[np.float32], owner: str, advice: str) -> NDArray[np.
     return np.ascontiguousarray(values, np.float16)
 
 
-class HalfStore:
+class Fp16Copies:
     """The fp16 twins of float32 tensors in a folder's blobs, each converted once however many variants use it.
 
     wide: initializers that gpu graphs read in float32, from the blob that cpu graphs read.
@@ -38,7 +38,7 @@ class HalfStore:
         self._wide = wide
         self._twins: dict[StoredTensor, StoredTensor] = {}
 
-    def halve(self, weights: Weights) -> Weights:
+    def copy(self, weights: StoredWeights) -> StoredWeights:
         """The same weights for a gpu graph. The float32 tensors of one blob become one blob, so that twins are shared alike."""
         groups: dict[str, dict[str, StoredTensor]] = {}
         for name, stored in weights.tensors.items():
@@ -47,7 +47,7 @@ class HalfStore:
         tensors = dict(weights.tensors)
         for group in groups.values():
             tensors.update(self._store(group))
-        return Weights(tensors, weights.grids)
+        return StoredWeights(tensors, weights.grids)
 
     def _store(self, group: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         known = {name: twin for name, stored in group.items() if (twin := self._twins.get(stored)) and self._exists(twin)}
@@ -62,4 +62,4 @@ class HalfStore:
         return (self._folder / twin.location).exists()
 
     def _read(self, name: str, stored: StoredTensor) -> NDArray[Any]:
-        return to_half(read_stored(self._folder, stored), name, 'leave "gpu" out of targets')
+        return to_fp16(read_stored(self._folder, stored), name, 'leave "gpu" out of targets')

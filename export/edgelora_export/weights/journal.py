@@ -12,7 +12,7 @@ import numpy as np
 from edgelora_export.quantize.int4 import Grid
 from edgelora_export.weights.blobs import StoredTensor
 from edgelora_export.weights.publish import BLOB
-from edgelora_export.weights.store import Weights
+from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime.bundle.folder import hash_file
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ class Journal:
 
     def __init__(self, path: Path | None, folder: Path) -> None:
         self._path = path
-        self._finished: dict[tuple[str, str], Weights] = {}
+        self._finished: dict[tuple[str, str], StoredWeights] = {}
         if path is None or not path.exists():
             return
         _, *lines, cut_short = path.read_bytes().split(b"\n")  # the plan, finished products, and where a kill came down
@@ -39,33 +39,33 @@ class Journal:
             if whole.issuperset(tensor.location for tensor in weights.tensors.values()):
                 self._finished[key] = weights
 
-    def lane(self, name: str) -> Lane:
+    def section(self, name: str) -> JournalSection:
         """The products of one variant; "" is the bare base, and what all variants share."""
-        return Lane(self, name)
+        return JournalSection(self, name)
 
-    def find(self, lane: str, product: str) -> Weights | None:
-        return self._finished.get((lane, product))
+    def find(self, section: str, product: str) -> StoredWeights | None:
+        return self._finished.get((section, product))
 
-    def note(self, lane: str, product: str, weights: Weights) -> Weights:
-        self._finished[lane, product] = weights
+    def note(self, section: str, product: str, weights: StoredWeights) -> StoredWeights:
+        self._finished[section, product] = weights
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(_dump(lane, product, weights) + "\n")
+                file.write(_dump(section, product, weights) + "\n")
         return weights
 
 
 @dataclass(frozen=True)
-class Lane:
+class JournalSection:
     """What a journal knows of one variant's products."""
 
     journal: Journal
     name: str
 
-    def find(self, product: str) -> Weights | None:
+    def find(self, product: str) -> StoredWeights | None:
         """A product's weights, None while they are not finished."""
         return self.journal.find(self.name, product)
 
-    def note(self, product: str, weights: Weights) -> Weights:
+    def note(self, product: str, weights: StoredWeights) -> StoredWeights:
         """Writes down that a product is finished; returns its weights."""
         return self.journal.note(self.name, product, weights)
 
@@ -81,17 +81,18 @@ def _check_blobs(folder: Path) -> set[str]:
     return whole
 
 
-def _dump(lane: str, product: str, weights: Weights) -> str:
+def _dump(section: str, product: str, weights: StoredWeights) -> str:
     tensors = {name: {**vars(tensor), "dtype": tensor.dtype.str} for name, tensor in weights.tensors.items()}
     grids = {name: asdict(grid) for name, grid in weights.grids.items()}
-    return json.dumps({"lane": lane, "product": product, "tensors": tensors, "grids": grids})
+    return json.dumps({"section": section, "product": product, "tensors": tensors, "grids": grids})
 
 
-def _parse(line: bytes) -> tuple[tuple[str, str], Weights]:
+def _parse(line: bytes) -> tuple[tuple[str, str], StoredWeights]:
     """Inverse of _dump."""
     value: dict[str, Any] = json.loads(line)
     tensors = {
         name: StoredTensor(np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["location"], entry["offset"], entry["length"])
         for name, entry in value["tensors"].items()
     }
-    return (value["lane"], value["product"]), Weights(tensors, {name: Grid(**grid) for name, grid in value["grids"].items()})
+    grids = {name: Grid(**grid) for name, grid in value["grids"].items()}
+    return (value["section"], value["product"]), StoredWeights(tensors, grids)

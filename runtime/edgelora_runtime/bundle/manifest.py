@@ -14,7 +14,7 @@ from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
-VERSION = (1, 5)  # readers refuse another major number, and skip unknown keys of a later minor one
+VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
@@ -70,12 +70,15 @@ class QuantizationEntry:
 
 @dataclass(frozen=True)
 class AdapterEntry:
-    """An adapter that the bundle was made from. file: its A and B, where a live variant needs them. drafts: its draft table."""
+    """An adapter that the bundle was made from.
+
+    rank: the largest of its modules. file: its A and B, where a live variant needs them. draft_table: a file, see draft_table.py.
+    """
 
     sha256: str
     rank: int
     file: str | None = None
-    drafts: str | None = None
+    draft_table: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,30 +128,32 @@ class CalibrationEntry:
 
 @dataclass(frozen=True)
 class ProductFidelity:
-    """One product of a merged variant against the float weight W + Δ that it stands for.
+    """One product of a merged variant, compared with the float weight W + Δ that it stands for.
 
-    retention: ⟨Q(W + Δ) - Q(W), Δ⟩ / ‖Δ‖². codes_changed: share that differs from the bare base's. noise: error of the
-    product's outputs on held-out inputs, over the size of what Δ adds to them.
+    delta_projection: ⟨Q(W + Δ) - Q(W), Δ⟩ / ‖Δ‖², which is 1 where quantization keeps all of Δ. codes_changed: the share of
+    codes that differ from the bare base's. noise: the error of the product's outputs on held-out inputs, divided by the size
+    of what Δ adds to them.
     """
 
     bits: int
-    retention: float
+    delta_projection: float
     codes_changed: float
     noise: float
 
 
 @dataclass(frozen=True)
 class FidelityEntry:
-    """A variant as onnxruntime runs it, against its unmerged adapter on the float base, on held-out tokens.
+    """A variant as onnxruntime runs it, compared on held-out tokens with its teacher: the unmerged adapter on the float base.
 
-    outcome: passed, repaired (products raised to 8 bits) or live (turned or meant to be live), or measured for a bare base.
-    kl_mean, kl_p99: KL(teacher ‖ variant), nats per token. adapter_kl: KL(teacher ‖ bare float base).
-    retention: 1 - kl_mean / adapter_kl, None without an adapter. top1: share of tokens with the same likeliest token.
-    trained_kl: as kl_mean, with the unmerged adapter on the base that it was trained on; None where that is the float one or
-    not known.
+    outcome: passed; repaired (merged anew, or products raised to 8 bits); live (made live, or planned so); measured, for a bare
+    base. kernels: whose kernels ran it, "onnxruntime" or "edgelora" with the instruction set. kl_mean, kl_p99: KL(teacher ‖
+    variant) in nats per token. adapter_kl: KL(teacher ‖ bare float base). retention: 1 - kl_mean / adapter_kl, None without an
+    adapter. top1: the share of tokens on which both have the same most likely token. trained_kl: as kl_mean, with the unmerged
+    adapter on the base that it was trained on; None where that is the float one or not known.
     """
 
     outcome: Literal["measured", "passed", "repaired", "live"]
+    kernels: str
     tokens: int
     kl_mean: float
     kl_p99: float
@@ -163,13 +168,14 @@ class FidelityEntry:
 
 @dataclass(frozen=True)
 class VariantEntry:
-    """A compiled mix. live: weight per adapter, for a live variant; graphs by target (cpu, gpu).
+    """A compiled mix.
 
-    weights: of adapters that weigh modules differently, weight by fnmatch pattern of module names, of which the last that
-    matches counts; mix then has the weight of "*", or 0. density, seed: None where the method reads none.
-    calibration: None where weights were rounded to nearest. int8: products that have 8 bits in a bundle of 4.
-    merge_base: the base that the mix was added to before quantization: the float one, or that of its adapters' training.
-    merge_losses: held-out loss in nats per token by merge base, before quantization; empty where there was no choice.
+    live: weight per adapter, for a live variant. graphs: by target, cpu or gpu. weights: for adapters whose weight depends on the
+    module, weight by fnmatch pattern of module names; the last pattern that matches counts, and mix holds the weight of "*", or
+    0. density, seed: None where the method reads none. calibration: None where weights were rounded to nearest. int8: products
+    that have 8 bits in a bundle of 4. merge_base: the base that the mix was added to before quantization: the float base, or
+    the base as its adapters' training held it. trained_on: how that training held the base, None where it is the float one or
+    not known. merge_losses: held-out loss in nats per token by merge base, before quantization; empty without a choice.
     """
 
     kind: Literal["merged", "live"]
@@ -180,7 +186,8 @@ class VariantEntry:
     calibration: CalibrationEntry | None = None
     int8: tuple[str, ...] = ()
     fidelity: FidelityEntry | None = None
-    merge_base: Literal["float", "nf4", "int4"] = "float"
+    merge_base: Literal["float", "trained"] = "float"
+    trained_on: Literal["nf4", "int4"] | None = None
     merge_losses: dict[str, float] = field(default_factory=dict)
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     density: float | None = None
@@ -278,7 +285,7 @@ def _refuse_constant(text: str) -> float:
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object repeats a key")
     return value
 
 
@@ -346,6 +353,7 @@ def _check_names(manifest: Manifest) -> None:
         manifest.base.name,
         manifest.model.architecture,
         *(v.method for v in manifest.variants.values()),
+        *(v.fidelity.kernels for v in manifest.variants.values() if v.fidelity is not None),
         *(pattern for v in manifest.variants.values() for weights in v.weights.values() for pattern in weights),
     ):
         if not said.isprintable():  # a terminal would obey its control characters
@@ -377,6 +385,8 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} is {variant.kind} and live is {variant.live}")
         if unknown := sorted(set(variant.weights) - set(variant.mix)):
             wrong.append(f"variant {name} weighs {', '.join(unknown)}, which its mix lacks")
+        if variant.merge_base == "trained" and variant.trained_on is None:
+            wrong.append(f"variant {name} is merged into a trained base, and trained_on does not say which")
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         for graph in variant.graphs.values():
@@ -389,7 +399,7 @@ def _check_references(manifest: Manifest) -> None:
     for name, entry in manifest.adapters.items():
         wrong += [
             f"adapter {name} uses {file}, which files lacks"
-            for file in (entry.file, entry.drafts)
+            for file in (entry.file, entry.draft_table)
             if file is not None and file not in manifest.files
         ]
     for slots in manifest.live_slots:

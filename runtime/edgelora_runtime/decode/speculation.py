@@ -54,7 +54,7 @@ class Speculation:
         return [name for name, weight in weights.items() if weight >= 0 and name in manifest.adapters]
 
     def _find_tables(self, adapters: Sequence[str]) -> list[DraftTable]:
-        files = [self._bundle.manifest.adapters[name].drafts for name in adapters]
+        files = [self._bundle.manifest.adapters[name].draft_table for name in adapters]
         return [self._load_table(file) for file in files if file is not None]
 
     def _load_table(self, file: str) -> DraftTable:

@@ -13,13 +13,12 @@ from edgelora.data import calibration as calibration_data
 from edgelora.data.calibration import GENERAL_TEXT, find_training_data, gather_calibration, hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.weights.base import Base
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError
-from tests.tiny import make_adapter, random_tokens
+from tests.tiny import build_variants, make_adapter, random_tokens
 
 if TYPE_CHECKING:
     from edgelora_runtime.bundle.manifest import Manifest
@@ -142,7 +141,7 @@ def test_spare_samples_turn_gptq_down_where_it_misleads(tiny_base: Path, tiny_ad
     for name, calibration in {"spare": Calibration(few, spare=many), "judged": Calibration(few, many)}.items():
         base, adapter = Base.open(tiny_base), Adapter.open(tiny_adapters["plain"])
         variants = [Variant("v", {"a": 1.0}, delta=adapter, calibration=calibration)]
-        manifest = build_bundle(
+        manifest = build_variants(
             base, variants, tmp_path / name, quantization=Quantization(), adapters={"a": AdapterEntry("0" * 64, 4)},
             live_adapters={},
         )  # fmt: skip

@@ -78,14 +78,14 @@ def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {name: root / name for name in ("cats", "days", "lost")}
 
 
-def make_bundle(base: Path, adapters: dict[str, Path], output: Path, *, drafts: bool = True) -> Bundle:
+def make_bundle(base: Path, adapters: dict[str, Path], output: Path, *, draft_tables: bool = True) -> Bundle:
     variants = {
         "base": VariantRecipe({}),
         "cats": VariantRecipe({"cats": 1.0}),
         "less": VariantRecipe({"days": -0.5}),
         "both": VariantRecipe({"cats": 0.5, "days": 0.5}, kind="live"),
     }
-    export(Recipe(str(base), adapters, variants, Quantization(32), drafts=drafts), output, gate="off")
+    export(Recipe(str(base), adapters, variants, Quantization(32), draft_tables=draft_tables), output, gate="off")
     return Bundle.open(output)
 
 
@@ -95,7 +95,7 @@ def bundle(tiny_base: Path, adapters: dict[str, Path], tmp_path_factory: pytest.
 
 
 def test_a_bundle_holds_a_table_for_each_adapter_with_data(bundle: Bundle) -> None:
-    files = {name: entry.drafts for name, entry in bundle.manifest.adapters.items()}
+    files = {name: entry.draft_table for name, entry in bundle.manifest.adapters.items()}
     assert files["lost"] is None
     for name in ("cats", "days"):
         file = files[name]
@@ -107,10 +107,10 @@ def test_a_bundle_holds_a_table_for_each_adapter_with_data(bundle: Bundle) -> No
 
 def test_there_are_tables_only_where_a_recipe_asks_for_them(tiny_base: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
     recipe = {"base": "b", "variants": {"base": {"mix": {}}}}
-    assert parse_recipe(recipe, tmp_path).drafts is False
-    assert parse_recipe({**recipe, "drafts": True}, tmp_path).drafts is True
-    bundle = make_bundle(tiny_base, adapters, tmp_path / "bundle", drafts=False)
-    assert not any(entry.drafts for entry in bundle.manifest.adapters.values())
+    assert parse_recipe(recipe, tmp_path).draft_tables is False
+    assert parse_recipe({**recipe, "draft_tables": True}, tmp_path).draft_tables is True
+    bundle = make_bundle(tiny_base, adapters, tmp_path / "bundle", draft_tables=False)
+    assert not any(entry.draft_table for entry in bundle.manifest.adapters.values())
     assert not list(bundle.folder.glob(f"*{DRAFT_TABLE}"))
 
 
@@ -130,7 +130,7 @@ def test_a_manifest_that_names_an_absent_table_is_refused(bundle: Bundle, tmp_pa
 
     copy = shutil.copytree(bundle.folder, tmp_path / "bundle")
     manifest = json.loads((copy / MANIFEST).read_bytes())
-    manifest["adapters"]["cats"]["drafts"] = "gone.drafts.safetensors"
+    manifest["adapters"]["cats"]["draft_table"] = "gone.drafts.safetensors"
     (copy / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"adapter cats uses gone\.drafts\.safetensors, which files lacks"):
         Bundle.open(copy)

@@ -178,9 +178,10 @@ def test_the_base_with_the_lower_loss_is_chosen(
     chosen = manifest.variants["chosen"]
     assert chosen.merge_losses["float"] == pytest.approx(torch_loss(floating, tiny_base, rows), rel=1e-4)
     if quant == "nf4":  # int4 training rounds the ends, too, which a merge leaves to the export's own quantization
-        assert chosen.merge_losses["nf4"] == pytest.approx(torch_loss(held, tiny_base, rows), rel=1e-4)
+        assert chosen.merge_losses["trained"] == pytest.approx(torch_loss(held, tiny_base, rows), rel=1e-4)
     assert chosen.merge_base == min(chosen.merge_losses, key=lambda name: chosen.merge_losses[name])
-    assert [manifest.variants[name].merge_base for name in ("floating", "held", "alive")] == ["float", quant, "float"]
+    assert [manifest.variants[name].merge_base for name in ("floating", "held", "alive")] == ["float", "trained", "float"]
+    assert {manifest.variants[name].trained_on for name in ("floating", "held", "alive")} == {quant}
     assert all(not manifest.variants[name].merge_losses for name in ("floating", "held", "alive"))
     tokens = random_tokens(30, seed=4)
     with Runtime(tmp_path / "bundle", threads=1) as runtime:

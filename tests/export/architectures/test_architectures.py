@@ -27,18 +27,17 @@ from transformers import (
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.architectures import read_decoder
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.stream.layer_graph import HIDDEN, build_head_graph, build_layer_graph
 from edgelora_export.weights.base import Base
-from edgelora_export.weights.store import read_bias, read_linear, read_norm
+from edgelora_export.weights.merged import read_bias, read_linear, read_norm
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model
-from tests.tiny import LINEARS, export_base, load_base, make_adapter, make_base, random_tokens, torch_logits
+from tests.tiny import LINEARS, build_variants, export_base, load_base, make_adapter, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,13 +182,11 @@ def test_gptq_streams_and_the_gate_measures(config_class: Any, settings: dict[st
     """In 8 bits nothing is lost, so the teacher that the gate streams must say what onnxruntime runs."""
     make(tmp_path / "base", config_class, settings)
     samples = [Sample(tuple(random_tokens(40, seed=seed))) for seed in range(12)]
-    manifest = build_bundle(
+    manifest = build_variants(
         Base.open(tmp_path / "base"),
         [Variant("base")],
         tmp_path / "bundle",
         quantization=Quantization(bits=8, block_size=16),
-        adapters={},
-        live_adapters={},
         base_calibration=Calibration(tuple(samples[2:]), tuple(samples[:2])),
         gate=Gate(),
     )
@@ -260,7 +257,7 @@ def test_adapters_merged_and_live_give_peft_logits(name: str, targets: list[str]
     expected = torch_logits(PeftModel.from_pretrained(load_base(tmp_path / "base"), str(tmp_path / "adapter")), TOKENS)
     assert np.abs(expected - bare).max() > 0.1
     adapter = Adapter.open(tmp_path / "adapter")
-    build_bundle(
+    build_variants(
         Base.open(tmp_path / "base"),
         [Variant("merged", {"a": 1.0}, delta=adapter), Variant("fed", {"a": 1.0}, live={"a": 1.0})],
         tmp_path / "bundle",
@@ -284,13 +281,11 @@ def test_long_rope_takes_the_long_factors_beyond_the_original_context(tmp_path: 
     theirs = make(tmp_path / "base", Phi3Config, settings)
     base = Base.open(tmp_path / "base")
     assert read_decoder(base.config).context_length == 30
-    build_bundle(
+    build_variants(
         base,
         [Variant("base")],
         tmp_path / "bundle",
         quantization=Quantization(bits=32),
-        adapters={},
-        live_adapters={},
         context_length=31,
     )
     tokens = random_tokens(31)

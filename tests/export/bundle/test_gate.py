@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,16 +10,19 @@ import pytest
 from peft import PeftModel
 
 from edgelora.adapters.folder import Adapter
-from edgelora_export.bundle import fidelity
-from edgelora_export.bundle.builder import build_bundle
+from edgelora_export.architectures import read_decoder
+from edgelora_export.bundle.builder import BundleBuilder, build_bundle
+from edgelora_export.bundle.fidelity import Subject, compare, run_teacher
 from edgelora_export.bundle.gate import Gate
+from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, TrainedBase, Variant
 from edgelora_export.weights.base import Base
+from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError, IntegrityError
-from tests.tiny import load_base, make_adapter, random_tokens, torch_logits
+from tests.tiny import build_variants, load_base, make_adapter, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Set
@@ -37,20 +40,23 @@ HELD_OUT = tuple(Sample(tuple(random_tokens(30 + seed, seed=100 + seed)), start=
 CALIBRATION = Calibration(FIT, HELD_OUT, {"rows.jsonl": "0" * 64})
 
 
-def build(base: Path, adapter: Adapter, output: Path, gate: Gate | None, *, kind: str = "merged", **settings: Any) -> Manifest:
-    return build_bundle(
-        Base.open(base),
-        [
-            Variant("base"),
-            Variant("tuned", {"a": 1.0}, delta=adapter, live={"a": 1.0} if kind == "live" else None, calibration=CALIBRATION),
-        ],
-        output,
+def make_plan(base: Path, adapter: Adapter, gate: Gate | None, *, kind: str = "merged", **settings: Any) -> BundlePlan:
+    live = {"a": 1.0} if kind == "live" else None
+    opened = Base.open(base)
+    return BundlePlan(
+        opened,
+        read_decoder(opened.config),
+        (Variant("base"), Variant("tuned", {"a": 1.0}, delta=adapter, live=live, calibration=CALIBRATION)),
         quantization=Quantization(**{"method": "rtn", **settings}),
         adapters={"a": AdapterEntry("0" * 64, adapter.rank)},
         live_adapters={"a": adapter},
         base_calibration=CALIBRATION,
         gate=gate,
     )
+
+
+def build(base: Path, adapter: Adapter, output: Path, gate: Gate | None, **settings: Any) -> Manifest:
+    return build_bundle(make_plan(base, adapter, gate, **settings), output)
 
 
 @pytest.fixture(scope="module")
@@ -77,19 +83,26 @@ def softmax(logits: Floats) -> Doubles:
 
 @pytest.mark.parametrize(("kind", "positions"), [("merged", 1000), ("merged", 7), ("live", 20)])
 def test_figures_are_those_of_peft_against_the_runtime(
-    tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int
 ) -> None:
-    monkeypatch.setattr(fidelity, "_LOGITS_BYTES", positions * 4 * 300)  # of the tiny base's 300 tokens
-    manifest = build(tiny_base, strong, tmp_path / "bundle", Gate(retention=-100.0), kind=kind)
-    found = manifest.variants["tuned"].fidelity
-    assert found is not None
+    """In whatever batches of positions they are compared."""
+    builder = BundleBuilder(make_plan(tiny_base, strong, None, kind=kind), tmp_path)
+    builder.copy_texts()
+    builder.store_weights()
+    subject = builder.subject("tuned")
     adapted = PeftModel.from_pretrained(load_base(tiny_base), strong.folder).eval()
     bare = load_base(tiny_base)
     divergences, moved, same, nats = [], [], [], []
-    with Runtime(tmp_path / "bundle") as runtime:
+    with builder.run_variant("tuned") as runtime:
+        found = compare(
+            subject,
+            run_teacher(subject),
+            lambda tokens, count: runtime.iterate_logits(tokens, positions=count),
+            batch_bytes=positions * 4 * 300,  # of the tiny base's 300 tokens
+        )
         for sample in HELD_OUT:
             rows = slice(sample.start - 1, len(sample.tokens) - 1)
-            said = softmax(runtime.logits(sample.tokens, variant="tuned")[rows])
+            said = softmax(runtime.logits(sample.tokens)[rows])
             wanted = softmax(torch_logits(adapted, sample.tokens)[rows])
             without = softmax(torch_logits(bare, sample.tokens)[rows])
             divergences.append((wanted * np.log(wanted / said)).sum(axis=1))
@@ -104,8 +117,24 @@ def test_figures_are_those_of_peft_against_the_runtime(
     assert found.retention == pytest.approx(1 - found.kl_mean / found.adapter_kl)
     assert found.top1 == pytest.approx(np.concatenate(same).mean(), abs=0.011)
     assert found.perplexity == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-3)
-    assert manifest.variants["base"].fidelity is not None
-    assert manifest.variants["base"].fidelity.retention is None
+
+
+@pytest.mark.parametrize("kind", ["merged", "live"])
+def test_the_manifest_has_the_figures_and_whose_kernels_they_were_measured_with(
+    tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str
+) -> None:
+    plan = make_plan(tiny_base, strong, Gate(retention=-100.0), kind=kind)
+    manifest = build_bundle(plan, tmp_path / "bundle")
+    entry, base = manifest.variants["tuned"].fidelity, manifest.variants["base"].fidelity
+    assert entry is not None and base is not None and base.retention is None
+    subject = Subject(plan.base, plan.decoder, plan.variants[1], HELD_OUT, tmp_path / "bundle", StoredWeights(), None)
+    with Runtime(tmp_path / "bundle") as runtime:
+        assert entry.kernels == runtime.kernels
+        teacher = run_teacher(replace(subject, variant=replace(subject.variant, live={"a": 1.0})))  # compares no products
+        found = compare(subject, teacher, lambda tokens, count: runtime.iterate_logits(tokens, variant="tuned", positions=count))
+    assert (entry.tokens, entry.top1) == (found.tokens, found.top1)
+    assert entry.kl_mean == pytest.approx(found.kl_mean)
+    assert entry.retention == pytest.approx(found.retention)
 
 
 def test_product_figures_are_the_formulas(tiny_base: Path, strong: Adapter, tmp_path: Path) -> None:
@@ -115,7 +144,7 @@ def test_product_figures_are_the_formulas(tiny_base: Path, strong: Adapter, tmp_
     assert len(found.products) == 8
     for product in found.products.values():
         assert product.bits == 4
-        assert product.retention == pytest.approx(1, abs=0.2)
+        assert product.delta_projection == pytest.approx(1, abs=0.2)
         assert 0.1 < product.codes_changed < 1
         assert 0 < product.noise < 1
 
@@ -169,8 +198,8 @@ def test_a_trained_base_that_loses_the_adapter_is_given_up_if_it_was_edgeloras_c
     tiny_base: Path, strong: Adapter, tmp_path: Path, chosen: bool
 ) -> None:
     trained = TrainedBase("nf4", merged=Scaled(strong, 0.1), unmerged=strong)
-    losses = {"float": 3.0, "nf4": 2.0} if chosen else {}
-    manifest = build_bundle(
+    losses = {"float": 3.0, "trained": 2.0} if chosen else {}
+    manifest = build_variants(
         Base.open(tiny_base),
         [
             Variant(
@@ -203,7 +232,7 @@ def test_live_policy_turns_a_lost_adapter_live(tiny_base: Path, faint: Adapter, 
 
 def test_weights_by_module_do_not_go_live(tiny_base: Path, faint: Adapter, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"cannot be made live: a weighs by module.*edgelora compose"):
-        build_bundle(
+        build_variants(
             Base.open(tiny_base),
             [Variant("tuned", {"a": 1.0}, delta=faint, calibration=CALIBRATION, weights={"a": {"*": 1.0}})],
             tmp_path / "bundle",
@@ -224,7 +253,7 @@ def test_a_variant_may_go_live_where_none_ran_the_bare_base(tiny_base: Path, tmp
     """Weights of the base that no graph uses are kept until no variant can need them."""
     make_adapter(tiny_base, tmp_path / "a", size=0.012, target_modules=["q_proj"])
     adapter = Adapter.open(tmp_path / "a")
-    manifest = build_bundle(
+    manifest = build_variants(
         Base.open(tiny_base),
         [Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION)],
         tmp_path / "bundle",

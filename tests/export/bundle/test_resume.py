@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgelora.adapters.folder import Adapter
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
@@ -21,7 +20,7 @@ from edgelora_export.stream import products as quantizing
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
-from tests.tiny import make_adapter, random_tokens
+from tests.tiny import build_variants, make_adapter, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +48,7 @@ def export(
     plan: str = "the plan",
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
-    build_bundle(
+    build_variants(
         Base.open(base),
         [Variant("base"), Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION)],
         output,
@@ -58,7 +57,7 @@ def export(
         live_adapters={"a": adapter},
         base_calibration=CALIBRATION,
         gate=Gate(),
-        plan=plan,
+        resume_key=plan,
         on_progress=on_progress,
     )
 

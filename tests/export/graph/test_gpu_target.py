@@ -16,14 +16,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError
 from tests.export.architectures.test_architectures import SHAPES, make
-from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
+from tests.tiny import build_variants, load_base, make_adapter, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +38,7 @@ END = 1
 def export_both(base: Path, output: Path, **quantization: Any) -> Manifest:
     """The bare base for both targets, rounded to nearest."""
     settings = Quantization(**{"method": "rtn", **quantization})
-    return build_bundle(
-        Base.open(base), [Variant("base")], output, quantization=settings, adapters={}, live_adapters={}, targets=BOTH
-    )
+    return build_variants(Base.open(base), [Variant("base")], output, quantization=settings, targets=BOTH)
 
 
 def gpu_runtime(bundle: Path) -> Runtime:
@@ -276,7 +273,7 @@ def test_a_weight_that_fp16_cannot_hold_is_refused(tiny_base: Path, tmp_path: Pa
 @pytest.mark.parametrize("targets", [(), ("gpu",), ("cpu", "cpu"), ("cpu", "npu")])
 def test_impossible_targets(targets: tuple[str, ...], tiny_base: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="every bundle has cpu"):
-        build_bundle(
+        build_variants(
             Base.open(tiny_base),
             [Variant("base")],
             tmp_path / "bundle",

@@ -14,7 +14,7 @@ from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model
-from tests.tiny import export_base, load_base, make_base, random_tokens, torch_logits
+from tests.tiny import build_variants, export_base, load_base, make_base, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,17 +172,14 @@ def test_graph_gives_all_logits_when_nothing_is_said_of_logits_to_keep(long_mode
 
 
 def test_context_length_cuts_the_tables_not_the_numbers(tmp_path: Path) -> None:
-    from edgelora_export.bundle.builder import build_bundle
     from edgelora_export.plan.variants import Quantization, Variant
 
     theirs = make_base(tmp_path / "base")
-    build_bundle(
+    build_variants(
         Base.open(tmp_path / "base"),
         [Variant("base")],
         tmp_path / "bundle",
         quantization=Quantization(bits=32),
-        adapters={},
-        live_adapters={},
         context_length=50,
     )
     tokens = random_tokens(50)

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from edgelora.exporting.export import export
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.graph import stages
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, IntegrityError, PackedCache, Runtime
 from edgelora_runtime.session.model import Model
 from tests.export.architectures.test_architectures import EACH, TOKENS, make
-from tests.tiny import random_tokens
+from tests.tiny import build_variants, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,13 +91,11 @@ def test_every_architecture_can_be_cut(
     deltas = ("self_attn.o_proj", "mlp.down_proj")
     variants = [Variant("base")]
     variants += [Variant(name, {}, delta=Noise(f"model.layers.1.{name}")) for name in deltas]
-    manifest = build_bundle(
+    manifest = build_variants(
         Base.open(tmp_path / "base"),
         variants,
         tmp_path / "bundle",
         quantization=Quantization(bits=32),
-        adapters={},
-        live_adapters={},
     )
     with Runtime(tmp_path / "bundle", threads=1, kernels="onnxruntime") as runtime:
         for variant in ("base", *deltas):

@@ -16,7 +16,6 @@ from edgelora.adapters.folder import Adapter
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora_export.architectures import read_decoder
-from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
@@ -24,10 +23,11 @@ from edgelora_export.quantize.int4 import Grid, unpack_codes
 from edgelora_export.stream import auto_round as auto_round_backend
 from edgelora_export.stream.auto_round import read_codes
 from edgelora_export.weights.base import Base
+from edgelora_export.weights.stored import Storage
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
-from tests.tiny import ATTENTION, load_base, make_adapter, make_base, random_tokens
+from tests.tiny import ATTENTION, build_variants, load_base, make_adapter, make_base, random_tokens
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -157,7 +157,7 @@ def test_sequences_of_one_length_lose_few_tokens() -> None:
 
 def build(base: Path, adapter: Path, output: Path, **settings: Any) -> Manifest:
     tuned = Adapter.open(adapter)
-    return build_bundle(
+    return build_variants(
         Base.open(base),
         [Variant("base"), Variant("tuned", {"a": 1.0}, delta=tuned, calibration=CALIBRATION)],
         output,
@@ -243,6 +243,7 @@ def tune(
 ) -> tuple[dict[str, BlockQuantized], Any]:
     """All products of a bare base, and the torch model that auto-round left."""
     monkeypatch.setattr(auto_round_backend, "ITERATIONS", 2)
+    storage = Storage(base, decoder, base.folder, quantization)
     left: list[Any] = []
     learn = auto_round_backend._learn
 
@@ -251,5 +252,5 @@ def tune(
         return left[0]
 
     monkeypatch.setattr(auto_round_backend, "_learn", spy)
-    tuned = auto_round_backend.tune_products(base, decoder, None, list(decoder.linears), quantization, FIT[:20])
+    tuned = auto_round_backend.tune_products(storage, None, list(decoder.linears), FIT[:20])
     return tuned, left[0]

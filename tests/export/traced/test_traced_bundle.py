@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from edgelora.exporting.train_router import train_router
 from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.traced.bundle import TracedMatrices, build_traced_bundle
+from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle
 from edgelora_export.traced.graph import prepare_traced, read_sizes
 from edgelora_export.traced.optimum import TracedDecoder, digest
 from edgelora_export.weights.base import Base
@@ -143,9 +143,8 @@ def build(
 ) -> Manifest:
     matrices = TracedMatrices(traced.decoder)
     grid = Quantization(**{"bits": 32, **quantization})
-    return build_traced_bundle(
-        traced.base, traced.decoder, matrices, variants, output, quantization=grid, adapters={}, router=router
-    )
+    plan = TracedPlan(traced.base, tuple(variants), grid, router=router)
+    return build_traced_bundle(plan, traced.decoder, matrices, output)
 
 
 def expected_logits(

@@ -239,16 +239,18 @@ def test_a_folder_that_cannot_be_made_on_a_full_disk(tmp_path: Path, monkeypatch
 WRITER = """\
 import sys
 from pathlib import Path
-from edgelora_export.weights.base import Base
+from edgelora_export.architectures import read_decoder
 from edgelora_export.bundle.builder import build_bundle
+from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.variants import Quantization, Variant
+from edgelora_export.weights.base import Base
 base = Base.open(sys.argv[1])
 sys.stdin.readline()
 print("ready", flush=True)
 while True:
     for bits in (4, 32):
-        build_bundle(base, [Variant(f"bits{bits}")], Path(sys.argv[2]), quantization=Quantization(bits=bits),
-                     adapters={}, live_adapters={})
+        plan = BundlePlan(base, read_decoder(base.config), (Variant(f"bits{bits}"),), Quantization(bits=bits))
+        build_bundle(plan, Path(sys.argv[2]))
 """
 
 

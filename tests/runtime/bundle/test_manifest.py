@@ -146,7 +146,7 @@ def test_parse_inverts_dump(manifest: Manifest) -> None:
 def test_dump_is_stable_and_ends_in_a_newline() -> None:
     assert example().dump() == parse_manifest(example().dump()).dump()
     assert example().dump().endswith(b"}\n")
-    assert json.loads(example().dump())["version"] == "1.5"
+    assert json.loads(example().dump())["version"] == "1.0"
 
 
 def changed(*path: str | int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -195,8 +195,13 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "endless version": (changed("version", value="1." + "9" * 5000), "version"),
     "unknown key": (changed("plugin", value="x.so"), "unknown plugin"),
     "unknown key in a file": (changed("files", "tokenizer.json", "url", value="http://x"), "unknown url"),
-    "merge base of an unknown kind": (changed("variants", "m", "merge_base", value="q8"), "'float' or 'nf4' or 'int4'"),
-    "loss as text": (changed("variants", "m", "merge_losses", value={"nf4": "low"}), "merge_losses"),
+    "merge base of an unknown kind": (changed("variants", "m", "merge_base", value="nf4"), "'float' or 'trained'"),
+    "a trained base of an unknown kind": (changed("variants", "m", "trained_on", value="q8"), "trained_on"),
+    "a trained base that is not named": (
+        changed("variants", "m", "merge_base", value="trained"),
+        "does not say which",
+    ),
+    "loss as text": (changed("variants", "m", "merge_losses", value={"trained": "low"}), "merge_losses"),
     "unknown key in a variant": (changed("variants", "m", "custom_ops", value=[]), "unknown custom_ops"),
     "missing key": (removed("files"), "lacks files"),
     "missing model key": (removed("model", "layers"), "lacks layers"),
@@ -316,8 +321,11 @@ TEXTS: dict[str, tuple[bytes, str]] = {
     "deep lists": (b"[" * 100_000, "not valid JSON"),
     "deep objects": (b'{"a":' * 100_000, "not valid JSON"),
     "deep but closed": (b"[" * 50_000 + b"]" * 50_000, "not valid JSON"),
-    "a key twice": (example().dump().replace(b'"format"', b'"created_by": "x", "format"', 1), "stands twice"),
-    "a file twice": (example().dump().replace(b'"files": {', b'"files": {"tokenizer.json": {"size": 0, "sha256": ""},'), "twice"),
+    "a key twice": (example().dump().replace(b'"format"', b'"created_by": "x", "format"', 1), "repeats a key"),
+    "a file twice": (
+        example().dump().replace(b'"files": {', b'"files": {"tokenizer.json": {"size": 0, "sha256": ""},'),
+        "repeats",
+    ),
     "a number of a million digits": (
         example().dump().replace(b'"layers": 2', b'"layers": ' + b"9" * 1_000_000),
         "not valid JSON",
@@ -375,39 +383,26 @@ def test_later_minor_version_is_read_and_its_news_skipped() -> None:
     assert parse_manifest(json.dumps(value).encode()) == example()
 
 
-def test_version_1_2_said_nothing_of_how_deltas_were_mixed() -> None:
+def test_keys_that_have_a_default_may_be_absent() -> None:
+    """The keys that docs/bundle-format.md gives a default."""
     value = json.loads(example().dump())
-    value["version"] = "1.2"
-    for variant in value["variants"].values():
-        for key in ("weights", "density", "seed"):
-            del variant[key]
-    assert parse_manifest(json.dumps(value).encode()) == example()
-
-
-def test_version_1_0_said_nothing_of_caches_which_were_all_in_place() -> None:
-    value = json.loads(example().dump())
-    value["version"] = "1.0"
-    del value["model"]["cache"]
-    assert parse_manifest(json.dumps(value).encode()).model.cache == "in_place"
-
-
-def test_version_1_1_said_nothing_of_merge_bases_which_were_all_float() -> None:
-    value = json.loads(example().dump())
-    value["version"] = "1.1"
     figures = {"tokens": 9, "kl_mean": 0.1, "kl_p99": 0.2, "adapter_kl": 2.0, "retention": 0.95, "top1": 1, "perplexity": 2.0}
-    value["variants"]["m"]["fidelity"] = {"outcome": "passed", **figures, "teacher_perplexity": 2.0, "products": {}}
+    value["variants"]["m"]["fidelity"] = {"outcome": "passed", "kernels": "onnxruntime", **figures, "teacher_perplexity": 2.0}
+    del value["model"]["cache"], value["model"]["eos_token_ids"], value["router"]
+    for adapter in value["adapters"].values():
+        del adapter["draft_table"]
     for variant in value["variants"].values():
-        del variant["merge_base"], variant["merge_losses"]
-    read = parse_manifest(json.dumps(value).encode()).variants["m"]
-    assert (read.merge_base, read.merge_losses) == ("float", {})
-    assert read.fidelity is not None and read.fidelity.trained_kl is None
-
-
-def test_version_1_2_said_nothing_of_routers() -> None:
-    value = json.loads(example().dump())
-    value["version"] = "1.2"
-    del value["router"]
-    assert parse_manifest(json.dumps(value).encode()).router is None
+        for key in ("calibration", "int8", "merge_base", "trained_on", "merge_losses", "weights", "density", "seed"):
+            del variant[key]
+        for graph in variant["graphs"].values():
+            del graph["stages"]
+    read = parse_manifest(json.dumps(value).encode())
+    written = example()
+    fidelity = read.variants["m"].fidelity
+    assert fidelity is not None and (fidelity.products, fidelity.trained_kl) == ({}, None)
+    expected = replace(written.variants["m"], fidelity=fidelity)
+    model = replace(written.model, eos_token_ids=())
+    assert read == replace(written, router=None, model=model, variants=written.variants | {"m": expected})
 
 
 def test_later_minor_version_is_as_strict_about_what_is_known() -> None:

@@ -1,0 +1,186 @@
+"""From a recipe to the plan of a bundle: opens base and adapters, makes the mixes, and says what each variant is."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from edgelora.adapters.checks import check_same_base, check_shapes
+from edgelora.adapters.folder import Adapter
+from edgelora.exporting.calibration_sets import CalibrationSets
+from edgelora.exporting.draft_tables import make_draft_tables
+from edgelora.exporting.trained_base import find_quantization, read_trained_base
+from edgelora.mix.mix import Mix
+from edgelora.mix.weights import EVERYWHERE
+from edgelora_export.architectures import read_decoder
+from edgelora_export.bundle.plan import BundlePlan
+from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.plan.variants import Variant
+from edgelora_export.weights.base import Base
+from edgelora_runtime._version import __version__
+from edgelora_runtime.bundle.manifest import AdapterEntry
+from edgelora_runtime.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from edgelora.exporting.recipe import Recipe, VariantRecipe
+    from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.variants import PackedRouter
+
+
+@dataclass(frozen=True)
+class Sources:
+    """A recipe with its base and its adapters opened."""
+
+    recipe: Recipe
+    base: Base
+    adapters: Mapping[str, Adapter]
+
+    @property
+    def entries(self) -> dict[str, AdapterEntry]:
+        """What the manifest says of the adapters."""
+        return {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in self.adapters.items()}
+
+
+def open_sources(recipe: Recipe) -> Sources:
+    """Opens the base and the adapters of a recipe.
+
+    Ensures: the adapters were trained on this base, as far as edgelora.json says.
+    Raises InputError for a base or an adapter that cannot be used.
+    """
+    base = Base.find(recipe.base)
+    adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
+    check_same_base(adapters, base.sha256)
+    return Sources(recipe, base, adapters)
+
+
+def plan_bundle(
+    sources: Sources, router: PackedRouter | None = None, *, on_note: Callable[[str], None] = lambda note: None
+) -> BundlePlan:
+    """The plan of a recipe's bundle, for a base with a native graph.
+
+    Ensures: every adapter fits the base, and every variant has its mix, calibration set and merge base.
+    As soon as one variant is live, all adapters that can be live go along as factors, for mixes at request time.
+    Raises InputError for what cannot be built, and for a gate that is to fail without samples to measure on.
+    """
+    recipe, base, adapters = sources.recipe, sources.base, sources.adapters
+    decoder = read_decoder(base.config, recipe.context_length)
+    check_shapes(adapters, decoder)
+    own_text = recipe.quantization.calibrated
+    sets = CalibrationSets(base, decoder, adapters, general=recipe.calibration, own_text=own_text)
+    blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
+    if blind and recipe.gate.policy == "fail":
+        raise InputError(
+            f"--gate fail: there is nothing to judge {', '.join(blind)} on, as the adapters' training data are not where "
+            "edgelora.json says; give --calibration FILE.jsonl"
+        )
+    if blind and recipe.quantization.bits != 32:
+        how = "quantized on general text alone" if own_text else "rounded to nearest"
+        on_note(
+            f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
+            "measured; give --calibration FILE.jsonl"
+        )
+    end_token = next(iter(read_end_tokens(base)), None)
+    plan = BundlePlan(
+        base,
+        decoder,
+        _plan_variants(sources, sets, decoder, on_note),
+        quantization=recipe.quantization,
+        adapters=sources.entries,
+        live_adapters=_choose_live(recipe, adapters),
+        base_calibration=sets.of(adapters),
+        gate=None if recipe.gate.policy == "off" else recipe.gate,
+        default=recipe.default,
+        targets=recipe.targets,
+        router=router,
+        draft_tables=make_draft_tables(adapters, sets.encode, end_token) if recipe.draft_tables else {},
+    )
+    return replace(plan, resume_key=_hash_plan(plan, recipe))
+
+
+def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
+    """A recipe's variant as the exporter and the manifest describe it, before calibration and merge base are known."""
+    mix = Mix(adapters, variant.mix, variant.method, variant.density, variant.seed) if variant.mix else None
+    by_module = {adapter: weight for adapter, weight in variant.mix.items() if isinstance(weight, Mapping)}
+    weights = {a: weight.get(EVERYWHERE, 0.0) if isinstance(weight, Mapping) else weight for a, weight in variant.mix.items()}
+    options = mix.options() if mix else {}
+    seed = options.get("seed")
+    return Variant(
+        name,
+        weights,
+        variant.method,
+        delta=mix,
+        live=weights if variant.kind == "live" else None,
+        weights=by_module,
+        density=options.get("density"),
+        seed=None if seed is None else int(seed),
+    )
+
+
+def _plan_variants(
+    sources: Sources, sets: CalibrationSets, decoder: Decoder, on_note: Callable[[str], None]
+) -> tuple[Variant, ...]:
+    """The recipe's variants with their calibration sets, and with the base that their adapters were trained on."""
+    recipe = sources.recipe
+    planned, unknown = [], []
+    for name, variant in recipe.variants.items():
+        plan = plan_mix(name, variant, sources.adapters)
+        mix = plan.delta
+        merge_base = (variant.merge_base or recipe.merge_base) if mix and plan.live is None else "float"
+        quantization = find_quantization(mix) if isinstance(mix, Mix) else None
+        trained = None
+        if isinstance(mix, Mix) and quantization:
+            try:
+                trained = read_trained_base(mix, quantization, decoder)
+            except MissingExtraError:
+                if merge_base == "trained":
+                    raise
+                unknown.append(name)
+        elif merge_base == "trained":
+            raise InputError(
+                f"variant {name}: merge_base = 'trained', and edgelora.json names no one 4-bit base that all of its adapters "
+                "were trained on; use 'float'"
+            )
+        planned.append(replace(plan, calibration=sets.of(variant.mix), trained=trained, merge_base=merge_base))
+    if unknown:
+        on_note(
+            f"{', '.join(unknown)}: without bitsandbytes (pip install 'edgelora[train]') the NF4 base that the adapters were "
+            "trained on cannot be made, and the float base takes its place"
+        )
+    return tuple(planned)
+
+
+def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """The adapters that can be applied as factors; InputError, with the reason, for a live variant of one that cannot."""
+    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
+    for name, variant in recipe.variants.items():
+        if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
+            raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
+        if variant.kind == "live" and (
+            by_module := [each for each, weight in variant.mix.items() if isinstance(weight, Mapping)]
+        ):
+            raise InputError(
+                f"variant {name} cannot be live ({', '.join(by_module)} weighs by module); make it one adapter with edgelora "
+                "compose, or use kind = 'merged'"
+            )
+    return {name: adapter for name, adapter in adapters.items() if name not in reasons}
+
+
+def _why_not_live(adapter: Adapter) -> str:
+    for module in adapter.modules:
+        if reason := adapter.in_terms_of_base(module):
+            return f"{module} is {reason}, no sum of products"
+        if adapter.is_embedding(module) or module == "lm_head":
+            return f"{module} is outside of the decoder's layers, which alone have live inputs"
+    return ""
+
+
+def _hash_plan(plan: BundlePlan, recipe: Recipe) -> str:
+    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    mixes = (recipe.merge_base, dict(recipe.variants), dict(plan.adapters))
+    calibrations = [plan.base_calibration, *(variant.calibration for variant in plan.variants)]
+    parts = (__version__, plan.base.sha256, plan.quantization, mixes, calibrations)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,0 +1,90 @@
+"""What the manifest says of a bundle's base, model, files and variants."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.weights.publish import BLOB
+from edgelora_runtime.bundle.folder import hash_file
+from edgelora_runtime.bundle.manifest import (
+    MANIFEST,
+    BaseEntry,
+    CalibrationEntry,
+    FileEntry,
+    ModelEntry,
+    QuantizationEntry,
+    VariantEntry,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from edgelora_export.bundle.plan import BundlePlan
+    from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.variants import Quantization, Variant
+    from edgelora_export.weights.base import Base
+    from edgelora_export.weights.stored import StoredWeights
+    from edgelora_runtime.bundle.manifest import FidelityEntry, GraphEntry
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Size and hash of every file but the manifest; a blob's name is its hash."""
+    return {
+        path.name: FileEntry(path.stat().st_size, path.stem if path.suffix == BLOB else hash_file(path))
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+
+
+def describe_base(base: Base) -> BaseEntry:
+    """Name and hash of a base."""
+    return BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256)
+
+
+def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
+    """The sizes that a runtime makes inputs and outputs by."""
+    return ModelEntry(
+        architecture=decoder.architecture,
+        hidden_size=decoder.hidden_size,
+        layers=len(decoder.layers),
+        kv_heads=decoder.kv_heads,
+        head_size=decoder.head_size,
+        vocab_size=decoder.vocab_size,
+        context_length=decoder.context_length,
+        eos_token_ids=read_end_tokens(base),
+    )
+
+
+def describe_quantization(quantization: Quantization) -> QuantizationEntry:
+    """The grid of a bundle's weights."""
+    return QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method)
+
+
+def describe_variant(
+    plan: BundlePlan,
+    variant: Variant,
+    weights: StoredWeights,
+    graphs: Mapping[str, GraphEntry],
+    fidelity: FidelityEntry | None,
+) -> VariantEntry:
+    """A variant as it was built; graphs are by target."""
+    calibration = plan.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
+    raised = tuple(name for name, grid in weights.grids.items() if grid.bits == 8 and plan.quantization.bits == 4)
+    return VariantEntry(
+        kind="merged" if variant.live is None else "live",
+        mix=dict(variant.mix),
+        method=variant.method,
+        weights={name: dict(by_pattern) for name, by_pattern in variant.weights.items()},
+        density=variant.density,
+        seed=variant.seed,
+        graphs=dict(graphs),
+        live=dict(variant.live or {}),
+        calibration=CalibrationEntry(dict(calibration.sources), calibration.fit_tokens) if calibration.fit else None,
+        int8=raised,
+        merge_base="trained" if variant.merge_base == "trained" else "float",
+        trained_on=None if variant.trained is None else variant.trained.quantization,
+        merge_losses=dict(variant.merge_losses),
+        fidelity=fidelity,
+    )

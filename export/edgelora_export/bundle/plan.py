@@ -1,0 +1,86 @@
+"""The plan of a bundle: everything that decides its content, checked before any weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from edgelora_export.plan.calibration import Calibration
+from edgelora_export.plan.targets import CPU, check_targets
+from edgelora_export.plan.variants import Quantization
+from edgelora_export.weights.merged import check_modules, vocab_modules
+from edgelora_runtime.bundle.manifest import check_variant_name
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from edgelora_export.bundle.gate import Gate
+    from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.variants import LowRank, PackedRouter, Variant
+    from edgelora_export.weights.base import Base
+    from edgelora_runtime.bundle.manifest import AdapterEntry
+
+
+@dataclass(frozen=True)
+class BundlePlan:
+    """What build_bundle builds. Raises InputError for names, modules or settings that cannot be built.
+
+    base, decoder: the weights, and how the decoder is laid out (read_decoder). variants: in the bundle's order. adapters: the
+    manifest's entry of each; the builder fills in its files. live_adapters: factors by adapter name, for live variants and for
+    those that the gate makes live. base_calibration: what the bare base is quantized on. gate: what variants must keep of their
+    adapters; None measures nothing. default: the variant that a runtime starts with; None for the first. targets: names of
+    Targets, cpu among them. router: picks a variant for a prompt. draft_tables: bytes by adapter.
+    resume_key: one line that two plans share only if they lead to the same weights. A later run with the same key takes over
+    what an interrupted run has finished; with None an interrupted run leaves nothing.
+    """
+
+    base: Base
+    decoder: Decoder
+    variants: tuple[Variant, ...]
+    quantization: Quantization = field(default_factory=Quantization)
+    adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
+    live_adapters: Mapping[str, LowRank] = field(default_factory=dict)
+    base_calibration: Calibration = field(default_factory=Calibration)
+    gate: Gate | None = None
+    default: str | None = None
+    targets: tuple[str, ...] = (CPU.name,)
+    router: PackedRouter | None = None
+    draft_tables: Mapping[str, bytes] = field(default_factory=dict)
+    resume_key: str | None = None
+
+    def __post_init__(self) -> None:
+        check_targets(self.targets)
+        check_names(self.variants)
+        for variant in self.variants:
+            if variant.delta is not None:
+                check_modules(self.decoder, variant.delta.modules, f"variant {variant.name}", vocab=True)
+        for name, adapter in self.live_adapters.items():
+            check_modules(self.decoder, adapter.modules, f"adapter {name}")
+        folded = [name.lower() for name in self.live_adapters]
+        if twice := sorted({name for name in self.live_adapters if folded.count(name.lower()) > 1}):
+            raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
+        products = [*(linear.name for linear in self.decoder.linears), *vocab_modules(self.decoder)]
+        if idle := self.quantization.idle_patterns(products):
+            raise InputError(f"int8 = {', '.join(idle)}: no product is called so; there are {products[0]} … and {products[-1]}")
+
+    @property
+    def default_variant(self) -> str:
+        return self.variants[0].name if self.default is None else self.default
+
+    def calibration_of(self, variant: Variant) -> Calibration:
+        """What a variant is measured on: its own samples, or the base's if it has no delta."""
+        return self.base_calibration if variant.delta is None else variant.calibration
+
+
+def check_names(variants: Sequence[Variant]) -> None:
+    """Raises InputError if there is no variant, or for names that are invalid or would be the same file's."""
+    if not variants:
+        raise InputError("the recipe names no variant; add at least [variants.base] with mix = {}")
+    seen: set[str] = set()
+    for variant in variants:
+        if reason := check_variant_name(variant.name):
+            raise InputError(f"variant {variant.name!r}: {reason}")
+        if variant.name.lower() in seen:
+            raise InputError(f"variant {variant.name!r} is named twice; two names must differ in more than case, so rename one")
+        seen.add(variant.name.lower())

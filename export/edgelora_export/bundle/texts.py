@@ -1,0 +1,51 @@
+"""The base's small files: tokenizer and configs, which go into the bundle as they are, and what they say of end tokens."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from edgelora_export.weights.publish import write_file
+from edgelora_runtime.bundle.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgelora_export.weights.base import Base
+
+_GENERATION_CONFIG = "generation_config.json"
+_COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", _GENERATION_CONFIG)
+
+
+def copy_texts(base: Base, folder: Path) -> None:
+    """Copies the tokenizer and the configs; a chat template inside tokenizer_config.json gets its own file.
+
+    Raises InputError for a base without tokenizer.json.
+    """
+    if not (base.folder / TOKENIZER).is_file():
+        raise InputError(f"base {base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
+    for name in _COPIED:
+        if (base.folder / name).is_file():
+            write_file(folder / name, [(base.folder / name).read_bytes()])
+    if not (folder / CHAT_TEMPLATE).exists() and (folder / TOKENIZER_CONFIG).exists():
+        template = json.loads((folder / TOKENIZER_CONFIG).read_bytes()).get("chat_template")
+        if isinstance(template, str):
+            write_file(folder / CHAT_TEMPLATE, [template.encode()])
+
+
+def read_generation_settings(base: Base) -> dict[str, Any]:
+    """The settings in generation_config.json that are not null; {} without the file."""
+    path = base.folder / _GENERATION_CONFIG
+    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def read_end_tokens(base: Base) -> tuple[int, ...]:
+    """The ids of the tokens that end a text: generation_config.json's if it has any, else config.json's."""
+    ids = read_generation_settings(base).get("eos_token_id")
+    if ids is None:
+        ids = base.config.get("eos_token_id")
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)

@@ -1,0 +1,107 @@
+"""Weights in a bundle's blobs: stored on their grid or in float32, and loaded back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from edgelora_export.quantize.int4 import BlockQuantized, Grid, quantize_rtn, stack_rows
+from edgelora_export.weights.blobs import StoredTensor, read_stored, write_blob
+from edgelora_export.weights.merged import iterate_vocab_rows, read_bias, read_norm, read_vocab_matrix
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.variants import Delta, Quantization
+    from edgelora_export.weights.base import Base
+
+    Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where weights come from and where they go: the base, how its decoder is laid out, the blobs' folder, and the grid."""
+
+    base: Base
+    decoder: Decoder
+    folder: Path
+    quantization: Quantization
+
+
+@dataclass
+class StoredWeights:
+    """Where a variant's tensors lie, by initializer name, and the grid of each quantized product, by its name."""
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
+
+    def __or__(self, other: StoredWeights) -> StoredWeights:
+        return StoredWeights(self.tensors | other.tensors, self.grids | other.grids)
+
+    @property
+    def blobs(self) -> set[str]:
+        """Names of the files that hold them."""
+        return {tensor.location for tensor in self.tensors.values()}
+
+    def only(self, product: str) -> StoredWeights:
+        """The tensors and the grid of one product."""
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
+        return StoredWeights(tensors, {name: grid for name, grid in self.grids.items() if name == product})
+
+    def update(self, other: StoredWeights) -> None:
+        """Takes over the other's tensors and grids; the other's win where names agree."""
+        self.tensors.update(other.tensors)
+        self.grids.update(other.grids)
+
+
+def store_norms(storage: Storage) -> StoredWeights:
+    """Stores norms, biases and rotary tables, which all variants share."""
+    base, decoder, folder = storage.base, storage.decoder, storage.folder
+    tensors = write_blob(folder, {norm.name: read_norm(base, norm) for norm in decoder.norms})
+    tensors |= write_blob(folder, dict(decoder.rotary_tables))
+    biases = {f"{linear.name}.bias": read_bias(base, linear) for linear in decoder.linears if linear.bias}
+    return StoredWeights(tensors | (write_blob(folder, biases) if biases else {}))
+
+
+def store_vocab_matrix(storage: Storage, name: str, delta: Delta | None, grid: Grid | None) -> StoredWeights:
+    """Stores the `embedding` or the `head` with a delta added: rounded to nearest, or in float32 without a grid."""
+    base, decoder = storage.base, storage.decoder
+    if grid is None:
+        return StoredWeights(write_blob(storage.folder, {name: read_vocab_matrix(base, decoder, name, delta)}))
+    parts = [quantize_rtn(rows, **asdict(grid)) for rows in iterate_vocab_rows(base, decoder, name, delta)]
+    return store_matrix(storage.folder, name, stack_rows(parts))
+
+
+def store_rounded(folder: Path, name: str, weight: Floats, grid: Grid | None) -> StoredWeights:
+    """Stores a weight (N, K): rounded to nearest, or in float32 without a grid."""
+    if grid is None:
+        return StoredWeights(write_blob(folder, {name: weight}))
+    return store_matrix(folder, name, quantize_rtn(weight, **asdict(grid)))
+
+
+def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> StoredWeights:
+    """Stores a quantized weight as codes, scales and zero points under its name; load_matrix is the inverse."""
+    tensors: dict[str, NDArray[Any]] = {f"{name}.codes": matrix.codes, f"{name}.scales": matrix.scales}
+    if matrix.zero_points is not None:
+        tensors[f"{name}.zero_points"] = matrix.zero_points
+    return StoredWeights(write_blob(folder, tensors), {name: matrix.grid})
+
+
+def load_matrix(folder: Path, name: str, weights: StoredWeights, columns: int) -> BlockQuantized | Floats:
+    """A product's stored weight: quantized, or float32 (N, columns) if it has no grid."""
+    grid = weights.grids.get(name)
+    if grid is None:
+        return read_stored(folder, weights.tensors[name])
+    zeros = weights.tensors.get(f"{name}.zero_points")
+    return BlockQuantized(
+        read_stored(folder, weights.tensors[f"{name}.codes"]),
+        read_stored(folder, weights.tensors[f"{name}.scales"]),
+        None if zeros is None else read_stored(folder, zeros),
+        grid.bits,
+        grid.block_size,
+        columns,
+    )
