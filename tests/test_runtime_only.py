@@ -1,4 +1,4 @@
-"""Must show 6: the wheel, installed without extras, generates where torch, transformers, onnx and peft cannot be imported."""
+"""The wheel without extras generates in an environment that has no torch, transformers, onnx or peft."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Must show 3: a trained model that nobody here made, exported, writes the very text that its authors print."""
+"""stories260K, a trained model from another project: after export it writes the exact text that its authors publish."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny import export_base, load_base, torch_logits
 if TYPE_CHECKING:
     from pathlib import Path
 
-WINDOW = 256  # tokens of a stretch of text whose perplexity is taken
+WINDOW = 256  # tokens of each story that count for the perplexity
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def float_bundle(base: Path) -> Path:
 
 
 def printed_text(stories: Path) -> str:
-    """What stories260K.md shows below the command with -t 0.0."""
+    """The text that stories260K.md shows for the command with -t 0.0."""
     match = re.search(
         r"^\$ \./run \S+ -z \S+ -t 0\.0\n(.*?)\n```$", (stories / "stories260K.md").read_text(), re.MULTILINE | re.DOTALL
     )
@@ -51,7 +51,7 @@ def printed_text(stories: Path) -> str:
     return match[1]
 
 
-def test_greedy_text_is_the_one_that_the_authors_print(stories: Path, float_bundle: Path, vocabulary: Vocabulary) -> None:
+def test_greedy_text_is_the_published_one(stories: Path, float_bundle: Path, vocabulary: Vocabulary) -> None:
     """run.c makes 256 steps by default; the first reads <s>."""
     expected = printed_text(stories)
     assert len(expected) > 500
@@ -66,14 +66,14 @@ def test_vocabulary_reads_what_it_writes(vocabulary: Vocabulary, stories: Path) 
 
 
 def test_logits_are_transformers_logits(base: Path, float_bundle: Path, vocabulary: Vocabulary, stories: Path) -> None:
-    """Head size 8, which the graph pads to 16, and an MLP width of 172, no multiple of a block."""
+    """The graph pads the head size from 8 to 16, and the MLP's width, 172, is no multiple of the block size."""
     tokens = vocabulary.encode(printed_text(stories))
     with Runtime(float_bundle, threads=1) as runtime:
         assert np.abs(runtime.logits(tokens) - torch_logits(load_base(base), tokens)).max() <= 1e-3
 
 
 def perplexity(runtime: Runtime, stories: list[list[int]]) -> float:
-    """Of stories that each begin with <s>, in the first WINDOW tokens."""
+    """Perplexity over the stories' first WINDOW tokens; each story starts with <s>."""
     nats, count = 0.0, 0
     for story in stories:
         logits = runtime.logits(story[:-1]).astype(np.float64)
@@ -85,7 +85,7 @@ def perplexity(runtime: Runtime, stories: list[list[int]]) -> float:
 
 @pytest.fixture(scope="module")
 def slice_of_stories(data_folder: Path, vocabulary: Vocabulary) -> list[list[int]]:
-    """Tokens of the first stories; within one, paragraphs are separated by a blank line, between two there is none."""
+    """Tokens of the first stories. A blank line separates paragraphs of a story; a plain line break separates stories."""
     with (data_folder / "stories.txt").open(encoding="utf-8") as file:
         texts = re.split(r"(?<!\n)\n(?!\n)", file.read(30_000))[:-1]
     return [vocabulary.encode(text)[: WINDOW + 1] for text in texts]
@@ -105,7 +105,7 @@ def test_perplexity_of_the_quantized_model(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Such a small model loses more by int4 than a large one; a broken grid would lose everything (perplexity 512)."""
+    """A model this small loses more to int4 than a large one; a broken grid would lose everything (perplexity 512)."""
     export_base(base, tmp_path / "bundle", bits=bits, block_size=block_size, symmetric=symmetric)
     with Runtime(float_bundle) as exact, Runtime(tmp_path / "bundle") as quantized:
         full, reduced = perplexity(exact, slice_of_stories), perplexity(quantized, slice_of_stories)
@@ -113,5 +113,5 @@ def test_perplexity_of_the_quantized_model(
         grid = f"int{bits}, block {block_size}, {'symmetric' if symmetric else 'asymmetric'}"
         count = sum(map(len, slice_of_stories)) - len(slice_of_stories)
         print(f"\nstories260K on {count} tokens of stories.txt: perplexity {full:.3f} in float32, {reduced:.3f} in {grid}")
-    assert full < 12, "a validation loss of 1.2968, perplexity 3.7, is reported on text like it; this one is in lower case"
+    assert full < 12, "the authors report a validation loss of 1.2968, perplexity 3.7, on similar text; this text is lower case"
     assert full * 0.99 < reduced < full * bound

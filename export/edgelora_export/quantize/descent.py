@@ -1,8 +1,8 @@
-"""Coordinate descent on what GPTQ leaves: each code, and each block's scale, set anew to what serves the outputs best.
+"""Coordinate descent after GPTQ: sets each code, and each block's scale, to the value with the least output error.
 
-GPTQ decides each column once, knowing nothing of how those behind it will be rounded. Going over them again with all others in
-place is QuantEase (Behdin et al., arXiv 2309.01885, section 3); the scale of a block has a best value of its own beside it. No
-step raises the error of the outputs.
+GPTQ rounds each column once, before it knows how later columns will be rounded. Going over the columns again, with all others
+fixed, is QuantEase (Behdin et al., arXiv 2309.01885, section 3). The scale of a block is fitted in the same way: with the codes
+fixed, its best value has a closed form. No step raises the error of the outputs.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-SWEEPS = 2  # over all columns; figures are in docs/log.md
-_BATCH = 128  # columns between two products with all errors
+SWEEPS = 2  # over all columns; docs/log.md has the figures
+_BATCH = 128  # columns between two products with the errors of all columns
 
 
 def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, damping: float, sweeps: int = SWEEPS) -> BlockQuantized:
-    """The same weight with codes and scales of less output error, zero points as they are.
+    """Refines the codes and scales of a quantized weight, so that its output error falls; zero points stay.
 
-    weight: float32 (N, K), what `matrix` stands for. moments: float32 (K, K), Σ xᵀx over inputs (T, K). damping: added to
+    weight: float32 (N, K), which `matrix` approximates. moments: float32 (K, K), Σ xᵀx over inputs (T, K). damping: added to
     their diagonal, more than 0.
     """
     (rows, columns), size = weight.shape, matrix.block_size
     blocks = matrix.scales.shape[1]
     top = (1 << matrix.bits) - 1
-    # All lies transposed: a column is then one contiguous row.
+    # All arrays are transposed: a column is then one contiguous row.
     wanted = np.ascontiguousarray(weight.T)
     scales = np.ascontiguousarray(matrix.scales.T)
     zeros = np.full_like(scales, 1 << (matrix.bits - 1))
@@ -45,7 +45,7 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
         stop = min(start + batch, columns)
         near = moments[start:stop, start:stop].copy()
         near[np.diag_indices(stop - start)] += damping
-        # The error's gradient, kept true for this batch alone.
+        # (moments + damping) @ errors: minus half the gradient of the output error, kept up to date for this batch alone.
         slope: Floats = moments[start:stop] @ errors
         slope += damping * errors[start:stop]
         for first in range(start, stop, size):
@@ -69,9 +69,9 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
 
 
 def _fit_scale(level: Floats, scale: Floats, errors: Floats, slope: Floats, near: Floats, inside: slice) -> None:
-    """Moves a block's scales (N,) to where they serve its levels (block, N) best; errors and slope follow.
+    """Sets a block's scales (N,) to their best values for its levels (block, N), in place; updates errors and slope.
 
-    near: the batch's damped moments with the block's columns.
+    near: the damped moments of the batch's columns with the block's columns, float32 (batch, block).
     """
     bend = (level * (near[inside] @ level)).sum(axis=0)
     gain = np.divide((level * slope[inside]).sum(axis=0), bend, out=np.zeros_like(bend), where=bend > 0)

@@ -1,8 +1,8 @@
-"""GPTQ on the one grid of edgelora: codes that answer for each other's rounding errors on real inputs.
+"""GPTQ on the one grid of edgelora: codes that make up for each other's rounding errors on real inputs.
 
-Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1: columns are rounded in order, and what rounding lost of one is added to
-the columns that follow, by the inverse of the inputs' second moments. Codes and scales are written as they were computed;
-columns keep their order, so that the graph needs no g_idx, with which MatMulNBits would leave its fast path.
+Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1: columns are rounded in order, and the rounding error of each is spread over
+the columns that follow, by the inverse of the inputs' second moments. Codes and scales are written as they were computed.
+Columns keep their order, so the graph needs no g_idx, which would take MatMulNBits off its fast path.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
 _BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
 _ROWS = 8192  # of a weight at once; bounds the memory that a head of 128k rows needs
-_DOUBLE_LIMIT = 4096  # columns up to which float64 costs neither time nor memory worth naming
+_DOUBLE_LIMIT = 4096  # columns; up to here float64 costs little time and memory
 
 
 def quantize_gptq(
@@ -36,16 +36,16 @@ def quantize_gptq(
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> BlockQuantized:
-    """Quantizes a weight so that its products with inputs like the calibration's change least; see Compensator."""
+    """Quantizes a weight so that its outputs change least on inputs like the calibration's; see Compensator."""
     compensator = Compensator(moments, damping)
     return compensator.quantize(weight, bits=bits, block_size=block_size, symmetric=symmetric, sweeps=sweeps)
 
 
 class Compensator:
-    """What GPTQ knows of the inputs; rows of one weight can be quantized with it one part after the other.
+    """Quantizes weights of one input width; it factors the inputs' second moments once, and parts of a weight can share it.
 
-    moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K); any positive factor is as good. damping: added to the
-    moments' diagonal, in units of its mean. Raises InputError for NaN or infinity.
+    moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K), up to a positive factor. damping: added to the moments'
+    diagonal, in units of its mean. Raises InputError for NaN or infinity.
     """
 
     def __init__(self, moments: Floats, damping: float = DAMPING) -> None:
@@ -59,10 +59,10 @@ class Compensator:
     def quantize(
         self, weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True, sweeps: int = SWEEPS
     ) -> BlockQuantized:
-        """The weight float32 (N, K) on the grid. Inputs that are always 0 are rounded like RTN does.
+        """Quantizes a weight float32 (N, K). Columns whose inputs are always 0 are rounded to nearest.
 
-        sweeps: of the descent that follows (descent.py); 0 is the paper's GPTQ.
-        Raises InputError for an impossible grid, for NaN or infinity, and for moments that belong to another width.
+        sweeps: how often the descent goes over all columns afterwards (descent.py); 0 is the paper's GPTQ.
+        Raises InputError for an impossible grid, for NaN or infinity, and for a weight whose width is not the moments'.
         """
         check_grid(bits, block_size)
         columns = weight.shape[1]
@@ -82,11 +82,11 @@ class Compensator:
 def _quantize_rows(
     weight: Floats, factor: Floats, importance: Floats, bits: int, block_size: int, symmetric: bool
 ) -> BlockQuantized:
-    """Quantizes some rows; rows know nothing of each other."""
+    """Quantizes some rows of a weight; each row's result is independent of the others."""
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
     width = blocks * block_size
-    # The weight lies transposed: a column is then one contiguous row, and an update one product.
+    # The weight is transposed: a column is then one contiguous row, and an update one product.
     left = np.zeros((width, rows), np.float32)
     left[:columns] = weight.T
     padded = np.zeros(width, np.float32)
@@ -113,7 +113,7 @@ def _quantize_rows(
                 errors[column - start] = error
                 ahead = min(last, columns)
                 left[column + 1 : ahead] -= factor[column, column + 1 : ahead, None] * error
-            ahead = min(stop, columns)  # the rest of the batch, for its scales are searched next
+            ahead = min(stop, columns)  # the rest of the batch, because its scales are searched next
             if last < ahead:
                 left[last:ahead] -= factor[first:last, last:ahead].T @ errors[first - start : last - start]
         if stop < columns:
@@ -124,7 +124,13 @@ def _quantize_rows(
 
 
 def output_error(difference: Floats, inputs: Floats) -> float:
-    """‖X·Eᵀ‖² of a weight's error E (N, K) on inputs X (T, K)."""
+    """‖X·Eᵀ‖², the squared output error of a weight's error E (N, K) on inputs X (T, K).
+
+    Opposite errors cancel where their inputs are equal, which is what GPTQ uses:
+
+    >>> output_error(np.array([[1, -1]], np.float32), np.array([[3, 3], [2, 0]], np.float32))
+    4.0
+    """
     return float(
         sum(
             np.square(inputs @ rows.T).sum(dtype=np.float64)
@@ -134,7 +140,7 @@ def output_error(difference: Floats, inputs: Floats) -> float:
 
 
 def _inverse_factor(moments: Floats, damping: float) -> Floats:
-    """Upper U with UᵀU = (moments + damping)⁻¹, float32 (K, K), without ever forming the inverse.
+    """The upper triangular U with UᵀU = (moments + damping)⁻¹, float32 (K, K), without forming the inverse.
 
     Reversing rows and columns turns the Cholesky factor L of the moments into an upper R with R·Rᵀ = moments: U = R⁻¹.
     """
@@ -144,7 +150,7 @@ def _inverse_factor(moments: Floats, damping: float) -> Floats:
     kind = torch.float64 if columns <= _DOUBLE_LIMIT else torch.float32
     matrix = torch.from_numpy(np.ascontiguousarray(moments[::-1, ::-1])).to(kind)
     diagonal = matrix.diagonal()
-    diagonal[diagonal <= 0] = 1  # inputs that are always 0: nothing to answer for, nothing to answer with
+    diagonal[diagonal <= 0] = 1  # inputs that are always 0: their errors cost nothing, and they cannot make up for others
     mean = float(diagonal.mean())
     added = 0.0
     for share in (damping, 10 * damping, 100 * damping):
@@ -154,7 +160,7 @@ def _inverse_factor(moments: Floats, damping: float) -> Floats:
         if not failed:
             break
     else:
-        raise InputError("the calibration inputs' second moments are not positive; give more or other calibration rows")
+        raise InputError("the calibration inputs' second moments are not positive definite; give more or other calibration rows")
     del matrix, diagonal
     inverse = torch.linalg.solve_triangular(lower, torch.eye(columns, dtype=kind), upper=False)
     # R = reversed L, so R⁻¹ = reversed L⁻¹.

@@ -1,7 +1,7 @@
 """The one quantization grid of edgelora: blocks along K, integer codes, one fp32 scale per block.
 
 The layout is MatMulNBits' (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits):
-code j of a block stands in byte j // 2, the even one in the low nibble; without zero points code 2^(bits-1) means 0.
+byte j // 2 of a block holds code j, the even one in the low nibble; without zero points code 2^(bits-1) means 0.
 """
 
 from __future__ import annotations
@@ -26,24 +26,28 @@ BLOCK_SIZES = (16, 32, 64, 128, 256)
 BITS = (4, 8)
 
 # Step sizes tried per block, as a divisor of the block's largest magnitude. 8 puts the extreme on the end code without
-# clipping; smaller divisors spare the opposite end, larger ones clip the extreme and sharpen the rest.
+# clipping. Smaller divisors give the opposite end more room; larger ones clip the extreme and make the steps finer.
 _DIVISORS = {4: (7.0, 7.5, 8.0, 8.5, 9.0), 8: (128.0,)}
 # The same for search_grid, which runs once per column block and can afford more.
 _FINE_DIVISORS = {4: tuple(np.arange(6.5, 10.25, 0.25)), 8: (127.0, 127.5, 128.0)}
 _SHRINKS = {4: tuple(np.arange(1.0, 0.68, -0.04)), 8: (1.0,)}
-_CHUNK_ELEMENTS = 1 << 20  # a few MB of temporaries per thread: stays in cache and bounds memory
+CHUNK_ELEMENTS = 1 << 20  # weights that a thread rounds at once: its temporaries are a few MB, which bounds memory
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which numbers a weight may take: codes of some bits, a scale per block, with or without zero points."""
+    """The values that a quantized weight can take: codes of 4 or 8 bits, a scale per block, with or without zero points."""
 
     bits: int
     block_size: int
     symmetric: bool = True
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of codes in one row of a weight, the padding of its last block included."""
+        """Bytes of codes in one row of a weight, including the padding of its last block.
+
+        >>> Grid(bits=4, block_size=32).row_bytes(70)
+        48
+        """
         return -(-columns // self.block_size) * self.block_size * self.bits // 8
 
 
@@ -68,12 +72,12 @@ class BlockQuantized:
         return Grid(self.bits, self.block_size, self.zero_points is None)
 
     def rows(self, chosen: NDArray[np.int64]) -> BlockQuantized:
-        """Some rows of the weight."""
+        """The chosen rows of the weight, in that order."""
         zeros = None if self.zero_points is None else self.zero_points[chosen]
         return BlockQuantized(self.codes[chosen], self.scales[chosen], zeros, self.bits, self.block_size, self.columns)
 
     def share_changed(self, other: BlockQuantized) -> float:
-        """The share of codes that differ between two weights on one grid, the padding of tail blocks left out."""
+        """The share of codes that differ from another weight's on the same grid; padding does not count."""
         codes = [
             unpack_codes(matrix.codes, self.bits).reshape(len(self.codes), -1)[:, : self.columns] for matrix in (self, other)
         ]
@@ -92,7 +96,7 @@ class BlockQuantized:
 
 
 def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
-    """One weight from parts that hold its rows one after the other, all on one grid."""
+    """Joins parts of a weight, each with some of its rows, into one; all are on the same grid."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -106,7 +110,11 @@ def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
 
 
 def pack_codes(codes: Codes, bits: int) -> Codes:
-    """Packs uint8 codes (..., J) into (..., ceil(J * bits / 8)); an odd tail of 4-bit codes is padded with 0."""
+    """Packs uint8 codes (..., J) into (..., ceil(J * bits / 8)); an odd number of 4-bit codes is padded with a 0.
+
+    >>> pack_codes(np.array([1, 2, 15], np.uint8), bits=4).tolist() == [0x21, 0x0F]
+    True
+    """
     if bits == 8:
         return codes
     if codes.shape[-1] % 2:
@@ -115,7 +123,11 @@ def pack_codes(codes: Codes, bits: int) -> Codes:
 
 
 def unpack_codes(packed: Codes, bits: int) -> Codes:
-    """Inverse of pack_codes: (..., J) bytes into (..., J * 8 / bits) codes."""
+    """Unpacks bytes (..., J) into codes (..., J * 8 / bits), the inverse of pack_codes.
+
+    >>> unpack_codes(np.array([0x21, 0x0F], np.uint8), bits=4).tolist()
+    [1, 2, 15, 0]
+    """
     if bits == 8:
         return packed
     codes = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
@@ -125,18 +137,28 @@ def unpack_codes(packed: Codes, bits: int) -> Codes:
 
 
 def check_grid(bits: int, block_size: int) -> None:
-    """Refuses a grid that MatMulNBits cannot run."""
+    """Raises InputError for a grid that MatMulNBits cannot run."""
     if bits not in BITS:
         raise InputError(f"bits = {bits}: the grid has 4 or 8 bits (32 leaves weights in float32)")
     if block_size not in BLOCK_SIZES:
         raise InputError(f"block_size = {block_size}: use one of {', '.join(map(str, BLOCK_SIZES))}")
 
 
-def quantize_rtn(weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True) -> BlockQuantized:
+def quantize_rtn(
+    weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True, chunk_elements: int = CHUNK_ELEMENTS
+) -> BlockQuantized:
     """Rounds a weight to the nearest code, block by block, each block with the step of least squared error.
 
-    weight: float32 (N, K), finite. K need not be a multiple of block_size: the tail block is padded with zeros.
-    Raises InputError for an impossible grid and for NaN or infinity in the weight.
+    weight: float32 (N, K), finite. K need not be a multiple of block_size: the last block is padded with zeros.
+    chunk_elements: weights that a thread rounds at once. Raises InputError for an impossible grid and for NaN or infinity.
+
+    >>> matrix = quantize_rtn(np.array([[1.0, -0.5, 0.25, 0.125]], np.float32), block_size=16)
+    >>> unpack_codes(matrix.codes, bits=4)[0, 0, :4].tolist()
+    [0, 12, 6, 7]
+    >>> matrix.scales.tolist()
+    [[-0.125]]
+    >>> matrix.dequantize().tolist()
+    [[1.0, -0.5, 0.25, 0.125]]
     """
     check_grid(bits, block_size)
     rows, columns = weight.shape
@@ -158,7 +180,7 @@ def quantize_rtn(weight: Floats, *, bits: int = 4, block_size: int = 32, symmetr
         if zeros is not None:
             zeros[start:stop] = zero
 
-    step = max(1, _CHUNK_ELEMENTS // (blocks * block_size))
+    step = max(1, chunk_elements // (blocks * block_size))
     with ThreadPoolExecutor() as pool:  # numpy releases the GIL
         list(pool.map(quantize_rows, range(0, rows, step)))
     packed_zeros = None if zeros is None else pack_codes(zeros, bits)
@@ -166,7 +188,7 @@ def quantize_rtn(weight: Floats, *, bits: int = 4, block_size: int = 32, symmetr
 
 
 def search_grid(block: Floats, importance: Floats, *, bits: int, symmetric: bool) -> tuple[Floats, Codes]:
-    """The scales float32 (N,) and zero points uint8 (N,) that round one block of columns with the least weighted error.
+    """Finds the scales float32 (N,) and zero points uint8 (N,) that round one block of columns with the least weighted error.
 
     block: float32 (N, block_size). importance: float32 (block_size,), the weight of each column's squared error.
     """
@@ -203,7 +225,7 @@ def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
     best_error = np.full(extreme.shape, np.inf, np.float32)
     unit = blocks * _invert(extreme)  # errors are compared in units of the extreme, whose square cannot overflow
     for divisor in _DIVISORS[bits]:
-        # The sign sends the extreme to code 0, the end that reaches further: -half against half - 1.
+        # The sign sends the extreme to code 0, the end that reaches further: codes run from -half to half - 1.
         codes = np.clip(np.rint(unit * np.float32(-divisor)), -half, half - 1)
         residual = codes * np.float32(-1 / divisor) - unit
         error = np.einsum("rcb,rcb->rc", residual, residual)[:, :, None]
@@ -216,11 +238,11 @@ def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
 
 
 def _round_asymmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
-    """Codes uint8, scales and zero points for blocks (R, C, block_size); the range always holds 0."""
+    """Codes uint8, scales and zero points for blocks (R, C, block_size); 0 is always in the range."""
     top = (1 << bits) - 1
     low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
     high = np.maximum(blocks.max(axis=2, keepdims=True), 0)
-    scale = high / np.float32(top) - low / np.float32(top)  # each by itself: their difference may overflow
+    scale = high / np.float32(top) - low / np.float32(top)  # divided first, because high - low can overflow
     inverse = _invert(scale)
     zero = np.clip(np.rint(-low * inverse), 0, top)
     codes = np.clip(np.rint(blocks * inverse) + zero, 0, top)

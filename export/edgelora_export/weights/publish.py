@@ -1,4 +1,4 @@
-"""Publishing a folder at once: it is built beside its target, flushed to disk, and then takes the target's name."""
+"""Publishes a folder in one step: builds it beside its target, flushes it to disk, and gives it the target's name."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING
 from edgelora_runtime.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-BLOB = ".bin"  # ends the name of a blob: <sha256>.bin
+BLOB = ".bin"  # the suffix of a blob's name: <sha256>.bin
 _STAGING = ".edgelora-staging"
 _JOURNAL = ".journal"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
-    """Writes a file whole and flushed to disk; ResourceError, and no file, where the disk is full."""
+    """Writes a file and flushes it to disk. Raises ResourceError, and leaves no file, if the disk is full."""
     try:
         with path.open("wb") as file:
             for chunk in chunks:
@@ -42,7 +42,15 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
-    """Writes a file under the hash of its bytes, so that equal ones are one; returns its name, which ends in the suffix."""
+    """Writes a file named by the hash of its bytes, so that equal contents share one file; returns its name.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     name = write_hashed(Path(folder), b"same", ".bin")
+    ...     assert write_hashed(Path(folder), b"same", ".bin") == name
+    ...     print(len(os.listdir(folder)), "file:", name[:8], "…", name[-4:])
+    1 file: 0967115f … .bin
+    """
     name = f"{hashlib.sha256(content).hexdigest()}{suffix}"
     write_file(folder / name, [content])
     return name
@@ -50,15 +58,15 @@ def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
 
 @contextmanager
 def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iterator[Path]:
-    """Yields a folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+    """Yields a staging folder that becomes `target` when the block ends without an error, and is removed otherwise.
 
-    An existing target is replaced in one step and only if it is empty or holds the file `marker`: anything else is not
-    ours to delete. Staging folders that a killed run left beside the target are removed.
-    plan: says what is made, in one line. The folder then has a journal (journal_of) whose first line it is. Both stay
-    when the run is interrupted or killed, and the next run with the same plan gets them: the blobs, and nothing else.
-    Raises InputError for a target that is in the way, ResourceError for a full disk.
+    Replaces an existing target in one step, and only if it is empty or holds the file `marker`: anything else is not ours to
+    delete. Removes staging folders that a killed run left beside the target.
+    plan: one line that describes what is made. The staging folder then has a journal (see journal_of) that starts with this
+    line. Both stay when the run is interrupted or killed, and the next run with the same plan takes over the finished blobs.
+    Raises InputError for a target that must not be replaced, ResourceError for a full disk.
     """
-    target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user chose to place)
+    target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user put there)
     if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())):
         raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
     staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
@@ -76,7 +84,7 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
             raise
         journal_of(staging).unlink(missing_ok=True)
         _flush_folder(staging)
-        _replace_folder(staging, target)
+        replace_folder(staging, target)
         _flush_folder(target.parent)
     except OSError as error:
         if error.errno in _NO_SPACE and not isinstance(error, ResourceError):
@@ -89,12 +97,12 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
 
 
 def journal_of(staging: Path) -> Path:
-    """The journal of a staging folder; see staged_folder."""
+    """The path of a staging folder's journal, which lies beside it; see staged_folder."""
     return staging.with_name(staging.name + _JOURNAL)
 
 
 def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
-    """Removes what earlier runs left, but for what one of them had finished of the same plan: that gets staging's name."""
+    """Removes what earlier runs left; finished blobs of the same plan are kept and move to `staging`."""
     prefix = f".{target.name}{_STAGING}-"
     names = {path.name.removesuffix(_JOURNAL) for path in target.parent.glob(f"{glob.escape(prefix)}*")}
     leftovers = [target.with_name(name) for name in sorted(names) if _is_left_over(name.removeprefix(prefix))]
@@ -112,12 +120,12 @@ def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
 
 
 def _is_left_over(pid: str) -> bool:
-    """Whether the process is gone; one may have had our process id, as every run in a container can."""
+    """Whether the process is gone. An earlier one may have had our own id, as every run in a container can."""
     return pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
 
 
 def _has_plan(staging: Path, plan: str) -> bool:
-    """Whether a staging folder was to become what the plan says."""
+    """Whether a staging folder was made for this plan."""
     if not (staging.is_dir() and not staging.is_symlink() and journal_of(staging).is_file()):
         return False
     with journal_of(staging).open(encoding="utf-8", errors="replace") as file:
@@ -125,7 +133,7 @@ def _has_plan(staging: Path, plan: str) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or the link to one that stood in the target's place."""
+    """Removes a folder, or a link to one: the exchange leaves it there if the old target was a link."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:
@@ -154,26 +162,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(staging: Path, target: Path) -> None:
-    """Gives staging the target's name; an existing target ends up under the staging name and is then removed."""
-    if not target.exists():
-        staging.rename(target)
-        return
-    if _exchange(staging, target):
-        return
-    # No exchange on this system: two renames, with an instant between them in which the target has no name.
-    old = staging.with_name(staging.name + ".old")
-    target.rename(old)
-    try:
-        staging.rename(target)
-    except OSError:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two folders in one atomic step; False where the system or file system has no such call."""
+def exchange_folders(one: Path, other: Path) -> bool:
+    """Swaps two folders in one atomic step; False if the system or the file system has no such call."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
     except (OSError, TypeError):
@@ -186,3 +176,24 @@ def _exchange(one: Path, other: Path) -> bool:
         rename_swap = 2  # sys/stdio.h
         return bool(library.renamex_np(first, second, rename_swap) == 0)
     return False
+
+
+def replace_folder(staging: Path, target: Path, *, exchange: Callable[[Path, Path], bool] = exchange_folders) -> None:
+    """Gives the staging folder the target's name. After an exchange the old target has staging's name.
+
+    exchange: swaps two folders atomically and returns True, or returns False if the system cannot.
+    """
+    if not target.exists():
+        staging.rename(target)
+        return
+    if exchange(staging, target):
+        return
+    # This system has no exchange. Between these two renames the target does not exist.
+    old = staging.with_name(staging.name + ".old")
+    target.rename(old)
+    try:
+        staging.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

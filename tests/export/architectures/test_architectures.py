@@ -1,4 +1,4 @@
-"""Every architecture computes what transformers computes, whole and layer by layer, with and without adapters."""
+"""Every architecture computes what transformers computes: whole and layer by layer, with and without adapters."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}
 
 
 def long_rope(pairs: int, **settings: Any) -> dict[str, Any]:
-    """Factors that differ from pair to pair, and between short and long."""
+    """Long RoPE whose factors differ from pair to pair, and between short and long."""
     short, long = ((1.0 + step * np.arange(pairs)).tolist() for step in (0.05, 0.5))
     return {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long, **settings}
 
@@ -128,7 +128,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "olmo2, padded heads": (Olmo2Config, {"hidden_size": 48, "rms_norm_eps": 0.1, "num_key_value_heads": 1}),
 }
 EACH = pytest.mark.parametrize(("config_class", "settings"), SHAPES.values(), ids=SHAPES.keys())
-SPECIAL: dict[str, Any] = {"pad_token_id": None}  # some configs' default lies beyond the tests' vocabulary
+SPECIAL: dict[str, Any] = {"pad_token_id": None}  # some configs' default exceeds the tests' vocabulary
 
 
 def make(folder: Path, config_class: Any, settings: dict[str, Any]) -> Any:
@@ -179,7 +179,7 @@ def test_int4_export_runs(config_class: Any, settings: dict[str, Any], tmp_path:
 
 @EACH
 def test_gptq_streams_and_the_gate_measures(config_class: Any, settings: dict[str, Any], tmp_path: Path) -> None:
-    """In 8 bits nothing is lost, so the teacher that the gate streams must say what onnxruntime runs."""
+    """8 bits lose almost nothing, so the gate's streamed teacher must agree with onnxruntime."""
     make(tmp_path / "base", config_class, settings)
     samples = [Sample(tuple(random_tokens(40, seed=seed))) for seed in range(12)]
     manifest = build_variants(
@@ -271,12 +271,12 @@ def test_adapters_merged_and_live_give_peft_logits(name: str, targets: list[str]
 
 
 def round_to_half(file: Path) -> None:
-    """Rounds an adapter's factors to fp16, as a bundle keeps those of live adapters; its scale here is a power of two."""
+    """Rounds an adapter's factors to fp16, as bundles store live adapters; the scale is a power of two here."""
     save_file({name: values.astype(np.float16).astype(np.float32) for name, values in load_file(file).items()}, file)
 
 
 def test_long_rope_takes_the_long_factors_beyond_the_original_context(tmp_path: Path) -> None:
-    """As transformers does in a text longer than that; and by default, the bundle ends where they would begin."""
+    """Like transformers for a text longer than that. The bundle's default context is the original one."""
     settings = {"original_max_position_embeddings": 30, "rope_parameters": long_rope(8)}
     theirs = make(tmp_path / "base", Phi3Config, settings)
     base = Base.open(tmp_path / "base")
@@ -294,7 +294,7 @@ def test_long_rope_takes_the_long_factors_beyond_the_original_context(tmp_path: 
 
 
 def flatten_gemma3(config: dict[str, Any]) -> None:
-    """Turns a config into the form of transformers 4."""
+    """Rewrites a config in the form of transformers 4."""
     rope = config.pop("rope_parameters")
     config["rope_theta"], config["rope_local_base_freq"] = (
         rope[kind]["rope_theta"] for kind in ("full_attention", "sliding_attention")
@@ -341,7 +341,7 @@ SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("config_class", "settings"), SILENT.values(), ids=SILENT.keys())
 def test_silent_configs_mean_what_transformers_assumes(config_class: Any, settings: dict[str, Any]) -> None:
-    """Configs on the hub often leave out what is the class's default."""
+    """Configs on the Hub often omit a key whose value is the class's default."""
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 50}
     sizes |= settings
     full = config_class(**sizes).to_dict()
@@ -371,7 +371,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "mention"), REFUSED.values(), ids=REFUSED.keys())
-def test_settings_that_cannot_be_expressed(name: str, change: dict[str, Any], mention: str, tmp_path: Path) -> None:
+def test_settings_without_an_equivalent_are_refused(name: str, change: dict[str, Any], mention: str, tmp_path: Path) -> None:
     config_class, settings = SHAPES[name]
     config = {**make(tmp_path / "base", config_class, settings).config.to_dict(), **change}
     with pytest.raises(InputError, match=mention):

@@ -1,4 +1,4 @@
-"""Graphs of the gpu target: fp16 over the codes of the cpu graphs. Without a GPU the CPU provider runs them, kernel by kernel."""
+"""Graphs of the gpu target: fp16 activations over the cpu graphs' codes. The CPU provider runs them here, so no GPU is needed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def gpu_runtime(bundle: Path) -> Runtime:
 
 
 def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """What a model writes greedily before its end token, each token from the whole text anew."""
+    """The tokens that a model writes greedily before its end token, without a KV cache."""
     tokens = list(prompt)
     while len(tokens) < len(prompt) + count and (token := int(torch_logits(model, tokens)[-1].argmax())) != END:
         tokens.append(token)
@@ -55,7 +55,7 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def bundle(tiny_base: Path, tiny_adapters: dict[str, Path]) -> Path:
-    """Merged and live variants for both targets, int4; one changes the attention alone."""
+    """Merged and live int4 variants for both targets; one changes only the attention."""
     output = tiny_base.parent / "bundle-gpu"
     variants = {
         "base": VariantRecipe({}),
@@ -70,7 +70,7 @@ def bundle(tiny_base: Path, tiny_adapters: dict[str, Path]) -> Path:
 
 
 def tensors(path: Path) -> dict[str, ir.ExternalTensor]:
-    """External tensors by initializer."""
+    """A graph's external tensors, by the initializer's name."""
     values = ir.load(path).graph.initializers.items()
     return {name: value.const_value for name, value in values if isinstance(value.const_value, ir.ExternalTensor)}
 
@@ -96,7 +96,7 @@ def test_codes_are_stored_once(symmetric: bool, tiny_base: Path, tmp_path: Path)
 
 
 def test_variants_share_scales_that_they_do_not_change(bundle: Path) -> None:
-    """An attention adapter leaves the MLP's scales, norms and tables alone, in fp16 as in float32."""
+    """An attention adapter does not change the MLP's scales, the norms and the tables, in fp16 and in float32."""
     base, changed = (tensors(bundle / f"{name}.gpu.onnx") for name in ("base", "attention"))
     own = {name for name, tensor in changed.items() if tensor.location != base[name].location}
     assert own == {
@@ -120,7 +120,7 @@ def test_the_manifest_lists_both_graphs(bundle: Path) -> None:
 @pytest.mark.parametrize("name", ["all", "live"])
 @pytest.mark.parametrize("target", BOTH)
 def test_onnxs_checker_accepts_the_graph(target: str, name: str, bundle: Path, tmp_path: Path) -> None:
-    """Apart from SimplifiedLayerNormalization, which onnxruntime has in ONNX's own domain although ONNX does not."""
+    """Except for SimplifiedLayerNormalization, which onnxruntime defines in ONNX's own domain and ONNX does not."""
     folder = shutil.copytree(bundle, tmp_path / "bundle")
     model = onnx.load(folder / f"{name}.{target}.onnx", load_external_data=False)
     for node in model.graph.node:
@@ -181,7 +181,7 @@ def test_int4_graphs_run(config_class: Any, settings: dict[str, Any], tmp_path: 
     ids=["int4", "int4 asymmetric", "int4 block 16", "int8"],
 )
 def test_quantized_graphs_compute_with_the_weights_that_the_codes_stand_for(grid: dict[str, Any], tmp_path: Path) -> None:
-    """Activations are not rounded to int8 as on the CPU, so torch on the dequantized weights is the reference."""
+    """Unlike on the CPU, activations are not rounded to int8, so the reference is torch with the dequantized weights."""
     theirs = make_base(tmp_path / "base", tie_word_embeddings=True)
     export_both(tmp_path / "base", tmp_path / "bundle", **grid)
     with torch.no_grad():
@@ -194,15 +194,15 @@ def test_quantized_graphs_compute_with_the_weights_that_the_codes_stand_for(grid
         assert np.abs(runtime.logits(TOKENS) - expected).max() <= 0.02 * expected.std()
 
 
-def test_matmuls_leave_activations_alone(bundle: Path) -> None:
+def test_gpu_products_do_not_round_activations(bundle: Path) -> None:
     for target, expected in (("cpu", {4}), ("gpu", {0})):
         nodes = onnx.load(bundle / f"all.{target}.onnx", load_external_data=False).graph.node
         levels = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"}
         assert levels == expected
 
 
-def test_live_variants_say_what_merged_ones_say(bundle: Path, tiny_base: Path, tiny_adapters: dict[str, Path]) -> None:
-    """Adapters go in as fp16 inputs. The reference is the cpu graph, whose own parity is tested elsewhere."""
+def test_live_variants_agree_on_both_targets(bundle: Path, tiny_base: Path, tiny_adapters: dict[str, Path]) -> None:
+    """Adapters are fp16 inputs. The reference is the cpu graph, which other tests compare with PEFT."""
     with gpu_runtime(bundle) as gpu, Runtime(bundle, threads=1, provider="cpu") as cpu:
         for variant, mix in (("plain-live", None), ("mixed", None), (None, {"plain": -0.5}), (None, {})):
             ours, theirs = (runtime.logits(TOKENS, variant=variant, mix=mix) for runtime in (gpu, cpu))
@@ -212,7 +212,7 @@ def test_live_variants_say_what_merged_ones_say(bundle: Path, tiny_base: Path, t
 
 
 def test_the_cache_grows_and_is_reused(bundle: Path) -> None:
-    """Prompt and answer together leave the smallest cache, 256 positions, behind; the second prompt shares the first's start."""
+    """The second prompt outgrows the smallest cache, 256 positions, and starts with the first prompt."""
     prompt = random_tokens(40, seed=5)
     with gpu_runtime(bundle) as runtime:
         first = runtime.generate(prompt, max_tokens=100)
@@ -225,7 +225,7 @@ def test_the_cache_grows_and_is_reused(bundle: Path) -> None:
 
 
 def test_pocket_writes_torchs_greedy_tokens(models_folder: Path, tmp_path: Path) -> None:
-    """A merged variant of a trained model, in fp16, against torch on the merged model."""
+    """A merged fp16 variant of a trained model, compared with torch on the merged model."""
     from peft import PeftModel
 
     base = models_folder / "pocket"

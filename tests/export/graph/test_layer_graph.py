@@ -1,4 +1,4 @@
-"""Layers run one by one, with weights as inputs, give what transformers gives."""
+"""Layers that run one by one, with weights as inputs, compute what transformers computes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_one_graph_serves_all_layers_of_a_kind(tiny_base: Path) -> None:
     assert len(graphs) == 1
 
 
-def test_observing_gives_the_inputs_of_a_whole_run_and_computes_nothing_behind_them(tiny_base: Path) -> None:
+def test_observing_gives_the_inputs_of_a_whole_run_and_skips_later_products(tiny_base: Path) -> None:
     base = Base.open(tiny_base)
     decoder = read_decoder(base.config)
     layer, stream = decoder.layers[0], LayerStream(decoder)

@@ -1,4 +1,4 @@
-"""Stages: what they compute is what their graph computes, and variants share those whose weights are the same."""
+"""Stages compute what their graph computes, and variants share the stages whose weights are the same."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Noise:
 
 @pytest.fixture(scope="module")
 def staged(tiny_recipe: Path, bundle4: Path) -> Iterator[Path]:
-    """The bundle of the same recipe, in stages in spite of its size."""
+    """The bundle of the same recipe, cut into stages although it is small."""
     output = bundle4.with_name("staged")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "LEAST_BYTES", 0)
@@ -85,7 +85,7 @@ def test_stages_compute_what_the_whole_graph_does(staged: Path, bundle4: Path) -
 def test_every_architecture_can_be_cut(
     config_class: Any, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One product of each variant differs, so that all blocks but its own are shared."""
+    """Each variant changes one product, so variants share all blocks but that product's."""
     monkeypatch.setattr(stages, "LEAST_BYTES", 0)
     make(tmp_path / "base", config_class, settings)
     deltas = ("self_attn.o_proj", "mlp.down_proj")

@@ -1,4 +1,4 @@
-"""Descent after GPTQ: no row's error rises, and at its end no code can be changed for the better."""
+"""Descent after GPTQ: no row's error rises, and in the end no change of a single code lowers it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def damp(moments: NDArray[np.float32]) -> tuple[Doubles, float]:
-    """The moments with GPTQ's damping in float64, and the damping."""
+    """The moments with GPTQ's damping, in float64; and the damping."""
     damping = DAMPING * float(np.diag(moments).mean())
     return moments.astype(np.float64) + damping * np.eye(len(moments)), damping
 
@@ -53,7 +53,7 @@ def test_no_row_gets_worse_and_all_together_get_better(
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_at_the_end_no_code_can_be_changed_for_the_better(symmetric: bool) -> None:
+def test_in_the_end_no_change_of_a_code_lowers_the_error(symmetric: bool) -> None:
     weight, moments, _ = make_case(6, 96)
     damped, damping = damp(moments)
     before = quantize_rtn(weight, symmetric=symmetric)

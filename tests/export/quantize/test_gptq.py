@@ -29,7 +29,7 @@ GRIDS = [
 
 
 def correlated_inputs(count: int, columns: int, seed: int) -> Floats:
-    """Inputs (T, K) whose columns share a few directions and differ in size, as a model's do."""
+    """Inputs (T, K) whose columns are correlated and differ in size, like a model's."""
     mixing = np.random.default_rng(7).normal(size=(columns, columns))
     mixing *= np.exp(np.random.default_rng(8).normal(size=columns))[:, None] / np.sqrt(columns)
     return (np.random.default_rng(seed).normal(size=(count, columns)) @ mixing).astype(np.float32)
@@ -55,7 +55,7 @@ def test_loses_less_than_rounding_on_unseen_inputs(bits: int, symmetric: bool, b
 
 
 def test_equals_the_algorithm_of_the_paper() -> None:
-    """The paper's algorithm column by column in float64, with the inverse formed and the scales that ours found."""
+    """The reference is the paper's algorithm in float64, column by column, with an explicit inverse and our scales."""
     weight, moments, _ = make_case(24, 96)
     ours = quantize_gptq(weight, moments, block_size=32, sweeps=0)
     damped = moments.astype(np.float64)
@@ -70,11 +70,11 @@ def test_equals_the_algorithm_of_the_paper() -> None:
         error = (left[:, column] - (code - 8) * scale) / factor[column, column]
         left[:, column + 1 :] -= error[:, None] * factor[column, column + 1 :]
     codes = unpack_codes(ours.codes, 4).reshape(24, -1)
-    assert (codes != expected).mean() < 0.005  # float32 may round a tie the other way, and what follows answers for it
+    assert (codes != expected).mean() < 0.005  # float32 may round a tie the other way, which changes later columns
 
 
-def test_uncorrelated_inputs_leave_nothing_to_answer_for() -> None:
-    """With moments that are a multiple of the identity every column stands alone: nearest codes, whatever the order."""
+def test_uncorrelated_inputs_give_the_nearest_codes() -> None:
+    """With moments that are a multiple of the identity, no column can make up for another."""
     weight = np.random.default_rng(4).normal(size=(16, 64)).astype(np.float32)
     ours = quantize_gptq(weight, np.eye(64, dtype=np.float32) * 5)
     scales = np.repeat(ours.scales, 32, axis=1)

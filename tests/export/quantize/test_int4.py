@@ -74,7 +74,7 @@ def test_pack_inverts_unpack(packed: NDArray[np.uint8]) -> None:
     np.testing.assert_array_equal(pack_codes(unpack_codes(packed, 4), 4), packed)
 
 
-def test_first_code_stands_in_the_low_nibble() -> None:
+def test_the_first_code_is_the_low_nibble() -> None:
     assert pack_codes(np.array([[1, 2, 15]], np.uint8), 4).tolist() == [[0x21, 0x0F]]
 
 
@@ -97,7 +97,7 @@ def test_dequantize_reads_the_documented_layout(weight: Floats, grid: tuple[int,
 @given(weights, grids)
 @settings(deadline=None)
 def test_error_of_every_block_is_bounded(weight: Floats, grid: tuple[int, int, bool]) -> None:
-    """At most half a step of the block's own scale everywhere, or else less squared error than plain absmax rounding."""
+    """Every error is at most half a step of its block's scale, or the block's squared error is below plain absmax rounding's."""
     bits, block, symmetric = grid
     matrix = quantize_rtn(weight, bits=bits, block_size=block, symmetric=symmetric)
     exact, found = blocks_of(weight, block), blocks_of(matrix.dequantize(), block)
@@ -173,13 +173,10 @@ def test_grid_that_onnxruntime_cannot_run_is_refused(bits: int, block: int) -> N
         quantize_rtn(np.ones((2, 64), np.float32), bits=bits, block_size=block)
 
 
-def test_threads_and_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgelora_export.quantize import int4
-
+def test_chunks_do_not_change_the_result() -> None:
     weight = np.random.default_rng(1).normal(size=(101, 77)).astype(np.float32)
     whole = quantize_rtn(weight, symmetric=False)
-    monkeypatch.setattr(int4, "_CHUNK_ELEMENTS", 200)
-    chunked = quantize_rtn(weight, symmetric=False)
+    chunked = quantize_rtn(weight, symmetric=False, chunk_elements=200)
     np.testing.assert_array_equal(whole.codes, chunked.codes)
     np.testing.assert_array_equal(whole.scales, chunked.scales)
     np.testing.assert_array_equal(np.asarray(whole.zero_points), np.asarray(chunked.zero_points))

@@ -1,4 +1,4 @@
-"""The auto-round backend: its weights become codes as they are, for every layout of heads; without the package, one line."""
+"""The auto-round backend: its weights become codes without further rounding, and without the package the error is one line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ CALIBRATION = Calibration(FIT, HELD_OUT, {"rows.jsonl": "0" * 64})
 
 
 def draw(rows: int, columns: int, block_size: int, *, symmetric: bool) -> tuple[Floats, Floats, Floats | None, Floats]:
-    """A weight as auto-round computes it, scale * (q - zero) in float32; its scales, zero points and codes."""
+    """A weight as auto-round computes it, scale * (q - zero) in float32, with its scales, zero points and codes."""
     generator = np.random.default_rng(columns + block_size)
     blocks = -(-columns // block_size)
     codes = generator.integers(0, 16, (rows, columns)).astype(np.float32)
@@ -64,7 +64,7 @@ def draw(rows: int, columns: int, block_size: int, *, symmetric: bool) -> tuple[
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("columns", "block_size"), [(96, 32), (100, 32), (192, 64), (40, 64), (200, 128)])
-def test_codes_are_those_that_the_weight_was_made_of(columns: int, block_size: int, symmetric: bool) -> None:
+def test_codes_are_read_back_exactly(columns: int, block_size: int, symmetric: bool) -> None:
     weight, scales, zeros, codes = draw(7, columns, block_size, symmetric=symmetric)
     found = read_codes(weight, scales, zeros, Grid(4, block_size, symmetric))
     assert np.array_equal(unpack_codes(found.codes, 4).reshape(7, -1)[:, :columns], codes)
@@ -83,7 +83,7 @@ def test_padded_rows_stay_zero() -> None:
 
 
 @pytest.mark.parametrize("change", ["off the grid", "below", "above", "not finite", "a half zero point", "a zero point above"])
-def test_what_no_codes_stand_for_is_refused(change: str) -> None:
+def test_a_weight_off_the_grid_is_refused(change: str) -> None:
     weight, scales, zeros, _ = draw(4, 64, 32, symmetric="zero" not in change)
     if change == "off the grid":
         weight[1, 2] += 0.1 * scales[1, 0]
@@ -97,7 +97,7 @@ def test_what_no_codes_stand_for_is_refused(change: str) -> None:
         read_codes(weight, scales, zeros, Grid(4, 32, zeros is None))
 
 
-def test_without_the_package_nothing_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_the_extra_is_named_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "auto_round", None)
     recipe = Recipe(str(tmp_path / "no-such-base"), {}, {"base": VariantRecipe({})}, Quantization(method="auto-round"))
     with pytest.raises(MissingExtraError, match=r"pip install 'edgelora\[auto-round\]'") as caught:
@@ -108,13 +108,13 @@ def test_without_the_package_nothing_begins(tmp_path: Path, monkeypatch: pytest.
         export(replace(recipe, quantization=Quantization()), tmp_path / "bundle")
 
 
-def test_it_has_four_bits() -> None:
+def test_other_bits_than_four_are_refused() -> None:
     with pytest.raises(InputError, match="auto-round"):
         Quantization(bits=8, method="auto-round")
 
 
 def test_each_layer_keeps_its_own_positions_and_mask(tmp_path: Path) -> None:
-    """Called with the first layer's, as auto-round calls them all, the layers compute what the whole model computes."""
+    """auto-round calls all layers with the first layer's arguments; they must compute what the whole model computes."""
     rope = {
         "full_attention": {"rope_type": "default", "rope_theta": 1e6},
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
@@ -171,23 +171,23 @@ def build(base: Path, adapter: Path, output: Path, **settings: Any) -> Manifest:
 
 @needs_package
 @pytest.mark.parametrize("grid", [{}, {"symmetric": False, "block_size": 64}, {"block_size": 128}], ids=str)
-def test_strays_less_than_rounding(
+def test_diverges_less_than_rounding(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(auto_round_backend, "ITERATIONS", 50)
     make_adapter(tiny_base, tmp_path / "adapter", size=0.3)
-    strayed = {}
+    divergence = {}
     for method in ("rtn", "auto-round"):
         manifest = build(tiny_base, tmp_path / "adapter", tmp_path / method, method=method, **grid)
         found = manifest.variants["tuned"].fidelity
         assert manifest.quantization.method == method and found is not None
-        strayed[method] = found.kl_mean
+        divergence[method] = found.kl_mean
         assert Bundle.open(tmp_path / method).verify(lambda name: None) == []
-    assert strayed["auto-round"] < 0.95 * strayed["rtn"]
+    assert divergence["auto-round"] < 0.95 * divergence["rtn"]
 
 
 @needs_package
-def test_shares_what_the_adapter_leaves_and_raises_patterns(
+def test_shares_products_that_the_adapter_does_not_change_and_raises_patterns(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auto_round_backend, "ITERATIONS", 2)
@@ -200,7 +200,7 @@ def test_shares_what_the_adapter_leaves_and_raises_patterns(
 
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
-    "llama, keys that it leaves alone": (LlamaConfig, {"head_dim": 24}),
+    "llama, keys that it skips": (LlamaConfig, {"head_dim": 24}),
     "mistral, padded heads": (MistralConfig, {"head_dim": 24, "num_key_value_heads": 4}),
     "phi3, fused": (Phi3Config, {"pad_token_id": 1}),
     "gemma3": (Gemma3TextConfig, {"head_dim": 16, "sliding_window": 7, "tie_word_embeddings": True}),
@@ -210,7 +210,7 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
 @needs_package
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_are_what_torch_holds_afterwards(
+def test_products_equal_the_weights_that_torch_holds_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, symmetric: bool
 ) -> None:
     config_class, settings = SHAPES[shape]
@@ -219,11 +219,11 @@ def test_products_are_what_torch_holds_afterwards(
     decoder = read_decoder(base.config)
     tuned, model = tune(base, decoder, monkeypatch, Quantization(symmetric=symmetric, method="auto-round"))
     before = load_base(tmp_path)
-    alone = {linear.name for linear in decoder.linears if any(part.out_features % 32 for part in linear.parts)}
-    assert set(tuned) == {linear.name for linear in decoder.linears} - alone
-    assert bool(alone) == ("alone" in shape)
+    skipped = {linear.name for linear in decoder.linears if any(part.out_features % 32 for part in linear.parts)}
+    assert set(tuned) == {linear.name for linear in decoder.linears} - skipped
+    assert bool(skipped) == ("skips" in shape)
     for linear in decoder.linears:
-        if linear.name in alone:
+        if linear.name in skipped:
             continue
         stored, start = tuned[linear.name].dequantize(), 0
         assert stored.shape == (linear.rows, linear.columns)
@@ -241,7 +241,7 @@ def test_products_are_what_torch_holds_afterwards(
 def tune(
     base: Base, decoder: Any, monkeypatch: pytest.MonkeyPatch, quantization: Quantization
 ) -> tuple[dict[str, BlockQuantized], Any]:
-    """All products of a bare base, and the torch model that auto-round left."""
+    """All products of a bare base, and the torch model after auto-round."""
     monkeypatch.setattr(auto_round_backend, "ITERATIONS", 2)
     storage = Storage(base, decoder, base.folder, quantization)
     left: list[Any] = []

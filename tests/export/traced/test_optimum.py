@@ -1,4 +1,4 @@
-"""Decoders without a native graph, exported by the `optimum` extra in an environment of its own and run by this one's runtime."""
+"""Decoders without a native graph: exported in the `optimum` extra's own environment, run by the runtime in this one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def optimum_python() -> Path:
 
 
 def run_export(recipe: Path, output: Path) -> dict[str, Any]:
-    """What `edgelora export --json` prints in the other environment."""
+    """The output of `edgelora export --json` in the other environment, with the exit code."""
     path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
     command = [str(optimum_python()), "-m", "edgelora", "export", str(recipe), "--output", str(output), "--json"]
     environment = {**os.environ, "PYTHONPATH": path, "EDGELORA_DEBUG": ""}
@@ -70,7 +70,7 @@ def run_export(recipe: Path, output: Path) -> dict[str, Any]:
 
 
 def write_recipe(base: Path, tables: str = "", *, bits: int = 4) -> Path:
-    """A recipe beside the base, which is one of its variants."""
+    """Writes a recipe beside the base, with the bare base as a variant."""
     recipe = base.parent / f"recipe{bits}.toml"
     text = f'base = "{base.name}"\n[quantization]\nbits = {bits}\n[variants.base]\nmix = {{}}\n{tables}'
     recipe.write_text(text, encoding="utf-8")
@@ -78,7 +78,7 @@ def write_recipe(base: Path, tables: str = "", *, bits: int = 4) -> Path:
 
 
 def export_bundle(base: Path, tables: str = "", *, bits: int = 4) -> Path:
-    """A bundle beside the base, made by the other environment."""
+    """Exports a bundle beside the base, in the other environment."""
     recipe, output = write_recipe(base, tables, bits=bits), base.parent / f"bundle{bits}"
     printed = run_export(recipe, output)
     assert printed["code"] == 0, printed
@@ -86,7 +86,7 @@ def export_bundle(base: Path, tables: str = "", *, bits: int = 4) -> Path:
 
 
 def make_base(folder: Path, kind: Any, settings: dict[str, Any]) -> Any:
-    """Saves a random model with its tokenizer, and returns it."""
+    """Saves a random model with its tokenizer; returns the model."""
     torch.manual_seed(0)
     untyped: Any = transformers.AutoModelForCausalLM
     model = untyped.from_config(kind(**{**COMMON, **settings}), dtype=torch.float32).eval()
@@ -102,7 +102,7 @@ def make_base(folder: Path, kind: Any, settings: dict[str, Any]) -> Any:
 
 
 def read_stepwise(bundle: Path, tokens: list[int], prefix: int) -> Floats:
-    """Logits (T - prefix + 1, V), all but a prefix read token by token through the growing cache."""
+    """Logits (T - prefix + 1, V): the prefix is read at once, the rest token by token through the growing cache."""
     opened = Bundle.open(bundle)
     model = Model.open(bundle / "base.cpu.onnx", opened.manifest.model, threads=1)
     cache = model.new_cache()
@@ -126,7 +126,7 @@ def test_export_gives_transformers_logits(kind: Any, settings: dict[str, Any], t
 
 
 def round_weights(model: Any) -> None:
-    """Puts a torch model's linear weights and token embedding on the int4 grid, in place."""
+    """Rounds a torch model's linear weights and token embedding to the int4 grid, in place."""
     embedding = model.get_input_embeddings()
     transposed = transformers.pytorch_utils.Conv1D
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_int4_export_gives_the_logits_of_the_rounded_weights(name: str, tmp_path
     with Runtime(bundle, threads=1) as runtime:
         found = runtime.logits(tokens)
         assert runtime.generate("the cat", max_tokens=5).tokens
-    # What is left is the rounding of activations to int8.
+    # The rounding of activations to int8 remains.
     assert np.abs(found - expected).mean() < 0.03 * expected.std()
     assert np.abs(found - expected).mean() < 0.2 * np.abs(exact - expected).mean()
     assert (bundle / "base.cpu.onnx").stat().st_size < GRAPH_LIMIT
@@ -167,7 +167,7 @@ ANSWERS = {"the cat": " sat on the mat", "a day": " in the sun", "one two": " th
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny GPT-2, and an adapter that taught it four answers on the grid that export writes."""
+    """A tiny GPT-2, and an adapter trained on four answers, over the int4 grid that export writes."""
     folder = tmp_path_factory.mktemp("gpt2")
     make_base(folder / "base", *MODELS["gpt2"])
     data = folder / "rows.jsonl"
@@ -190,7 +190,7 @@ def test_gpt2_adapter_is_trained_exported_and_answers(taught: tuple[Path, Path])
             assert runtime.generate(prompt, variant="base", max_tokens=20).text != answer
     manifest = Bundle.open(bundle).manifest
     base_blobs, taught_blobs = (set(manifest.variants[name].graphs["cpu"].blobs) for name in ("base", "taught"))
-    assert len(base_blobs & taught_blobs) == 2  # the embedding, which is the head; norms, biases and positions
+    assert len(base_blobs & taught_blobs) == 2  # the embedding, which is also the head; norms, biases and positions
 
 
 @pytest.mark.slow

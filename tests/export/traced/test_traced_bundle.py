@@ -1,4 +1,4 @@
-"""From a traced graph to a bundle, without Optimum: a hand-written graph with all that traced ones do to their weights."""
+"""From a traced graph to a bundle, without Optimum: a hand-written graph treats weights in every way that traced graphs do."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ HEADS = {
 
 @dataclass
 class Traced:
-    """The hand-written decoder: its weights as the checkpoint's modules have them, its graph, its base folder."""
+    """The hand-written decoder: its weights in the checkpoint's layout, its graph, and its base folder."""
 
     weights: dict[str, Floats]
     proto: onnx.ModelProto
@@ -106,7 +106,7 @@ def make_traced(folder: Path, head: str, *, equal: bool = False) -> Traced:
     (folder / "config.json").write_text(json.dumps({"model_type": "hand-made", "eos_token_id": 1}), encoding="utf-8")
     make_tokenizer().save_pretrained(folder)
     model = prepare_traced(ir.serde.deserialize_model(proto))
-    # As a product's weight stands, (N, K): fc and mangled are stored (K, N).
+    # Weights of products are (N, K); the graph stores fc and mangled as (K, N).
     owners = {"wte": ["wte", "head"], "fc": ["mlp.fc"], "proj": ["mlp.proj"], "mangled": ["attention.key"], "wpe": ["wpe"]}
     modules: dict[str, list[str]] = {}
     for name, held in owners.items():
@@ -150,7 +150,7 @@ def build(
 def expected_logits(
     traced: Traced, tokens: list[int], weights: Mapping[str, Floats] | None = None, *, chunk: int | None = None
 ) -> Floats:
-    """Logits (T, V) of the graph as it was written, `chunk` tokens at a time; weights given here take the place of its own."""
+    """Logits (T, V) of the hand-written graph, `chunk` tokens at a time. weights: replace the graph's own, by name."""
     proto = onnx.ModelProto()
     proto.CopyFrom(traced.proto)
     for tensor in proto.graph.initializer:
@@ -199,7 +199,7 @@ def test_last_positions_alone_get_logits(head: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
-def test_positions_go_on_where_the_cache_ends(chunk: int, tmp_path: Path) -> None:
+def test_positions_continue_after_the_cache(chunk: int, tmp_path: Path) -> None:
     traced = make_traced(tmp_path / "base", next(iter(HEADS)))
     manifest = build(traced, tmp_path / "bundle", [Variant("base")])
     tokens = random_tokens(20)
@@ -219,11 +219,11 @@ def test_quantized_bundle_computes_with_the_dequantized_weights(grid: dict[str, 
     tokens = random_tokens(20)
     expected = expected_logits(traced, tokens, rounded)
     found = run_bundle(tmp_path / "bundle", tokens)
-    assert np.abs(found - expected).max() < 0.05 * expected.std()  # what is left is the rounding of activations to int8
+    assert np.abs(found - expected).max() < 0.05 * expected.std()  # the rounding of activations to int8 remains
     assert np.abs(found - expected_logits(traced, tokens)).max() > np.abs(found - expected).max()
 
 
-def test_variants_add_their_deltas_and_share_all_else(tmp_path: Path) -> None:
+def test_variants_add_their_deltas_and_share_the_rest(tmp_path: Path) -> None:
     traced = make_traced(tmp_path / "base", next(iter(HEADS)))
     random = np.random.default_rng(1)
     deltas = {name: random.normal(0, 0.1, (32, 32)).astype(np.float32) for name in ("mlp.fc", "attention.key")}
@@ -235,7 +235,7 @@ def test_variants_add_their_deltas_and_share_all_else(tmp_path: Path) -> None:
     assert np.abs(run_bundle(tmp_path / "bundle", tokens) - expected_logits(traced, tokens)).max() < 1e-4
     base, other = (set(manifest.variants[name].graphs["cpu"].blobs) for name in ("base", "other"))
     assert len(base - other) == len(other - base) == 2
-    assert len(base & other) == 3  # the embedding, which is the head; proj; and what is left, the positions
+    assert len(base & other) == 3  # the embedding, which is also the head; proj; the positions
     held = sum(entry.size for name, entry in manifest.files.items() if name.endswith(".bin"))
     assert held == sum(weight.nbytes for name, weight in traced.weights.items() if name != "bias") + 2 * 32 * 32 * 4
 
@@ -249,7 +249,7 @@ def test_a_router_goes_along(tmp_path: Path) -> None:
 
 
 def test_modules_without_weights_of_their_own_are_refused(tmp_path: Path) -> None:
-    """The head is tied, and two layers of equal weights are one tensor in a traced graph."""
+    """The head is tied, and a traced graph holds two layers with equal weights as one tensor."""
     traced = make_traced(tmp_path / "base", next(iter(HEADS)), equal=True)
     assert set(TracedMatrices(traced.decoder).shapes) == {"attention.key"}
     modules = ("head", "mlp.fc", "mlp.proj", "nothing")

@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all: failures, kills and a full disk leave what was there."""
+"""A bundle appears whole or not at all: after a failure, a kill or a full disk, the old one is still there."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora_export.weights import publish
-from edgelora_export.weights.publish import staged_folder, write_file
+from edgelora_export.weights.publish import replace_folder, staged_folder, write_file
 from edgelora_runtime import Bundle
 from edgelora_runtime.errors import InputError, ResourceError
 
@@ -56,17 +55,18 @@ def test_an_old_folder_is_replaced_whole(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_systems_without_an_exchange_call_replace_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "_exchange", lambda one, other: False)
-    publish_text(tmp_path / "out", "old")
-    publish_text(tmp_path / "out", "new")
-    assert listing(tmp_path / "out") == {"data": b"new", "marker": b""}
+def test_a_folder_is_replaced_without_an_exchange_call_too(tmp_path: Path) -> None:
+    for name in ("out", "staging"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data").write_text(name, encoding="utf-8")
+    replace_folder(tmp_path / "staging", tmp_path / "out", exchange=lambda one, other: False)
+    assert listing(tmp_path / "out") == {"data": b"staging"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="renameat2 is Linux's")
 def test_replacing_leaves_no_instant_without_a_target(tmp_path: Path) -> None:
-    """A reader that looks all the time always finds a marker."""
+    """A reader that looks again and again finds a marker every time."""
     publish_text(tmp_path / "out", "0")
     watcher = subprocess.Popen(
         [
@@ -164,7 +164,7 @@ def test_leftovers_of_a_dead_process_are_removed(tmp_path: Path) -> None:
 
 
 def test_a_leftover_of_an_earlier_process_with_our_pid_is_no_obstacle(tmp_path: Path) -> None:
-    """In a container every run may have the same process id."""
+    """In a container every run can have the same process id."""
     (tmp_path / f".out.edgelora-staging-{os.getpid()}").mkdir()
     publish_text(tmp_path / "out", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -192,7 +192,7 @@ def test_write_file_on_a_full_device(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_bundle(
     full_at: int, code: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is full from one flush on: the n-th, or the very last one of all, that of the parent folder."""
+    """From one flush on the disk is full: from the n-th, or from the last one before the exchange."""
     from tests.tiny import export_base
 
     real, calls = os.fsync, 0
@@ -207,7 +207,7 @@ def test_a_full_disk_leaves_the_old_bundle(
     before = listing(tmp_path / "bundle")
     total, calls = calls, 0
     limit = full_at if full_at >= 0 else total - 2  # the last flush before the exchange
-    assert limit < total, "the export has fewer flushes than this test supposes"
+    assert limit < total, "the export has fewer flushes than this test expects"
 
     def fail(descriptor: int) -> None:
         nonlocal calls
@@ -256,7 +256,7 @@ while True:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_export_leaves_the_old_bundle_or_the_new_one(tiny_base: Path, tmp_path: Path) -> None:
-    """Each round a writer replaces the bundle over and over until it is killed at a random moment."""
+    """In each round a writer replaces the bundle over and over, until a kill at a random moment."""
     target = tmp_path / "bundle"
     path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
 
@@ -282,7 +282,7 @@ def test_a_killed_export_leaves_the_old_bundle_or_the_new_one(tiny_base: Path, t
             if round_ < 19:
                 next_writer = start_writer()  # it imports while this one works, and waits for its turn
             while round_ == 0 and not target.exists() and writer.poll() is None:
-                time.sleep(0.01)  # so that there is something to lose in all other rounds
+                time.sleep(0.01)  # so that all other rounds have a bundle to lose
             time.sleep(moments.uniform(0.0, 0.4))
             writer.kill()
             writer.wait()
