@@ -4,7 +4,7 @@ from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.router import Route
 from edgelora_runtime.decode.loop import Generation, Receipt, TextStream
-from edgelora_runtime.decode.sampling import Sampling
+from edgelora_runtime.decode.options import GenerateOptions
 from edgelora_runtime.errors import (
     EdgeloraError,
     InputError,
@@ -19,6 +19,7 @@ from edgelora_runtime.runtime import Runtime
 __all__ = [
     "Bundle",
     "EdgeloraError",
+    "GenerateOptions",
     "Generation",
     "InputError",
     "IntegrityError",
@@ -28,7 +29,6 @@ __all__ = [
     "ResourceError",
     "Route",
     "Runtime",
-    "Sampling",
     "TextStream",
     "UsageError",
     "__version__",

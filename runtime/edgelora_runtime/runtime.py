@@ -18,8 +18,9 @@ from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.decode.cancellation import Interruption
 from edgelora_runtime.decode.grammar import Grammars
 from edgelora_runtime.decode.loop import Generation, Receipt, Request, TextStream, continue_prompt
+from edgelora_runtime.decode.options import resolve_options
 from edgelora_runtime.decode.sampling import Sampling
-from edgelora_runtime.decode.speculation import SPECULATIONS, Speculation
+from edgelora_runtime.decode.speculation import Speculation
 from edgelora_runtime.decode.stop_strings import StopFilter
 from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.residency.live_mixes import LiveMixes
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
-    from typing import Any, Self, Unpack
+    from typing import Self, Unpack
 
     from numpy.typing import NDArray
 
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Prompt = str | Sequence[Message] | Sequence[int]
 
-OVERFLOWS = ("error", "slide")
 _LIVE_SHARE, _LEAST_LIVE = 0.1, 32 << 20  # of a live graph's blobs, and in bytes
 _MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
@@ -207,7 +207,7 @@ class Runtime:
         self._residency.unpin(choose_variant(self._manifest, self._target, variant).graph)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer at once; the arguments are those of stream()."""
+        """The whole answer at once; prompt and options are those of stream()."""
         stream = self.stream(prompt, **options)
         for _ in stream:
             pass
@@ -224,78 +224,34 @@ class Runtime:
         assert stream.generation is not None
         return stream.generation
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        variant: str | None = None,
-        mix: Mapping[str, float] | None = None,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        overflow: str = "error",
-        ignore_eos: bool = False,
-        logprobs: int = 0,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        speculation: str = "off",
-    ) -> TextStream:
-        """Continues a prompt, piece by piece; for `for`, and for `async for`.
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Continues a prompt piece by piece; iterate over it with `for` or `async for`.
 
-        prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. variant, or mix
-        (weights of live adapters), for this request alone; the current variant without either. variant "auto" is the one
-        that route() picks. max_tokens: 1 or more. Sampling: see Sampling. stop: strings that end the answer and are left out.
-        timeout: seconds from now, after which what was written so far is the answer. overflow: "error" refuses a prompt over
-        the context, whose end cuts an answer short; "slide" drops the middle of the text as often as it takes, and reads the
-        rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
-        the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
-        or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
-        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise. speculation: "on" reads
-        guesses of the next tokens along in each step, as many as pay by what steps were measured to cost. Guesses never change
-        an answer, but steps of several rows round otherwise than those of one: where two tokens are nearly equally likely, it
-        can differ from that of "off". "auto" has steps of one row where no guess pays, in all of a request where guesses did not
-        pay for the variant of late: faster, but such an answer can change from call to call. Caches that grow have no room for
-        guesses.
-        Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
-        for a json_schema, regex or grammar without llguidance.
+        prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
+        GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
+        the context, MissingExtraError for a json_schema, regex or grammar without llguidance.
         """
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")
-        if logprobs < 0:
-            raise UsageError(f"logprobs = {logprobs}: use 0 (none) or more")
-        if overflow not in OVERFLOWS:
-            raise UsageError(f"overflow {overflow!r} is not supported; use one of {', '.join(OVERFLOWS)}")
-        if speculation not in SPECULATIONS:
-            raise UsageError(f"speculation {speculation!r} is not supported; use one of {', '.join(SPECULATIONS)}")
-        constraint = self._grammars.compile(json_schema, regex, grammar)
-        if constraint is not None and ignore_eos:
-            raise UsageError("ignore_eos goes on after the end, where nothing fits json_schema, regex or grammar; leave one out")
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        interruption = Interruption(timeout)
+        chosen = resolve_options(options)
+        constraint = self._grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        interruption = Interruption(chosen["timeout"])
+        variant, mix, slides = chosen["variant"], chosen["mix"], chosen["overflow"] == "slide"
         route = self.route(prompt) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        tokens = self._check_tokens(self.encode(prompt), may_overflow=overflow == "slide")
-        context = self._manifest.model.context_length
+        tokens = self._check_tokens(self.encode(prompt), may_overflow=slides)
+        context, max_tokens = self._manifest.model.context_length, chosen["max_tokens"]
         request = Request(
             prompt=tokens,
-            max_tokens=max_tokens if overflow == "slide" else min(max_tokens, context - len(tokens) + 1),
-            sampling=sampling,
-            stop=StopFilter(stop),
-            end_tokens=frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids),
+            max_tokens=max_tokens if slides else min(max_tokens, context - len(tokens) + 1),
+            sampling=Sampling.of(chosen),
+            stop=StopFilter(chosen["stop"]),
+            end_tokens=frozenset() if chosen["ignore_eos"] else frozenset(self._manifest.model.eos_token_ids),
             context=context,
             interruption=interruption,
             route=route,
-            logprobs=logprobs,
+            logprobs=chosen["logprobs"],
             constraint=constraint,
         )
-        return TextStream(self._run(choice, request, speculation), interruption)
+        return TextStream(self._run(choice, request, chosen["speculation"]), interruption)
 
     def route(self, prompt: Prompt) -> Route:
         """The variant that the bundle's router picks for a prompt, as variant "auto" does; nothing is generated.

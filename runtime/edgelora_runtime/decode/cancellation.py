@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-from edgelora_runtime.errors import UsageError
-
 
 class InterruptedGeneration(Exception):  # noqa: N818  (not an error: the text so far is the answer)
     """Ends the step loop between two steps; reason is the generation's finish_reason."""
@@ -19,8 +17,6 @@ class Interruption:
     """Whether a request should end. timeout: seconds from now; None for none."""
 
     def __init__(self, timeout: float | None = None) -> None:
-        if timeout is not None and not timeout > 0:
-            raise UsageError(f"timeout = {timeout}: use seconds above 0, or None for none")
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._cancelled = False
 

@@ -85,15 +85,14 @@ class Grammars:
     ) -> Constraint | None:
         """The constraint of a request, None for none.
 
-        Raises UsageError for more than one, for what llguidance cannot read or does not support, and for a tokenizer of a kind
-        that it does not; MissingExtraError where it is not installed.
+        Raises UsageError for what llguidance cannot read or does not support, and for a tokenizer of a kind that it
+        does not; MissingExtraError where it is not installed.
         """
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
         names = [name for name, value in given.items() if value is not None]
         if not names:
             return None
-        if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} are given together; use one of them")
+        assert len(names) == 1, "resolve_options() refuses several"
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_runtime.errors import UsageError, list_wrong
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
+
+    from edgelora_runtime.decode.options import GenerateOptions
 
     Floats = NDArray[np.float32]
 
@@ -22,34 +22,26 @@ _FIRST_SLICE, _GROWTH = 64, 8  # tokens that are sorted at first, and by how muc
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """The options of a request that say how its tokens are drawn; GenerateOptions says what each of them means."""
 
-    temperature: 0 is greedy. top_k: keep the k likeliest, 0 for all. top_p: keep the fewest that together reach this
-    probability (arXiv 1904.09751). min_p: keep those at least this likely relative to the likeliest (arXiv 2407.01082).
-    repetition_penalty: logits of tokens already seen are divided by it if positive, else multiplied (arXiv 1909.05858).
-    seed: None draws differently each time.
-    """
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        wrong = list_wrong(
-            (
-                ("temperature", self.temperature, 0 <= self.temperature < np.inf, "0 (greedy) or more"),
-                ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
-                ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
-                ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
-                ("repetition_penalty", self.repetition_penalty, 0 < self.repetition_penalty < np.inf, "more than 0; 1 is none"),
-                ("seed", self.seed, self.seed is None or self.seed >= 0, "a whole number, 0 or more"),
-            )
+    @classmethod
+    def of(cls, options: GenerateOptions) -> Sampling:
+        """The sampling of a request. options: complete, as resolve_options() returns them."""
+        return cls(
+            temperature=options["temperature"],
+            top_k=options["top_k"],
+            top_p=options["top_p"],
+            min_p=options["min_p"],
+            repetition_penalty=options["repetition_penalty"],
+            seed=options["seed"],
         )
-        if wrong:
-            raise UsageError("; ".join(wrong))
 
 
 class Sampler:

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from edgelora_runtime.session.kv_cache import KVCache
     from edgelora_runtime.session.model import Model
 
-SPECULATIONS = ("auto", "on", "off")
-
 
 class Speculation:
     """A bundle's draft tables, read when they are first asked for, and how guesses did so far."""
@@ -33,7 +31,7 @@ class Speculation:
     def open_reader(
         self, mode: str, choice: Choice, request: Request, model: Model, cache: KVCache, live: LoraInputs | None
     ) -> Reader:
-        """How a request reads: mode is one of SPECULATIONS, as in Runtime.stream(). Caches that grow have no room for guesses."""
+        """How a request reads: mode is the option speculation. Caches that grow have no room for guesses."""
         if mode == "off" or self._bundle.manifest.model.cache == "growing":
             return Reader(model, cache, live)
         adapters = self._find_adapters(choice)

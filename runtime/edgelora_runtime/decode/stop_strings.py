@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.errors import UsageError
-
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -16,8 +14,6 @@ class StopFilter:
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str):
             stop = [stop]
-        if not all(stop):
-            raise UsageError("stop holds an empty string, which every text contains; leave it out")
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
