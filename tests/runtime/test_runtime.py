@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from edgelora_runtime import Bundle, InputError, Runtime, UsageError
+from edgelora_runtime.residency.loader import Loader
 from edgelora_runtime.residency.memory import parse_bytes
-from edgelora_runtime.session import providers
 from edgelora_runtime.session.model import PREFILL_CHUNK
+from edgelora_runtime.session.providers import CPU
+from edgelora_runtime.session.stage import open_stage
 from tests.tiny import greedy, load_base, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import onnxruntime
-
-    from edgelora_runtime.session.providers import Provider
+    from edgelora_runtime.session.stage import Stage
 
 PROMPT = "the cat sat"
 MIX = {"plain": 0.5, "other": -0.8}
@@ -431,21 +431,28 @@ def graph_bytes(bundle: Path, variant: str) -> int:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_threads_of_large_models_alone_sleep_between_steps(
-    bundle32: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, large: bool
-) -> None:
-    opened: list[onnxruntime.SessionOptions] = []
+def test_only_threads_of_large_models_sleep_between_steps(bundle32: Path, large: bool) -> None:
+    bundle, stages = Bundle.open(bundle32), []
 
-    def watch(graph: Path, options: onnxruntime.SessionOptions, provider: Provider) -> onnxruntime.InferenceSession:
-        opened.append(options)
-        return providers.open_session(graph, options, provider)
+    def open_and_keep(graph: Path, **options: Any) -> Stage:
+        stages.append(open_stage(graph, **options))
+        return stages[-1]
 
-    monkeypatch.setattr("edgelora_runtime.session.stage.open_session", watch)
-    if large:
-        monkeypatch.setattr("edgelora_runtime.residency.loader._SPIN_BELOW", 0)
-    with Runtime(bundle32, threads=2) as other:
-        assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
-    assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))
+    graph = bundle.manifest.variants["base"].graphs["cpu"]
+    loader = Loader(
+        bundle,
+        [graph],
+        CPU,
+        threads=2,
+        kernels=None,
+        packed_cache=None,
+        whole=False,
+        spin_below=0 if large else 1 << 40,
+        open_stage=open_and_keep,
+    )
+    loader.load(graph.file)
+    options = stages[0].session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == str(int(large))
 
 
 def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:

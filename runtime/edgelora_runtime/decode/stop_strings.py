@@ -1,4 +1,4 @@
-"""Stop strings in a stream: text is held back exactly as long as it may still turn into one."""
+"""Stop strings in a stream: holds text back exactly as long as it could still become a stop string."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class StopFilter:
-    """Passes text on until one of the stop strings appears; the stop string itself and what follows are dropped."""
+    """Passes text on until a stop string appears; drops the stop string and all that follows."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str):
@@ -19,7 +19,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to show now."""
+        """The text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
@@ -34,11 +34,11 @@ class StopFilter:
         return shown
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text that was held back, after the last push()."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of text that is a proper beginning of word."""
+    """Length of the longest suffix of text that is a proper prefix of word."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

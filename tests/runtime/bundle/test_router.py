@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from edgelora_runtime.bundle.manifest import RouterClass, RouterEntry
-from edgelora_runtime.bundle.router import ROUTER, Router, count_ngrams, last_request
+from edgelora_runtime.bundle.router import ROUTER, Router, count_ngrams, find_last_request
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
@@ -228,9 +228,9 @@ def test_a_conversation_is_routed_on_the_last_words_of_its_user() -> None:
         {"role": "user", "content": "second"},
         {"role": "assistant", "content": "a"},
     ]
-    assert last_request(said) == "second"
-    assert last_request(said[:1]) == "s"
+    assert find_last_request(said) == "second"
+    assert find_last_request(said[:1]) == "s"
     with pytest.raises(InputError, match="content is list"):
-        last_request([{"role": "user", "content": [{"type": "text"}]}])  # type: ignore[dict-item]
+        find_last_request([{"role": "user", "content": [{"type": "text"}]}])  # type: ignore[dict-item]
     with pytest.raises(InputError, match="content is NoneType"):
-        last_request([{"role": "user"}])
+        find_last_request([{"role": "user"}])

@@ -85,10 +85,13 @@ def sort_all(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[n
     return tokens[kept], probabilities[kept] / probabilities[kept].sum()
 
 
-def test_without_filters_nothing_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelora_runtime.decode.sampling.take_largest", None)
+def refuse_to_sort(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    raise AssertionError("sorted")
+
+
+def test_without_filters_nothing_is_sorted() -> None:
     logits = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    tokens, probabilities = keep_likely(logits, choose_sampling(temperature=0.7))
+    tokens, probabilities = keep_likely(logits, choose_sampling(temperature=0.7), refuse_to_sort)
     expected = np.exp(logits.astype(np.float64) / 0.7)
     np.testing.assert_array_equal(tokens, np.arange(1000))
     np.testing.assert_allclose(probabilities, expected / expected.sum(), rtol=1e-12)

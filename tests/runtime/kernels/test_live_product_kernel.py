@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnxruntime as ort
     from numpy.typing import NDArray
 
-    from edgelora_runtime.session.factors import Factors
+    from edgelora_runtime.session.factors import AdapterTensors
 
 pytestmark = needs_kernels
 
@@ -54,10 +54,10 @@ class Live:
             LiveSlots("a", tuple(f"b{part}" for part in range(len(self.widths))), modules, self.inner, self.widths),
         ]
 
-    def draw_adapters(self) -> list[Factors]:
+    def draw_adapters(self) -> list[AdapterTensors]:
         draw = np.random.default_rng(self.inner)
         shapes = {"other": (24, 40)} | {f"m{part}": (self.inner, width) for part, width in enumerate(self.widths)}
-        adapters: list[Factors] = []
+        adapters: list[AdapterTensors] = []
         for index, rank in enumerate(self.ranks):
             modules = list(shapes)[: len(shapes) - index if len(self.widths) > 1 else None]
             adapters.append(

@@ -12,7 +12,7 @@ import pytest
 from edgelora_runtime import Bundle, Runtime, UsageError
 from edgelora_runtime.residency.live_mixes import LiveMixes
 from edgelora_runtime.residency.memory import find_free_memory
-from edgelora_runtime.residency.models import Residency
+from edgelora_runtime.residency.models import LoadedModels
 from edgelora_runtime.session.fair_lock import FairLock
 from tests.tiny import random_tokens
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class FakeModel:
-    """Stands for a loaded graph: residency only ever holds on to it."""
+    """Stands for a loaded graph: nothing but its identity is used."""
 
 
-def make_residency(
+def make_models(
     sizes: dict[str, dict[str, int]], budget: int | None, stages: dict[str, dict[str, int]] | None = None
-) -> tuple[Residency, list[str]]:
-    """Residency over graphs of such blobs, each one stage unless stages are given; and what it loads."""
+) -> tuple[LoadedModels, list[str]]:
+    """Loaded models over graphs of such blobs, each one stage unless stages are given; and the graphs that it loads."""
     loaded: list[str] = []
 
     def load(graph: str) -> FakeModel:
@@ -35,53 +35,53 @@ def make_residency(
         return FakeModel()
 
     whole = {graph: {graph: sum(blobs.values())} for graph, blobs in sizes.items()}
-    return Residency(load, sizes, stages or whole, budget), loaded  # type: ignore[arg-type]
+    return LoadedModels(load, sizes, stages or whole, budget=budget), loaded  # type: ignore[arg-type]
 
 
 def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
-    residency, _ = make_residency({"a": {"x": 100, "y": 8}, "b": {"x": 100, "z": 12}}, None)
-    residency.get("a")
-    assert residency.measure(0, 0).shared == 0
-    residency.get("b")
-    usage = residency.measure(3, 7)
-    assert (usage.mapped, usage.shared, usage.live, usage.kv_caches) == (120, 100, 3, 7)
-    assert usage.private == int(108 * 1.25) + int(112 * 1.25)
-    assert usage.graphs == ("a", "b")
+    models, _ = make_models({"a": {"x": 100, "y": 8}, "b": {"x": 100, "z": 12}}, None)
+    models.get("a")
+    assert models.measure(0, 0).shared == 0
+    models.get("b")
+    memory = models.measure(3, 7)
+    assert (memory.mapped, memory.shared, memory.live, memory.kv_caches) == (120, 100, 3, 7)
+    assert memory.private == int(108 * 1.25) + int(112 * 1.25)
+    assert memory.graphs == ("a", "b")
 
 
 def test_a_model_in_use_counts_until_it_is_let_go() -> None:
-    residency, _ = make_residency({name: {name: 100} for name in "abc"}, 250)
-    held, _ = residency.get("a")
-    residency.get("b")
-    residency.get("c")  # neither fits beside a, which is still held
-    assert residency.measure(0, 0).private == 250, "a, which left, and c"
-    assert residency.measure(0, 0).graphs == ("c",)
+    models, _ = make_models({name: {name: 100} for name in "abc"}, 250)
+    held, _ = models.get("a")
+    models.get("b")
+    models.get("c")  # neither fits beside a, which is still held
+    assert models.measure(0, 0).private == 250, "a, which left, and c"
+    assert models.measure(0, 0).graphs == ("c",)
     del held
-    assert residency.measure(0, 0).private == 125
-    residency.get("a")
-    assert residency.measure(0, 0).graphs == ("c", "a")
+    assert models.measure(0, 0).private == 125
+    models.get("a")
+    assert models.measure(0, 0).graphs == ("c", "a")
 
 
 def test_stages_count_once_and_stay_with_whoever_shares_them() -> None:
     stages = {"a": {"a1": 10, "both": 100}, "b": {"b1": 20, "both": 100}, "c": {"c1": 40}}
-    residency, loaded = make_residency({name: {} for name in stages}, 163, stages)
-    residency.get("a")
-    residency.get("b")
-    assert residency.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
-    residency.get("c")
-    assert residency.measure(0, 0).graphs == ("c",), "b had to go as well: without a it still needs what they shared"
+    models, loaded = make_models({name: {} for name in stages}, 163, stages)
+    models.get("a")
+    models.get("b")
+    assert models.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
+    models.get("c")
+    assert models.measure(0, 0).graphs == ("c",), "b had to go as well: without a it still needs what they shared"
     assert loaded == ["a", "b", "c"]
 
 
 def test_pinned_ones_stay_whatever_comes() -> None:
-    residency, loaded = make_residency({name: {name: 100} for name in "abc"}, 130)
-    residency.pin("a")
+    models, loaded = make_models({name: {name: 100} for name in "abc"}, 130)
+    models.pin("a")
     for graph in "abcb":
-        residency.get(graph)
-    assert residency.measure(0, 0).graphs == ("a", "b")
-    residency.unpin("a")
-    residency.get("c")
-    assert residency.measure(0, 0).graphs == ("c",)
+        models.get(graph)
+    assert models.measure(0, 0).graphs == ("a", "b")
+    models.unpin("a")
+    models.get("c")
+    assert models.measure(0, 0).graphs == ("c",)
     assert loaded == list("abcbc")
 
 
@@ -95,9 +95,9 @@ def test_one_loads_and_the_others_wait() -> None:
         go.wait(10)
         return FakeModel()
 
-    residency = Residency(load, {"a": {"x": 1}}, {"a": {"a": 1}}, None)  # type: ignore[arg-type]
+    models = LoadedModels(load, {"a": {"x": 1}}, {"a": {"a": 1}}, budget=None)  # type: ignore[arg-type]
     found: list[tuple[object, bool]] = []
-    threads = [threading.Thread(target=lambda: found.append(residency.get("a"))) for _ in range(5)]
+    threads = [threading.Thread(target=lambda: found.append(models.get("a"))) for _ in range(5)]
     threads[0].start()
     started.wait(10)
     for thread in threads[1:]:
@@ -119,11 +119,11 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
             raise UsageError("no")
         return FakeModel()
 
-    residency = Residency(load, {"a": {}}, {"a": {}}, None)  # type: ignore[arg-type]
+    models = LoadedModels(load, {"a": {}}, {"a": {}}, budget=None)  # type: ignore[arg-type]
     with pytest.raises(UsageError):
-        residency.get("a")
-    assert residency.measure(0, 0).graphs == ()
-    assert residency.get("a")[1]
+        models.get("a")
+    assert models.measure(0, 0).graphs == ()
+    assert models.get("a")[1]
 
 
 def test_usage_of_a_bundle_is_that_of_its_manifest(bundle32: Path) -> None:
