@@ -122,7 +122,7 @@ def test_a_mix_draws_on_the_tables_of_what_it_adds(bundle: Bundle) -> None:
         assert speculation._find_adapters(runtime._choose(None, {"days": 1.0, "cats": -1.0})) == ["days"]
         expected = runtime.generate("cats 3:", variant="both", max_tokens=20, speculation="off")
         assert runtime.generate("cats 3:", variant="both", max_tokens=20, speculation="on").tokens == expected.tokens
-        assert len(speculation._tables) == 2
+        assert len(speculation._tables._tables) == 2
 
 
 def test_a_manifest_that_names_an_absent_table_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ SETTINGS = st.builds(
 
 
 def reference(logits: NDArray[np.float32], sampling: Sampling) -> dict[int, float]:
-    """Probability per token that may be drawn: sort, cut, renormalize, one token after another."""
+    """The probability of each token that can be drawn: sort, cut, renormalize, one token after another."""
     scaled = [float(value) / sampling.temperature for value in logits]
     largest = max(scaled)
     order = sorted(range(len(scaled)), key=lambda token: -scaled[token])
@@ -56,7 +56,7 @@ def reference(logits: NDArray[np.float32], sampling: Sampling) -> dict[int, floa
 
 
 def near_an_edge(logits: NDArray[np.float32], sampling: Sampling) -> bool:
-    """Whether a rounding error would decide which tokens stay; such cases prove nothing."""
+    """Whether a rounding error decides which tokens stay; such cases prove nothing."""
     loose = replace(sampling, top_p=min(1.0, sampling.top_p * (1 + 1e-9)), min_p=sampling.min_p * (1 - 1e-9))
     tight = replace(sampling, top_p=sampling.top_p * (1 - 1e-9), min_p=min(1.0, sampling.min_p * (1 + 1e-9)))
     return reference(logits, loose).keys() != reference(logits, tight).keys()
@@ -76,7 +76,7 @@ def test_kept_tokens_and_probabilities(logits: NDArray[np.float32], sampling: Sa
 
 
 def sort_all(logits: NDArray[np.float32], sampling: Sampling) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The filters on the whole vocabulary, sorted."""
+    """The filters on the whole sorted vocabulary."""
     tokens = np.argsort(-logits, kind="stable")
     weights = np.exp((logits[tokens].astype(np.float64) - logits.max()) / sampling.temperature)
     probabilities = weights / weights.sum()
@@ -106,7 +106,7 @@ def test_a_sorted_slice_keeps_what_sorting_all_does(seed: int, size: int, temper
     sampling = choose_sampling(temperature=temperature, top_p=top_p, min_p=min_p)
     tokens, probabilities = keep_likely(logits, sampling)
     expected, theirs = sort_all(logits, sampling)
-    both = min(len(tokens), len(expected))  # rounding may decide about the last ones where they weigh next to nothing
+    both = min(len(tokens), len(expected))  # rounding may decide about the last ones if they weigh almost nothing
     rest = [probabilities[both:].sum(), theirs[both:].sum()]
     if max(rest) > 1e-9:  # or where a sum meets top-p to the last bit
         weights = np.exp((np.sort(logits)[::-1].astype(np.float64) - logits.max()) / temperature)
@@ -134,7 +134,7 @@ def test_extreme_temperatures(temperature: float) -> None:
     assert probabilities.sum() == pytest.approx(1)
 
 
-def test_tokens_that_are_ruled_out_are_not_drawn() -> None:
+def test_filtered_tokens_are_not_drawn() -> None:
     logits = np.array([-np.inf, 0.0, -np.inf, 0.0], np.float32)
     sampler = Sampler(choose_sampling(temperature=1.0, seed=0), [])
     assert {sampler.draw(logits) for _ in range(200)} == {1, 3}
@@ -186,7 +186,7 @@ def test_repetition_penalty_counts_what_was_drawn() -> None:
     assert [sampler.draw(logits) for _ in range(3)] == [0, 1, 2]
 
 
-def test_a_seed_repeats_and_others_differ() -> None:
+def test_equal_seeds_draw_the_same_and_others_differ() -> None:
     logits = np.random.default_rng(0).normal(size=100).astype(np.float32)
 
     def draws(seed: int | None) -> list[int]:

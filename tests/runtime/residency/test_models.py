@@ -1,4 +1,4 @@
-"""Which variants are loaded: the budget, pins, prefetching, what is shared, and loading once for many who ask."""
+"""Loaded models: the budget, pins, prefetching, shared bytes, and one load for concurrent requests."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class FakeModel:
-    """Stands for a loaded graph: nothing but its identity is used."""
+    """Stands for a loaded graph; only its identity matters."""
 
 
 def make_models(
     sizes: dict[str, dict[str, int]], budget: int | None, stages: dict[str, dict[str, int]] | None = None
 ) -> tuple[LoadedModels, list[str]]:
-    """Loaded models over graphs of such blobs, each one stage unless stages are given; and the graphs that it loads."""
+    """Loaded models for graphs with these blobs, by default one stage each, and a list that receives each graph it loads."""
     loaded: list[str] = []
 
     def load(graph: str) -> FakeModel:
@@ -49,12 +49,12 @@ def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
     assert memory.graphs == ("a", "b")
 
 
-def test_a_model_in_use_counts_until_it_is_let_go() -> None:
+def test_an_evicted_model_counts_while_it_is_in_use() -> None:
     models, _ = make_models({name: {name: 100} for name in "abc"}, 250)
     held, _ = models.get("a")
     models.get("b")
-    models.get("c")  # neither fits beside a, which is still held
-    assert models.measure(0, 0).private == 250, "a, which left, and c"
+    models.get("c")  # neither fits beside a, which is still in use
+    assert models.measure(0, 0).private == 250, "a, which was evicted, and c"
     assert models.measure(0, 0).graphs == ("c",)
     del held
     assert models.measure(0, 0).private == 125
@@ -62,18 +62,18 @@ def test_a_model_in_use_counts_until_it_is_let_go() -> None:
     assert models.measure(0, 0).graphs == ("c", "a")
 
 
-def test_stages_count_once_and_stay_with_whoever_shares_them() -> None:
+def test_shared_stages_count_once_until_their_last_graph_goes() -> None:
     stages = {"a": {"a1": 10, "both": 100}, "b": {"b1": 20, "both": 100}, "c": {"c1": 40}}
     models, loaded = make_models({name: {} for name in stages}, 163, stages)
     models.get("a")
     models.get("b")
     assert models.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
     models.get("c")
-    assert models.measure(0, 0).graphs == ("c",), "b had to go as well: without a it still needs what they shared"
+    assert models.measure(0, 0).graphs == ("c",), "b had to go as well: without a, it still holds the shared stage"
     assert loaded == ["a", "b", "c"]
 
 
-def test_pinned_ones_stay_whatever_comes() -> None:
+def test_pinned_models_are_never_evicted() -> None:
     models, loaded = make_models({name: {name: 100} for name in "abc"}, 130)
     models.pin("a")
     for graph in "abcb":
@@ -85,7 +85,7 @@ def test_pinned_ones_stay_whatever_comes() -> None:
     assert loaded == list("abcbc")
 
 
-def test_one_loads_and_the_others_wait() -> None:
+def test_one_thread_loads_and_the_others_wait() -> None:
     started, go = threading.Event(), threading.Event()
     loads: list[str] = []
 
@@ -110,7 +110,7 @@ def test_one_loads_and_the_others_wait() -> None:
     assert sum(cold for _, cold in found) == 1
 
 
-def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
+def test_a_failed_load_fails_for_all_waiting_threads_and_is_retried() -> None:
     tries: list[int] = []
 
     def load(_: str) -> FakeModel:
@@ -126,7 +126,7 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
     assert models.get("a")[1]
 
 
-def test_usage_of_a_bundle_is_that_of_its_manifest(bundle32: Path) -> None:
+def test_memory_of_a_bundle_matches_its_manifest(bundle32: Path) -> None:
     manifest = Bundle.open(bundle32).manifest
     blobs = {name: set(manifest.variants[name].graphs["cpu"].blobs) for name in ("base", "plain")}
     sizes = {name: manifest.files[name].size for name in blobs["base"] | blobs["plain"]}
@@ -148,7 +148,7 @@ def test_prefetch_loads_in_the_background(bundle32: Path) -> None:
         assert receipt.cold
         assert not runtime.switch("plain").cold
         assert not runtime.prefetch("plain").result(timeout=30).cold
-        assert runtime.current == "plain", "what prefetch loads is not made current by it"
+        assert runtime.current == "plain", "prefetch does not change the current variant"
         with pytest.raises(UsageError, match="no variant 'nope'"):
             runtime.prefetch("nope")
 
@@ -174,7 +174,7 @@ def test_live_mixes_are_kept_under_their_budget(bundle32: Path, budget: int) -> 
     first, made = mixes.get((("plain", 1.0),), float32)
     assert made == sum(array.nbytes for array in first.values())
     second, _ = mixes.get((("other", 0.5), ("plain", 1.0)), float32)
-    assert mixes.get((("other", 0.5), ("plain", 1.0)), float32)[0] is second, "the last one stays"
+    assert mixes.get((("other", 0.5), ("plain", 1.0)), float32)[0] is second, "the last mix stays"
     again, made = mixes.get((("plain", 1.0),), float32)
     assert (again is first) == (made == 0) == (budget > 0)
     for name, array in first.items():
@@ -184,7 +184,7 @@ def test_live_mixes_are_kept_under_their_budget(bundle32: Path, budget: int) -> 
     assert mixes.bytes == 0
 
 
-def test_free_memory_is_less_than_all() -> None:
+def test_free_memory_is_less_than_the_total() -> None:
     free = find_free_memory()
     assert free is not None
     assert 0 < free < 1 << 46
@@ -202,13 +202,13 @@ def test_a_fair_lock_is_granted_in_order() -> None:
         for number in range(20):
             threads.append(threading.Thread(target=work, args=(number,)))
             threads[-1].start()
-            time.sleep(0.005)  # so that it stands in line before the next
+            time.sleep(0.005)  # so that it queues before the next
     for thread in threads:
         thread.join(10)
     assert order == list(range(20))
 
 
-def test_a_fair_lock_excludes_and_lets_nobody_starve() -> None:
+def test_a_fair_lock_excludes_others_and_starves_none() -> None:
     lock, together, inside, turns = FairLock(), threading.Barrier(2), [0], [0, 0]
 
     def work(index: int) -> None:
@@ -226,6 +226,6 @@ def test_a_fair_lock_excludes_and_lets_nobody_starve() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert abs(turns[0] - turns[1]) < 20, "one that asks again at once stands behind the other"
+    assert abs(turns[0] - turns[1]) < 20, "a thread that acquires it again at once queues behind the other"
     with lock:
         pass
