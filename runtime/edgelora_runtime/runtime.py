@@ -249,7 +249,7 @@ class Runtime:
     def route(self, prompt: Prompt) -> Route:
         """The variant that the bundle's router picks for a prompt, as variant "auto" does; generates nothing.
 
-        Token ids are routed by the text that they stand for, messages by the user's last one alone, since a conversation may
+        Token ids are routed by the text that they stand for, messages by the user's last one only, since a conversation may
         change its subject. Raises UsageError if the bundle has no router, InputError as stream() does.
         """
         return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """A prompt's tokens; InputError for a list that holds neither messages alone nor token ids alone."""
+    """A prompt's tokens; InputError for a list of anything but messages or token ids."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     messages = [item for item in prompt if isinstance(item, Mapping)]
@@ -31,7 +31,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: bool = False) -> list[int]:
-    """The tokens; InputError where there are none, more than the context holds, or one outside the vocabulary."""
+    """The tokens; InputError if there are none, more than the context holds, or one outside the vocabulary."""
     tokens = list(token_ids)
     if not tokens:
         raise InputError("the prompt is empty: it has no tokens; give at least one character")

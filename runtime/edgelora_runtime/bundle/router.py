@@ -1,4 +1,4 @@
-"""Picks a variant for a prompt: a linear model over hashed n-grams of its bytes, in numpy alone."""
+"""Picks a variant for a prompt: a linear model over hashed n-grams of its bytes, in plain numpy."""
 
 from __future__ import annotations
 

@@ -33,16 +33,16 @@ class GenerateOptions(TypedDict, total=False):
     left again: what llama.cpp calls a context shift. json_schema, regex, grammar: the whole answer fits the constraint if its
     finish_reason is "stop" and no stop string ended it; an answer cut short is the start of one that fits. speculation: draft
     tokens never change which token is drawn from given logits, but steps of several rows round differently from steps of one row.
-    Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". "on" gives the same answer on
-    every call. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer can change from call to
-    call. Growing caches have no room for draft tokens, so speculation is off for them.
+    Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives the
+    same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer can
+    change from call to call. Growing caches have no room for draft tokens, so speculation is off for them.
     """
 
     variant: Annotated[
         str | None,
         Option(None, "The variant to run, by default the current one; auto lets the bundle's router pick one per prompt."),
     ]
-    mix: Annotated[Mapping[str, float] | None, Option(None, "Weights of live adapters to mix for this request alone.")]
+    mix: Annotated[Mapping[str, float] | None, Option(None, "Weights of live adapters to mix for this request only.")]
     max_tokens: Annotated[
         int, Option(64, "Write at most this many tokens.", accepts=lambda n: operator.index(n) >= 1, allowed="1 or more")
     ]
@@ -85,7 +85,7 @@ class GenerateOptions(TypedDict, total=False):
             1.0,
             "Above 1, make tokens that the text already holds less likely (arXiv 1909.05858).",
             accepts=lambda value: 0 < value < _INFINITY,
-            allowed="more than 0; 1 is none",
+            allowed="more than 0; 1 for no penalty",
         ),
     ]
     seed: Annotated[

@@ -53,7 +53,7 @@ class SpeculatingReader(Reader):
     decides whether these logits are there already. It is therefore accepted with the probability that the model gives it, and
     where it is rejected, the draw is one of the other tokens. This is speculative sampling (arXiv 2211.17192, section 2.3) for a
     draft model that is certain of its tokens, and it uses random numbers exactly as decoding without drafts does. The cache's
-    tokens are only those that were drawn; keys and values of rejected draft tokens lie behind them until they are overwritten.
+    tokens are only those that were drawn; keys and values of rejected draft tokens follow theirs until they are overwritten.
 
     onnxruntime's kernels for one row, both of int4 products with AVX2 and of attention, round differently from those for several
     rows, which agree with each other for any number of rows. With min_rows = MIN_ROWS no step has one row: a step without draft
@@ -111,7 +111,7 @@ class SpeculatingReader(Reader):
     def _draft(self, limit: int, seconds: list[float], *, follows_prompt: bool) -> list[int]:
         """As many draft tokens as pay, and now and then another number. Those that are not read still serve the statistics.
 
-        seconds: of steps with 0 to `limit` draft tokens. After a prompt, a draft token costs its own row alone, since the rest of
+        seconds: of steps with 0 to `limit` draft tokens. After a prompt, a draft token costs only its own row, since the rest of
         the step is needed anyway.
         """
         break_even = find_break_even(seconds)

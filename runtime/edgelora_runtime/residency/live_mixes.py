@@ -83,7 +83,7 @@ class LiveMixes:
             self._mapped.clear()
 
     def _open(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs:
-        """Maps the inputs of a live variant from the packed cache, where it writes them first; makes those of other mixes."""
+        """Maps the inputs of a live variant from the packed cache, after writing them there; makes those of other mixes."""
         cache = self._packed_cache if mix in self._variants else None
         mapped = None if cache is None else cache.find_inputs(self._bundle, mix, lora_type)
         if mapped is None:

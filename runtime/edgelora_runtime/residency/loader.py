@@ -106,7 +106,7 @@ class Loader:
             threads=self._threads,
             provider=self._provider,
             spin=self._count_bytes(file) < self._spin_below,
-            alone=file in self._chains,  # the file of a whole graph
+            whole=file in self._chains,  # the file of a whole graph
             kernels=self._kernels,
         )
         if packed is not None:

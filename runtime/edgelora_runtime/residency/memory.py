@@ -43,7 +43,7 @@ def find_free_memory() -> int | None:
 
 
 def find_anonymous_memory(process: int | str = "self") -> int | None:
-    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None where there is no such process or figure."""
+    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None if there is no such process or figure."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -89,7 +89,7 @@ class LoadedModels:
         return model, True
 
     def pin(self, graph: str) -> None:
-        """Keeps a graph loaded, once it is, until as many calls of unpin() have followed."""
+        """Keeps a graph loaded, once it is, until an equal number of calls to unpin()."""
         with self._lock:
             self._pins[graph] += 1
 

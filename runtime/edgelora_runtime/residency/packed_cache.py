@@ -124,7 +124,7 @@ class PackedCache:
         if limit > self._budget:
             return
         entry = self.folder / name
-        with contextlib.suppress(OSError, IntegrityError):  # a full disk, as Python or onnxruntime reports it
+        with contextlib.suppress(OSError, IntegrityError):  # the disk is full, as Python or onnxruntime reports it
             self._sweep()
             self._make_room(limit)
             if limit > shutil.disk_usage(self.folder).free:
@@ -209,7 +209,7 @@ def _describe_cpu() -> str:
 
 def _write_graph(graph: Path, folder: Path) -> None:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal only: onnxruntime warns that such a graph is for this machine alone
+    options.log_severity_level = 4  # fatal only: onnxruntime warns that such a graph is for this machine only
     options.optimized_model_filepath = str(folder / GRAPH)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")

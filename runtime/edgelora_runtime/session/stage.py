@@ -42,14 +42,14 @@ def open_stage(
     threads: int | None,
     provider: Provider = CPU,
     spin: bool = True,
-    alone: bool = True,
+    whole: bool = True,
     packed: bool = False,
     kernels: Kernels | None = None,
 ) -> Stage:
     """Opens a graph.
 
     spin: whether threads spin until the next step, which saves a small model a tenth of a step but takes cores from a session
-    that runs right after. alone: whether it is a whole graph; threads of stages spin for a shorter time. packed: whether the
+    that runs right after. whole: whether it is a whole graph; threads of stages spin for a shorter time. packed: whether the
     graph comes from PackedCache. kernels: edgelora's kernels; None for onnxruntime's.
     """
     options = ort.SessionOptions()
@@ -57,7 +57,7 @@ def open_stage(
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
-    if not alone:
+    if not whole:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     if kernels is not None:
         options.register_custom_ops_library(str(kernels.library))
