@@ -33,9 +33,9 @@ class GenerateOptions(TypedDict, total=False):
     left again: what llama.cpp calls a context shift. json_schema, regex, grammar: the whole answer fits the constraint if its
     finish_reason is "stop" and no stop string ended it; an answer cut short is the start of one that fits. speculation: draft
     tokens never change which token is drawn from given logits, but steps of several rows round differently from steps of one row.
-    Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives the
-    same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer can
-    change from call to call. Growing caches have no room for draft tokens, so speculation is off for them.
+    Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives
+    the same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer
+    can change from call to call. Growing caches have no room for draft tokens, so speculation is off for them.
     """
 
     variant: Annotated[

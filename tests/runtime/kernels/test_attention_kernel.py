@@ -79,19 +79,19 @@ class Attention:
         angles = np.outer(np.arange(CONTEXT), THETA ** -(np.arange(self.rotary // 2) / max(self.rotary // 2, 1)))
         return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)} if self.rotary else {}
 
-    def turn(self, rows: Floats) -> Doubles:
+    def rotate(self, rows: Floats) -> Doubles:
         """Rows (T, heads, size), rotated by their positions."""
-        turned = rows.astype(np.float64)
+        rotated = rows.astype(np.float64)
         half = self.rotary // 2
         if half:
             cos, sin = (table[: len(rows), None].astype(np.float64) for table in self.tables().values())
             first, second = rows[:, :, :half].astype(np.float64), rows[:, :, half : 2 * half].astype(np.float64)
-            turned[:, :, :half], turned[:, :, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
-        return turned
+            rotated[:, :, :half], rotated[:, :, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
+        return rotated
 
     def formula(self, query: Floats, key: Floats, value: Floats) -> Doubles:
         """The attention of each position of a text, (T, heads, size)."""
-        queries, keys = self.turn(query), self.turn(key)
+        queries, keys = self.rotate(query), self.rotate(key)
         group, total = self.heads // self.kv_heads, len(query)
         scores = np.einsum("qhd,khd->hqk", queries, np.repeat(keys, group, 1)) * (self.scale or self.size**-0.5)
         if self.cap:

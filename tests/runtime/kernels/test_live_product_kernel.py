@@ -30,9 +30,9 @@ WEIGHTS = (0.7, -1.3)  # of two adapters
 
 @dataclass(frozen=True)
 class Live:
-    """A product of parts whose live adapters have these ranks; the second of them leaves the last part alone.
+    """A product of parts with two live adapters of these ranks; the second one has no factors for the last part.
 
-    Its slot is the second of two, of which the first is another's.
+    Its slot is the second of two; the first one belongs to another product.
     """
 
     inner: int

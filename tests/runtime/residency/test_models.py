@@ -209,16 +209,16 @@ def test_a_fair_lock_is_granted_in_order() -> None:
 
 
 def test_a_fair_lock_excludes_others_and_starves_none() -> None:
-    lock, together, inside, turns = FairLock(), threading.Barrier(2), [0], [0, 0]
+    lock, together, inside, acquired = FairLock(), threading.Barrier(2), [0], [0, 0]
 
     def work(index: int) -> None:
         together.wait(10)
-        while sum(turns) < 200:
+        while sum(acquired) < 200:
             with lock:
                 inside[0] += 1
                 time.sleep(0.0005)  # a step, which lets the other thread run
                 assert inside[0] == 1
-                turns[index] += 1
+                acquired[index] += 1
                 inside[0] -= 1
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
@@ -226,6 +226,6 @@ def test_a_fair_lock_excludes_others_and_starves_none() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert abs(turns[0] - turns[1]) < 20, "a thread that acquires it again at once queues behind the other"
+    assert abs(acquired[0] - acquired[1]) < 20, "a thread that acquires it again at once queues behind the other"
     with lock:
         pass
