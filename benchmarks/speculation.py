@@ -33,7 +33,7 @@ from edgelora_runtime.decode.drafter import Drafter
 from edgelora_runtime.session.kernels import choose_kernels
 from edgelora_runtime.session.model import Model
 from edgelora_runtime.session.providers import CPU
-from edgelora_runtime.session.step_costs import LEAST_ROWS, MOST_GUESSES
+from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, MIN_ROWS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +135,7 @@ def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int
             for prompt in prompts:
                 yield runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode).tokens
 
-    with patch.object(Drafter, "guess", lambda drafter, most, least_chance=0.0: []):
+    with patch.object(Drafter, "propose", lambda drafter, limit, min_rate=0.0: []):
         unguessed = list(answer("on"))
     guessed, plain = list(answer("on")), list(answer("off"))
     same = sum(one == other for one, other in zip(guessed, unguessed, strict=True))
@@ -149,20 +149,20 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
     graph = manifest.variants[manifest.default_variant].graphs["cpu"].file
     kernels = choose_kernels("auto", manifest.quantization, provider="cpu", target="cpu")
     model = Model.open(bundle.path(graph), manifest.model, threads=threads, provider=CPU, kernels=kernels)
-    tokens = np.random.default_rng(0).integers(0, manifest.model.vocab_size, CONTEXT + MOST_GUESSES + 1).tolist()
+    tokens = np.random.default_rng(0).integers(0, manifest.model.vocab_size, CONTEXT + MAX_DRAFT_TOKENS + 1).tolist()
     cache = model.new_cache()
     model.reserve(cache, len(tokens))
     model.read(cache, tokens[:CONTEXT])
     costs: list[list[float]] = []
     for _ in range(rounds + 1):
         seconds = []
-        for rows in range(1, MOST_GUESSES + 2):
+        for rows in range(1, MAX_DRAFT_TOKENS + 2):
             cache.rewind(CONTEXT)
             started = time.perf_counter()
             model.read(cache, tokens[CONTEXT : CONTEXT + rows], keep=rows)
             seconds.append(time.perf_counter() - started)
         costs.append([each / seconds[0] for each in seconds])
-    medians = np.median(costs[1:], axis=0)[LEAST_ROWS - 1 :].tolist()
+    medians = np.median(costs[1:], axis=0)[MIN_ROWS - 1 :].tolist()
     return [{"cost": cost, "pays_from": find_break_even(cost, guesses)} for guesses, cost in enumerate(medians, 1)]
 
 

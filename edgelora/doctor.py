@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.residency.packed_cache import PackedCache, find_packed_folder
-from edgelora_runtime.session.kernels import find_kernels, why_none
+from edgelora_runtime.session.kernels import explain_absence, find_kernels
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,7 +58,7 @@ def diagnose() -> Diagnosis:
         advice.append(f"{' and '.join(flavours)} share their files and overwrite each other; uninstall all of them, install one")
     kernels = find_kernels()
     if kernels is None:
-        advice.append(f"edgelora's own kernels {why_none()}; without them onnxruntime's serve, which are slower")
+        advice.append(f"edgelora's own kernels {explain_absence()}; without them onnxruntime's serve, which are slower")
     for extra, names in EXTRAS.items():
         if missing := [name for name in names if packages[name] is None]:
             advice.append(f"edgelora {extra} needs {', '.join(missing)}: pip install 'edgelora[{extra}]'")

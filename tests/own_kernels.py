@@ -1,4 +1,4 @@
-"""What the tests of edgelora's own kernels share: sessions that have them, and the other instruction sets of the machine."""
+"""Helpers for the tests of edgelora's kernels: sessions that use them, and runs with the machine's other instruction sets."""
 
 from __future__ import annotations
 
@@ -11,13 +11,21 @@ import pytest
 
 from edgelora_runtime.session.kernels import find_kernels
 
-needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed, or have none for this CPU")
-
 _LESSER = {"avx512-vnni": ["avx2"]}
 
 
+def find_lesser_sets() -> list[str]:
+    """The supported instruction sets of this machine besides the one that the kernels use by default."""
+    found = find_kernels()
+    return [] if found is None else _LESSER.get(found.instruction_set, [])
+
+
+needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed or do not support this CPU")
+needs_lesser_sets = pytest.mark.skipif(not find_lesser_sets(), reason="this CPU has no instruction set besides the tested one")
+
+
 def open_own(model: bytes, *, threads: int = 1, own: bool = True) -> ort.InferenceSession:
-    """A session with the kernels; own = False: one with onnxruntime's."""
+    """A session with edgelora's kernels, or with onnxruntime's if own = False."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
@@ -29,10 +37,10 @@ def open_own(model: bytes, *, threads: int = 1, own: bool = True) -> ort.Inferen
 
 
 def run_in_lesser_sets(code: str) -> None:
-    """Runs code with each lesser instruction set, in a process of its own: which one runs is decided once."""
-    found = find_kernels()
-    assert found is not None
-    for name in _LESSER.get(found.instruction_set, []):
+    """Runs code with each lesser instruction set, in a process of its own, since a process chooses its set once."""
+    names = find_lesser_sets()
+    assert names, "mark the test with needs_lesser_sets"
+    for name in names:
         environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
         imports = "from edgelora_runtime.session.kernels import find_kernels"
         checked = f"{imports}\nassert find_kernels().instruction_set == {name!r}\n{code}"

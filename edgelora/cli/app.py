@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from edgelora.cli import compose as compose_cli
-from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, is_given, parse_mix, parse_pairs, read_option_file
+from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, is_given, parse_mix, parse_pairs
+from edgelora.cli.request_options import takes_request_options
 from edgelora.terminal import format_bytes, format_share, print_json, print_note, print_table, show_progress
 from edgelora_runtime import __version__
 from edgelora_runtime.bundle.router import AUTO
+from edgelora_runtime.decode.options import OPTIONS
 from edgelora_runtime.errors import EdgeloraError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
-    from edgelora_runtime import Runtime
+    from edgelora_runtime import GenerateOptions, Runtime
 
 # Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -233,63 +235,25 @@ def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
 
 
 @app.command()
+@takes_request_options(*(name for name in OPTIONS if name != "ignore_eos"))  # which is for measurements
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],
-    variant: VariantOption = None,
-    mix: MixOption = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message through the chat template.")] = False,
-    max_tokens: MaxTokensOption = 64,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 makes tokens that were seen less likely.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed for sampling; a random one without it.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeat for each.")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds after which what was written so far is the answer.")] = None,
-    overflow: Annotated[
-        str, typer.Option(help="Over the context's end: error, or slide, which drops the text's middle.")
-    ] = "error",
-    logprobs: Annotated[int, typer.Option(help="With --json: log probabilities of so many likeliest tokens; 0 for none.")] = 0,
-    json_schema: Annotated[Path | None, typer.Option(metavar="FILE", help="A JSON schema that the answer is to fit.")] = None,
-    regex: Annotated[str | None, typer.Option(help="A regular expression that the whole answer is to match.")] = None,
-    grammar: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="A grammar in Lark's notation that the answer is to fit.")
-    ] = None,
-    speculation: Annotated[str, typer.Option(help="Guess tokens ahead: on, auto (where it pays), or off.")] = "off",
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
     kernels: KernelsOption = "auto",
     json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Continue a prompt with one variant."""
     from edgelora.cli.chat import describe_route
 
     text = sys.stdin.read() if prompt == "-" else prompt
     with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
-        stream = runtime.stream(
-            [{"role": "user", "content": text}] if chat else text,
-            variant=variant,
-            mix=parse_mix(mix),
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-            stop=stop or (),
-            timeout=timeout,
-            overflow=overflow,
-            logprobs=logprobs,
-            json_schema=read_option_file(json_schema, "--json-schema"),
-            regex=regex,
-            grammar=read_option_file(grammar, "--grammar"),
-            speculation=speculation,
-        )
+        stream = runtime.stream([{"role": "user", "content": text}] if chat else text, **options)
         for piece in stream:
             if not json:
                 print(piece, end="", flush=True)
@@ -303,24 +267,22 @@ def run(
 
 
 @app.command()
+@takes_request_options("variant", "max_tokens", "temperature", "seed", max_tokens=256)
 def chat(
     bundle: BundleArgument,
-    variant: VariantOption = None,
-    max_tokens: MaxTokensOption = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Seed for sampling.")] = None,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
     whole_graphs: WholeGraphsOption = False,
     kernels: KernelsOption = "auto",
     json: JsonOption = False,
+    **options: Any,
 ) -> None:
     """Talk to a bundle; /switch NAME changes the variant between two turns."""
     from edgelora.cli.chat import run_chat
 
     with _open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
-        turns = run_chat(runtime, variant=variant, max_tokens=max_tokens, temperature=temperature, seed=seed, quiet=json)
+        turns = run_chat(runtime, cast("GenerateOptions", options), quiet=json)
     if json:
         print_json({"turns": turns})
 

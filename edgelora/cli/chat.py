@@ -10,20 +10,19 @@ from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import EdgeloraError
 
 if TYPE_CHECKING:
-    from edgelora_runtime import Route, Runtime
+    from edgelora_runtime import GenerateOptions, Route, Runtime
 
 HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
 
 
-def run_chat(
-    runtime: Runtime, *, variant: str | None, max_tokens: int, temperature: float, seed: int | None, quiet: bool
-) -> list[dict[str, str]]:
+def run_chat(runtime: Runtime, options: GenerateOptions, *, quiet: bool) -> list[dict[str, str]]:
     """Reads lines until /quit or the end of input; returns the turns as {"variant", "prompt", "answer"}.
 
     A bundle with a chat template gets the conversation so far, one without gets each line as a prompt of its own.
-    variant "auto": the bundle's router picks one for each line, on that line alone. quiet: answers are not printed.
+    options: of each request; with variant "auto" the bundle's router picks one for each line, from that line alone.
+    quiet: answers are not printed.
     """
-    current = _switch(runtime, variant)
+    current = _switch(runtime, options.get("variant"))
     print_note(HELP)
     messages: list[dict[str, str]] = []
     turns: list[dict[str, str]] = []
@@ -38,7 +37,8 @@ def run_chat(
         messages.append({"role": "user", "content": line})
         prompt = messages if runtime.tokenizer.has_chat_template else line
         try:
-            stream = runtime.stream(prompt, variant=current, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            request: GenerateOptions = {**options, "variant": current}
+            stream = runtime.stream(prompt, **request)
             pieces = []
             for piece in stream:
                 pieces.append(piece)

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
 from edgelora.data.calibration import LONGEST, find_training_data, gather_samples
-from edgelora_runtime.bundle.draft_table import LONGEST_CONTEXT, MOST_ENTRIES, DraftTable
+from edgelora_runtime.bundle.draft_table import MAX_CONTEXT, MAX_ENTRIES, DraftTable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -35,7 +35,7 @@ def count_continuations(samples: Iterable[Sample], end_token: int | None) -> Dra
         is_whole_row = sample.start > 1 and len(sample.tokens) < LONGEST
         tokens = (*sample.tokens, end_token) if is_whole_row and end_token is not None else sample.tokens
         for place in range(sample.start, len(tokens)):
-            for length in range(1, min(place, LONGEST_CONTEXT) + 1):
+            for length in range(1, min(place, MAX_CONTEXT) + 1):
                 counts[tokens[place - length : place]][tokens[place]] += 1
     often = {context: following for context, following in counts.items() if following.total() >= LEAST_COUNT}
     kept: dict[tuple[int, ...], tuple[int, float]] = {}
@@ -45,5 +45,5 @@ def count_continuations(samples: Iterable[Sample], end_token: int | None) -> Dra
         shorter = next((kept[context[start:]] for start in range(1, len(context)) if context[start:] in kept), None)
         if shorter is None or shorter[0] != token or abs(shorter[1] - share) >= _SAME_SHARE:
             kept[context] = token, share
-    most = sorted(kept, key=lambda each: (-often[each].total(), each))[:MOST_ENTRIES]
+    most = sorted(kept, key=lambda each: (-often[each].total(), each))[:MAX_ENTRIES]
     return DraftTable({context: kept[context] for context in most})

@@ -1,4 +1,4 @@
-"""Every error that edgelora raises on purpose: one tree, one exit code per branch."""
+"""Every error that edgelora raises on purpose: one tree, with an exit code for each branch."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ if TYPE_CHECKING:
 
 
 class EdgeloraError(Exception):
-    """Base of the tree; its message is one line that says what, which value, and what to do."""
+    """Base of the tree. Its message is one line that says what is wrong, with which value, and what to do."""
 
     exit_code = 1
 
 
 class UsageError(EdgeloraError, ValueError):
-    """A call that cannot mean anything: an unknown variant, a temperature below zero."""
+    """A call that makes no sense, such as an unknown variant or a temperature below zero."""
 
     exit_code = 2
 
 
 class InputError(EdgeloraError, ValueError):
-    """A file or value that was given and is not usable: a recipe, a row, an adapter of another base."""
+    """A file or value that cannot be used, such as a broken recipe, a wrong row, or an adapter of another base."""
 
     exit_code = 3
 
 
 class IntegrityError(EdgeloraError):
-    """A bundle that is not what its manifest says, or a variant that lost its adapter."""
+    """A bundle that differs from its manifest, or a variant that lost its adapter."""
 
     exit_code = 4
 
 
 class ResourceError(EdgeloraError, OSError):
-    """Not enough disk or memory; nothing was left half-written."""
+    """Not enough disk or memory; nothing is left half-written."""
 
     exit_code = 5
 
 
 class MissingExtraError(EdgeloraError, ImportError):
-    """An optional dependency is absent; the message names the extra that brings it."""
+    """An optional dependency is missing; the message names the extra that installs it."""
 
     exit_code = 2
 
@@ -48,5 +48,5 @@ class MissingExtraError(EdgeloraError, ImportError):
 
 
 def list_wrong(checks: Iterable[tuple[str, object, bool, str]]) -> list[str]:
-    """What to say of each (name, value, whether it may be so, what may be) that may not be so."""
+    """One message per failed check. A check is (name, value, whether the value is allowed, what is allowed)."""
     return [f"{name} = {value}: use {allowed}" for name, value, holds, allowed in checks if not holds]

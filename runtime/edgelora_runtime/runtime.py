@@ -1,31 +1,32 @@
-"""The runtime: opens a bundle, switches between its variants, generates. Everything that an app calls is here."""
+"""The runtime: opens a bundle, switches between its variants, and generates text. Everything that an app calls is here."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_runtime.bundle.choice import Choice, choose_mix, choose_variant
+from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
-from edgelora_runtime.bundle.router import AUTO, ROUTER_LIMIT, Route, Router, last_request
+from edgelora_runtime.bundle.prompt import check_tokens, encode_prompt, find_routed_text
+from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
 from edgelora_runtime.bundle.tokenizer import Tokenizer
-from edgelora_runtime.decode.cancellation import Interruption
+from edgelora_runtime.decode.cancellation import Cancellation
 from edgelora_runtime.decode.grammar import Grammars
-from edgelora_runtime.decode.loop import Generation, Receipt, Request, TextStream, continue_prompt
-from edgelora_runtime.decode.sampling import Sampling
-from edgelora_runtime.decode.speculation import SPECULATIONS, Speculation
-from edgelora_runtime.decode.stop_strings import StopFilter
-from edgelora_runtime.errors import InputError, UsageError
+from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
+from edgelora_runtime.decode.options import resolve_options
+from edgelora_runtime.decode.reader import Reader
+from edgelora_runtime.decode.request import build_request
+from edgelora_runtime.decode.speculation import Speculation
+from edgelora_runtime.errors import UsageError
+from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
 from edgelora_runtime.residency.loader import Loader
-from edgelora_runtime.residency.memory import find_free_memory, parse_bytes
-from edgelora_runtime.residency.models import Residency, Usage
+from edgelora_runtime.residency.models import LoadedModels, MemoryUsage
 from edgelora_runtime.residency.prompt_cache import PromptCache
 from edgelora_runtime.residency.prompt_file import read_prompts, write_prompts
 from edgelora_runtime.session.kernels import choose_kernels
@@ -33,44 +34,43 @@ from edgelora_runtime.session.model import PREFILL_CHUNK, Model, new_cache
 from edgelora_runtime.session.providers import find_provider
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
-    from typing import Any, Self, Unpack
+    from typing import Self, Unpack
 
     from numpy.typing import NDArray
 
     from edgelora_runtime.bundle.manifest import VariantEntry
-    from edgelora_runtime.bundle.tokenizer import Message
+    from edgelora_runtime.bundle.prompt import Prompt
     from edgelora_runtime.decode.options import GenerateOptions
+    from edgelora_runtime.decode.request import Request
     from edgelora_runtime.residency.packed_cache import PackedCache
     from edgelora_runtime.session.factors import LoraInputs
 
     Floats = NDArray[np.float32]
-    Prompt = str | Sequence[Message] | Sequence[int]
-
-OVERFLOWS = ("error", "slide")
-_LIVE_SHARE, _LEAST_LIVE = 0.1, 32 << 20  # of a live graph's blobs, and in bytes
-_MODELS_SHARE, _PROMPTS_SHARE = 0.75, 0.1  # of the memory that is free when a bundle is opened
 
 
 class Runtime:
     """A bundle, ready to generate.
 
-    bundle: a folder or an opened Bundle. memory_budget: bytes of variants kept loaded, as a number or like "4GiB"; three quarters
-    of the free memory without it. cache_budget: the same for keys and values of earlier requests; a tenth of it without. In
-    both the least recently used go first. packed_cache: where packed weights are kept and mapped from, so that a further variant
-    costs little memory; each is written there when it is first loaded, which takes several times as long as loading does.
-    kernels: "edgelora", which read weights as they are, so that nothing is packed, kept or shared by stages, and what was said of
-    those does not apply; "onnxruntime"; or "auto": edgelora's where edgelora-kernels is installed and has some for this machine.
-    whole_graphs: run each variant as one session that shares nothing, in place of stages that variants share where the bundle has
-    them: several times the memory and time to load, for steps that are 5 to 20% faster.
-    threads: None leaves the choice to onnxruntime (physical cores).
-    provider: "cpu", "cuda", "webgpu", or "auto": a GPU where there is one and the bundle has graphs for it, else the CPU.
-    target: which graphs to run, "cpu" (float32) or "gpu" (fp16); None for those that are built for the provider. Any provider
-    runs either: cpu graphs serve a GPU that lacks fp16, and gpu graphs on the CPU show, slowly, what they compute.
+    bundle: a folder or an opened Bundle.
+    memory_budget: bytes for loaded variants, as a number or like "4GiB"; by default three quarters of the free memory. The least
+    recently used variant is unloaded first.
+    cache_budget: the same for keys and values of earlier requests; by default a tenth of the free memory.
+    packed_cache: a folder that packed weights are mapped from, so that each further variant costs little memory. Loading a
+    variant for the first time writes it there, which takes several times as long as loading it. With
+    edgelora's kernels, only the inputs of live variants are stored.
+    whole_graphs: run each variant as one session that shares nothing, instead of as stages that variants share. That takes
+    several times the memory and loading time, for steps that are 5 to 20% faster. Has no effect with edgelora's kernels.
+    kernels: "edgelora", which read weights as they are stored, so that nothing is packed; "onnxruntime"; or "auto": edgelora's if
+    edgelora-kernels is installed and supports this machine.
+    threads: compute threads; None leaves the choice to onnxruntime (physical cores).
+    provider: "cpu", "cuda", "webgpu", or "auto": a GPU if there is one and the bundle has graphs for it, otherwise the CPU.
+    target: the graphs to run, "cpu" (float32) or "gpu" (fp16); None for those built for the provider. Every provider runs both:
+    cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check what they compute.
 
-    Safe to call from many threads: one step is computed at a time, and requests take turns step by step.
+    Safe to call from many threads: one step is computed at a time, and requests alternate step by step.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Runtime:
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads = {threads}: use 1 or more, or None for all physical cores")
-        budgets = _find_budgets(memory_budget, cache_budget)
+        models_budget, prompts_budget = find_budgets(memory_budget, cache_budget)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._manifest = self._bundle.manifest
         has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
@@ -102,7 +102,7 @@ class Runtime:
         self._tokenizer = Tokenizer(self._bundle)
         self._grammars = Grammars(self._tokenizer, self._manifest.model)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
-        on_cpu = self._provider.name == "cpu"  # elsewhere what goes from stage to stage would go through main memory
+        on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
         grid = self._manifest.quantization
         self._kernels = choose_kernels(kernels, grid, provider=self._provider.name, target=self._target)
@@ -115,11 +115,15 @@ class Runtime:
             packed_cache=cache,
             whole=whole_graphs or not on_cpu,
         )
-        self._residency = Residency(self._loader.load, self._loader.blobs, self._loader.sizes, budgets[0], self._loader.is_mapped)
-        self._prompts = PromptCache(budgets[1])
-        self._live = LiveMixes(self._bundle, self._find_live_budget(), cache)
+        self._loaded = LoadedModels(
+            self._loader.load, self._loader.blobs, self._loader.sizes, budget=models_budget, is_mapped=self._loader.is_mapped
+        )
+        self._prompts = PromptCache(prompts_budget)
+        live_graph = self._manifest.live_graph(self._target)
+        live_budget = find_live_budget({} if live_graph is None else self._loader.blobs[live_graph.file])
+        self._live = LiveMixes(self._bundle, live_budget, cache)
         self._speculation = Speculation(self._bundle)
-        self._router: Router | None = None
+        self._router = LazyRouter(self._bundle)
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
 
     def __enter__(self) -> Self:
@@ -130,12 +134,12 @@ class Runtime:
 
     def close(self) -> None:
         """Frees sessions and caches; a later call loads them again."""
-        self._residency.clear()
+        self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
         self._grammars.clear()
         self._speculation.clear()
-        self._router = None
+        self._router.clear()
 
     @property
     def bundle(self) -> Bundle:
@@ -147,12 +151,12 @@ class Runtime:
 
     @property
     def provider(self) -> str:
-        """What it runs on: cpu, cuda or webgpu."""
+        """The execution provider: cpu, cuda or webgpu."""
         return self._provider.name
 
     @property
     def kernels(self) -> str:
-        """Whose kernels compute: onnxruntime, or edgelora with the instruction set, as "edgelora (avx2)"."""
+        """The kernels in use: "onnxruntime", or edgelora's with their instruction set, as in "edgelora (avx2)"."""
         return "onnxruntime" if self._kernels is None else f"edgelora ({self._kernels.instruction_set})"
 
     @property
@@ -162,16 +166,16 @@ class Runtime:
 
     @property
     def current(self) -> str:
-        """The variant that requests without one of their own run on."""
+        """The variant or mix that requests run on if they name none."""
         return self._current.label
 
     @property
-    def memory(self) -> Usage:
-        """What loaded variants and cached prompts hold now."""
-        return self._residency.measure(self._live.bytes, self._prompts.bytes)
+    def memory(self) -> MemoryUsage:
+        """The memory that loaded variants and cached prompts hold now."""
+        return self._loaded.measure(self._live.bytes, self._prompts.bytes)
 
     def switch(self, variant: str | None = None, *, mix: Mapping[str, float] | None = None) -> Receipt:
-        """Makes a variant, or a mix of live adapters, ready and current; says what that cost.
+        """Loads a variant or a mix of live adapters and makes it current; returns what that cost.
 
         Raises UsageError for a variant or adapter that the bundle does not have.
         """
@@ -181,9 +185,9 @@ class Runtime:
         return receipt
 
     def prefetch(self, variant: str) -> Future[Receipt]:
-        """Loads a variant in the background; requests go on meanwhile, and one for this variant waits for it.
+        """Loads a variant in the background. Other requests continue; a request for this variant waits for it.
 
-        Raises UsageError for a variant that the bundle does not have; what loading raises is the future's.
+        Raises UsageError for a variant that the bundle does not have; the future holds any error from loading.
         """
         choice = choose_variant(self._manifest, self._target, variant)
         done: Future[Receipt] = Future()
@@ -200,14 +204,14 @@ class Runtime:
         return done
 
     def pin(self, variant: str) -> None:
-        """Keeps a variant loaded, whatever the budget, from when it is first used until unpin()."""
-        self._residency.pin(choose_variant(self._manifest, self._target, variant).graph)
+        """Keeps a variant loaded, regardless of the budget, from its first use until unpin()."""
+        self._loaded.pin(choose_variant(self._manifest, self._target, variant).graph)
 
     def unpin(self, variant: str) -> None:
-        self._residency.unpin(choose_variant(self._manifest, self._target, variant).graph)
+        self._loaded.unpin(choose_variant(self._manifest, self._target, variant).graph)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer at once; the arguments are those of stream()."""
+        """The whole answer at once; prompt and options are those of stream()."""
         stream = self.stream(prompt, **options)
         for _ in stream:
             pass
@@ -215,7 +219,7 @@ class Runtime:
         return stream.generation
 
     async def generate_async(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """The same for asyncio, in a thread of its own; a task that is cancelled ends the generation before its next step."""
+        """generate() for asyncio, in a thread; cancelling the task ends the generation before its next step."""
         import asyncio
 
         stream = await asyncio.to_thread(self.stream, prompt, **options)
@@ -224,105 +228,50 @@ class Runtime:
         assert stream.generation is not None
         return stream.generation
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        variant: str | None = None,
-        mix: Mapping[str, float] | None = None,
-        max_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
-        timeout: float | None = None,
-        overflow: str = "error",
-        ignore_eos: bool = False,
-        logprobs: int = 0,
-        json_schema: Mapping[str, Any] | str | None = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        speculation: str = "off",
-    ) -> TextStream:
-        """Continues a prompt, piece by piece; for `for`, and for `async for`.
+    def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> TextStream:
+        """Continues a prompt piece by piece; iterate over it with `for` or `async for`.
 
-        prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. variant, or mix
-        (weights of live adapters), for this request alone; the current variant without either. variant "auto" is the one
-        that route() picks. max_tokens: 1 or more. Sampling: see Sampling. stop: strings that end the answer and are left out.
-        timeout: seconds from now, after which what was written so far is the answer. overflow: "error" refuses a prompt over
-        the context, whose end cuts an answer short; "slide" drops the middle of the text as often as it takes, and reads the
-        rest again. ignore_eos: write on after an end token, for measurements. logprobs: for how many likeliest tokens to give
-        the log probabilities at each position, in Generation.logprobs; 0 for none. json_schema (an object, or as JSON), regex
-        or grammar (Lark's notation, as llguidance reads it), one of them: the answer fits it as a whole where its
-        finish_reason is stop and no stop string ended it, and can still come to fit it otherwise. speculation: "on" reads
-        guesses of the next tokens along in each step, as many as pay by what steps were measured to cost. Guesses never change
-        an answer, but steps of several rows round otherwise than those of one: where two tokens are nearly equally likely, it
-        can differ from that of "off". "auto" has steps of one row where no guess pays, in all of a request where guesses did not
-        pay for the variant of late: faster, but such an answer can change from call to call. Caches that grow have no room for
-        guesses.
-        Raises UsageError for impossible arguments, InputError for a prompt that is empty or over the context, MissingExtraError
-        for a json_schema, regex or grammar without llguidance.
+        prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
+        GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
+        the context, MissingExtraError for a json_schema, regex or grammar without llguidance.
         """
-        if max_tokens < 1:
-            raise UsageError(f"max_tokens = {max_tokens}: use 1 or more")
-        if logprobs < 0:
-            raise UsageError(f"logprobs = {logprobs}: use 0 (none) or more")
-        if overflow not in OVERFLOWS:
-            raise UsageError(f"overflow {overflow!r} is not supported; use one of {', '.join(OVERFLOWS)}")
-        if speculation not in SPECULATIONS:
-            raise UsageError(f"speculation {speculation!r} is not supported; use one of {', '.join(SPECULATIONS)}")
-        constraint = self._grammars.compile(json_schema, regex, grammar)
-        if constraint is not None and ignore_eos:
-            raise UsageError("ignore_eos goes on after the end, where nothing fits json_schema, regex or grammar; leave one out")
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        interruption = Interruption(timeout)
+        chosen = resolve_options(options)
+        variant, mix = chosen["variant"], chosen["mix"]
+        constraint = self._grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        cancellation = Cancellation(chosen["timeout"])
         route = self.route(prompt) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        tokens = self._check_tokens(self.encode(prompt), may_overflow=overflow == "slide")
-        context = self._manifest.model.context_length
-        request = Request(
-            prompt=tokens,
-            max_tokens=max_tokens if overflow == "slide" else min(max_tokens, context - len(tokens) + 1),
-            sampling=sampling,
-            stop=StopFilter(stop),
-            end_tokens=frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids),
-            context=context,
-            interruption=interruption,
-            route=route,
-            logprobs=logprobs,
-            constraint=constraint,
-        )
-        return TextStream(self._run(choice, request, speculation), interruption)
+        model = self._manifest.model
+        tokens = check_tokens(self.encode(prompt), model, may_overflow=chosen["overflow"] == "slide")
+        request = build_request(chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route)
+        return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
     def route(self, prompt: Prompt) -> Route:
-        """The variant that the bundle's router picks for a prompt, as variant "auto" does; nothing is generated.
+        """The variant that the bundle's router picks for a prompt, as variant "auto" does; generates nothing.
 
-        Token ids are routed as the text that they stand for, messages by the last one of the user alone: a conversation may
-        change its subject. Raises UsageError where the bundle has no router, InputError as stream() does.
+        Token ids are routed by the text that they stand for, messages by the user's last one only, since a conversation may
+        change its subject. Raises UsageError if the bundle has no router, InputError as stream() does.
         """
-        started = time.perf_counter()
-        picked = self._load_router().pick(self._routed_text(prompt))
-        return Route(*picked, milliseconds=(time.perf_counter() - started) * 1e3)
+        return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """A text as a vector of length 1, float32 (hidden_size,): the mean of the states behind the final norm.
+        """Embeds a text: the mean of its hidden states after the final norm, scaled to length 1, float32 (hidden_size,).
 
-        Raises UsageError for graphs that were exported before there were states, or traced from another implementation.
+        Raises UsageError for a graph without that output, such as one traced from another implementation.
         """
-        tokens = self._check_tokens(self.encode(prompt))
+        tokens = check_tokens(self.encode(prompt), self._manifest.model)
         model, live, receipt = self._prepare(self._choose(variant, mix))
         if not model.has_states:
-            raise UsageError(f"the graph of {receipt.variant} gives no hidden states; export it with this edgelora's own builder")
+            raise UsageError(
+                f"the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
+            )
         total = np.zeros(self._manifest.model.hidden_size, np.float64)
         for states in model.read_states(tokens, live=live):
             total += states.sum(axis=0, dtype=np.float64)
         return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """Logits at every position, float32 (T, V), from an empty KV cache."""
+        """Logits at every position, float32 (T, V), computed from an empty KV cache."""
         found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)
         done = 0
         for chunk in self.iterate_logits(token_ids, variant=variant, mix=mix):
@@ -338,11 +287,11 @@ class Runtime:
         mix: Mapping[str, float] | None = None,
         positions: int = PREFILL_CHUNK,
     ) -> Iterator[Floats]:
-        """The same at most so many positions at a time, where memory is short; each array is overwritten by the next."""
+        """Logits at every position, a few positions at a time to save memory; each array is overwritten by the next."""
         if positions < 1:
             raise UsageError(f"positions = {positions}: use 1 or more")
         step = min(positions, PREFILL_CHUNK)
-        tokens = self._check_tokens(token_ids)
+        tokens = check_tokens(token_ids, self._manifest.model)
         model, live, _ = self._prepare(self._choose(variant, mix))
         cache = model.new_cache()
         for start in range(0, len(tokens), step):
@@ -350,26 +299,18 @@ class Runtime:
             yield model.read(cache, chunk, live=live, keep=len(chunk))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens that a prompt comes to."""
-        if isinstance(prompt, str):
-            return self._tokenizer.encode(prompt)
-        messages = [item for item in prompt if isinstance(item, Mapping)]
-        tokens = [int(item) for item in prompt if isinstance(item, int | np.integer)]
-        if len(tokens) == len(prompt):
-            return tokens
-        if len(messages) < len(prompt):
-            raise InputError("a prompt is text, a list of messages, or a list of token ids; this list holds something else")
-        return self._tokenizer.encode_chat(messages)
+        """The tokens of a prompt."""
+        return encode_prompt(self._tokenizer, prompt)
 
     def save_prompts(self, path: str | Path) -> int:
-        """Writes the cached prompts with their keys and values to a file; returns how many there are."""
+        """Writes the cached prompts with their keys and values to a file; returns their number."""
         return write_prompts(path, self._bundle, self._prompts.copy())
 
     def load_prompts(self, path: str | Path) -> int:
-        """Takes over cached prompts from a file, so that requests that start like them need not read them again.
+        """Adds cached prompts from a file, so that requests that start with them need not read them again.
 
-        Returns how many there are; those of variants that this bundle does not have, or has with other weights, are left out.
-        Raises InputError for a file that is not one of save_prompts() or does not fit the model.
+        Returns their number, without those of variants that this bundle lacks or has with other weights. Raises InputError for a
+        file that save_prompts() did not write or that does not fit the model.
         """
         found = read_prompts(path, self._bundle, self._target)
         for saved in found:
@@ -379,56 +320,22 @@ class Runtime:
         return len(found)
 
     def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
-        """The pieces of one request, which has its KV cache for itself from the first to the last."""
+        """The pieces of one request, which owns its KV cache until it ends."""
         model, live, receipt = self._prepare(choice)
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
-            reader = self._speculation.open_reader(speculation, choice, request, model, cache, live)
+            reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
             return (yield from continue_prompt(request, receipt, self._tokenizer, reader))
         finally:
             self._prompts.put(choice, cache)
 
-    def _load_router(self) -> Router:
-        entry = self._manifest.router
-        if entry is None:
-            raise UsageError(
-                f"this bundle has no router for variant {AUTO!r}; export it with a [router] table in the recipe, "
-                f"or name one of {', '.join(self._manifest.variants)}"
-            )
-        router = self._router
-        if router is None:  # without the lock, which a thread may hold for as long as a variant takes to load
-            router = self._router = Router.read(self._bundle.read(entry.file, limit=ROUTER_LIMIT), entry)
-        return router
-
-    def _routed_text(self, prompt: Prompt) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        messages = [item for item in prompt if isinstance(item, Mapping)]
-        if messages and len(messages) == len(prompt):
-            return last_request(messages)
-        return self._tokenizer.decode(self._check_tokens(self.encode(prompt)))
-
-    def _check_tokens(self, token_ids: Sequence[int], *, may_overflow: bool = False) -> list[int]:
-        tokens, model = list(token_ids), self._manifest.model
-        if not tokens:
-            raise InputError("the prompt is empty: it comes to no token; give at least one character")
-        if len(tokens) > model.context_length and not may_overflow:
-            raise InputError(f"the prompt has {len(tokens)} tokens, the context holds {model.context_length}; shorten it")
-        if wrong := next((token for token in tokens if not 0 <= token < model.vocab_size), None):
-            raise InputError(f"token {wrong} is outside the vocabulary of {model.vocab_size}")
-        return tokens
-
     def _choose(self, variant: str | None, mix: Mapping[str, float] | None) -> Choice:
-        if variant is not None and mix is not None:
-            raise UsageError(f"both variant {variant!r} and a mix are given; use one of them")
-        if mix is not None:
-            return choose_mix(self._manifest, self._target, mix)
-        return self._current if variant is None else choose_variant(self._manifest, self._target, variant)
+        return choose(self._manifest, self._target, variant=variant, mix=mix, current=self._current)
 
     def _prepare(self, choice: Choice) -> tuple[Model, LoraInputs | None, Receipt]:
-        """The model and LoRA inputs of a choice, loaded where they are not yet."""
+        """The model and LoRA inputs of a choice, loaded if necessary."""
         started = time.perf_counter()
-        model, cold = self._residency.get(choice.graph)
+        model, cold = self._loaded.get(choice.graph)
         opened = model.opened if cold else 0
         live = None
         if choice.live is not None:
@@ -436,17 +343,3 @@ class Runtime:
             opened += made
         milliseconds = (time.perf_counter() - started) * 1e3
         return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))
-
-    def _find_live_budget(self) -> int:
-        """Bytes for factors of live adapters: a share of the live graph's own, so that many cost little more than one."""
-        graph = self._manifest.live_graph(self._target)
-        return _LEAST_LIVE if graph is None else max(_LEAST_LIVE, int(_LIVE_SHARE * sum(self._loader.blobs[graph.file].values())))
-
-
-def _find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[int | None, int | None]:
-    """Bytes for loaded models and for cached prompts: those that are given, else shares of the free memory."""
-    given = parse_bytes(models), parse_bytes(prompts)
-    free = find_free_memory() if None in given else None
-    shares = (None, None) if free is None else (int(free * _MODELS_SHARE), int(free * _PROMPTS_SHARE))
-    for_models, for_prompts = (share if size is None else size for size, share in zip(given, shares, strict=True))
-    return for_models, for_prompts

@@ -1,4 +1,4 @@
-"""Variant "auto": each request runs on the variant that the bundle's router picks for it, and says so."""
+"""Variant "auto": each request runs on the variant that the bundle's router picks, and reports it."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_auto_runs_what_the_router_picks(routed: Runtime, prompt: str, variant: 
     assert 0.5 < found.route.confidence <= 1
     assert found.route.milliseconds > 0
     assert named.route is None
-    assert routed.current == "base", "a request's variant is its own"
+    assert routed.current == "base", "a request does not change the current variant"
 
 
-def test_streams_are_routed_when_they_are_asked_for(routed: Runtime) -> None:
+def test_streams_are_routed_when_they_are_created(routed: Runtime) -> None:
     stream = routed.stream(CAT, variant="auto", max_tokens=5)
     assert stream.generation is None
     text = "".join(stream)
@@ -49,7 +49,7 @@ def test_streams_are_routed_when_they_are_asked_for(routed: Runtime) -> None:
     assert (stream.generation.variant, stream.generation.text) == ("plain", text)
 
 
-def test_route_says_the_same_and_generates_nothing(routed: Runtime) -> None:
+def test_route_picks_the_same_variant_and_generates_nothing(routed: Runtime) -> None:
     for prompt, variant in PICKED.items():
         route = routed.route(prompt)
         assert isinstance(route, Route)
@@ -80,7 +80,7 @@ def test_what_cannot_be_routed_is_refused(routed: Runtime, prompt: Any) -> None:
         routed.route(prompt)
 
 
-def test_auto_is_no_variant_to_switch_to_or_to_read_logits_of(routed: Runtime) -> None:
+def test_auto_cannot_be_switched_to_and_has_no_logits(routed: Runtime) -> None:
     for call in (
         lambda: routed.switch("auto"),
         lambda: routed.logits([5, 6], variant="auto"),
@@ -134,7 +134,7 @@ def test_a_damaged_router_is_refused_and_named_variants_still_run(routed_bundle:
         assert opened.generate(CAT, variant="plain", max_tokens=1).tokens
 
 
-def test_a_router_that_is_none_is_refused_though_it_is_listed(routed_bundle: Path, tmp_path: Path) -> None:
+def test_a_listed_file_that_is_not_a_router_is_refused(routed_bundle: Path, tmp_path: Path) -> None:
     folder = copytree(routed_bundle, tmp_path / "bundle")
     manifest = json.loads((folder / MANIFEST).read_bytes())
     (folder / "router.safetensors").write_bytes(b"PK")

@@ -43,10 +43,12 @@ def test_an_embedding_of_an_adapter_is_pefts(
     name = choice.get("variant", "plain")
     model = PeftModel.from_pretrained(load_base(tiny_base), str(tiny_adapters[name])).eval()
     tokens = random_tokens(30)
-    np.testing.assert_allclose(runtime.embed(tokens, **choice), embed_with_torch(model, tokens), atol=1e-4)  # live ones are fp16
+    np.testing.assert_allclose(
+        runtime.embed(tokens, **choice), embed_with_torch(model, tokens), atol=1e-4
+    )  # live adapters are fp16
 
 
-def test_embedding_leaves_generations_as_they_were(runtime: Runtime) -> None:
+def test_embedding_does_not_change_generations(runtime: Runtime) -> None:
     expected = runtime.generate(random_tokens(20), max_tokens=20).tokens
     stream = runtime.stream(random_tokens(20), max_tokens=20)
     while next(stream, None) is not None:

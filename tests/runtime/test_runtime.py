@@ -1,4 +1,4 @@
-"""The runtime as an app uses it: generate, stream, switch, mix, many threads at once."""
+"""The runtime as an app uses it: generate, stream, switch, mix, and many threads at once."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import numpy as np
 import pytest
 
 from edgelora_runtime import Bundle, InputError, Runtime, UsageError
+from edgelora_runtime.residency.loader import Loader
 from edgelora_runtime.residency.memory import parse_bytes
-from edgelora_runtime.session import providers
 from edgelora_runtime.session.model import PREFILL_CHUNK
+from edgelora_runtime.session.providers import CPU
+from edgelora_runtime.session.stage import open_stage
 from tests.tiny import greedy, load_base, random_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    import onnxruntime
-
-    from edgelora_runtime.session.providers import Provider
+    from edgelora_runtime.session.stage import Stage
 
 PROMPT = "the cat sat"
 MIX = {"plain": 0.5, "other": -0.8}
 
 
 def generate_alone(bundle: Path, prompt: Any, **arguments: Any) -> tuple[int, ...]:
-    """Tokens that a runtime which has seen nothing else writes."""
+    """The tokens that a fresh runtime writes."""
     with Runtime(bundle, threads=1) as runtime:
         return runtime.generate(prompt, **arguments).tokens
 
@@ -73,7 +73,7 @@ def test_an_exhausted_stream_stays_exhausted(runtime: Runtime) -> None:
     assert stream.generation is generation
 
 
-def test_account_of_a_generation(runtime: Runtime) -> None:
+def test_fields_of_a_generation(runtime: Runtime) -> None:
     found = runtime.generate(PROMPT, variant="plain", max_tokens=5)
     assert found.variant == "plain"
     assert found.prompt_tokens == len(runtime.encode(PROMPT))
@@ -92,7 +92,7 @@ def test_max_tokens(runtime: Runtime, count: int) -> None:
 
 
 def test_the_end_token_ends_and_is_left_out(runtime: Runtime) -> None:
-    """At a high temperature the end token comes soon; greedy would hardly ever write it."""
+    """At a high temperature, the end token comes soon; greedily, it would hardly ever come."""
     for seed in range(200):
         found = runtime.generate(PROMPT, variant="base", max_tokens=50, temperature=3.0, seed=seed)
         if found.finish_reason == "stop":
@@ -201,7 +201,7 @@ def test_logits_refuse_what_generate_refuses(runtime: Runtime) -> None:
 
 
 def test_the_context_end_cuts_a_generation_short(runtime: Runtime) -> None:
-    """The last token needs no place: it is never read back."""
+    """The last token takes no position, since it is never read back."""
     prompt = random_tokens(1020)
     found = runtime.generate(prompt, variant="base", max_tokens=50)
     assert len(found.tokens) == 5
@@ -235,7 +235,7 @@ def test_a_repeated_or_shortened_prompt(bundle32: Path, runtime: Runtime, cut: i
     prompt = random_tokens(40, seed=32)
     runtime.generate(prompt, variant="base", max_tokens=10)
     again = runtime.generate(prompt[:cut], variant="base", max_tokens=10)
-    assert again.reused_tokens == cut - 1, "one token has to be read, to get its logits"
+    assert again.reused_tokens == cut - 1, "one token must be read to get its logits"
     assert again.tokens == generate_alone(bundle32, prompt[:cut], variant="base", max_tokens=10)
 
 
@@ -250,7 +250,7 @@ def test_caches_of_variants_do_not_mix(bundle32: Path, runtime: Runtime) -> None
     assert first.variant != second.variant
 
 
-def test_a_stream_that_is_given_up_leaves_a_usable_cache(bundle32: Path, runtime: Runtime) -> None:
+def test_an_abandoned_stream_leaves_a_usable_cache(bundle32: Path, runtime: Runtime) -> None:
     prompt = random_tokens(30, seed=34)
     stream = runtime.stream(prompt, variant="base", max_tokens=30)
     next(stream)
@@ -307,7 +307,7 @@ def test_interleaved_streams_are_token_identical_to_solo_runs(runtime: Runtime, 
 
 @pytest.mark.parametrize("budget", [None, "1MB"])
 def test_threads_are_token_identical_to_solo_runs(bundle32: Path, alone: list[tuple[int, ...]], budget: str | None) -> None:
-    """Eight threads, several on one variant, three rounds; with a budget they evict each other's variants all the time."""
+    """Eight threads, several on one variant, three rounds; with a budget, they constantly evict each other's variants."""
     failures: list[str] = []
     with Runtime(bundle32, threads=1, memory_budget=budget) as runtime:
 
@@ -330,7 +330,7 @@ def test_threads_are_token_identical_to_solo_runs(bundle32: Path, alone: list[tu
 
 
 @pytest.mark.parametrize("positions", [1, 7, PREFILL_CHUNK, 10 * PREFILL_CHUNK])
-def test_logits_a_few_positions_at_a_time_are_all_of_them(runtime: Runtime, positions: int) -> None:
+def test_iterate_logits_gives_all_positions(runtime: Runtime, positions: int) -> None:
     tokens = random_tokens(PREFILL_CHUNK + 20)
     pieces = [piece.copy() for piece in runtime.iterate_logits(tokens, variant="plain", positions=positions)]
     assert max(map(len, pieces)) == min(positions, PREFILL_CHUNK)
@@ -359,8 +359,8 @@ def test_logits_from_many_threads(runtime: Runtime) -> None:
     assert wrong == []
 
 
-def test_logits_stay_what_they_were(runtime: Runtime) -> None:
-    """The array that logits() returns is the caller's own."""
+def test_logits_are_not_overwritten(runtime: Runtime) -> None:
+    """The caller owns the array that logits() returns."""
     first = runtime.logits([5, 6, 7])
     kept = first.copy()
     runtime.logits([8, 9, 10])
@@ -382,7 +382,7 @@ def test_switch_changes_what_requests_run_on(bundle32: Path, runtime: Runtime) -
     assert runtime.current == "ties"
     assert runtime.generate(PROMPT, max_tokens=20).tokens == generate_alone(bundle32, PROMPT, variant="ties", max_tokens=20)
     assert runtime.generate(PROMPT, variant="plain", max_tokens=1).variant == "plain"
-    assert runtime.current == "ties", "a request's own variant is for that request alone"
+    assert runtime.current == "ties", "a request's variant is for that request alone"
 
 
 def test_switch_to_a_mix(runtime: Runtime) -> None:
@@ -413,7 +413,7 @@ def test_a_second_mix_of_a_loaded_live_graph_is_warm(runtime: Runtime) -> None:
     assert runtime.switch("plain-live").cold
     receipt = runtime.switch(mix={"other": 0.3})
     assert not receipt.cold
-    assert receipt.bytes_mapped > 0, "the other adapter's factors were opened"
+    assert receipt.bytes_mapped > 0, "it opened the other adapter"
     assert runtime.switch(mix={"other": 0.3}).bytes_mapped == 0
 
 
@@ -431,21 +431,28 @@ def graph_bytes(bundle: Path, variant: str) -> int:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_threads_of_large_models_alone_sleep_between_steps(
-    bundle32: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch, large: bool
-) -> None:
-    opened: list[onnxruntime.SessionOptions] = []
+def test_only_threads_of_large_models_sleep_between_steps(bundle32: Path, large: bool) -> None:
+    bundle, stages = Bundle.open(bundle32), []
 
-    def watch(graph: Path, options: onnxruntime.SessionOptions, provider: Provider) -> onnxruntime.InferenceSession:
-        opened.append(options)
-        return providers.open_session(graph, options, provider)
+    def open_and_keep(graph: Path, **options: Any) -> Stage:
+        stages.append(open_stage(graph, **options))
+        return stages[-1]
 
-    monkeypatch.setattr("edgelora_runtime.session.stage.open_session", watch)
-    if large:
-        monkeypatch.setattr("edgelora_runtime.residency.loader._SPIN_BELOW", 0)
-    with Runtime(bundle32, threads=2) as other:
-        assert other.generate([1, 2, 3]).tokens == runtime.generate([1, 2, 3]).tokens
-    assert opened[0].get_session_config_entry("session.force_spinning_stop") == str(int(large))
+    graph = bundle.manifest.variants["base"].graphs["cpu"]
+    loader = Loader(
+        bundle,
+        [graph],
+        CPU,
+        threads=2,
+        kernels=None,
+        packed_cache=None,
+        whole=False,
+        spin_below=0 if large else 1 << 40,
+        open_stage=open_and_keep,
+    )
+    loader.load(graph.file)
+    options = stages[0].session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == str(int(large))
 
 
 def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
@@ -454,7 +461,7 @@ def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
         runtime.generate(random_tokens(20), variant="base", max_tokens=2)
         runtime.switch("plain")
         assert not runtime.switch("base").cold
-        runtime.switch("ties")  # plain is the one unused for longest
+        runtime.switch("ties")  # plain is the least recently used
         assert not runtime.switch("base").cold
         assert runtime.switch("plain").cold
         assert runtime.switch("ties").cold
@@ -463,7 +470,7 @@ def test_a_memory_budget_evicts_the_least_recently_used(bundle32: Path) -> None:
         assert receipt.kv_reused_tokens >= 20, "an evicted variant's cached prompts stay"
 
 
-def test_a_variant_larger_than_the_budget_runs_all_the_same(bundle32: Path) -> None:
+def test_a_variant_larger_than_the_budget_still_runs(bundle32: Path) -> None:
     with Runtime(bundle32, threads=1, memory_budget=1) as runtime:
         assert runtime.switch("base").cold
         assert not runtime.switch("base").cold
@@ -531,7 +538,7 @@ def test_parse_bytes_refuses(text: int | str) -> None:
 
 
 def test_int4_streams_survive_interleaving(bundle4: Path) -> None:
-    """In int4 too, other requests between two tokens change nothing."""
+    """In int4, too, requests between two tokens of another change nothing."""
     prompts: Sequence[list[int]] = [random_tokens(20, seed=seed) for seed in range(4)]
     variants = ("base", "plain", "linear-live", "base")
     alone = [generate_alone(bundle4, prompt, variant=v, max_tokens=30) for prompt, v in zip(prompts, variants, strict=True)]

@@ -11,7 +11,7 @@ from edgelora_export.graph.live_slots import live_slots
 from edgelora_export.graph.nodes import CONTRIB, GraphBuilder, InputWeights, graph_input
 from edgelora_export.graph.products import multiply_matrix, nbits_attributes, nbits_weights
 from edgelora_export.plan.targets import CPU
-from edgelora_runtime.session.factors import FACTORS, MOST_PARTS
+from edgelora_runtime.session.factors import FACTORS, MAX_PARTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -41,7 +41,7 @@ class LiveInputs:
                     _empty_input(name, (rank, part.graph_rows), b.float_type)
                     for name, part in zip(slots.b, linear.parts, strict=True)
                 ]
-        served = b.target is CPU and all(b.source.grid(name) and len(ups) <= MOST_PARTS for name, ups in self._b.items())
+        served = b.target is CPU and all(b.source.grid(name) and len(ups) <= MAX_PARTS for name, ups in self._b.items())
         self._factors = _empty_input(FACTORS, ("bytes",), ir.DataType.UINT8) if self._a and served else None
 
     def __contains__(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a request runs on: a variant by name, or a mix of live adapters."""
+"""Resolves a variant's name or a mix of live adapters to the graph and the weights that a request runs with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.manifest import Manifest
 
-LiveWeights = tuple[tuple[str, float], ...]  # weight by live adapter, sorted by name, none of them 0
+LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by name, no weight 0
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A graph, and for live graphs the weight of each adapter, which together say what is computed.
+    """A graph and, if it is live, the weight of each adapter: together they determine the result.
 
-    label: what receipts call it; a variant and a mix that compute the same are equal.
+    label: its name in receipts, ignored in comparisons, so that a variant and a mix that compute the same are equal.
     """
 
     label: str = field(compare=False)
@@ -30,9 +30,9 @@ class Choice:
 
 
 def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
-    """The choice that a variant's name stands for; UsageError where there is none."""
+    """The choice for a variant's name; UsageError if the bundle has no such variant."""
     if variant == AUTO:
-        raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route, and a name here")
+        raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     entry = manifest.variants.get(variant)
     if entry is None:
         raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(manifest.variants)}")
@@ -41,17 +41,26 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
 
 
 def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Choice:
-    """The choice of live adapters by weight; UsageError for what the bundle does not have and weights that are not finite."""
+    """The choice for weights of live adapters; UsageError for an adapter that the bundle lacks or a weight that is not finite."""
     graph = manifest.live_graph(target)
     adapters = [name for name, entry in manifest.adapters.items() if entry.file is not None]
     if graph is None:
-        raise UsageError("this bundle has no live variant, so no mix can be made at request time; export one with kind = 'live'")
+        raise UsageError("this bundle has no live variant, so it cannot mix at request time; export one with kind = 'live'")
     if unknown := sorted(set(mix) - set(adapters)):
         raise UsageError(f"no live adapter {', '.join(unknown)} in this bundle; it has {', '.join(adapters)}")
     if wrong := [f"{name} = {weight}" for name, weight in mix.items() if not math.isfinite(weight)]:
         raise UsageError(f"weights of a mix must be finite: {', '.join(wrong)}")
     live = _sort_weights(mix)
     return Choice(" + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)", graph.file, live)
+
+
+def choose(manifest: Manifest, target: str, *, variant: str | None, mix: Mapping[str, float] | None, current: Choice) -> Choice:
+    """The choice of a call that may name a variant or a mix, but not both; the current one if it names neither."""
+    if variant is not None and mix is not None:
+        raise UsageError(f"both variant {variant!r} and a mix are given; use one of them")
+    if mix is not None:
+        return choose_mix(manifest, target, mix)
+    return current if variant is None else choose_variant(manifest, target, variant)
 
 
 def _sort_weights(mix: Mapping[str, float]) -> LiveWeights:

@@ -1,4 +1,4 @@
-"""Reads a bundle from disk and checks it: names, kinds and sizes on opening, every byte on verify()."""
+"""Reads a bundle from disk and checks it: names, kinds and sizes of files when it opens, every byte on verify()."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CHUNK = 1 << 20  # bytes hashed at a time
-TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries has about 30 MB
+TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries takes about 30 MB
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Bundle:
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Reads the manifest and checks that the folder holds exactly the files that it lists, in the sizes it gives.
+        """Reads the manifest and checks that the folder holds exactly the files that it lists, with their sizes.
 
-        Raises InputError where there is no bundle, IntegrityError where it is not what its manifest says.
+        Raises InputError if there is no bundle, IntegrityError if it differs from its manifest.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -44,7 +44,7 @@ class Bundle:
         return cls(folder, manifest)
 
     def verify(self, on_file: Callable[[str], None] | None = None) -> list[str]:
-        """Hashes every file; returns the names of those that differ from the manifest, none if all is well."""
+        """Hashes every file; returns the names of those that differ from the manifest."""
         broken = []
         for name, entry in self.manifest.files.items():
             if hash_file(self.folder / name) != entry.sha256:
@@ -60,7 +60,7 @@ class Bundle:
         return self.folder / name
 
     def read(self, name: str, *, limit: int = TEXT_LIMIT) -> bytes:
-        """The bytes of a listed file, checked against its hash; for the small files that are parsed here."""
+        """Reads a listed file and checks its hash; for small files that the runtime parses."""
         raw = _read_regular(self.path(name), limit)
         if hashlib.sha256(raw).hexdigest() != self.manifest.files[name].sha256:
             raise IntegrityError(f"bundle {self.folder}: {name} is not the file that {MANIFEST} lists; copy the bundle again")
@@ -71,7 +71,7 @@ class Bundle:
 
 
 def _compare(folder: Path, manifest: Manifest) -> list[str]:
-    """What is missing, extra, of another size or not a plain file."""
+    """One message per file that is missing, unlisted, of another size, or not a plain file."""
     wrong: list[str] = []
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
@@ -89,7 +89,7 @@ def _compare(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _open_regular(path: Path) -> int:
-    """A descriptor of a plain file; a link is not followed."""
+    """Opens a plain file, without following links."""
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
@@ -104,7 +104,7 @@ def _read_regular(path: Path, limit: int) -> bytes:
     with os.fdopen(_open_regular(path), "rb") as file:
         raw = file.read(limit + 1)
     if len(raw) > limit:
-        raise IntegrityError(f"{path} is larger than the {limit} bytes that such a file may have")
+        raise IntegrityError(f"{path} is larger than {limit} bytes, the limit for such a file")
     return raw
 
 

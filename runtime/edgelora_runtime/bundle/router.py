@@ -1,8 +1,9 @@
-"""Picks a variant for a prompt: hashed n-grams of its bytes and a linear model over them, in numpy alone."""
+"""Picks a variant for a prompt: a linear model over hashed n-grams of its bytes, in plain numpy."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,34 +11,35 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from edgelora_runtime.errors import InputError, IntegrityError
+from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
+    from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.bundle.manifest import RouterEntry
     from edgelora_runtime.bundle.tokenizer import Message
 
     Floats = NDArray[np.float32]
 
-AUTO = "auto"  # in place of a variant's name: the router picks one
+AUTO = "auto"  # in place of a variant's name: the router picks the variant
 ROUTER = "router.safetensors"
-ROUTER_LIMIT = 64 << 20  # bytes of that file
+_ROUTER_LIMIT = 64 << 20  # bytes of that file
 _LENGTHS = (3, 4, 5)  # bytes of an n-gram
-_BUCKETS = (1 << 8, 1 << 20)  # a power of two between these
-# FNV-1a with 32 bits: http://www.isthe.com/chongo/tech/comp/fnv/#FNV-param
+_BUCKETS = (1 << 8, 1 << 20)  # fewest and most; always a power of two
+# 32-bit FNV-1a: http://www.isthe.com/chongo/tech/comp/fnv/#FNV-param
 _FNV_BASIS, _FNV_PRIME = np.uint32(2166136261), np.uint32(16777619)
 
 
 @dataclass(frozen=True)
 class Route:
-    """Which variant a prompt goes to.
+    """The variant that a prompt goes to.
 
-    confidence: probability of the likeliest class, which is the variant's own unless this is a fallback. fallback: the
-    prompt is like none of the router's variants, or the confidence is below the bundle's threshold. milliseconds: what
-    that took, with the router's loading where it was the first.
+    confidence: probability of the likeliest class, which is the variant's own unless this is a fallback. fallback: whether the
+    prompt resembles none of the router's variants, or the confidence is below the bundle's threshold. milliseconds: time to
+    route it, which for a bundle's first prompt includes loading the router.
     """
 
     variant: str
@@ -47,7 +49,7 @@ class Route:
 
 
 class Router:
-    """A bundle's router, loaded; any number of threads may ask it.
+    """A linear classifier of texts. Safe to call from many threads.
 
     weights: float (classes, buckets), bias: float (classes,), in the order of the entry's classes.
     """
@@ -59,17 +61,17 @@ class Router:
 
     @classmethod
     def read(cls, raw: bytes, entry: RouterEntry) -> Router:
-        """The router in a file's bytes; IntegrityError says what is wrong with them."""
+        """Parses a router file; IntegrityError says what is wrong with it."""
         try:
             tensors = load(raw)
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three: types that numpy lacks
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three for types that numpy lacks
             raise IntegrityError(f"{entry.file} is not a readable safetensors file ({error})") from error
         if tensors.keys() != {"weights", "bias"}:
             raise IntegrityError(f"{entry.file} holds {', '.join(sorted(tensors)[:4]) or 'nothing'}, not weights and bias")
         weights, bias = tensors["weights"], tensors["bias"]
         buckets = weights.shape[-1] if weights.ndim else 0
         if buckets & (buckets - 1) or not _BUCKETS[0] <= buckets <= _BUCKETS[1]:
-            raise IntegrityError(f"{entry.file} has {buckets} buckets, no power of two from {_BUCKETS[0]} to {_BUCKETS[1]}")
+            raise IntegrityError(f"{entry.file} has {buckets} buckets, not a power of two from {_BUCKETS[0]} to {_BUCKETS[1]}")
         for name, tensor, shape, kind in (
             ("weights", weights, (len(entry.classes), buckets), np.float16),
             ("bias", bias, (len(entry.classes),), np.float32),
@@ -83,16 +85,16 @@ class Router:
         return cls(entry, weights, bias)
 
     def probabilities(self, text: str) -> NDArray[np.float64]:
-        """How likely a text belongs to each class, float64 (classes,), in the order of the entry's classes."""
+        """The probability of each class for a text, float64 (classes,), in the order of the entry's classes."""
         buckets, values = count_ngrams(text, len(self._by_bucket))
-        # einsum calls no BLAS, whose threads would cost more than they save beside those of onnxruntime.
+        # einsum calls no BLAS, whose threads would compete with those of onnxruntime and cost more than they save.
         scores = self._bias + np.einsum("m,mc->c", values, self._by_bucket[buckets])
         likelihoods = np.exp(scores - scores.max())
         found: NDArray[np.float64] = likelihoods / likelihoods.sum()
         return found
 
     def pick(self, text: str) -> tuple[str, float, bool]:
-        """Variant, confidence and fallback of a text's Route."""
+        """The variant, confidence and fallback of a text's Route."""
         likelihoods = self.probabilities(text)
         best = int(likelihoods.argmax())
         variant, confidence = self._entry.classes[best].variant, float(likelihoods[best])
@@ -101,18 +103,47 @@ class Router:
         return variant, confidence, False
 
 
-def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
-    """The n-grams of a text by bucket.
+class LazyRouter:
+    """A bundle's router, loaded for the first prompt that needs it."""
 
-    Returns the buckets that occur, int64 (M,), ascending, and how much each counts, float32 (M,), of Euclidean length 1.
-    docs/bundle-format.md specifies both. The text is lower-cased in ASCII alone: Unicode's tables differ between versions
-    of Python.
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._router: Router | None = None
+
+    def route(self, text: str) -> Route:
+        """The route of a text; UsageError if the bundle has no router."""
+        started = time.perf_counter()
+        picked = self._load().pick(text)
+        return Route(*picked, milliseconds=(time.perf_counter() - started) * 1e3)
+
+    def clear(self) -> None:
+        """Frees the router; a later call loads it again."""
+        self._router = None
+
+    def _load(self) -> Router:
+        entry = self._bundle.manifest.router
+        if entry is None:
+            raise UsageError(
+                f"this bundle has no router for variant {AUTO!r}; export it with a [router] table in the recipe, "
+                f"or name one of {', '.join(self._bundle.manifest.variants)}"
+            )
+        router = self._router
+        if router is None:  # two threads may both load it; the results are equal
+            router = self._router = Router.read(self._bundle.read(entry.file, limit=_ROUTER_LIMIT), entry)
+        return router
+
+
+def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
+    """Counts the n-grams of a text by bucket.
+
+    Returns the buckets that occur, int64 (M,), ascending, and the weight of each, float32 (M,), of Euclidean length 1.
+    docs/bundle-format.md specifies both. Only ASCII is lower-cased, since Unicode's tables differ between versions of Python.
     """
     words = text.encode(errors="replace").lower().split()
     spaced = np.frombuffer(b" %b " % b" ".join(words), np.uint8)
     hashes = np.full(len(spaced) + 1, _FNV_BASIS)
     found = []
-    for length in range(1, _LENGTHS[-1] + 1):  # hashes[i]: of the bytes i to i + length
+    for length in range(1, _LENGTHS[-1] + 1):  # hashes[i]: the hash of bytes i to i + length
         hashes = (hashes[:-1] ^ spaced[length - 1 :]) * _FNV_PRIME
         if length in _LENGTHS:
             found.append(hashes)
@@ -126,10 +157,12 @@ def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
     return occurring, values / max(math.sqrt(float((values * values).sum())), 1e-30)
 
 
-def last_request(messages: Sequence[Message]) -> str:
-    """What a conversation is routed on: its last message of a user, or its last one where no user speaks."""
+def find_last_request(messages: Sequence[Message]) -> str:
+    """The text that a conversation is routed by: the user's last message, or the last message if no user speaks."""
     asked = [message for message in messages if message.get("role") == "user"] or messages
     content = asked[-1].get("content")
     if not isinstance(content, str):
-        raise InputError(f"the last message's content is {type(content).__name__}, not the text that variant 'auto' is chosen by")
+        raise InputError(
+            f"the last message's content is {type(content).__name__}, not text; variant 'auto' is chosen by its text"
+        )
     return content

@@ -1,4 +1,4 @@
-"""Text to tokens and back: the tokenizer, the chat template in a sandbox, and decoding that never splits a character."""
+"""Text to tokens and back: the tokenizer, its chat template in a sandbox, and decoding in pieces of whole characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """A bundle's tokenizer.json together with its chat template."""
+    """A bundle's tokenizer and chat template."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
@@ -46,7 +46,7 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def to_json(self) -> str:
-        """What a tokenizer.json of it holds."""
+        """The tokenizer as the text of a tokenizer.json."""
         text: str = self._tokenizer.to_str()
         return text
 
@@ -55,11 +55,11 @@ class Tokenizer:
         return list(self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation, ending where the assistant is to speak."""
+        """Tokens of a conversation, ending where the assistant's answer starts."""
         return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The conversation as the template writes it; InputError where there is no template or it fails."""
+        """The conversation as the template renders it; InputError if there is no template or it fails."""
         if self._template is None:
             raise InputError("this bundle has no chat template; pass the prompt as text")
         pieces: list[str] = []
@@ -87,27 +87,27 @@ class Tokenizer:
         return "".join(pieces)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
+        """Text of tokens, without special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
 
 class IncrementalDecoder:
-    """Turns tokens into text one by one; the pieces joined are what decode() gives at once, for valid UTF-8.
+    """Decodes tokens one by one; for valid UTF-8, the pieces joined equal decode() of all tokens.
 
-    A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each
-    piece is the difference between two decodings of a short window, and text that ends in U+FFFD waits for its rest.
+    A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each piece is
+    the difference between two decodings of a short window, and text that ends in U+FFFD waits for more tokens.
     keep_space: the text may start with a space, which some decoders would drop.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._ids = tokenizer.encode("a") if keep_space else []  # a text that the rest goes on from
+        self._ids = tokenizer.encode("a") if keep_space else []  # a text for the tokens to continue
         self._window = 0  # first token of the window
-        self._read = len(self._ids)  # tokens whose text has been given out
+        self._read = len(self._ids)  # tokens whose text has been returned
 
     def push(self, token: int) -> str:
-        """The text that this token completes, often its own, sometimes none."""
+        """The text that this token completes: often its own, sometimes none."""
         self._ids.append(token)
         before, after = self._decode_window()
         if after.endswith(_REPLACEMENT) or len(after) <= len(before):
@@ -116,7 +116,7 @@ class IncrementalDecoder:
         return after[len(before) :]
 
     def flush(self) -> str:
-        """What is left at the end: an unfinished character comes out as U+FFFD."""
+        """The remaining text; an unfinished character becomes U+FFFD."""
         before, after = self._decode_window()
         self._window = self._read = len(self._ids)
         return after[len(before) :]
@@ -127,10 +127,10 @@ class IncrementalDecoder:
 
 
 def load_tokenizer(raw: bytes) -> RustTokenizer:
-    """The tokenizer of a tokenizer.json's bytes; IntegrityError where they are none."""
+    """Parses a tokenizer.json; IntegrityError if it is not one."""
     try:
         return RustTokenizer.from_str(raw.decode())
-    except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is no Exception
+    except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is not an Exception
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
         raise IntegrityError(f"{TOKENIZER} cannot be loaded ({error})") from None
@@ -161,7 +161,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _token_text(value: object) -> str:
-    """A special token of tokenizer_config.json: text, or an object that holds it."""
+    """The text of a special token in tokenizer_config.json, which is text or an object with text."""
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""

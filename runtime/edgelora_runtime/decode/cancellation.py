@@ -1,26 +1,22 @@
-"""How a request ends before its time: by a call from any thread, or by the clock."""
+"""How a request ends early: through a call from any thread, or at a deadline."""
 
 from __future__ import annotations
 
 import time
 
-from edgelora_runtime.errors import UsageError
 
-
-class InterruptedGeneration(Exception):  # noqa: N818  (not an error: the text so far is the answer)
-    """Ends the step loop between two steps; reason is the generation's finish_reason."""
+class GenerationCancelled(Exception):  # noqa: N818  (not an error: the text so far is the answer)
+    """Ends the decode loop between two steps. reason: the generation's finish_reason, "cancelled" or "timeout"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-class Interruption:
-    """Whether a request should end. timeout: seconds from now; None for none."""
+class Cancellation:
+    """Tells a request when to end. timeout: seconds from now; None for no limit."""
 
     def __init__(self, timeout: float | None = None) -> None:
-        if timeout is not None and not timeout > 0:
-            raise UsageError(f"timeout = {timeout}: use seconds above 0, or None for none")
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._cancelled = False
 
@@ -29,8 +25,8 @@ class Interruption:
         self._cancelled = True
 
     def check(self) -> None:
-        """Raises InterruptedGeneration once it is time to end."""
+        """Raises GenerationCancelled if the request should end."""
         if self._cancelled:
-            raise InterruptedGeneration("cancelled")
+            raise GenerationCancelled("cancelled")
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise InterruptedGeneration("timeout")
+            raise GenerationCancelled("timeout")

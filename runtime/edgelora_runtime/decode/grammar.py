@@ -1,4 +1,4 @@
-"""Structured output: which tokens may come next, so that an answer fits a JSON schema, a regular expression or a grammar."""
+"""Structured output: masks tokens so that the answer fits a JSON schema, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# Between two parts of a JSON text, where llguidance's default has no end: small models get lost in blanks.
+# Whitespace between parts of JSON. llguidance's default is unbounded, and small models get lost in it.
 _BLANKS = r" |\n[ ]{0,32}"
-# What each of eight logits is bounded by, float32 (256, 8), for each byte of a mask: cheaper than a choice per logit.
+# Upper bounds of eight logits for each byte of a mask, float32 (256, 8): cheaper than a choice per logit.
 _BOUNDS = np.array([-np.inf, np.inf], np.float32)[
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 ]
-_REASON = 300  # characters that are shown
-_QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason is over
+_REASON = 300  # characters of llguidance's reason that are shown
+_QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's reason ends
 
 
 class Constraint:
-    """How far one answer has come in its grammar. end_tokens: those of the model, which may come where the grammar accepts."""
+    """The state of one answer in its grammar. end_tokens: the model's, which are allowed where the grammar accepts."""
 
     def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._name = name
@@ -41,26 +41,26 @@ class Constraint:
         self._end_tokens = np.array(end_tokens, np.int64)
         self._masked = np.empty(vocab_size, np.float32)
         self._bounds = np.empty((len(matcher.compute_bitmask()), 8), np.float32)
-        self.mask(np.zeros(vocab_size, np.float32))  # so that what nothing fits is refused before a prompt is read
+        self.mask(np.zeros(vocab_size, np.float32))  # refuses a grammar that no text fits before the prompt is read
 
     def mask(self, logits: Floats) -> Floats:
-        """The logits, float32 (V,), with -inf for tokens that may not come next; overwritten by the next call.
+        """The logits, float32 (V,), with -inf for tokens that cannot come next; the next call overwrites them.
 
-        Raises UsageError where none may, or where finding out takes more steps than llguidance allows itself.
+        Raises UsageError if no token can, or if llguidance reaches its limit of steps.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        self._check()  # a matcher that failed allows the end tokens, as one does that is done
+        self._check()  # a matcher that failed allows the end tokens, like one that has finished
         np.take(_BOUNDS, bits, axis=0, out=self._bounds, mode="clip")  # numpy would copy `out` to raise errors
         bounds = self._bounds.reshape(-1)[: self._masked.size]
         if not self._matcher.is_accepting():
-            bounds[self._end_tokens] = -np.inf  # which may be plain text to the tokenizer
+            bounds[self._end_tokens] = -np.inf  # the tokenizer may take them for plain text
         np.minimum(logits, bounds, out=self._masked)
         if np.isneginf(self._masked.max()):
-            raise UsageError(f"{self._name}: none of the model's tokens can follow and fits; allow for more")
+            raise UsageError(f"{self._name}: no token of the model fits here; loosen the constraint")
         return self._masked
 
     def advance(self, token: int) -> bool:
-        """Takes a token that the mask allowed; returns whether anything but the end may follow."""
+        """Consumes a token that the mask allowed; returns whether anything but the end can follow."""
         self._matcher.consume_token(token)
         self._check()
         return not self._matcher.is_stopped()
@@ -71,7 +71,7 @@ class Constraint:
 
 
 class Grammars:
-    """Makes constraints over a bundle's tokenizer, which llguidance reads once, when the first is asked for; for any thread."""
+    """Makes constraints for a bundle's tokenizer, which llguidance reads on first use. Safe to call from many threads."""
 
     def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
         self._source = tokenizer
@@ -83,17 +83,16 @@ class Grammars:
     def compile(
         self, json_schema: Mapping[str, Any] | str | None = None, regex: str | None = None, grammar: str | None = None
     ) -> Constraint | None:
-        """The constraint of a request, None for none.
+        """The constraint of a request; None if it has none.
 
-        Raises UsageError for more than one, for what llguidance cannot read or does not support, and for a tokenizer of a kind
-        that it does not; MissingExtraError where it is not installed.
+        Raises UsageError for what llguidance cannot read or does not support, and for a tokenizer of a kind that it
+        does not; MissingExtraError if it is not installed.
         """
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
         names = [name for name, value in given.items() if value is not None]
         if not names:
             return None
-        if len(names) > 1:
-            raise UsageError(f"{' and '.join(names)} are given together; use one of them")
+        assert len(names) == 1, "resolve_options() refuses several"
         try:
             from llguidance import LLMatcher, LLParserLimits
         except ImportError as error:
@@ -108,12 +107,12 @@ class Grammars:
                 assert grammar is not None
                 source = LLMatcher.grammar_from_lark(grammar)
             matcher = LLMatcher(tokenizer, source, log_level=0, limits=limits)
-        except (TypeError, ValueError, RecursionError) as error:  # no text, no JSON, or nested too deeply
+        except (TypeError, ValueError, RecursionError) as error:  # not text, not JSON, or nested too deeply
             raise UsageError(f"{names[0]}: {_shorten(str(error))}") from error
         return Constraint(names[0], matcher, self._size, self._end_tokens)
 
     def clear(self) -> None:
-        """Frees llguidance's view of the tokenizer; a later call makes it again."""
+        """Frees llguidance's copy of the tokenizer; a later call makes it again."""
         self._tokenizer = None
 
     def _load_tokenizer(self) -> LLTokenizer:
@@ -121,7 +120,7 @@ class Grammars:
 
         with self._lock:
             if self._tokenizer is None:
-                # A model can have more tokens than its tokenizer, and fewer.
+                # A model can have more tokens than its tokenizer, or fewer.
                 size = max(self._size, self._source.size)
                 try:
                     self._tokenizer = LLTokenizer(self._source.to_json(), n_vocab=size, eos_token=self._end_tokens or None)
@@ -131,7 +130,7 @@ class Grammars:
 
 
 def _write_schema(schema: Mapping[str, Any] | str) -> str:
-    """A schema as JSON; ValueError or TypeError where it is no object, or where one of its values is none of JSON's."""
+    """A schema as JSON text; ValueError or TypeError if it is not an object or holds a value that JSON lacks."""
     value = json.loads(schema) if isinstance(schema, str) else dict(schema)
     if not isinstance(value, dict):
         raise TypeError(f"{type(value).__name__} is no schema; use an object, such as {{}} for any JSON")
@@ -139,12 +138,12 @@ def _write_schema(schema: Mapping[str, Any] | str) -> str:
 
 
 def _find_reason(matcher: LLMatcher) -> str:
-    """Why a matcher failed, on one line: without the source that llguidance quotes below its reason."""
+    """Why a matcher failed, on one line, without the source that llguidance quotes below its reason."""
     reason = _shorten(_QUOTED.split(matcher.get_error(), maxsplit=1)[0])
-    return "nothing can follow that fits; allow for more" if reason.startswith("NoExtension") else reason
+    return "nothing can follow that fits; loosen the constraint" if reason.startswith("NoExtension") else reason
 
 
 def _shorten(reason: str) -> str:
-    """The start and the end, on one line, of a reason that may quote all of a pattern in between."""
+    """The start and the end of a reason, on one line; in between, it may quote a whole pattern."""
     line = " ".join(reason.split())
     return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"

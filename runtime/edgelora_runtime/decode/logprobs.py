@@ -1,4 +1,4 @@
-"""How likely the model held a token, and which it held likelier: log probabilities before temperature, filters, constraints."""
+"""Log probabilities of tokens under the model's own distribution, before temperature, filters and constraints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token that was written, its log probability (natural, of the model's own distribution), and the likeliest tokens.
+    """A token that was written and its natural log probability.
 
-    top: (token, log probability) of these, likeliest first; the written one is among them only if it is one of them.
+    top: (token, log probability) of the likeliest tokens, likeliest first; the written token appears only if it is one of them.
     """
 
     token: int

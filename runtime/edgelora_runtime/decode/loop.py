@@ -1,4 +1,4 @@
-"""The decode loop: prompt tokens in, text pieces out, and an account of what it cost."""
+"""The decode loop: takes a prompt's tokens, yields pieces of text, and reports what they cost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.bundle.tokenizer import IncrementalDecoder
-from edgelora_runtime.decode.cancellation import InterruptedGeneration
+from edgelora_runtime.decode.cancellation import GenerationCancelled
 from edgelora_runtime.decode.logprobs import TokenLogprob, rate_token
 from edgelora_runtime.decode.sampling import Sampler
 from edgelora_runtime.session.kv_cache import shared_prefix
@@ -17,21 +17,19 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.router import Route
     from edgelora_runtime.bundle.tokenizer import Tokenizer
-    from edgelora_runtime.decode.cancellation import Interruption
-    from edgelora_runtime.decode.grammar import Constraint
+    from edgelora_runtime.decode.cancellation import Cancellation
     from edgelora_runtime.decode.reader import Reader
-    from edgelora_runtime.decode.sampling import Sampling
-    from edgelora_runtime.decode.stop_strings import StopFilter
+    from edgelora_runtime.decode.request import Request
 
-_SINKS = 4  # first tokens that stay when a context slides: as many as the paper finds to be enough
+_SINKS = 4  # first tokens that a context shift keeps: as many as the paper finds necessary
 
 
 @dataclass(frozen=True)
 class Receipt:
     """What a switch cost.
 
-    milliseconds: from the call until the variant can run. cold: its session had to be created. bytes_mapped: of blobs
-    and adapters that were opened for it. kv_reused_tokens: tokens of earlier requests whose KV cache it still holds.
+    milliseconds: from the call until the variant can run. cold: whether its session had to be created. bytes_mapped: bytes of the
+    blobs and adapters that were opened for it. kv_reused_tokens: tokens of earlier requests that its KV cache still holds.
     """
 
     variant: str
@@ -45,12 +43,11 @@ class Receipt:
 class Generation:
     """A finished answer.
 
-    tokens: what the model wrote, without the end token. finish_reason: stop (an end token, a stop string, or the end of what
-    the answer had to fit), length, cancelled or timeout. reused_tokens: of the prompt, read from the KV cache. prefill_ms
-    reads the rest of the prompt and gives the first token; decode_ms gives all others. route: how the variant was chosen,
-    where it was "auto". dropped_tokens: what was left out of the middle so that the context could slide on. logprobs: one per
-    token, where they were asked for. drafted_tokens: guesses that steps read along. accepted_tokens: those of them that came
-    true, each of which saved a step.
+    tokens: what the model wrote, without the end token. finish_reason: "stop" (an end token, a stop string, or the end of a
+    constraint), "length", "cancelled" or "timeout". reused_tokens: tokens of the prompt that came from the KV cache. prefill_ms:
+    time to read the rest of the prompt and write the first token. decode_ms: time to write all others. route: how the variant was
+    chosen, if the request said "auto". dropped_tokens: tokens that context shifts dropped. logprobs: one per token, if requested.
+    drafted_tokens: draft tokens that steps read along. accepted_tokens: how many of these were accepted; each saved a step.
     """
 
     text: str
@@ -69,37 +66,16 @@ class Generation:
     accepted_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it, once: the stop filter and the interruption have a state.
-
-    end_tokens: the model's own. context: tokens that the model may see at once; a text that grows longer loses its middle, and
-    one that must not has a max_tokens that fits. route: as in Generation. logprobs: how many alternatives to give for each token,
-    0 for no log probabilities at all. constraint: what the answer has to fit, which has a state, too.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    sampling: Sampling
-    stop: StopFilter
-    end_tokens: frozenset[int]
-    context: int
-    interruption: Interruption
-    route: Route | None = None
-    logprobs: int = 0
-    constraint: Constraint | None = None
-
-
 class TextStream:
-    """An iterator over pieces of text that are whole characters; `generation` is there once it is exhausted.
+    """An iterator over pieces of text, each of whole characters. `generation` is set once the iterator is exhausted.
 
-    `async for` works as `for` does, with each step in a thread of its own; a task that is cancelled ends the generation.
+    `async for` works like `for` and runs each step in a thread; cancelling the task ends the generation.
     """
 
-    def __init__(self, pieces: Generator[str, None, Generation], interruption: Interruption) -> None:
+    def __init__(self, pieces: Generator[str, None, Generation], cancellation: Cancellation) -> None:
         self.generation: Generation | None = None
         self._pieces = pieces
-        self._interruption = interruption
+        self._cancellation = cancellation
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -116,7 +92,7 @@ class TextStream:
         return self
 
     async def __anext__(self) -> str:
-        import asyncio  # a tenth of the time to import all else, and few await
+        import asyncio  # costs a tenth of the package's import time, and few callers await
 
         try:
             piece = await asyncio.to_thread(next, self, None)  # StopIteration cannot cross a future
@@ -128,11 +104,11 @@ class TextStream:
         return piece
 
     def cancel(self) -> None:
-        """Ends the generation before its next step, from any thread; what was written so far is the answer."""
-        self._interruption.cancel()
+        """Ends the generation before its next step; the text so far is the answer. Safe from any thread."""
+        self._cancellation.cancel()
 
     def close(self) -> None:
-        """Ends the generation and drops the answer; what was read so far stays in the KV cache."""
+        """Ends the generation and drops the answer; the KV cache keeps what was read so far."""
         self._pieces.close()
 
 
@@ -142,7 +118,7 @@ def continue_prompt(
     tokenizer: Tokenizer,
     reader: Reader,
 ) -> Generator[str, None, Generation]:
-    """Reads what the cache lacks of the prompt, then writes token by token; yields text, returns the account."""
+    """Reads the part of the prompt that the cache lacks, then writes token by token. Yields text, returns the Generation."""
     started = first_token = time.perf_counter()
     cache = reader.cache
     reused = min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
@@ -158,15 +134,15 @@ def continue_prompt(
     while len(tokens) < request.max_tokens:
         if len(cache.tokens) + len(unread) > request.context:
             text = [*cache.tokens, *unread]
-            kept = _slide(text, request.context, request.max_tokens - len(tokens))
+            kept = _shift_context(text, request.context, request.max_tokens - len(tokens))
             dropped += len(text) - len(kept)
             cache.rewind(shared_prefix(cache.tokens, kept))
             unread = kept[len(cache.tokens) :]
         try:
             room = min(request.max_tokens - len(tokens) - 1, request.context - len(cache.tokens) - len(unread))
-            logits = reader.read(unread, room, request.interruption.check)
-        except InterruptedGeneration as interrupted:
-            reason = interrupted.reason
+            logits = reader.read(unread, room, request.cancellation.check)
+        except GenerationCancelled as cancelled:
+            reason = cancelled.reason
             break
         token = sampler.draw(logits if constraint is None else constraint.mask(logits))
         if not tokens:
@@ -184,7 +160,7 @@ def continue_prompt(
         if stop.stopped or (constraint is not None and not constraint.advance(token)):
             reason = "stop"
             break
-    # Not before the end: an unfinished character, and text that might have become a stop string.
+    # What was held back: an unfinished character, and text that could have become a stop string.
     if piece := stop.push(decoder.flush()) + stop.flush():
         shown.append(piece)
         yield piece
@@ -207,10 +183,10 @@ def continue_prompt(
     )
 
 
-def _slide(text: Sequence[int], context: int, more: int) -> list[int]:
-    """What stays of a text that outgrew the context, so that as many tokens more fit, up to half a context.
+def _shift_context(text: Sequence[int], context: int, more: int) -> list[int]:
+    """A context shift: what stays of a text that outgrew the context, so that `more` tokens fit, up to half a context.
 
-    The first ones stay, since attention rests on them (arXiv 2309.17453, section 3.1), and the last; the middle goes.
+    The first tokens stay, since attention rests on them (arXiv 2309.17453, section 3.1), and so do the last; the middle goes.
     """
     kept = min(context, context - min(more, context // 2) + 1)  # the last token is never read back
     first = min(_SINKS, kept // 2)

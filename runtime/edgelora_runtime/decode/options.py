@@ -1,32 +1,198 @@
-"""What a request may ask for, as the keyword arguments of all calls that generate."""
+"""The options of a request, each declared once with its type, default, help and check; every front end reads them from here."""
 
-from __future__ import annotations
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
-from typing import TYPE_CHECKING, TypedDict
+from edgelora_runtime.errors import UsageError, list_wrong
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from typing import Any
+
+@dataclass(frozen=True)
+class Option:
+    """What the type of an option does not say.
+
+    default: the value of an option that a call leaves out. help: one sentence, for --help and reference pages. choices: the
+    values that the option takes; any value where empty. accepts: whether a value can be used. allowed: what to use if it cannot.
+    """
+
+    default: Any
+    help: str
+    choices: tuple[str, ...] = ()
+    accepts: Callable[[Any], bool] = lambda _: True
+    allowed: str = ""
+
+
+_INFINITY = float("inf")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of Runtime.stream(), which says what they mean and what holds without them."""
+    """The keyword arguments of Runtime.stream(), generate() and generate_async(); all of them are optional.
 
-    variant: str | None
-    mix: Mapping[str, float] | None
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    repetition_penalty: float
-    seed: int | None
-    stop: Sequence[str]
-    timeout: float | None
-    overflow: str
-    ignore_eos: bool
-    logprobs: int
-    json_schema: Mapping[str, Any] | str | None
-    regex: str | None
-    grammar: str | None
-    speculation: str
+    overflow: with "slide", a text that outgrows the context loses its middle as often as necessary, and the runtime reads what is
+    left again: what llama.cpp calls a context shift. json_schema, regex, grammar: the whole answer fits the constraint if its
+    finish_reason is "stop" and no stop string ended it; an answer cut short is the start of one that fits. speculation: draft
+    tokens never change which token is drawn from given logits, but steps of several rows round differently from steps of one row.
+    Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives
+    the same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer
+    can change from call to call. Growing caches have no room for draft tokens, so speculation is off for them.
+    """
+
+    variant: Annotated[
+        str | None,
+        Option(None, "The variant to run, by default the current one; auto lets the bundle's router pick one per prompt."),
+    ]
+    mix: Annotated[Mapping[str, float] | None, Option(None, "Weights of live adapters to mix for this request only.")]
+    max_tokens: Annotated[
+        int, Option(64, "Write at most this many tokens.", accepts=lambda n: operator.index(n) >= 1, allowed="1 or more")
+    ]
+    temperature: Annotated[
+        float,
+        Option(
+            0.0,
+            "Divide logits by this before drawing a token; 0 always takes the likeliest (greedy).",
+            accepts=lambda value: 0 <= value < _INFINITY,
+            allowed="0 (greedy) or more",
+        ),
+    ]
+    top_k: Annotated[
+        int,
+        Option(
+            0, "Keep the k likeliest tokens; 0 keeps all.", accepts=lambda k: operator.index(k) >= 0, allowed="0 (all) or more"
+        ),
+    ]
+    top_p: Annotated[
+        float,
+        Option(
+            1.0,
+            "Keep the fewest likeliest tokens that together reach this probability (arXiv 1904.09751).",
+            accepts=lambda value: 0 < value <= 1,
+            allowed="more than 0, at most 1",
+        ),
+    ]
+    min_p: Annotated[
+        float,
+        Option(
+            0.0,
+            "Drop tokens whose probability is below this share of the likeliest token's (arXiv 2407.01082).",
+            accepts=lambda value: 0 <= value <= 1,
+            allowed="0 to 1",
+        ),
+    ]
+    repetition_penalty: Annotated[
+        float,
+        Option(
+            1.0,
+            "Above 1, make tokens that the text already holds less likely (arXiv 1909.05858).",
+            accepts=lambda value: 0 < value < _INFINITY,
+            allowed="more than 0; 1 for no penalty",
+        ),
+    ]
+    seed: Annotated[
+        int | None,
+        Option(
+            None,
+            "Seed of the random draws; without one, every call draws differently.",
+            accepts=lambda value: value is None or operator.index(value) >= 0,
+            allowed="a whole number, 0 or more",
+        ),
+    ]
+    stop: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Texts that end the answer and are left out of it.",
+            accepts=lambda texts: texts != "" and all(isinstance(text, str) and text for text in texts),
+            allowed="texts, but no empty string, which every text contains",
+        ),
+    ]
+    timeout: Annotated[
+        float | None,
+        Option(
+            None,
+            "Seconds from the call after which the text so far is the answer.",
+            accepts=lambda seconds: seconds is None or seconds > 0,
+            allowed="seconds above 0, or None for no limit",
+        ),
+    ]
+    overflow: Annotated[
+        str,
+        Option(
+            "error",
+            "At the context's end: error refuses longer prompts and cuts the answer; slide drops the text's middle.",
+            choices=("error", "slide"),
+        ),
+    ]
+    ignore_eos: Annotated[bool, Option(False, "Keep writing after an end token, for measurements.")]
+    logprobs: Annotated[
+        int,
+        Option(
+            0,
+            "Log probabilities of this many likeliest tokens at each position; 0 for none.",
+            accepts=lambda n: operator.index(n) >= 0,
+            allowed="0 (none) or more",
+        ),
+    ]
+    json_schema: Annotated[
+        Mapping[str, Any] | str | None, Option(None, "A JSON schema that the answer must fit, as an object or as JSON text.")
+    ]
+    regex: Annotated[str | None, Option(None, "A regular expression that the whole answer must match.")]
+    grammar: Annotated[str | None, Option(None, "A grammar in llguidance's Lark notation that the answer must fit.")]
+    speculation: Annotated[
+        str,
+        Option(
+            "off",
+            "Read draft tokens along with each step: on, auto (only where it pays), or off.",
+            choices=("auto", "on", "off"),
+        ),
+    ]
+
+
+_HINTS = get_type_hints(GenerateOptions, include_extras=True)
+OPTIONS: Mapping[str, Option] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
+TYPES: Mapping[str, Any] = {name: hint.__origin__ for name, hint in _HINTS.items()}
+_CONSTRAINTS = ("json_schema", "regex", "grammar")
+
+
+def resolve_options(given: Mapping[str, object]) -> GenerateOptions:
+    """Every option of a request: those given, and the defaults of the others. Raises one UsageError that lists every mistake."""
+    unknown = [_describe_unknown(name) for name in given if name not in OPTIONS]
+    options = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
+    wrong = [*unknown, *_list_wrong_values(options), *_list_conflicts(options)]
+    if wrong:
+        raise UsageError("; ".join(wrong))
+    return cast("GenerateOptions", options)
+
+
+def _describe_unknown(name: str) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, OPTIONS, 1)
+    return f"no option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(OPTIONS)}")
+
+
+def _list_wrong_values(options: Mapping[str, Any]) -> list[str]:
+    unsupported = [
+        f"{name} {options[name]!r} is not supported; use one of {', '.join(option.choices)}"
+        for name, option in OPTIONS.items()
+        if option.choices and options[name] not in option.choices
+    ]
+    checks = ((name, options[name], _accepts(option, options[name]), option.allowed) for name, option in OPTIONS.items())
+    return unsupported + list_wrong(checks)
+
+
+def _accepts(option: Option, value: object) -> bool:
+    try:
+        return option.accepts(value)
+    except TypeError:  # a value of another type
+        return False
+
+
+def _list_conflicts(options: Mapping[str, Any]) -> list[str]:
+    constraints = [name for name in _CONSTRAINTS if options[name] is not None]
+    wrong = []
+    if len(constraints) > 1:
+        wrong.append(f"{' and '.join(constraints)} are given together; use one of them")
+    if constraints and options["ignore_eos"]:
+        wrong.append(f"ignore_eos writes on after the end, where no text fits {constraints[0]}; leave one of them out")
+    return wrong

@@ -1,4 +1,4 @@
-"""Reads a text into a KV cache and hands out the logits of its positions, some of them from guesses that came true."""
+"""Reads a text into a KV cache and returns the logits of its positions, with or without draft tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.session.model import PREFILL_CHUNK
-from edgelora_runtime.session.step_costs import MOST_GUESSES, choose_length, count_likely, find_least_chance
+from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, StepCosts, choose_length, count_likely, find_break_even
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -14,120 +14,127 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from edgelora_runtime.decode.drafter import Drafter, Experience, Guess
+    from edgelora_runtime.decode.drafter import AcceptanceStatistics, Drafter, DraftToken
     from edgelora_runtime.session.factors import LoraInputs
     from edgelora_runtime.session.kv_cache import KVCache
     from edgelora_runtime.session.model import Model
 
     Floats = NDArray[np.float32]
+    EstimateCosts = Callable[[StepCosts, int, int], list[float]]
 
 
 class Reader:
-    """One request's way to its model."""
+    """Reads one request's tokens with its model, its KV cache and its LoRA inputs."""
 
-    drafted = accepted = 0  # guesses that were read, and those of them that came true
+    drafted = accepted = 0  # draft tokens that were read, and how many of them were accepted
 
     def __init__(self, model: Model, cache: KVCache, live: LoraInputs | None) -> None:
+        self.model = model
         self.cache = cache
-        self._model = model
-        self._live = live
+        self.live = live
 
     def reserve(self, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to."""
-        self._model.reserve(self.cache, positions)
+        self.model.reserve(self.cache, positions)
 
-    def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for guesses)
-        """Appends tokens to the cache; returns the logits (V,) behind them, which the next call overwrites.
+    def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for draft tokens)
+        """Appends tokens to the cache; returns the logits (V,) after the last one, which the next call overwrites.
 
-        room: for how many further tokens there is use. check: called before each step, may raise to end here.
+        room: how many more tokens the request can use. check: called before each step; may raise to end here.
         """
-        logits: Floats = self._model.read(self.cache, tokens, live=self._live, check=check)[0]
+        logits: Floats = self.model.read(self.cache, tokens, live=self.live, check=check)[0]
         return logits
 
 
 class SpeculatingReader(Reader):
-    """Appends guesses to what it reads, so that one step gives the logits of several positions.
+    """Reads draft tokens along, so that one step gives the logits of several positions.
 
-    What is drawn is drawn from the logits of its own position, one after another, as without guesses: a guess only decides
-    whether these are there already. So it is right with the probability that the model gives it, and where it is wrong the
-    draw was one of all other tokens: what speculative sampling (arXiv 2211.17192, section 2.3) comes to for certain guesses,
-    with the same use of random numbers as without. The cache's tokens are only ever what was drawn; keys and values of
-    wrong guesses lie behind them, until they are overwritten.
+    Each token is drawn from the logits of its own position, one after another, as without draft tokens; a draft token only
+    decides whether these logits are there already. It is therefore accepted with the probability that the model gives it, and
+    where it is rejected, the draw is one of the other tokens. This is speculative sampling (arXiv 2211.17192, section 2.3) for a
+    draft model that is certain of its tokens, and it uses random numbers exactly as decoding without drafts does. The cache's
+    tokens are only those that were drawn; keys and values of rejected draft tokens follow theirs until they are overwritten.
 
-    onnxruntime's kernels for one row, of int4 products by AVX2 and of attention, give other last bits than those for several
-    rows, which agree with each other whatever their number. With least_rows = LEAST_ROWS no step here has one row: one without
-    a guess reads the token before once more. Then guesses change no bit of an answer; beside an answer without speculation it
-    can differ where two tokens are nearly equally likely. With 1 a step without a guess is faster, and guesses decide which
-    kernels the next token comes from.
+    onnxruntime's kernels for one row, both of int4 products with AVX2 and of attention, round differently from those for several
+    rows, which agree with each other for any number of rows. With min_rows = MIN_ROWS no step has one row: a step without draft
+    tokens reads the token before its own once more. Draft tokens then change no bit of an answer, though an answer without
+    speculation can differ where two tokens are nearly equally likely. With min_rows = 1, steps without draft tokens are faster,
+    but the draft decides which kernels compute the next token.
+
+    plain: the reader that this one replaces. estimate: seconds of steps by number of draft tokens, as StepCosts.estimate().
     """
 
     def __init__(
         self,
-        model: Model,
-        cache: KVCache,
-        live: LoraInputs | None,
+        plain: Reader,
         drafter: Drafter,
-        experience: Experience,
-        least_rows: int,
+        statistics: AcceptanceStatistics,
+        *,
+        min_rows: int,
+        estimate: EstimateCosts = StepCosts.estimate,
     ) -> None:
-        super().__init__(model, cache, live)
+        super().__init__(plain.model, plain.cache, plain.live)
         self._drafter = drafter
-        self._experience = experience
-        self._least_rows = least_rows
-        self._guesses: list[Guess] = []  # from the position behind the last step's tokens on; the first ones were read with them
-        self._logits: Sequence[Floats] = ()  # behind those tokens, and behind each guess that was read
-        self._at = 0  # the row of these that was handed out last
+        self._statistics = statistics
+        self._min_rows = min_rows
+        self._estimate = estimate
+        self._drafts: list[
+            DraftToken
+        ] = []  # proposed for the positions after the last step's tokens; that step read the first ones
+        self._logits: Sequence[Floats] = ()  # after those tokens, and after each draft token that was read
+        self._at = 0  # the row of _logits that was returned last
         self._is_prompt = True
 
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:
         started = time.perf_counter()
         if not self._is_prompt:
             self._drafter.append(tokens[-1])
-        if self._at < len(self._guesses):
-            guess = self._guesses[self._at]
-            self._experience.learn(guess, tokens[-1])
+        if self._at < len(self._drafts):
+            draft = self._drafts[self._at]
+            self._statistics.record(draft, tokens[-1])
             self._at += 1
-            if guess.token == tokens[-1] and self._at < len(self._logits):
+            if draft.token == tokens[-1] and self._at < len(self._logits):
                 self.accepted += 1
                 self.cache.extend(tokens)
-                self._note_cost(time.perf_counter() - started)
+                self._record_cost(time.perf_counter() - started)
                 return self._logits[self._at]
-        self._guesses, self._at, self._is_prompt = [], 0, False
-        most = min(room, MOST_GUESSES, -len(tokens) % PREFILL_CHUNK)  # in one chunk with the last token
-        seconds = self._model.costs.estimate(most, self._least_rows)
-        draft = self._draft(most, seconds, follows_prompt=len(tokens) > 1)
-        if seconds:  # a prompt's own rows, which any request reads, are left out
-            self._note_cost(time.perf_counter() - started + seconds[len(draft)])
-        self._logits = self._step(tokens, draft, check)
-        self.drafted += len(draft)
+        self._drafts, self._at, self._is_prompt = [], 0, False
+        limit = min(room, MAX_DRAFT_TOKENS, -len(tokens) % PREFILL_CHUNK)  # in one chunk with the last token
+        seconds = self._estimate(self.model.costs, limit, self._min_rows)
+        drafted = self._draft(limit, seconds, follows_prompt=len(tokens) > 1)
+        if seconds:  # without the prompt's own rows, which every request reads
+            self._record_cost(time.perf_counter() - started + seconds[len(drafted)])
+        self._logits = self._step(tokens, drafted, check)
+        self.drafted += len(drafted)
         return self._logits[0]
 
-    def _draft(self, most: int, seconds: list[float], *, follows_prompt: bool) -> list[int]:
-        """As many guesses as pay, and now and then another number; whatever else was guessed is kept to learn from.
+    def _draft(self, limit: int, seconds: list[float], *, follows_prompt: bool) -> list[int]:
+        """As many draft tokens as pay, and now and then another number. Those that are not read still serve the statistics.
 
-        seconds: of steps with 0 to `most` of them. Behind a prompt each costs its own row alone, as the rest is read anyway.
+        seconds: of steps with 0 to `limit` draft tokens. After a prompt, a draft token costs only its own row, since the rest of
+        the step is needed anyway.
         """
-        least_chance = find_least_chance(seconds)
-        self._guesses = self._drafter.guess(most, least_chance)
-        chances = [guess.chance for guess in self._guesses]
+        break_even = find_break_even(seconds)
+        self._drafts = self._drafter.propose(limit, break_even)
+        rates = [draft.rate for draft in self._drafts]
         if follows_prompt:
-            chosen = count_likely(chances, least_chance) if seconds else 0
+            count = count_likely(rates, break_even) if seconds else 0
         else:
-            chosen = self._model.costs.probe(choose_length(chances, seconds), len(chances))
-        return [guess.token for guess in self._guesses[:chosen]]
+            count = self.model.costs.probe(choose_length(rates, seconds), len(rates))
+        return [draft.token for draft in self._drafts[:count]]
 
-    def _note_cost(self, seconds: float) -> None:
-        """What the latest token took, as far as it is known how that compares."""
-        if self._model.costs.plain is not None:
-            self._experience.note_cost(seconds / self._model.costs.plain)
+    def _record_cost(self, seconds: float) -> None:
+        """Records what the newest token took, if the cost of a plain step is known to compare it with."""
+        if self.model.costs.plain is not None:
+            self._statistics.record_cost(seconds / self.model.costs.plain)
 
-    def _step(self, tokens: Sequence[int], draft: Sequence[int], check: Callable[[], None]) -> list[Floats]:
-        """The logits behind the tokens and behind each of the draft, which the cache then does not count among its own."""
-        rows = [*tokens, *draft]
-        if len(rows) < self._least_rows and self.cache.tokens:
+    def _step(self, tokens: Sequence[int], drafted: Sequence[int], check: Callable[[], None]) -> list[Floats]:
+        """The logits after the tokens and after each draft token; the cache's tokens do not include the draft."""
+        rows = [*tokens, *drafted]
+        if len(rows) < self._min_rows and self.cache.tokens:
             rows.insert(0, self.cache.tokens[-1])
             self.cache.rewind(len(self.cache.tokens) - 1)
-        keep = max(len(draft) + 1, min(len(rows), self._least_rows))  # the head, too, has a kernel for one row
-        logits = self._model.read(self.cache, rows, live=self._live, keep=keep, check=check)
-        self.cache.rewind(len(self.cache.tokens) - len(draft))
-        return list(logits[keep - len(draft) - 1 :])
+        keep = max(len(drafted) + 1, min(len(rows), self._min_rows))  # the head, too, has a kernel for one row
+        logits = self.model.read(self.cache, rows, live=self.live, keep=keep, check=check)
+        self.cache.rewind(len(self.cache.tokens) - len(drafted))
+        return list(logits[keep - len(drafted) - 1 :])

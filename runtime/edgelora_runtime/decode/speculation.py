@@ -1,65 +1,85 @@
-"""Whether a request's steps read guesses along, and what the guesses are made from."""
+"""Decides whether a request reads draft tokens along with its steps, and gives it a reader that does."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.bundle.draft_table import TABLE_LIMIT, DraftTable
-from edgelora_runtime.decode.drafter import Drafter, Experience
+from edgelora_runtime.decode.drafter import AcceptanceStatistics, Drafter
 from edgelora_runtime.decode.reader import Reader, SpeculatingReader
-from edgelora_runtime.session.step_costs import LEAST_ROWS
+from edgelora_runtime.session.step_costs import MIN_ROWS, StepCosts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from edgelora_runtime.bundle.choice import Choice
     from edgelora_runtime.bundle.folder import Bundle
-    from edgelora_runtime.decode.loop import Request
-    from edgelora_runtime.session.factors import LoraInputs
-    from edgelora_runtime.session.kv_cache import KVCache
-    from edgelora_runtime.session.model import Model
-
-SPECULATIONS = ("auto", "on", "off")
+    from edgelora_runtime.decode.reader import EstimateCosts
+    from edgelora_runtime.decode.request import Request
 
 
-class Speculation:
-    """A bundle's draft tables, read when they are first asked for, and how guesses did so far."""
+class DraftTables:
+    """A bundle's draft tables, each read the first time it is needed."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._tables: dict[str, DraftTable] = {}  # by file
-        self._experiences: dict[tuple[str, ...], Experience] = {}  # by graph and adapters, whatever they weigh
 
-    def open_reader(
-        self, mode: str, choice: Choice, request: Request, model: Model, cache: KVCache, live: LoraInputs | None
-    ) -> Reader:
-        """How a request reads: mode is one of SPECULATIONS, as in Runtime.stream(). Caches that grow have no room for guesses."""
-        if mode == "off" or self._bundle.manifest.model.cache == "growing":
-            return Reader(model, cache, live)
+    def load(self, adapters: Sequence[str]) -> list[DraftTable]:
+        """The tables of those adapters that have one."""
+        files = [self._bundle.manifest.adapters[name].draft_table for name in adapters]
+        return [self._load_file(file) for file in files if file is not None]
+
+    def clear(self) -> None:
+        """Frees the tables; a later request reads them again."""
+        self._tables.clear()
+
+    def _load_file(self, file: str) -> DraftTable:
+        table = self._tables.get(file)
+        if table is None:
+            raw = self._bundle.read(file, limit=TABLE_LIMIT)
+            table = self._tables[file] = DraftTable.read(raw, file, self._bundle.manifest.model.vocab_size)
+        return table
+
+
+class Speculation:
+    """Opens the readers of a bundle's requests, and remembers how drafting went for each variant and mix.
+
+    tables, make_drafter, estimate: where draft tokens come from, and how the costs of steps are estimated.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        tables: DraftTables | None = None,
+        make_drafter: Callable[..., Drafter] = Drafter,
+        estimate: EstimateCosts = StepCosts.estimate,
+    ) -> None:
+        self._bundle = bundle
+        self._tables = DraftTables(bundle) if tables is None else tables
+        self._make_drafter = make_drafter
+        self._estimate = estimate
+        self._statistics: dict[tuple[str, ...], AcceptanceStatistics] = {}  # by graph and adapters, whatever their weights
+
+    def open_reader(self, mode: str, choice: Choice, request: Request, plain: Reader) -> Reader:
+        """The reader of a request: the plain one, or one that speculates in its place. mode: the option `speculation`."""
+        if mode == "off" or self._bundle.manifest.model.cache == "growing":  # growing caches have no room for draft tokens
+            return plain
         adapters = self._find_adapters(choice)
-        experience = self._experiences.setdefault((choice.graph, *adapters), Experience())
-        if mode == "auto" and (model.costs.plain is None or not experience.recommend()):
-            return Reader(model, cache, live)
-        drafter = Drafter(request.prompt, self._find_tables(adapters), experience, request.end_tokens)
-        return SpeculatingReader(model, cache, live, drafter, experience, 1 if mode == "auto" else LEAST_ROWS)
+        statistics = self._statistics.setdefault((choice.graph, *adapters), AcceptanceStatistics())
+        if mode == "auto" and (plain.model.costs.plain is None or not statistics.recommend()):
+            return plain
+        drafter = self._make_drafter(request.prompt, self._tables.load(adapters), statistics, request.end_tokens)
+        min_rows = 1 if mode == "auto" else MIN_ROWS
+        return SpeculatingReader(plain, drafter, statistics, min_rows=min_rows, estimate=self._estimate)
 
     def clear(self) -> None:
         """Frees the tables; a later request reads them again."""
         self._tables.clear()
 
     def _find_adapters(self, choice: Choice) -> list[str]:
-        """Those that a variant or mix adds, rather than takes away."""
+        """The adapters that a variant or mix adds, without those that it subtracts."""
         manifest = self._bundle.manifest
         weights = manifest.variants[choice.label].mix if choice.live is None else dict(choice.live)
         return [name for name, weight in weights.items() if weight >= 0 and name in manifest.adapters]
-
-    def _find_tables(self, adapters: Sequence[str]) -> list[DraftTable]:
-        files = [self._bundle.manifest.adapters[name].draft_table for name in adapters]
-        return [self._load_table(file) for file in files if file is not None]
-
-    def _load_table(self, file: str) -> DraftTable:
-        table = self._tables.get(file)
-        if table is None:
-            raw = self._bundle.read(file, limit=TABLE_LIMIT)
-            table = self._tables[file] = DraftTable.read(raw, file, self._bundle.manifest.model.vocab_size)
-        return table

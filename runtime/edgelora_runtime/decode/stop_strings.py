@@ -1,29 +1,25 @@
-"""Stop strings in a stream: text is held back exactly as long as it may still turn into one."""
+"""Stop strings in a stream: holds text back exactly as long as it could still become a stop string."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
 class StopFilter:
-    """Passes text on until one of the stop strings appears; the stop string itself and what follows are dropped."""
+    """Passes text on until a stop string appears; drops the stop string and all that follows."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str):
             stop = [stop]
-        if not all(stop):
-            raise UsageError("stop holds an empty string, which every text contains; leave it out")
         self._stop = tuple(stop)
         self._held = ""
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that is safe to show now."""
+        """The text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
@@ -38,11 +34,11 @@ class StopFilter:
         return shown
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text that was held back, after the last push()."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, word: str) -> int:
-    """Length of the longest end of text that is a proper beginning of word."""
+    """Length of the longest suffix of text that is a proper prefix of word."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

@@ -1,4 +1,4 @@
-"""Where the platform wants caches to lie."""
+"""Where the platform keeps caches."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_cache_folder() -> Path:
-    """The user's folder for what can be made again; need not be there yet."""
+    """The user's cache folder, which may not exist yet."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Live adapters at run time: their files, and the graph's inputs for the mixes that were asked for."""
+"""Live adapters at run time: reads their files and makes the graph's inputs for requested mixes."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ if TYPE_CHECKING:
     from edgelora_runtime.bundle.choice import LiveWeights
     from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.residency.packed_cache import PackedCache
-    from edgelora_runtime.session.factors import Factors, LoraInputs
+    from edgelora_runtime.session.factors import AdapterTensors, LoraInputs
 
-FILE_LIMIT = 1 << 32  # bytes of one adapter file
+FILE_LIMIT = 1 << 32  # bytes of an adapter file
 
 
-def read_factors(raw: bytes, name: str) -> Factors:
-    """The fp16 tensors of an adapter file."""
+def read_adapter(raw: bytes, name: str) -> AdapterTensors:
+    """Parses an adapter file; IntegrityError unless it holds fp16 matrices lora_A and lora_B for each of its modules."""
     try:
-        factors = load(raw)
+        tensors = load(raw)
     except SafetensorError as error:
         raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
-    wrong = sorted(key for key, tensor in factors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
+    wrong = sorted(key for key, tensor in tensors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
     if wrong:
         raise IntegrityError(f"{name} holds tensors that are not fp16 matrices: {', '.join(wrong[:4])}")
-    modules = {key.removesuffix(".lora_A").removesuffix(".lora_B") for key in factors}
-    if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= factors.keys()):
+    modules = {key.removesuffix(".lora_A").removesuffix(".lora_B") for key in tensors}
+    if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= tensors.keys()):
         raise IntegrityError(f"{name} lacks lora_A or lora_B of {', '.join(single[:4])}")
-    return factors
+    return tensors
 
 
 class LiveMixes:
-    """The LoRA inputs of a bundle's live mixes, each made once while it is among the last that were asked for.
+    """Makes the LoRA inputs of a bundle's live mixes, and keeps those that were used last.
 
-    budget: bytes of factors and LoRA inputs kept for the way back, least recently used out first; the last mix always stays.
-    packed_cache: keeps the inputs of live variants, which then are mapped and take nothing of the budget.
+    budget: bytes of adapter tensors and LoRA inputs to keep; the least recently used go first, and the last mix always stays.
+    packed_cache: stores the inputs of live variants, which are then mapped and do not count toward the budget.
     """
 
     def __init__(self, bundle: Bundle, budget: int, packed_cache: PackedCache | None = None) -> None:
@@ -58,10 +58,10 @@ class LiveMixes:
         self._lock = threading.Lock()
         self._kept: OrderedDict[str | LiveWeights, Mapping[str, NDArray[Any]]] = (
             OrderedDict()
-        )  # factors by adapter, inputs by mix
+        )  # tensors by adapter, inputs by mix
 
     def get(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
-        """The inputs of that type for a mix, the same mapping while it is kept, and the bytes that had to be made for it."""
+        """The inputs of a mix in that type, and the bytes made for them: 0 if they were kept, as the same mapping."""
         with self._lock:
             if mix in self._mapped:
                 return self._mapped[mix], 0
@@ -73,7 +73,7 @@ class LiveMixes:
 
     @property
     def bytes(self) -> int:
-        """What is kept now."""
+        """Bytes that are kept now."""
         with self._lock:
             return sum(map(_count_bytes, self._kept.values()))
 
@@ -83,12 +83,12 @@ class LiveMixes:
             self._mapped.clear()
 
     def _open(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs:
-        """Maps the inputs of a live variant, written where they are not yet; makes those of any other mix."""
+        """Maps the inputs of a live variant from the packed cache, after writing them there; makes those of other mixes."""
         cache = self._packed_cache if mix in self._variants else None
         mapped = None if cache is None else cache.find_inputs(self._bundle, mix, lora_type)
         if mapped is None:
-            slots, factors = self._bundle.manifest.live_slots, [(self._read(name), weight) for name, weight in mix]
-            made = pack_mix(slots, factors) if lora_type == PACKED else stack_mix(slots, factors, lora_type)
+            slots, adapters = self._bundle.manifest.live_slots, [(self._read(name), weight) for name, weight in mix]
+            made = pack_mix(slots, adapters) if lora_type == PACKED else stack_mix(slots, adapters, lora_type)
             mapped = None if cache is None else cache.write_inputs(self._bundle, mix, lora_type, made)
             if mapped is None:
                 self._kept[mix] = made
@@ -102,11 +102,11 @@ class LiveMixes:
         while len(self._kept) > 1 and sum(map(_count_bytes, self._kept.values())) > self._budget:
             self._kept.popitem(last=False)
 
-    def _read(self, name: str) -> Factors:
+    def _read(self, name: str) -> AdapterTensors:
         if name not in self._kept:
             file = self._bundle.manifest.adapters[name].file
-            assert file is not None  # the manifest's references were checked
-            self._kept[name] = read_factors(self._bundle.read(file, limit=FILE_LIMIT), file)
+            assert file is not None  # parse_manifest() checked the references
+            self._kept[name] = read_adapter(self._bundle.read(file, limit=FILE_LIMIT), file)
         self._kept.move_to_end(name)
         return self._kept[name]
 

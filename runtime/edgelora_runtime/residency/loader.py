@@ -1,4 +1,4 @@
-"""Makes models of a bundle's graphs: as one session, or of stages that graphs share and that are opened side by side."""
+"""Loads the models of a bundle's graphs: as one session, or as stages that graphs share and that open in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgelora_runtime.session.model import KEEP, Model
 from edgelora_runtime.session.stage import Stage, Stages, open_stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.bundle.manifest import GraphEntry, Manifest, StageEntry
@@ -25,15 +25,17 @@ if TYPE_CHECKING:
     from edgelora_runtime.session.kernels import Kernels
     from edgelora_runtime.session.providers import Provider
 
-_SPIN_BELOW = 32 << 20  # bytes of weights; what reads more takes much longer than waking a thread (docs/log.md)
+_SPIN_BELOW = 32 << 20  # bytes of weights; a step over more takes much longer than waking a thread (docs/log.md)
 
 
 class Loader:
-    """Loads the graphs of a bundle; a stage that a loaded model has open is not opened again.
+    """Loads the graphs of a bundle; models share the stages that are open.
 
-    kernels: own kernels, which read blobs as they are: nothing is packed, so graphs are loaded whole, and packed_cache is not
-    asked. whole: leaves stages alone in any case. blobs: of each graph its blobs with their bytes. sizes: of each graph its
-    stages with the bytes of weights that they pack; a graph without stages is one.
+    kernels: edgelora's kernels, which read blobs as they are: nothing is packed, so graphs are loaded whole and packed_cache is
+    not used. whole: loads graphs whole in any case. spin_below: bytes of weights of a graph below which its threads spin between
+    steps.
+    open_stage: opens one; see session/stage.py. blobs: for each graph, the bytes of its blobs. sizes: for each graph, the bytes
+    of weights that its stages pack; a graph without stages is its own only stage.
     """
 
     def __init__(
@@ -46,13 +48,17 @@ class Loader:
         kernels: Kernels | None,
         packed_cache: PackedCache | None,
         whole: bool,
+        spin_below: int = _SPIN_BELOW,
+        open_stage: Callable[..., Stage] = open_stage,
     ) -> None:
         self._bundle = bundle
         self._provider = provider
         self._threads = threads
         self._kernels = kernels
         self._packed_cache = packed_cache if kernels is None else None
-        self._turns = FairLock()
+        self._spin_below = spin_below
+        self._open_stage = open_stage
+        self._step_lock = FairLock()
         self._chains: dict[str, Sequence[StageEntry]] = {
             graph.file: (graph,) if whole or kernels is not None or not graph.stages else graph.stages for graph in graphs
         }
@@ -62,7 +68,7 @@ class Loader:
         self.sizes = {graph: _count_packed(bundle.manifest, stages) for graph, stages in self._chains.items()}
 
     def load(self, graph: str) -> Model:
-        """A model of a graph. Its stages that are not open yet are opened on all threads, the largest first."""
+        """Loads the model of a graph. Stages that are not open yet open in parallel, the largest first."""
         largest_first = sorted(self.sizes[graph], key=lambda file: -self.sizes[graph][file])
         keep_freed = contextlib.nullcontext() if self._packed_cache is None else reuse_freed_memory()
         with ThreadPoolExecutor(self._threads or os.cpu_count(), "edgelora-load") as pool, keep_freed:
@@ -77,12 +83,12 @@ class Loader:
             self._bundle.manifest.model,
             name=graph,
             provider=self._provider,
-            turns=self._turns,
+            step_lock=self._step_lock,
             opened=sum(self.blobs[graph][blob] for blob in opened),
         )
 
     def is_mapped(self, file: str) -> bool:
-        """Whether the weights that a stage reads are mapped, or would be once it is open."""
+        """Whether the weights that a stage reads are mapped, or would be if it were open."""
         stage = self._stages.find(file)
         if stage is not None:
             return stage.mapped
@@ -91,20 +97,20 @@ class Loader:
         return self._packed_cache is not None and self._packed_cache.find(self._bundle, self._entries[file]) is not None
 
     def _open(self, file: str) -> Stage:
-        self._bundle.read(file)  # checks the hash; the graph names the blobs, whose sizes were checked on opening
+        self._bundle.read(file)  # checks the hash; opening the bundle checked the sizes of the blobs that the graph names
         entry, packed = self._entries[file], None
         if self._packed_cache is not None:
             packed = self._packed_cache.find(self._bundle, entry) or self._packed_cache.write(self._bundle, entry)
         open_here = partial(
-            open_stage,
+            self._open_stage,
             threads=self._threads,
             provider=self._provider,
-            spin=self._count_bytes(file) < _SPIN_BELOW,
-            alone=file in self._chains,  # by its name it is a graph's own
+            spin=self._count_bytes(file) < self._spin_below,
+            whole=file in self._chains,  # the file of a whole graph
             kernels=self._kernels,
         )
         if packed is not None:
-            with contextlib.suppress(IntegrityError):  # another process may have just deleted it to make room
+            with contextlib.suppress(IntegrityError):  # another process may just have deleted it to make room
                 return open_here(packed, packed=True)
         return open_here(self._bundle.path(file))
 
@@ -114,17 +120,18 @@ class Loader:
 
 
 def _check_slots(stage: Stage, manifest: Manifest, graph: str) -> None:
-    """Refuses a graph whose live inputs are not the manifest's slots in their order: packed factors are found by their place."""
+    """Refuses a graph whose live inputs differ from the manifest's slots, also in order: kernels find factors by position."""
     slots = [name for slots in manifest.live_slots for name in (slots.a, *slots.b)]
     names = [value.name for value in stage.session.get_overridable_initializers()]
     if slots != [name for name in names if name not in (FACTORS, KEEP)]:
-        raise IntegrityError(f"the live inputs of {graph} are not those of live_slots, in their order; export the bundle again")
+        raise IntegrityError(f"the live inputs of {graph} are not those of live_slots in the same order; export the bundle again")
 
 
 def _count_packed(manifest: Manifest, stages: Sequence[StageEntry]) -> dict[str, int]:
-    """Bytes of weights that each stage packs, at the most.
+    """An upper bound of the bytes of weights that each stage packs.
 
-    What several stages map, norms and rotary tables, is packed by none; but a tied embedding is, for the head, which comes last.
+    No stage packs what several of them map, such as norms and rotary tables, except a tied embedding: the head, the last stage,
+    packs that.
     """
     mapped = Counter(blob for stage in stages for blob in stage.blobs)
     return {

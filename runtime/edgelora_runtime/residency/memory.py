@@ -1,4 +1,4 @@
-"""Sizes of memory: as users write them, what the machine has free, and what a process holds; and giving back what it freed."""
+"""Memory sizes as users write them, free memory of the machine, memory of a process, and control over glibc's freed memory."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_bytes(size: int | str | None) -> int | None:
-    """Bytes of a size like 4294967296, "4GiB", "512 MB"; both spellings count in powers of 1024. None stays None."""
+    """Bytes of a size such as 4294967296, "4GiB" or "512 MB"; both spellings mean powers of 1024. None stays None."""
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", str(size), re.IGNORECASE)
     if match is None:
-        raise UsageError(f"memory size {size!r} is not understood; write bytes, or like 4GiB")
+        raise UsageError(f"memory size {size!r} is not understood; write a number of bytes, or a size such as 4GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def find_free_memory() -> int | None:
-    """Bytes that can be taken now without swapping, also of a control group's limit; None where the system does not tell."""
+    """Bytes available without swapping, within the control group's limit if there is one; None if the system does not say."""
     if sys.platform == "win32":
         return _ask_windows()
     free = [value for value in (_read_meminfo(), _read_cgroup()) if value is not None]
     if free:
         return min(free)
-    try:  # macOS has no count of what can be reclaimed in sysconf: half of all is a guess on the safe side
+    try:  # macOS's sysconf does not count reclaimable memory: half of all memory is a cautious estimate
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (ValueError, OSError, AttributeError):
         return None
 
 
 def find_anonymous_memory(process: int | str = "self") -> int | None:
-    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None where there is no such process or figure."""
+    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None if there is no such process or figure."""
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -52,9 +52,9 @@ def find_anonymous_memory(process: int | str = "self") -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Hands the system what was freed but is still kept for allocations to come; glibc alone.
+    """Returns freed memory to the system, where glibc keeps it for later allocations; does nothing with another libc.
 
-    It keeps whole pages of freed memory as long as anything is allocated above them.
+    glibc keeps whole pages of freed memory as long as anything is allocated above them.
     """
     library = _find_glibc()
     if library is not None:
@@ -63,10 +63,10 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def reuse_freed_memory() -> Iterator[None]:
-    """Within it, what is freed serves the next allocation without going back to the system and its page faults; glibc alone.
+    """Keeps freed memory for the next allocation, which then causes no page faults; does nothing without glibc.
 
-    For work that takes and frees large buffers in turns. The settings are the process's; those it leaves are the largest that
-    glibc comes to by itself (M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in mallopt(3)).
+    For work that allocates and frees large buffers again and again. The settings hold for the whole process. Afterwards they are
+    the largest values that glibc's own tuning reaches (M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in mallopt(3)).
     """
     library = _find_glibc()
     if library is None:
@@ -99,7 +99,7 @@ def _read_meminfo() -> int | None:
 
 
 def _read_cgroup() -> int | None:
-    """What a container may still take: its limit less what it uses, its page cache not counted (control groups v2)."""
+    """Bytes that a container may still use: its limit less its use without the page cache (control groups v2)."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))

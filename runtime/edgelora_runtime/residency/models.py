@@ -1,4 +1,4 @@
-"""Which graphs are loaded: lazily, once for all who ask, least recently used out first, under a budget of bytes."""
+"""Keeps models loaded under a budget of bytes: each is loaded once, when first needed, and the least recently used goes first."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.session.model import Model
 
-# Bytes of its own that a session holds over those of the blobs that it was made from (measured: docs/log.md): onnxruntime's
-# packed copy, or what is left where that is a mapped file.
+# Private bytes of a session per byte of its blobs (measured: docs/log.md): with onnxruntime's packed copy in memory, and with
+# weights that are a mapped file.
 _PACKED, _MAPPED = 1.25, 0.06
 
 
 @dataclass(frozen=True)
-class Usage:
-    """What loaded graphs hold, in bytes.
+class MemoryUsage:
+    """The memory of loaded graphs, in bytes.
 
-    graphs: their files, least recently used first. mapped: of the blobs of them all, each counted once. shared: of those that
-    two or more of them map. private: of what each has of its own, packed copies above all. live: of factors of live adapters and
-    of LoRA inputs made from them. kv_caches: of keys and values that no request uses now.
+    graphs: their files, least recently used first. mapped: the blobs of all graphs, each counted once. shared: the blobs that two
+    or more graphs map. private: what each graph holds alone, mainly packed copies. live: the tensors of live adapters and the
+    LoRA inputs made from them. kv_caches: keys and values that no request uses at the moment.
     """
 
     graphs: tuple[str, ...]
@@ -36,13 +36,13 @@ class Usage:
     kv_caches: int
 
 
-class Residency:
+class LoadedModels:
     """Loaded models by graph.
 
-    load: makes a model of a graph. blobs: of each graph its blobs with their bytes. stages: of each graph its stages with the
-    bytes of weights that they pack; graphs share stages of one name. budget: bytes of Usage.private; None for no limit.
-    is_mapped: whether the weights that a stage reads are mapped, or would be (Loader). What is asked for is loaded even where
-    it alone is over the budget. A model that a stream still runs counts until the stream lets go of it.
+    load: makes a model of a graph. blobs: for each graph, the bytes of its blobs. stages: for each graph, the bytes of weights
+    that its stages pack; stages of one name are shared. budget: bytes of MemoryUsage.private; None for no limit. is_mapped:
+    whether the weights that a stage reads are mapped, or would be if it were open (Loader). A requested model is loaded even if
+    it alone exceeds the budget. A model that was evicted while a stream runs it counts until the stream ends.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class Residency:
         load: Callable[[str], Model],
         blobs: Mapping[str, Mapping[str, int]],
         stages: Mapping[str, Mapping[str, int]],
+        *,
         budget: int | None,
         is_mapped: Callable[[str], bool] = lambda _: False,
     ) -> None:
@@ -64,7 +65,7 @@ class Residency:
         self._pins: Counter[str] = Counter()
 
     def get(self, graph: str) -> tuple[Model, bool]:
-        """A graph's model, and whether it had to be loaded; one who asks while it loads waits for it."""
+        """A graph's model, and whether it had to be loaded; a caller that asks while it loads waits for it."""
         with self._lock:
             found = self._models.get(graph)
             if found is None:
@@ -88,24 +89,24 @@ class Residency:
         return model, True
 
     def pin(self, graph: str) -> None:
-        """Keeps a graph loaded, once it is, until it was unpinned as often as pinned."""
+        """Keeps a graph loaded, once it is, until an equal number of calls to unpin()."""
         with self._lock:
             self._pins[graph] += 1
 
     def unpin(self, graph: str) -> None:
         with self._lock:
             self._pins[graph] -= 1
-            self._pins += Counter()  # drops what is at zero
+            self._pins += Counter()  # drops counts of zero
 
     def clear(self) -> None:
-        """Lets go of all, pinned ones too."""
+        """Frees all models, also pinned ones."""
         with self._lock:
             self._models.clear()
             self._leaving.clear()
             self._pins.clear()
 
-    def measure(self, live: int, kv_caches: int) -> Usage:
-        """What is held now, beside what is counted elsewhere."""
+    def measure(self, live: int, kv_caches: int) -> MemoryUsage:
+        """The memory in use now. live, kv_caches: as counted by their owners."""
         with self._lock:
             graphs = tuple(self._models)
             counts: Counter[str] = Counter()
@@ -115,10 +116,10 @@ class Residency:
                 counts.update(blobs.keys())
                 sizes |= blobs
             shared = sum(size for name, size in sizes.items() if counts[name] > 1)
-            return Usage(graphs, sum(sizes.values()), shared, self._held(), live, kv_caches)
+            return MemoryUsage(graphs, sum(sizes.values()), shared, self._held(), live, kv_caches)
 
     def _make_room(self, graph: str) -> None:
-        """Evicts until the graph fits, or only what is pinned is left."""
+        """Evicts models until the graph fits or only pinned ones are left."""
         if self._budget is None:
             return
         for other in self._evictable():
@@ -129,11 +130,11 @@ class Residency:
             del model
 
     def _evictable(self) -> Iterable[str]:
-        """Least recently used first; not what is pinned or still loads."""
+        """Graphs that may be evicted, least recently used first: not those that are pinned or still loading."""
         return [name for name, future in self._models.items() if future.done() and name not in self._pins]
 
     def _held(self, *more: str) -> int:
-        """Bytes of all stages that are loaded, or that would be with more graphs."""
+        """Private bytes of all loaded stages, together with those of more graphs."""
         held = {
             stage: size
             for graph in (*self._models, *list(self._leaving.values()), *more)
@@ -142,5 +143,5 @@ class Residency:
         return sum(int(size * (_MAPPED if self._is_mapped(stage) else _PACKED)) for stage, size in held.items())
 
     def _forget(self, reference: weakref.ref[Model]) -> None:
-        """A model was freed; may run at any moment, in any thread, also one that holds the lock."""
+        """Called when a model is freed: at any moment and in any thread, also one that holds the lock."""
         self._leaving.pop(reference, None)

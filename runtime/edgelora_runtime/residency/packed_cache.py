@@ -1,14 +1,14 @@
-"""Packed weights and unpacked factors on this machine's disk, mapped by every session and process that runs them.
+"""Packed weights and LoRA inputs on this machine's disk, mapped by every session and process that uses them.
 
-onnxruntime packs a graph's int4 weights for the CPU that it finds, into memory that each session has of its own. Written to a
-file, the packed weights are mapped instead: a further session costs little memory of its own, and the system pages weights in
-and out as it does any file. A live variant's factors, as its graph takes them, are kept likewise.
-Packed files hang on the CPU and on onnxruntime's version, so they are made where they are used, never shipped.
+onnxruntime packs a graph's int4 weights for the CPU it runs on, into private memory of each session. Written to a file, the
+packed weights are mapped instead: another session costs little memory of its own, and the system pages weights in and out like
+any file. The LoRA inputs of live variants are stored the same way. Packed files depend on the CPU and on onnxruntime's version,
+so they are made where they are used and never shipped.
 
-An entry is a folder, named by a digest of all that its content hangs on: GRAPH and WEIGHTS as onnxruntime writes them, or INPUTS,
-one behind the other, with their SHAPES; and ENTRY, which says how large the files are. It is made under another name and
-renamed when it is whole, so several processes may make the same one. Entries are trusted as far as the user's own files are:
-a folder that others may write is refused, and blobs are checked against the manifest's hashes before they are packed.
+An entry is a folder named by a digest of everything its content depends on. It holds GRAPH and WEIGHTS as onnxruntime writes
+them, or INPUTS, concatenated, with their SHAPES; and ENTRY, the sizes of the files. It is made under another name and renamed
+once it is complete, so several processes may make the same one. Entries are trusted like the user's own files: a folder that
+others can write is refused, and blobs are checked against the manifest's hashes before they are packed.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ if TYPE_CHECKING:
 GRAPH, WEIGHTS, INPUTS, SHAPES, ENTRY = "graph.onnx", "weights.bin", "inputs.npy", "shapes.json", "entry.json"
 _LAYOUT = 1  # of an entry
 _UNFINISHED, _LEAVING = ".unfinished-", ".leaving-"
-_ABANDONED = 3600  # seconds after which an unfinished entry is nobody's
-_DISK_SHARE = 3  # bytes an entry may take over those of its blobs (measured: 2.4)
+_ABANDONED = 3600  # seconds after which an unfinished entry counts as abandoned
+_DISK_SHARE = 3  # upper bound of an entry's bytes per byte of its blobs (measured: 2.4)
 
 
 class PackedCache:
     """A folder of packed weights.
 
-    folder: the platform's cache folder without one. budget: bytes, as a number or like "8GiB"; the least recently used
-    entries go first. Give it to Runtime(packed_cache=…); several runtimes and processes may share one folder.
-    Raises UsageError for a folder that cannot be made, belongs to someone else or that others may write.
+    folder: by default one in the platform's cache folder. budget: bytes, as a number or like "8GiB"; the least recently used
+    entries are deleted first. Pass it as Runtime(packed_cache=…); several runtimes and processes may share one folder. Raises
+    UsageError for a folder that cannot be made, belongs to someone else, or can be written by others.
     """
 
     def __init__(self, folder: str | Path | None = None, *, budget: int | str = "16GiB") -> None:
@@ -69,35 +69,35 @@ class PackedCache:
         except OSError as error:
             raise UsageError(f"the packed cache {self.folder} cannot be used ({error.strerror}); name another folder") from error
         if sys.platform != "win32" and (info.st_uid != os.getuid() or info.st_mode & 0o022):
-            raise UsageError(f"the packed cache {self.folder} can be written by others; name a folder that only you can write")
+            raise UsageError(f"others can write the packed cache {self.folder}; name a folder that only you can write")
 
     def find(self, bundle: Bundle, graph: StageEntry) -> Path | None:
-        """The graph that maps packed weights, where there is one; it counts as used now."""
+        """The graph that maps packed weights, if there is an entry; marks it as just used."""
         entry = self._find(_name_graph(bundle, graph))
         return None if entry is None else entry / GRAPH
 
     def write(self, bundle: Bundle, graph: StageEntry) -> Path | None:
-        """Packs a graph's weights and writes them; None where that fails or they are too large for budget or disk.
+        """Packs a graph's weights and writes them; None if that fails or they are too large for the budget or the disk.
 
-        Takes several times as long as loading, and for its time the memory of two sessions. Raises IntegrityError where the
-        bundle is not what its manifest says.
+        Takes several times as long as loading and, meanwhile, the memory of two sessions. Raises IntegrityError for a bundle that
+        differs from its manifest.
         """
-        most = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
-        if most > self._budget:
+        limit = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
+        if limit > self._budget:
             return None
         broken = [name for name in graph.blobs if hash_file(bundle.path(name)) != bundle.manifest.files[name].sha256]
         if broken:
             raise IntegrityError(f"bundle {bundle.folder}: {', '.join(broken)} differ from the manifest; copy the bundle again")
-        self._write(_name_graph(bundle, graph), most, lambda folder: _write_graph(bundle.path(graph.file), folder))
+        self._write(_name_graph(bundle, graph), limit, lambda folder: _write_graph(bundle.path(graph.file), folder))
         return self.find(bundle, graph)
 
     def find_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs | None:
-        """The mapped LoRA inputs of a live mix, all of one type, where they are kept."""
+        """The mapped LoRA inputs of a live mix in that type, if there is an entry."""
         entry = self._find(_name_inputs(bundle, mix, lora_type))
         return None if entry is None else _map_inputs(entry)
 
     def write_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any], inputs: LoraInputs) -> LoraInputs | None:
-        """Writes LoRA inputs and maps them; None where they are too large for budget or disk."""
+        """Writes LoRA inputs and maps them; None if they are too large for the budget or the disk."""
         size = sum(array.nbytes for array in inputs.values())
         self._write(_name_inputs(bundle, mix, lora_type), size, lambda folder: _write_inputs(inputs, folder))
         return self.find_inputs(bundle, mix, lora_type)
@@ -107,7 +107,7 @@ class PackedCache:
         return sum(_measure(entry) for entry in self._entries())
 
     def clear(self) -> None:
-        """Deletes all entries; what has one open keeps it until it is closed (Windows: and so does the cache)."""
+        """Deletes all entries. Sessions that map one keep it until they close; on Windows, so does the cache."""
         for entry in self._entries():
             self._delete(entry)
 
@@ -119,15 +119,15 @@ class PackedCache:
             os.utime(entry / ENTRY)
         return entry
 
-    def _write(self, name: str, most: int, fill: Callable[[Path], None]) -> None:
-        """Makes an entry of so many bytes at the most; none where they are too many, or something fails."""
-        if most > self._budget:
+    def _write(self, name: str, limit: int, fill: Callable[[Path], None]) -> None:
+        """Makes an entry of at most `limit` bytes; makes none if that is too much or writing fails."""
+        if limit > self._budget:
             return
         entry = self.folder / name
-        with contextlib.suppress(OSError, IntegrityError):  # the disk is full, or onnxruntime says so
+        with contextlib.suppress(OSError, IntegrityError):  # the disk is full, as Python or onnxruntime reports it
             self._sweep()
-            self._make_room(most)
-            if most > shutil.disk_usage(self.folder).free:
+            self._make_room(limit)
+            if limit > shutil.disk_usage(self.folder).free:
                 return
             with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=self.folder, ignore_cleanup_errors=True) as unfinished:
                 folder = Path(unfinished)
@@ -137,7 +137,7 @@ class PackedCache:
                 self._publish(folder, entry)
 
     def _publish(self, folder: Path, entry: Path) -> None:
-        """Names a folder as the entry. What others published meanwhile stays, and may be in use: only a damaged one gives way."""
+        """Renames a folder to the entry. An entry that another process published meanwhile stays, unless it is damaged."""
         try:
             folder.rename(entry)
         except OSError:
@@ -156,7 +156,7 @@ class PackedCache:
         return [entry for _, entry in sorted(used)]
 
     def _sweep(self) -> None:
-        """Deletes what processes left that were killed."""
+        """Deletes what killed processes left."""
         for folder in (*self.folder.glob(f"{_UNFINISHED}*"), *self.folder.glob(f"{_LEAVING}*")):
             with contextlib.suppress(OSError):
                 if time.time() - folder.stat().st_mtime > _ABANDONED:
@@ -170,7 +170,7 @@ class PackedCache:
             self._delete(entries.pop(0))
 
     def _delete(self, entry: Path) -> None:
-        """Renames first, so that nobody finds half of it."""
+        """Renames the entry first, so that nobody finds half of it."""
         leaving = self.folder / f"{_LEAVING}{entry.name}-{os.getpid()}"
         with contextlib.suppress(OSError):
             entry.rename(leaving)
@@ -178,7 +178,7 @@ class PackedCache:
 
 
 def find_packed_folder() -> Path:
-    """Where packed weights lie unless an app says otherwise."""
+    """The default folder for packed weights."""
     return find_cache_folder() / "edgelora" / "packed"
 
 
@@ -200,7 +200,7 @@ def _digest(**parts: object) -> str:
 
 @cache
 def _describe_cpu() -> str:
-    """What kernels are chosen by: the instructions that the CPU has, as far as the system tells them."""
+    """The CPU's instructions, by which onnxruntime chooses kernels, as far as the system lists them."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(" ".join(line.split()) for line in lines if line.lower().startswith(("flags", "features")))
@@ -209,7 +209,7 @@ def _describe_cpu() -> str:
 
 def _write_graph(graph: Path, folder: Path) -> None:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # fatal: it warns that such a graph is for this machine alone
+    options.log_severity_level = 4  # fatal only: onnxruntime warns that such a graph is for this machine only
     options.optimized_model_filepath = str(folder / GRAPH)
     options.add_session_config_entry("session.optimized_model_external_initializers_file_name", WEIGHTS)
     options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
@@ -229,7 +229,7 @@ def _map_inputs(entry: Path) -> LoraInputs | None:
         stops = np.cumsum([math.prod(shape) for shape in shapes.values()])
         parts = np.split(flat, stops[:-1])
         return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    except (OSError, ValueError):  # deleted just now to make room
+    except (OSError, ValueError):  # another process just deleted it to make room
         return None
 
 

@@ -1,4 +1,4 @@
-"""The KV caches of earlier requests, found again by what they computed and by the tokens that they start with."""
+"""KV caches of earlier requests, for later requests on the same choice that start with the same tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CachedPrompt:
-    """A KV cache that no request uses now, and the choice whose keys and values it holds."""
+    """An idle KV cache and the choice that computed its keys and values."""
 
     choice: Choice
     cache: KVCache
@@ -27,7 +27,7 @@ class CachedPrompt:
 
 @dataclass(frozen=True)
 class SavedPrompt:
-    """What a KV cache held. state: as KVCache.state() gives it."""
+    """A copy of a KV cache's content. state: as KVCache.state() returns it."""
 
     choice: Choice
     tokens: tuple[int, ...]
@@ -57,20 +57,20 @@ class PromptCache:
             return sum(entry.cache.bytes for entry in self._entries)
 
     def copy(self) -> list[SavedPrompt]:
-        """Copies of what it holds now, the least recently used first."""
+        """Copies of all cached prompts, the least recently used first."""
         with self._lock:
             return [SavedPrompt.of(entry.choice, entry.cache) for entry in self._entries if entry.cache.tokens]
 
     def count_tokens(self, choice: Choice) -> int:
-        """The most tokens that one cache of this choice holds."""
+        """The number of tokens in the longest cache of this choice."""
         with self._lock:
             return max((len(entry.cache.tokens) for entry in self._entries if entry.choice == choice), default=0)
 
     def take(self, choice: Choice, tokens: Sequence[int], new: Callable[[], KVCache]) -> KVCache:
-        """A cache for one request alone, that starts with as much of the tokens as any; whoever takes it puts it back.
+        """The cache that shares the longest prefix with the tokens, for one request alone, which must put() it back.
 
-        Where the request would make a cache forget more than it can use of it, as when two conversations have only their first
-        lines in common, the start is copied and the cache stays for its own conversation.
+        If the request would drop more of the cache than it uses, as when two conversations share only their first lines, the
+        prefix is copied, and the cache stays for its own conversation.
         """
         with self._lock:
             mine = [entry for entry in self._entries if entry.choice == choice]
@@ -86,7 +86,7 @@ class PromptCache:
             return cache
 
     def put(self, choice: Choice, cache: KVCache) -> None:
-        """Keeps a cache for requests to come, in place of those that it continues."""
+        """Keeps a cache for later requests, in place of those that it extends."""
         cache.drop_logits()
         with self._lock:
             self._entries = [

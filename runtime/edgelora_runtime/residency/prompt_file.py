@@ -1,4 +1,4 @@
-"""Cached prompts on disk: one safetensors file of keys and values, and what each belongs to by hash."""
+"""Cached prompts on disk: one safetensors file of keys and values, with the hashes of the graphs and adapters they belong to."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _FORMAT = "edgelora prompts 1"
 
 
 def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPrompt]) -> int:
-    """Writes prompts to a file, whole or not at all; returns how many there are. Raises ResourceError where it cannot be written.
+    """Writes prompts to a file atomically; returns their number. Raises ResourceError if the file cannot be written.
 
-    Tensors are {number}.{layer}.key and .value, (kv_heads, tokens, head_size). The metadata lists for each number the SHA-256 of
-    the graph, which names its weights by hash, that of each live adapter with its weight, and the tokens.
+    Tensors are {number}.{layer}.key and .value, (kv_heads, tokens, head_size). For each number, the metadata lists the SHA-256 of
+    the graph (which names its weights by hash), the SHA-256 and weight of each live adapter, and the tokens.
     """
     path = Path(path)
     files = bundle.manifest.files
@@ -52,12 +52,12 @@ def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPromp
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ResourceError(f"{path} cannot be written ({error.strerror}); what was there is as it was") from error
+        raise ResourceError(f"{path} cannot be written ({error.strerror}); an earlier file is unchanged") from error
     return len(prompts)
 
 
 def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPrompt]:
-    """The prompts of a file whose graph and live adapters the bundle has, byte for byte; the others are left out.
+    """Reads the prompts of a file, without those whose graph or live adapters the bundle does not have, byte for byte.
 
     Raises InputError for another kind of file, and for keys and values that do not fit the model.
     """
@@ -73,7 +73,7 @@ def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPro
                     state = {name: file.get_tensor(f"{number}.{name}") for name in names}
                     found.append(_check(SavedPrompt(choice, tuple(entry["tokens"]), state), bundle.manifest))
             return found
-    except InputError:  # a ValueError, too
+    except InputError:  # which is a ValueError, too
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
@@ -91,12 +91,12 @@ def _hash_adapters(manifest: Manifest, live: Sequence[tuple[str, float]]) -> lis
 
 def _adapter_hash(manifest: Manifest, name: str) -> str:
     file = manifest.adapters[name].file
-    assert file is not None  # it is one of a live mix
+    assert file is not None  # it is an adapter of a live mix
     return manifest.files[file].sha256
 
 
 def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> Choice | None:
-    """What this bundle calls the graph and the adapters that an entry names by hash; None where it lacks any."""
+    """The choice in this bundle for the graph and adapters that an entry names by hash; None if it lacks any of them."""
     graphs = {variant.graphs[target].file: name for name, variant in reversed(manifest.variants.items())}
     graph = next((graph for graph in graphs if manifest.files[graph].sha256 == entry["graph"]), None)
     if graph is None:
@@ -110,7 +110,7 @@ def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> C
 
 
 def _check(prompt: SavedPrompt, manifest: Manifest) -> SavedPrompt:
-    """Refuses what a KV cache of this model would not hold."""
+    """Refuses what a KV cache of this model could not hold."""
     model, tokens = manifest.model, prompt.tokens
     shape = (model.kv_heads, len(tokens), model.head_size)
     if not 0 < len(tokens) <= model.context_length:

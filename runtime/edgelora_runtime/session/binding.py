@@ -1,4 +1,4 @@
-"""What the next step reads and writes: arrays bound by address, or a cache on its device, to the stages that take them."""
+"""Binds the inputs and outputs of a step: arrays by address, or a cache on its device, to the stages that use them."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 class Binding:
-    """The inputs and outputs of sessions that run one after the other, each name once.
+    """The inputs and outputs of sessions that run one after the other. A name has one array for all sessions.
 
-    Arrays are not copied: whoever binds one keeps it alive and in place. What one session hands to the next lies in arrays of the
-    binding's own.
+    Arrays are not copied: the caller keeps them alive and in place. The binding owns the arrays that pass from one session to the
+    next.
     """
 
     def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
@@ -33,32 +33,32 @@ class Binding:
         self._crossing = [[value for value in session.get_outputs() if value.name in self._readers] for session, _ in self._parts]
         self._lengths: dict[str, int] = {}
         self._arrays: dict[tuple[int, int, str], NDArray[np.float32]] = {}
-        self.holds: object = None  # set by a cache to tell whether it is its own buffers that are bound
-        self.writes: object = None  # the same for its logits
+        self.holds: object = None  # a cache sets it, to know whether its own buffers are still bound
+        self.writes: object = None  # likewise for a cache's logits
 
     def input(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
-        """Binds an array, or the start of it seen in another shape."""
+        """Binds an array, or the start of it in another shape."""
         for binding in self._find_readers(name):
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
     def optional_input(self, name: str, array: NDArray[np.generic]) -> None:
-        """Binds an input that has a default in the graph: onnxruntime takes those as values of its own alone."""
+        """Binds an input that has a default in the graph; onnxruntime accepts only OrtValues for these."""
         value = ort.OrtValue.ortvalue_from_numpy(array)
         for binding in self._find_readers(name):
             binding.bind_ortvalue_input(name, value)
 
     def cache(self, past: str, present: str, buffer: ort.OrtValue) -> None:
-        """Binds one buffer as past and present, wherever it lies."""
+        """Binds one buffer as past and present, on any device."""
         for binding in self._find_readers(past):
             binding.bind_ortvalue_input(past, buffer)
         self._writers[present].bind_ortvalue_output(present, buffer)
 
     def output(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
-        """Binds an array, or the start of it, to be written to; the shape must be the one that comes out."""
+        """Binds an array, or the start of it, as an output; its shape must be the one that the graph writes."""
         self._writers[name].bind_output(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
     def run(self, **lengths: int) -> None:
-        """Runs the sessions in order. lengths: how long the symbolic axes are of what crosses from one to the next."""
+        """Runs the sessions in order. lengths: of the symbolic axes of the arrays that pass between them."""
         if lengths != self._lengths:
             self._make_room(lengths)
         for session, binding in self._parts:
@@ -66,11 +66,11 @@ class Binding:
 
     def _find_readers(self, name: str) -> list[ort.SessionIOBinding]:
         if name not in self._readers:
-            raise IntegrityError(f"the graph has no input {name}, which the manifest speaks of; export the bundle again")
+            raise IntegrityError(f"the graph has no input {name}, which the manifest implies; export the bundle again")
         return self._readers[name]
 
     def _make_room(self, lengths: dict[str, int]) -> None:
-        """Binds what crosses: two sets of arrays are enough, for a session reads one and writes the other."""
+        """Binds the arrays that pass between sessions. Two sets are enough: a session reads one and writes the other."""
         self._lengths, self._arrays = lengths, {}
         for place, values in enumerate(self._crossing):
             for index, value in enumerate(values):

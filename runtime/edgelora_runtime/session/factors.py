@@ -1,4 +1,4 @@
-"""The factors of a weighted mix of live adapters as a graph's inputs: in floats, product by product, or packed for kernels."""
+"""The LoRA factors of a weighted mix as a graph's inputs: as floats for each product, or packed for edgelora's kernels."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from edgelora_runtime.bundle.manifest import LiveSlots
 
     Floats = NDArray[np.float32]
-    Halves = NDArray[np.float16]
-    Factors = Mapping[str, Halves]  # of an adapter, by tensor
-    Parts = list[list[tuple[Halves, Halves, float]]]  # of a product, and of its parts: A (r, K), B (N, r) and weight by adapter
-    LoraInputs = Mapping[str, NDArray[Any]]  # float32, float16 for a GPU's graphs, or uint8: see PACKED
+    Float16s = NDArray[np.float16]
+    AdapterTensors = Mapping[str, Float16s]  # {module}.lora_A (r, K) and {module}.lora_B (N, r)
+    WeightedFactors = tuple[Float16s, Float16s, float]  # A (r, K), B (N, r) and the weight of one adapter in one module
+    LoraInputs = Mapping[str, NDArray[Any]]  # by input name: float32, float16 for a GPU's graphs, or uint8 (PACKED)
 
-FACTORS = "factors"  # the input that takes what pack_mix makes
+FACTORS = "factors"  # the input for packed factors
 PACKED = np.dtype(np.uint8)
-MOST_PARTS = 3  # that a product may have to be packed
-_GROUP = 16  # columns of B that lie together; rows of A are filled up to a multiple
-_SLOT = 2 + MOST_PARTS  # int64 of a slot's entry: offset, rank, and each part's rows
+MAX_PARTS = 3  # modules of a product that can be packed
+_GROUP = 16  # rows of B that are stored together; rows of A are padded to a multiple of it
+_SLOT = 2 + MAX_PARTS  # int64 values of a slot's entry: offset, rank, and the rows of each part
 _ALIGNMENT = 64
 
 
-def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], float_type: np.dtype[Any]) -> LoraInputs:
-    """The inputs for Σ w·B·A, exactly: ranks add up, and each weight goes into its adapter's B.
+def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]], float_type: np.dtype[Any]) -> LoraInputs:
+    """The inputs that compute Σ w·B·A exactly: ranks add up, and each weight is multiplied into its adapter's B.
 
-    Returns for each product A (parts * R, K), and per part B (R, N), of the float type. Parts of unequal rank are filled
-    up with zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
+    Returns for each product A (parts * R, K) and for each part B (R, N), in the float type. Parts of unequal rank are padded with
+    zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
     """
     inputs: dict[str, Floats] = {}
     for slot in slots:
@@ -53,16 +53,14 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]], 
     return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
 
 
-def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -> LoraInputs:
-    """The same as one input of bytes, laid out as docs/bundle-format.md has it: fp16 factors as they are, weights beside."""
+def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]]) -> LoraInputs:
+    """The same mix as one input of bytes in the layout of docs/bundle-format.md: fp16 factors unchanged, weights separate."""
     collected = [_collect(slot, mix) for slot in slots]
     table = np.zeros((len(slots), _SLOT), np.int64)
     size = 8 + table.nbytes
     for entry, slot, (_, rank) in zip(table, slots, collected, strict=True):
-        if len(slot.rows) > MOST_PARTS:
-            raise IntegrityError(
-                f"live_slots of {slot.a} have {len(slot.rows)} modules, where kernels take {MOST_PARTS} at the most"
-            )
+        if len(slot.rows) > MAX_PARTS:
+            raise IntegrityError(f"live_slots of {slot.a} have {len(slot.rows)} modules; kernels take at most {MAX_PARTS}")
         offset = -(-size // _ALIGNMENT) * _ALIGNMENT
         entry[:2], entry[2 : 2 + len(slot.rows)] = (offset, rank), slot.rows
         size = offset + sum(kind.itemsize * math.prod(shape) for kind, shape in _lay_out(slot, rank))
@@ -74,15 +72,17 @@ def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[Factors, float]]) -
 
 
 def _lay_out(slot: LiveSlots, rank: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-    """What a slot holds, one behind the other: the weights, A, and a B for each part."""
+    """The arrays of a slot in their order: the weights, A, and a B for each part."""
     parts, half = len(slot.modules), np.dtype(np.float16)
     weights = (np.dtype(np.float32), (parts, rank))
     a = (half, (parts, rank, _GROUP * _count_groups(slot.columns)))
     return [weights, a, *((half, (_count_groups(rows), rank, _GROUP)) for rows in slot.rows)]
 
 
-def _fill(block: NDArray[np.uint8], layout: list[tuple[np.dtype[Any], tuple[int, ...]]], parts: Parts) -> None:
-    """Writes a product's factors into zeros."""
+def _fill(
+    block: NDArray[np.uint8], layout: list[tuple[np.dtype[Any], tuple[int, ...]]], parts: list[list[WeightedFactors]]
+) -> None:
+    """Writes a product's factors into a block of zeros."""
     stops = np.cumsum([kind.itemsize * math.prod(shape) for kind, shape in layout])
     arrays = np.split(block[: stops[-1]], stops[:-1])
     weights, a, *ups = (array.view(kind).reshape(shape) for array, (kind, shape) in zip(arrays, layout, strict=True))
@@ -98,8 +98,8 @@ def _fill(block: NDArray[np.uint8], layout: list[tuple[np.dtype[Any], tuple[int,
             start = stop
 
 
-def _collect(slot: LiveSlots, mix: Sequence[tuple[Factors, float]]) -> tuple[Parts, int]:
-    """What adapters have for a product, part by part, and the rank that all parts get."""
+def _collect(slot: LiveSlots, mix: Sequence[tuple[AdapterTensors, float]]) -> tuple[list[list[WeightedFactors]], int]:
+    """The adapters' factors for a product, part by part, and the rank of the padded parts."""
     parts = [
         [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
         for m in slot.modules

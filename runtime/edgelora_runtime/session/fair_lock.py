@@ -1,4 +1,4 @@
-"""A lock that is granted in the order in which it was asked for."""
+"""A lock that serves waiting threads in the order of their arrival."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class FairLock:
-    """First come, first served: one that releases it and asks again stands behind all who wait.
+    """First come, first served: a thread that releases the lock and acquires it again queues behind all that wait.
 
-    threading.Lock promises no order, and a stream that steps in a tight loop would take it again and again.
+    threading.Lock guarantees no order, and a stream that steps in a tight loop would take it again and again.
     """
 
     def __init__(self) -> None:
@@ -26,15 +26,15 @@ class FairLock:
             if not self._held:
                 self._held = True
                 return
-            turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate)
         try:
-            turn.acquire()  # until the one before hands it over
-        except BaseException:  # an interrupt: whoever is next must not wait for this one
+            gate.acquire()  # until the thread before releases it
+        except BaseException:  # an interrupt: the next thread must not wait for this one
             with self._state:
-                if turn in self._waiting:
-                    self._waiting.remove(turn)
+                if gate in self._waiting:
+                    self._waiting.remove(gate)
                     raise
             self._release()
             raise

@@ -1,4 +1,4 @@
-"""The KV cache of graphs that write in place: one buffer is past and present, and each step fills its next positions."""
+"""The KV cache of graphs that write in place: one buffer is both past and present, and each step fills its next positions."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 class InPlaceCache(KVCache):
-    """Buffers (1, kv_heads, capacity, head_size); positions behind the tokens are overwritten when their turn comes.
+    """Buffers (1, kv_heads, capacity, head_size); later steps overwrite the positions after the tokens.
 
-    memory: the device that they lie on, by onnxruntime's name.
+    memory: the device of the buffers, by onnxruntime's name.
     """
 
     def __init__(self, entry: ModelEntry, float_type: np.dtype[Any], memory: str = "cpu") -> None:
         super().__init__(entry, float_type)
         self._memory = memory
-        self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; another dict whenever one is another
+        self._buffers: dict[str, ort.OrtValue] = {}  # by {layer}.key and {layer}.value; new buffers come in a new dict
         self._capacity = 0
 
     @property
@@ -62,10 +62,10 @@ class InPlaceCache(KVCache):
         self._buffers, self._capacity = buffers, capacity
 
     def _place(self, array: Floats) -> ort.OrtValue:
-        """The array on the cache's device: itself in main memory, else a copy."""
+        """The array on the cache's device: the array itself in main memory, a copy elsewhere."""
         try:
             return ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
+        except Exception as error:  # onnxruntime's exceptions have no common base
             raise ResourceError(
                 f"no memory on {self._memory} for a larger KV cache; use a shorter prompt or fewer tokens"
             ) from error

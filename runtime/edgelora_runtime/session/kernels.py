@@ -1,4 +1,4 @@
-"""Kernels for a CPU: edgelora's own, where the package edgelora-kernels is installed, or onnxruntime's."""
+"""Chooses CPU kernels: edgelora's, if the package edgelora-kernels is installed, or onnxruntime's."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 KERNELS = ("auto", "edgelora", "onnxruntime")
 
-_MOST_BITS = 8
-_LEAST_BLOCK = 32  # weights; activations are rounded in chunks of as many
+_MAX_BITS = 8
+_MIN_BLOCK = 32  # weights; activations are rounded in chunks of this size
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """Own kernels: an operator library for products with int4 weights, attention, and what live adapters add.
+    """edgelora's kernels: an operator library for products with int4 weights, attention, and live adapters.
 
-    Its operators take the place of onnxruntime's, and of the graph's functions, in the sessions that it is given to.
-    They read weights as they lie in a bundle's blobs, so that nothing is packed when a session is made and all sessions and
-    processes map the same bytes. instruction_set: what it runs on here.
+    In sessions that register it, its operators replace onnxruntime's and the graph's functions. They read weights as a bundle's
+    blobs store them, so nothing is packed when a session opens, and all sessions and processes map the same bytes.
+    instruction_set: the one that it uses on this machine.
     """
 
     library: Path
@@ -34,9 +34,9 @@ class Kernels:
 
 
 def choose_kernels(name: str, grid: QuantizationEntry, *, provider: str, target: str) -> Kernels | None:
-    """The kernels of a name for a bundle's grid: edgelora's, or None for onnxruntime's. "auto": edgelora's where they serve.
+    """The kernels for a bundle's grid: edgelora's, or None for onnxruntime's. name: one of KERNELS; "auto" prefers edgelora's.
 
-    Raises UsageError for "edgelora" where they do not.
+    Raises UsageError for "edgelora" if edgelora's kernels cannot run the bundle.
     """
     if name not in KERNELS:
         raise UsageError(f"kernels {name!r} are not supported; use one of {', '.join(KERNELS)}")
@@ -51,16 +51,14 @@ def choose_kernels(name: str, grid: QuantizationEntry, *, provider: str, target:
 def _why_not(grid: QuantizationEntry, provider: str, target: str) -> str | None:
     if (provider, target) != ("cpu", "cpu"):
         return f"serve the cpu target on the cpu, not {target} on {provider}"
-    if grid.bits > _MOST_BITS or grid.block_size < _LEAST_BLOCK:
-        return (
-            f"read up to {_MOST_BITS} bits in blocks of {_LEAST_BLOCK} and more; the bundle has {grid.bits} and {grid.block_size}"
-        )
-    return None if find_kernels() is not None else why_none()
+    if grid.bits > _MAX_BITS or grid.block_size < _MIN_BLOCK:
+        return f"read up to {_MAX_BITS} bits in blocks of {_MIN_BLOCK} or more; the bundle has {grid.bits} and {grid.block_size}"
+    return None if find_kernels() is not None else explain_absence()
 
 
 @cache
 def find_kernels() -> Kernels | None:
-    """The machine's, where they are installed and have something for this machine."""
+    """Edgelora's kernels, if they are installed and support this machine."""
     if importlib.util.find_spec("edgelora_kernels") is None:
         return None
     import edgelora_kernels
@@ -69,8 +67,8 @@ def find_kernels() -> Kernels | None:
     return None if instruction_set is None else Kernels(edgelora_kernels.library_path(), instruction_set)
 
 
-def why_none() -> str:
-    """Why there are no kernels of edgelora's, as the rest of a sentence."""
+def explain_absence() -> str:
+    """Why find_kernels() finds none, as the rest of a sentence."""
     if importlib.util.find_spec("edgelora_kernels") is None:
         return "are not installed (pip install edgelora-kernels)"
-    return "have nothing for this machine's instruction set"
+    return "do not support this machine's instruction set"

@@ -1,4 +1,4 @@
-"""What a KV cache is to the runtime, whichever way a graph writes it: tokens that were read, and buffers to bind."""
+"""The interface of a KV cache, however a graph writes it: the tokens that were read, and the buffers to bind."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating[Any]]  # float32, or float16 in graphs for a GPU
 
-_KEPT_ROWS = 16  # positions of logits, for which memory stays
-_SMALLEST = 256  # positions; a cache doubles from here as it fills
+_KEPT_ROWS = 16  # positions of logits whose memory is reused
+_SMALLEST = 256  # positions; the capacity doubles from here as needed
 
 
 class KVCache(ABC):
     """Keys and values of the tokens that one variant has read.
 
-    float_type: of both. tokens: what its positions hold. logits: float32 (1, kept, V), what the last step wrote; here and
-    not in the model, since a cache has one owner.
+    float_type: of keys and values. tokens: the token at each position. logits: float32 (1, kept, V), written by the last step;
+    they belong to the cache and not to the model, since a cache has one owner.
     """
 
     _copies = 1  # buffers of each key and value
@@ -36,7 +36,7 @@ class KVCache(ABC):
         self.tokens: list[int] = []
         self._entry = entry
         self._float_type = float_type
-        self._most = 0  # tokens that it has held at once
+        self._peak = 0  # the most tokens it has held
         self.drop_logits()
 
     @property
@@ -46,9 +46,9 @@ class KVCache(ABC):
 
     @property
     def bytes(self) -> int:
-        """Memory of the keys and values that were written; what was reserved and not touched takes none."""
+        """Bytes of the keys and values that were written; reserved memory that was never touched takes none."""
         position = 2 * self._entry.layers * self._entry.kv_heads * self._entry.head_size * self._float_type.itemsize
-        return self._copies * self._most * position
+        return self._copies * self._peak * position
 
     @abstractmethod
     def bind(self, binding: Binding, count: int, keep: int) -> None:
@@ -56,39 +56,39 @@ class KVCache(ABC):
 
     @abstractmethod
     def state(self, length: int) -> dict[str, Floats]:
-        """Keys and values of the first `length` tokens by {layer}.key and {layer}.value, (kv_heads, length, head_size); views."""
+        """Views of the first `length` tokens' keys and values by {layer}.key and {layer}.value, (kv_heads, length, head_size)."""
 
     @abstractmethod
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
-        """Makes its buffers anew, with room for so many positions, of which the first hold the state; {} is none."""
+        """Allocates new buffers for that many positions and copies the state into the first ones; {} for no state."""
 
     def reserve(self, positions: int) -> None:
-        """Makes room for at least that many positions, keeping what is there; untouched memory costs nothing."""
+        """Makes room for at least that many positions and keeps the content; untouched memory costs nothing."""
         if positions > self.capacity:
             self._allocate_buffers(positions, self.state(len(self.tokens)))
 
     def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
-        """Takes a copy of another cache's tokens and state in place of its own."""
+        """Replaces the content by a copy of another cache's tokens and state."""
         self._allocate_buffers(len(tokens), state)
         self.tokens = list(tokens)
-        self._most = max(self._most, len(tokens))
+        self._peak = max(self._peak, len(tokens))
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Takes over what a step with these tokens wrote into the bound buffers."""
+        """Adds the tokens of a step, which wrote their keys and values into the bound buffers."""
         self.tokens.extend(tokens)
-        self._most = max(self._most, len(self.tokens))
+        self._peak = max(self._peak, len(self.tokens))
 
     def drop_logits(self) -> None:
-        """Frees the memory of the last step's logits, half a megabyte per position where the vocabulary is large."""
+        """Frees the last step's logits, which take half a megabyte per position with a large vocabulary."""
         self.logits: NDArray[np.float32] = np.empty((1, 0, self._entry.vocab_size), np.float32)
-        self._rows = self.logits  # whose memory they lie in: speculation asks for other numbers of positions by turns
+        self._rows = self.logits  # the memory that they use: with speculation, the number of positions varies
 
     def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
+        """Drops all but the first `length` tokens."""
         del self.tokens[length:]
 
     def _fit_logits(self, keep: int) -> None:
-        """Makes room for the logits of `keep` positions, in the memory of those before if they fit and it is not much more."""
+        """Makes room for the logits of `keep` positions; reuses the memory if it is large enough, but not too large."""
         if self.logits.shape[1] != keep:
             if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
                 self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
@@ -109,7 +109,7 @@ class KVCache(ABC):
 
 
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """How many tokens two sequences share from their start."""
+    """The length of the longest common prefix of two sequences."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

@@ -1,4 +1,4 @@
-"""One onnxruntime session, and how it reads tokens into a KV cache."""
+"""A model: the sessions of a graph, and how they read tokens into a KV cache."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edgelora_runtime.session.factors import PACKED
 from edgelora_runtime.session.fair_lock import FairLock
 from edgelora_runtime.session.growing_cache import GrowingCache
 from edgelora_runtime.session.in_place_cache import InPlaceCache
-from edgelora_runtime.session.providers import CPU, refusal
+from edgelora_runtime.session.providers import CPU, explain_failure
 from edgelora_runtime.session.stage import Stage, open_stage
-from edgelora_runtime.session.step_costs import LEAST_ROWS, MOST_GUESSES, StepCosts
+from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, MIN_ROWS, StepCosts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Values = tuple[ort.NodeArg, ...]
 
-KEEP = "logits_to_keep"  # an input: how many last positions get logits
-STATES = "hidden_states"  # an output that graphs have since 1.4 of the format
-_STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits that come with it
+KEEP = "logits_to_keep"  # input: the number of last positions that get logits
+STATES = "hidden_states"  # optional output: the states after the final norm
+_STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits, which the graph computes as well
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
 _FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
 class Model:
-    """A graph that is ready to run, as one stage or several. One step at a time; any number of caches and of live adapters.
+    """A graph that is ready to run, as one stage or several: one step at a time, for any number of caches and live mixes.
 
-    turns: models with one lock between them take turns step by step; they would only be in each other's way on the same cores.
+    step_lock: models that share it run one step at a time between them, since they compete for the same cores.
     opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16; logits are float32.
-    lora_type: of its LoRA inputs, the same or PACKED. has_states: whether it can read_states(). costs: of its steps over few
-    tokens.
+    lora_type: of its LoRA inputs: float_type or PACKED. has_states: whether it supports read_states(). costs: seconds of its
+    steps over few tokens.
     """
 
     def __init__(
@@ -57,30 +57,30 @@ class Model:
         *,
         name: str,
         provider: Provider = CPU,
-        turns: FairLock | None = None,
+        step_lock: FairLock | None = None,
         opened: int = 0,
     ) -> None:
         sessions = [stage.session for stage in stages]
-        inputs, outputs = _read_ends(sessions, entry, name)
+        inputs, outputs = _read_inputs_and_outputs(sessions, entry, name)
         if wrong := _compare_shapes(inputs + outputs, entry):
-            raise IntegrityError(f"{name} is not what the manifest says: {'; '.join(wrong[:4])}")
+            raise IntegrityError(f"{name} differs from the manifest: {'; '.join(wrong[:4])}")
         self.opened = opened
         self.float_type = _read_float_type(inputs + outputs, name)
         self.lora_type = PACKED if any(stage.takes_packed for stage in stages) else self.float_type
         self.has_states = any(value.name == STATES for value in outputs)
         self.costs = StepCosts()
-        self._stages = stages  # shared ones are open as long as somebody holds them
+        self._stages = stages  # a shared stage stays open as long as some model refers to it
         self._sessions = sessions
         self._entry = entry
         self._provider = provider
-        self._turns = turns or FairLock()
+        self._step_lock = step_lock or FairLock()
         self._steps = _Steps(sessions)
 
     @classmethod
     def open(
         cls, graph: Path, entry: ModelEntry, *, threads: int | None, provider: Provider = CPU, kernels: Kernels | None = None
     ) -> Model:
-        """A model of its own over a whole graph."""
+        """Opens a whole graph as a model that shares nothing."""
         stage = open_stage(graph, threads=threads, provider=provider, kernels=kernels)
         return cls([stage], entry, name=graph.name, provider=provider)
 
@@ -99,39 +99,41 @@ class Model:
     ) -> Floats:
         """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
 
-        live: the LoRA inputs to run with; pass the same mapping again to save the binding. check: called before each chunk of a
-        long prompt, may raise to end here; the cache then holds the chunks so far. The array that is returned is the cache's
-        own: the next call with this cache overwrites it. The caller sees to it that the tokens fit in the context.
+        live: the LoRA inputs to run with; passing the same mapping again saves binding it. check: called before each chunk of a
+        long prompt; may raise to end here, and the cache then holds the chunks so far. The returned array belongs to the cache,
+        and the next call with this cache overwrites it. The caller ensures that the tokens fit in the context.
         """
         start = 0
         while True:
             left = len(tokens) - start
-            size = left - keep if PREFILL_CHUNK < left < PREFILL_CHUNK + keep else PREFILL_CHUNK  # the last has all to keep
+            size = (
+                left - keep if PREFILL_CHUNK < left < PREFILL_CHUNK + keep else PREFILL_CHUNK
+            )  # the last chunk has all positions to keep
             chunk = tokens[start : start + size]
             start += len(chunk)
             ended = start == len(tokens)
-            with self._turn():
+            with self._hold_step_lock():
                 if check is not None:
                     check()
                 started = time.perf_counter()
                 self._steps.run(cache, chunk, live, keep if ended else 1)
-                if len(chunk) <= min(max(keep, LEAST_ROWS), MOST_GUESSES + 1):  # a step of decoding
+                if len(chunk) <= min(max(keep, MIN_ROWS), MAX_DRAFT_TOKENS + 1):  # a step of decoding
                     self.costs.note(len(chunk), time.perf_counter() - started)
             if ended:
                 logits: Floats = cache.logits[0]
                 return logits
 
     def read_states(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Iterator[Floats]:
-        """The states behind the final norm, (T, hidden_size) float32, some positions at a time, from an empty cache.
+        """The states after the final norm, float32 (T, hidden_size) for some positions at a time, from an empty cache.
 
-        A model whose graph has_states alone can do this. The head runs as well, so positions come few at a time.
+        Requires has_states. The head runs as well, so there are few positions at a time.
         """
         steps, cache = _Steps(self._sessions), self.new_cache()
         self.reserve(cache, len(tokens))
         for start in range(0, len(tokens), _STATES_CHUNK):
             chunk = tokens[start : start + _STATES_CHUNK]
             states = np.empty((1, len(chunk), self._entry.hidden_size), self.float_type)
-            with self._turn():
+            with self._hold_step_lock():
                 steps.run(cache, chunk, live, len(chunk), states)
             yield states[0].astype(np.float32, copy=False)
 
@@ -140,17 +142,17 @@ class Model:
         cache.reserve(min(positions, self._entry.context_length))
 
     @contextmanager
-    def _turn(self) -> Iterator[None]:
-        """The time of one step, which no other model has that takes turns with this one."""
-        with self._turns:
+    def _hold_step_lock(self) -> Iterator[None]:
+        """Holds the lock for one step, and turns onnxruntime's errors into this package's."""
+        with self._step_lock:
             try:
                 yield
-            except RuntimeError as error:  # onnxruntime's, from binding or running
-                raise refusal(self._provider, "run the graph", error) from error
+            except RuntimeError as error:  # from onnxruntime, when it binds or runs
+                raise explain_failure(self._provider, "run the graph", error) from error
 
 
 class _Steps:
-    """What is bound to a session from step to step; only what changed is bound anew."""
+    """Runs steps, and binds only what changed since the last one."""
 
     def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
         self._binding = Binding(sessions)
@@ -162,7 +164,7 @@ class _Steps:
     def run(
         self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int, states: NDArray[Any] | None = None
     ) -> None:
-        """One step over tokens, whose last `keep` get logits, and states where an array (1, keep, hidden_size) is given."""
+        """One step over tokens. The last `keep` get logits, and hidden states if an array (1, keep, hidden_size) is given."""
         total = len(cache.tokens) + len(tokens)
         cache.bind(self._binding, len(tokens), keep)
         if live is not self._live:
@@ -173,7 +175,7 @@ class _Steps:
             self._ones = np.ones((1, cache.capacity), np.int64)
         if self._keep[0] != keep:
             self._keep[0] = keep
-            self._binding.optional_input(KEEP, self._keep)  # a GPU has a copy of its own
+            self._binding.optional_input(KEEP, self._keep)  # a GPU has its own copy
         if states is not None:
             self._binding.output(STATES, states)
         ids = np.array([tokens], np.int64)
@@ -184,12 +186,12 @@ class _Steps:
 
 
 def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCache:
-    """An empty cache of the kind that a manifest's graphs write; memory: the device that it lies on, by onnxruntime's name."""
+    """An empty cache of the kind that a manifest's graphs write. memory: its device, by onnxruntime's name."""
     return GrowingCache(entry, float_type) if entry.cache == "growing" else InPlaceCache(entry, float_type, memory)
 
 
-def _read_ends(sessions: Sequence[ort.InferenceSession], entry: ModelEntry, name: str) -> tuple[Values, Values]:
-    """The inputs and outputs of a chain of sessions, without what one hands to the next."""
+def _read_inputs_and_outputs(sessions: Sequence[ort.InferenceSession], entry: ModelEntry, name: str) -> tuple[Values, Values]:
+    """The inputs and outputs of a chain of sessions, without the values that pass from one to the next."""
     inputs = [{value.name: value for value in session.get_inputs()} for session in sessions]
     outputs = [{value.name: value for value in session.get_outputs()} for session in sessions]
     crossing: set[str] = set()
@@ -200,12 +202,12 @@ def _read_ends(sessions: Sequence[ort.InferenceSession], entry: ModelEntry, name
             if handed and not (reader == place + 1 and fits):
                 raise IntegrityError(f"the stages of {name} do not fit together; export the bundle again")
             crossing |= handed
-    ends = [{key: value for part in parts for key, value in part.items() if key not in crossing} for parts in (inputs, outputs)]
-    return tuple(ends[0].values()), tuple(ends[1].values())
+    outer = [{key: value for part in parts for key, value in part.items() if key not in crossing} for parts in (inputs, outputs)]
+    return tuple(outer[0].values()), tuple(outer[1].values())
 
 
 def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
-    """The one type of all floating-point inputs and present outputs."""
+    """The common type of all floating-point inputs and present outputs."""
     kinds = {value.type for value in values if value.type != "tensor(int64)" and value.name != "logits"}
     if len(kinds) != 1 or not _FLOAT_TYPES.keys() >= kinds:
         raise IntegrityError(f"{name} has a KV cache of {', '.join(sorted(kinds))}; it should be float32 or float16 throughout")
@@ -213,9 +215,9 @@ def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
 
 
 def _compare_shapes(values: Values, entry: ModelEntry) -> list[str]:
-    """Which of the sizes that the caches, logits and states are made by differ from the graph's."""
+    """One message per input or output whose sizes differ from those that caches, logits and states are allocated with."""
     shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
-    layers = min(entry.layers, len(values))  # a manifest may claim any number
+    layers = min(entry.layers, len(values))  # a manifest can claim any number of layers
     wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}
     for pair in ("past_key_values", "present"):
         wanted |= {f"{pair}.{index}.{kind}": shape for index in range(layers) for kind in ("key", "value")}

@@ -1,4 +1,4 @@
-"""Open sessions over graphs and over stages of graphs, each shared by all models that run it."""
+"""Open sessions of graphs and of stages of graphs, shared by all models that run them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from edgelora_runtime.session.kernels import Kernels
     from edgelora_runtime.session.providers import Provider
 
-_ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers are not news to a user
-_SPIN_MICROSECONDS = 200  # longer than the gaps within a step; a stage's threads must not keep the next one's from the cores
+_ERRORS_ONLY = 3  # onnxruntime's severity: its warnings about unused initializers do not concern users
+_SPIN_MICROSECONDS = 200  # longer than the gaps within a step, but short, so that the next stage's threads get the cores
 
 
 class Stage:
     """A session.
 
-    packed: whether PackedCache packed its weights. kernels: whether it has edgelora's own. mapped: whether the weights that it
-    reads are mapped files. takes_packed: whether live adapters are one packed input (factors.py).
+    packed: whether its weights come from PackedCache. kernels: whether it runs edgelora's kernels. mapped: whether the weights
+    that it reads are mapped files. takes_packed: whether live adapters are one packed input (factors.py).
     """
 
     def __init__(self, session: ort.InferenceSession, *, packed: bool = False, kernels: bool = False) -> None:
@@ -42,45 +42,46 @@ def open_stage(
     threads: int | None,
     provider: Provider = CPU,
     spin: bool = True,
-    alone: bool = True,
+    whole: bool = True,
     packed: bool = False,
     kernels: Kernels | None = None,
 ) -> Stage:
     """Opens a graph.
 
-    spin: whether threads wait for the next step awake, which saves a small model a tenth of a step, but takes cores from another
-    session that runs right after. alone: whether it is a whole graph; threads of others wait awake for less long. packed: whether
-    it is one of PackedCache. kernels: edgelora's own; onnxruntime's without.
+    spin: whether threads spin until the next step, which saves a small model a tenth of a step but takes cores from a session
+    that runs right after. whole: whether it is a whole graph; threads of stages spin for a shorter time. packed: whether the
+    graph comes from PackedCache. kernels: edgelora's kernels; None for onnxruntime's.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", str(int(not spin)))
-    if not alone:
+    if not whole:
         options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_MICROSECONDS))
     if kernels is not None:
         options.register_custom_ops_library(str(kernels.library))
     if packed:
-        # The graph was optimized when it was written. Its weights are packed again, but only to be compared with the file's.
+        # The graph was optimized when it was written. onnxruntime packs its weights again, but only to compare them with the
+        # file.
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return Stage(open_session(graph, options, provider), packed=packed, kernels=kernels is not None)
 
 
 class Stages:
-    """Stages by file: each is open once, as long as some model runs it.
+    """Stages by file: each is open once, for as long as some model refers to it.
 
-    make: opens one; two that ask for the same at once get the same.
+    open_file: opens the stage of a file. Callers that ask for one stage at the same time share it.
     """
 
-    def __init__(self, make: Callable[[str], Stage]) -> None:
-        self._make = make
+    def __init__(self, open_file: Callable[[str], Stage]) -> None:
+        self._open_file = open_file
         self._lock = threading.Lock()
         self._held: weakref.WeakValueDictionary[str, Stage] = weakref.WeakValueDictionary()
         self._opening: dict[str, Future[Stage]] = {}
 
     def get(self, file: str) -> tuple[Stage, bool]:
-        """A stage, and whether it had to be opened."""
+        """A stage, and whether this call opened it."""
         with self._lock:
             held, opening = self._held.get(file), self._opening.get(file)
             if held is not None:
@@ -90,7 +91,7 @@ class Stages:
         if opening is not None:
             return opening.result(), False
         try:
-            stage = self._make(file)
+            stage = self._open_file(file)
         except BaseException as error:
             with self._lock:
                 del self._opening[file]
@@ -103,6 +104,6 @@ class Stages:
         return stage, True
 
     def find(self, file: str) -> Stage | None:
-        """A stage that is open."""
+        """The stage of a file, if it is open."""
         with self._lock:
             return self._held.get(file)

@@ -1,30 +1,30 @@
-"""What steps cost on this machine by how many tokens they read, and how many guesses that makes worth while."""
+"""What steps cost on this machine by the number of tokens that they read, and how many draft tokens that makes worthwhile."""
 
 from __future__ import annotations
 
 from itertools import accumulate
 from operator import mul
 
-MOST_GUESSES = 8  # in one step
-LEAST_ROWS = 2  # of a step whose logits are to be those of steps with guesses, bit by bit: see SpeculatingReader
-_NEWEST, _NEWEST_PLAIN = 1 / 64, 1 / 16  # weight of the newest step in a running average; plain ones may be few
-_FIRST_SLOPE = 1 / 8  # of a step: what one more row is taken to cost until it was tried, too little so that it is tried
-_PRIOR = 4.0  # how much that counts, in steps that are a row away from the mean
-_PROBE = 32  # steps from one that tries another number of guesses to the next, so that there is always a slope to see
+MAX_DRAFT_TOKENS = 8  # in one step
+MIN_ROWS = 2  # of a step whose logits must equal those of steps with draft tokens, bit by bit: see SpeculatingReader
+_NEWEST, _NEWEST_PLAIN = 1 / 64, 1 / 16  # weight of the newest step in a running average; there may be few plain ones
+_FIRST_SLOPE = 1 / 8  # assumed cost of one more row, in steps, until it has been measured: low, so that it does get tried
+_PRIOR = 4.0  # weight of that assumption, in steps whose rows differ from the mean by one
+_PROBE = 32  # steps between two that try another number of draft tokens, so that there is always a slope to measure
 
 
 class StepCosts:
-    """Seconds of one model's steps: an average for those of one row, a line through those of more, since each row adds alike."""
+    """Seconds of one model's steps: an average for steps of one row, and a line for steps of more, as each row adds the same."""
 
     def __init__(self) -> None:
-        self.plain: float | None = None  # a step of one row, once one was taken
-        self._weight = self._rows = self._seconds = 0.0  # decaying sums over steps of several rows, here of 1, r and s
+        self.plain: float | None = None  # a step of one row; None until there was one
+        self._weight = self._rows = self._seconds = 0.0  # decaying sums over steps of several rows: of 1, of r and of s
         self._rows_squared = self._products = 0.0  # of r * r and r * s
         self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
-        """Takes a step into account; one that takes more than twice what was expected, as by other work, counts as twice."""
-        if rows < LEAST_ROWS:
+        """Adds a step to the measurements; one that other work slowed to more than twice its estimate counts as twice."""
+        if rows < MIN_ROWS:
             self.plain = (
                 seconds if self.plain is None else self.plain + (min(seconds, 2 * self.plain) - self.plain) * _NEWEST_PLAIN
             )
@@ -39,25 +39,25 @@ class StepCosts:
         self._rows_squared = keep * self._rows_squared + rows * rows
         self._products = keep * self._products + rows * seconds
 
-    def estimate(self, most: int, least_rows: int) -> list[float]:
-        """Seconds of steps with 0 to `most` guesses, none of fewer rows; [] until a step was taken that tells."""
+    def estimate(self, limit: int, min_rows: int) -> list[float]:
+        """Seconds of steps with 0 to `limit` draft tokens, each of min_rows or more; [] before the first measurement."""
         if not self._weight and self.plain is None:
             return []
         fixed, slope = self._fit()
-        seconds = [fixed + slope * max(rows, least_rows) for rows in range(1, most + 2)]
-        if self.plain is not None and least_rows < LEAST_ROWS:
+        seconds = [fixed + slope * max(rows, min_rows) for rows in range(1, limit + 2)]
+        if self.plain is not None and min_rows < MIN_ROWS:
             seconds[0] = self.plain
         return seconds
 
-    def probe(self, chosen: int, most: int) -> int:
-        """The number of guesses that was chosen, or now and then one more, if that is at `most`, or none."""
+    def probe(self, chosen: int, limit: int) -> int:
+        """The chosen number of draft tokens; now and then one more, up to `limit`, or none."""
         self._steps += 1
         if self._steps % _PROBE:
             return chosen
-        return min(most, chosen + 1) if self._steps // _PROBE % 2 else 0
+        return min(limit, chosen + 1) if self._steps // _PROBE % 2 else 0
 
     def _fit(self) -> tuple[float, float]:
-        """Seconds of a step without rows and of each row, least squares; drawn towards _FIRST_SLOPE while rows hardly varied."""
+        """Seconds of a step without rows and of each row, by least squares; close to _FIRST_SLOPE while the rows hardly vary."""
         if not self._weight:
             plain = self.plain or 0.0
             return plain * (1 - _FIRST_SLOPE), plain * _FIRST_SLOPE
@@ -68,26 +68,27 @@ class StepCosts:
         return mean_seconds - slope * mean_rows, slope
 
 
-def find_least_chance(seconds: list[float]) -> float:
-    """The chance to be right below which a guess cannot pay: what one more costs on the average, in steps without any."""
+def find_break_even(seconds: list[float]) -> float:
+    """The acceptance rate below which a draft token cannot pay: the average cost of one more, in steps without any."""
     return (seconds[-1] / seconds[0] - 1) / (len(seconds) - 1) if len(seconds) > 1 else 0.0
 
 
-def count_likely(chances: list[float], least_chance: float) -> int:
-    """How many guesses are right, all up to that one, with at least that chance."""
-    return sum(reached >= least_chance for reached in accumulate(chances, mul))
+def count_likely(rates: list[float], min_rate: float) -> int:
+    """How many draft tokens are accepted, together with all before them, with at least that probability."""
+    return sum(reached >= min_rate for reached in accumulate(rates, mul))
 
 
-def choose_length(chances: list[float], seconds: list[float]) -> int:
-    """How many guesses give the most tokens per second.
+def choose_length(rates: list[float], seconds: list[float]) -> int:
+    """The number of draft tokens that gives the most tokens per second.
 
-    chances: of each guess to be right if those before it are. seconds: of steps with 0, 1, … guesses; as many are considered.
+    rates: acceptance rate of each draft token if all before it are accepted. seconds: of steps with 0, 1, … draft tokens; no
+    longer drafts are considered.
     """
     best, tokens, reached = 0, 1.0, 1.0
     fastest = 1.0 / seconds[0] if seconds else 0.0
-    for guesses, (chance, cost) in enumerate(zip(chances, seconds[1:], strict=False), 1):
-        reached *= chance
-        tokens += reached  # an answer goes on as far as guesses are right, and one token more
+    for length, (rate, cost) in enumerate(zip(rates, seconds[1:], strict=False), 1):
+        reached *= rate
+        tokens += reached  # a step gives the draft tokens that are accepted, and one token more
         if tokens > fastest * cost:
-            best, fastest = guesses, tokens / cost
+            best, fastest = length, tokens / cost
     return best

@@ -1,4 +1,4 @@
-"""Where the operator library is, and what it has for this machine."""
+"""The path of the operator library, and the instruction set that it uses on this machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _SUFFIXES = {".so", ".dylib", ".dll"}
 
 
 def library_path() -> Path:
-    """The library that onnxruntime's SessionOptions.register_custom_ops_library takes."""
+    """The library to pass to SessionOptions.register_custom_ops_library of onnxruntime."""
     return next(file for file in Path(__file__).parent.iterdir() if file.suffix in _SUFFIXES)
 
 
 def instruction_set() -> str | None:
-    """What the kernels run on here, "avx2" or "avx512-vnni"; None where there are no kernels for this machine."""
+    """The instruction set of the kernels here, "avx2" or "avx512-vnni"; None if they do not support this machine."""
     ask = ctypes.CDLL(str(library_path())).edgelora_kernels
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()

@@ -1,25 +1,25 @@
-// Attention of the queries that share a head of keys and values: what it works on.
+// The operands of attention: a head of keys and values, and the queries that share it.
 #pragma once
 
 #include <cstddef>
 
 namespace edgelora {
 
-constexpr size_t kSpan = 256;  // positions whose keys are attended to together; spans start at multiples of it
+constexpr size_t kSpan = 256;  // positions whose keys are read together; spans start at multiples of this
 
-// A head of keys and values, and how queries look at it.
+// A head of keys and values, and how queries attend to it.
 struct Head {
-  const float* keys;  // (capacity, size), as values are
+  const float* keys;  // (capacity, size), like values
   const float* values;
-  size_t capacity;  // positions that may be read; what lies behind those that are written means nothing
+  size_t capacity;  // positions that can be read; those that no step has written hold arbitrary values
   size_t size;      // a multiple of 16
-  float cap;        // of scores, which are cap * tanh(score / cap) then; 0: none
-  size_t window;    // positions that a query sees, its own and those before; 0: all
+  float cap;        // soft cap: scores become cap * tanh(score / cap); 0: none
+  size_t window;    // positions that a query sees: its own and those before it; 0: all
 };
 
-// Queries of a head: `group` for each position from first on.
+// Queries of a head: `group` for each position, starting at `first`.
 struct Queries {
-  const float* values;  // (rows, size), scaled
+  const float* values;  // (rows, size), already scaled
   size_t rows;
   size_t first;
   size_t group;
@@ -27,11 +27,12 @@ struct Queries {
   size_t position(size_t row) const { return first + row / group; }
 };
 
-// What queries found in some spans: sums of values weighted by exp(score - greatest), and the sums of those weights.
-struct Found {
-  float* values;    // (rows, size)
-  float* greatest;  // (rows)
-  float* weights;   // (rows)
+// Attention over some spans, before the division by the sum of weights, so that two of them can be merged: online softmax
+// (Milakov and Gimelshein 2018, arXiv 1805.02867).
+struct PartialSoftmax {
+  float* values;  // (rows, size): sums of values, weighted by exp(score - maximum)
+  float* maxima;  // (rows): the largest score
+  float* sums;    // (rows): of the weights
 };
 
 }  // namespace edgelora

@@ -1,4 +1,4 @@
-// Attention over an instruction set, which its own source file describes (struct Isa there).
+// Attention for an instruction set Isa, a struct that the source file of each set defines.
 #pragma once
 
 #include <algorithm>
@@ -11,13 +11,13 @@
 namespace edgelora {
 namespace {  // see tile.h
 
-// exp(x) for x of -87 (and for less the same) to 88: 2^n times the Taylor series of what is left, |r| <= ln(2) / 2, up to where
-// terms are below 2^-24.
+// exp(x) for x from -87 (also used for smaller x) to 88: 2^n times the Taylor series of the remainder r, |r| <= ln(2) / 2, up to
+// terms below 2^-24.
 template <typename Isa>
 typename Isa::Float exponential(typename Isa::Float x) {
   using Float = typename Isa::Float;
-  x = Isa::larger(x, Isa::broadcast(-87.0f));
-  const Float n = Isa::nearest(Isa::multiply(x, Isa::broadcast(1.44269504f)));
+  x = Isa::max(x, Isa::broadcast(-87.0f));
+  const Float n = Isa::round_nearest(Isa::multiply(x, Isa::broadcast(1.44269504f)));
   Float r = Isa::add_product(x, n, Isa::broadcast(-0.693359375f));  // ln(2) in two parts, the first with few bits
   r = Isa::add_product(r, n, Isa::broadcast(2.12194440e-4f));
   Float sum = Isa::broadcast(1.0f / 5040);
@@ -26,17 +26,17 @@ typename Isa::Float exponential(typename Isa::Float x) {
   return Isa::times_power_of_two(sum, n);
 }
 
-// Scores (rows, kSpan) of Rows queries with the keys of a tile. asked: values to ask for meanwhile, or null.
+// Scores (rows, kSpan) of Rows queries with the keys of a tile. prefetched: values to prefetch meanwhile, or null.
 template <typename Isa, size_t Rows>
-void score(const Tile<Isa>& keys, const float* queries, size_t size, const float* asked, float* scores) {
+void score(const Tile<Isa>& keys, const float* queries, size_t size, const float* prefetched, float* scores) {
   using Float = typename Isa::Float;
   constexpr size_t kVectors = Isa::kVectors, kLanes = Isa::kLanes;
   Float sums[Rows][kVectors];
   for (auto& row : sums)
     for (Float& sum : row) sum = Isa::zero();
   for (size_t place = 0; place < size; ++place) {
-    if (asked) {
-      for (size_t line = 0; line < kColumns<Isa> / 16; ++line, asked += 16) Isa::ask_for(asked);
+    if (prefetched) {
+      for (size_t line = 0; line < kColumns<Isa> / 16; ++line, prefetched += 16) Isa::prefetch(prefetched);
     }
     Float key[kVectors];
     for (size_t vector = 0; vector < kVectors; ++vector) key[vector] = Isa::load_floats(keys[place].word + vector * kLanes);
@@ -51,7 +51,7 @@ void score(const Tile<Isa>& keys, const float* queries, size_t size, const float
   }
 }
 
-// Some vectors of Rows sums of values, by weights (rows, kSpan).
+// Some vectors of Rows weighted sums of values; weights (rows, kSpan).
 template <typename Isa, size_t Rows, size_t Vectors>
 void weigh(const float* values, size_t count, size_t size, const float* weights, float* sums) {
   using Float = typename Isa::Float;
@@ -72,25 +72,25 @@ void weigh(const float* values, size_t count, size_t size, const float* weights,
   }
 }
 
-// scores become cap * tanh(score / cap), where tanh(y) = 1 - 2 / (exp(2 y) + 1).
+// Scores become cap * tanh(score / cap), with tanh(y) = 1 - 2 / (exp(2 y) + 1).
 template <typename Isa>
 void cap(float* scores, size_t count, float cap) {
   const auto one = Isa::broadcast(1.0f), most = Isa::broadcast(88.0f);
   for (size_t index = 0; index < count; index += Isa::kLanes) {
     const auto twice = Isa::multiply(Isa::load(scores + index), Isa::broadcast(2.0f / cap));
-    const auto below = Isa::divide(Isa::broadcast(-2.0f), Isa::add(exponential<Isa>(Isa::smaller(twice, most)), one));
+    const auto below = Isa::divide(Isa::broadcast(-2.0f), Isa::add(exponential<Isa>(Isa::min(twice, most)), one));
     Isa::store(scores + index, Isa::multiply(Isa::add(one, below), Isa::broadcast(cap)));
   }
 }
 
-// Scores from low to high, of count, become exp(score - greatest), the others zeros. Returns the sum.
+// Of count scores, those from low to high become exp(score - maximum), the others 0. Returns the sum.
 template <typename Isa>
-float weights_of(float* scores, size_t low, size_t high, size_t count, float& greatest) {
+float exponentiate(float* scores, size_t low, size_t high, size_t count, float& maximum) {
   using Float = typename Isa::Float;
   constexpr size_t kLanes = Isa::kLanes;
   constexpr float kLowest = -std::numeric_limits<float>::infinity();
   const size_t end = (count + kLanes - 1) / kLanes * kLanes;
-  greatest = kLowest;
+  maximum = kLowest;
   if (low >= high) {
     std::fill(scores, scores + end, 0.0f);
     return 0;
@@ -98,67 +98,67 @@ float weights_of(float* scores, size_t low, size_t high, size_t count, float& gr
   std::fill(scores, scores + low, kLowest);
   std::fill(scores + high, scores + end, kLowest);
   Float most = Isa::load(scores);
-  for (size_t index = kLanes; index < end; index += kLanes) most = Isa::larger(most, Isa::load(scores + index));
-  greatest = Isa::most(most);
+  for (size_t index = kLanes; index < end; index += kLanes) most = Isa::max(most, Isa::load(scores + index));
+  maximum = Isa::reduce_max(most);
   Float sum = Isa::zero();
   for (size_t index = 0; index < end; index += kLanes) {
-    const Float weight = exponential<Isa>(Isa::add(Isa::load(scores + index), Isa::broadcast(-greatest)));
+    const Float weight = exponential<Isa>(Isa::add(Isa::load(scores + index), Isa::broadcast(-maximum)));
     Isa::store(scores + index, weight);
     sum = Isa::add(sum, weight);
   }
   std::fill(scores, scores + low, 0.0f);
   std::fill(scores + high, scores + end, 0.0f);
-  return Isa::sum(sum);
+  return Isa::reduce_sum(sum);
 }
 
 template <typename Isa>
-void attend(const Head& head, const Queries& queries, size_t begin, size_t end, const Found& found) {
-  static thread_local Tile<Isa> keys;  // their memory serves the thread's next span
+void attend(const Head& head, const Queries& queries, size_t begin, size_t end, const PartialSoftmax& partial) {
+  static thread_local Tile<Isa> keys;  // the thread's next span reuses the memory
   static thread_local std::vector<float> scores;
   const size_t rows = queries.rows, size = head.size, count = end - begin;
   if (scores.size() < rows * kSpan) scores.resize(rows * kSpan);
   for (size_t at = begin; at < end; at += kColumns<Isa>) {
     const auto* read = reinterpret_cast<const uint32_t*>(head.keys + at * size);
     const size_t lines = at + kColumns<Isa> < end ? Isa::kLanes * Isa::kLanes / 16 : 0;
-    turn<Isa>(read, std::min(kColumns<Isa>, head.capacity - at), size, read + kColumns<Isa> * size, lines, keys);
+    transpose<Isa>(read, std::min(kColumns<Isa>, head.capacity - at), size, read + kColumns<Isa> * size, lines, keys);
     in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
-      const float* asked = row == 0 ? head.values + at * size : nullptr;
-      score<Isa, group>(keys, queries.values + row * size, size, asked, scores.data() + row * kSpan + (at - begin));
+      const float* prefetched = row == 0 ? head.values + at * size : nullptr;
+      score<Isa, group>(keys, queries.values + row * size, size, prefetched, scores.data() + row * kSpan + (at - begin));
     });
   }
   for (size_t row = 0; row < rows; ++row) {
     const size_t seen = queries.position(row) + 1, low = head.window && seen > head.window ? seen - head.window : 0;
     const auto within = [&](size_t position) { return std::min(std::max(position, begin) - begin, count); };
     if (head.cap > 0) cap<Isa>(scores.data() + row * kSpan, count, head.cap);
-    found.weights[row] = weights_of<Isa>(scores.data() + row * kSpan, within(low), within(seen), count, found.greatest[row]);
+    partial.sums[row] = exponentiate<Isa>(scores.data() + row * kSpan, within(low), within(seen), count, partial.maxima[row]);
   }
   const float* values = head.values + begin * size;
   in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
     size_t place = 0;
     for (; place + kColumns<Isa> <= size; place += kColumns<Isa>) {
       weigh<Isa, group, Isa::kVectors>(values + place, count, size, scores.data() + row * kSpan,
-                                       found.values + row * size + place);
+                                       partial.values + row * size + place);
     }
     for (; place < size; place += Isa::kLanes) {
-      weigh<Isa, group, 1>(values + place, count, size, scores.data() + row * kSpan, found.values + row * size + place);
+      weigh<Isa, group, 1>(values + place, count, size, scores.data() + row * kSpan, partial.values + row * size + place);
     }
   });
 }
 
 template <typename Isa>
-void add_found(size_t size, size_t rows, const Found& sum, const Found& other) {
+void merge_partials(size_t size, size_t rows, const PartialSoftmax& sum, const PartialSoftmax& other) {
   for (size_t row = 0; row < rows; ++row) {
-    if (other.weights[row] == 0) continue;
-    const float greatest = std::max(sum.greatest[row], other.greatest[row]);
-    const auto old_factor = exponential<Isa>(Isa::broadcast(sum.greatest[row] - greatest));
-    const auto new_factor = exponential<Isa>(Isa::broadcast(other.greatest[row] - greatest));
+    if (other.sums[row] == 0) continue;
+    const float maximum = std::max(sum.maxima[row], other.maxima[row]);
+    const auto old_factor = exponential<Isa>(Isa::broadcast(sum.maxima[row] - maximum));
+    const auto new_factor = exponential<Isa>(Isa::broadcast(other.maxima[row] - maximum));
     float* values = sum.values + row * size;
     for (size_t place = 0; place < size; place += Isa::kLanes) {
       const auto added = Isa::multiply(Isa::load(other.values + row * size + place), new_factor);
       Isa::store(values + place, Isa::add_product(added, Isa::load(values + place), old_factor));
     }
-    sum.weights[row] = sum.weights[row] * Isa::first(old_factor) + other.weights[row] * Isa::first(new_factor);
-    sum.greatest[row] = greatest;
+    sum.sums[row] = sum.sums[row] * Isa::first(old_factor) + other.sums[row] * Isa::first(new_factor);
+    sum.maxima[row] = maximum;
   }
 }
 

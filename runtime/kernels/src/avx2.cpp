@@ -1,4 +1,4 @@
-// AVX2: 8 columns, or one chunk, at a time.
+// AVX2: 8 columns or one chunk at a time.
 #include <immintrin.h>
 
 #include "attention_kernels.h"
@@ -13,9 +13,9 @@ struct Avx2 {
   using Float = __m256;
   using Int = __m256i;
   static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 1, kRows = 4;
-  static constexpr bool kSigned8 = true;  // unsigned codes of 8 bits would overrun the sums of 16 bits
+  static constexpr bool kSigned8 = true;  // with unsigned codes of 8 bits, sums of 16 bits would overflow
 
-  static void ask_for(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
+  static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
   static Float zero() { return _mm256_setzero_ps(); }
   static Int load(const uint32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
   static Float load_floats(const uint32_t* at) { return _mm256_castsi256_ps(load(at)); }
@@ -29,34 +29,34 @@ struct Avx2 {
   static Float load(const Half* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
-  static Float larger(Float a, Float b) { return _mm256_max_ps(a, b); }
-  static Float smaller(Float a, Float b) { return _mm256_min_ps(a, b); }
-  static Float nearest(Float value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
+  static Float round_nearest(Float value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Float times_power_of_two(Float value, Float exponent) {
     const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127)), 23);
     return _mm256_mul_ps(value, _mm256_castsi256_ps(bits));
   }
   static float first(Float value) { return _mm256_cvtss_f32(value); }
-  static float most(Float value) {
+  static float reduce_max(Float value) {
     __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
     four = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
   }
-  static float sum(Float value) {
+  static float reduce_sum(Float value) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
   }
 
-  // The first values of an array, and zeros.
+  // The first `count` values of an array, padded with zeros.
   static Float load(const float* at, size_t count) { return _mm256_maskload_ps(at, first(count)); }
   static Float load(const int32_t* at, size_t count) { return _mm256_cvtepi32_ps(_mm256_maskload_epi32(at, first(count))); }
 
-  static float greatest(const float* values) {
+  static float max_abs(const float* values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     __m256 most = zero();
     for (size_t i = 0; i < kChunk; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
-    return Avx2::most(most);
+    return Avx2::reduce_max(most);
   }
   static void round(const float* values, float factor, int32_t* rounded) {
     for (size_t i = 0; i < kChunk; i += 8) {
@@ -65,8 +65,8 @@ struct Avx2 {
     }
   }
 
-  // 8 rows of 8 words, words apart, become 8 columns: first within halves of four words, then the halves.
-  static void turn(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
+  // Transposes 8 rows of 8 words, `apart` words from each other: first within halves of four words, then the halves.
+  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
     __m256i row[8], pairs[8], fours[8];
     for (size_t i = 0; i < 8; ++i) row[i] = load(from + i * apart);
     for (size_t i = 0; i < 8; i += 2) {
@@ -86,8 +86,8 @@ struct Avx2 {
   }
 
   template <int Bits>
-  static Float multiply_chunks(const uint8_t* codes, const int8_t* met) {
-    const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(met));
+  static Float multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
+    const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(activation_codes));
     __m256i sums;
     if constexpr (Bits == 8) {
       const __m256i weights =
@@ -102,7 +102,7 @@ struct Avx2 {
   }
   static Float spread(const float* scale) { return broadcast(*scale); }
 
-  // Products of 4 bits are summed in 16 bits: 8 times 2 * 15 * 127 at the most.
+  // Products of 4 bits are summed in 16 bits: at most 8 times 2 * 15 * 127.
   static Int begin(Int) { return _mm256_setzero_si256(); }
   template <int Bits>
   static Int part(Int read, size_t index) {
@@ -124,7 +124,7 @@ struct Avx2 {
   static __m256i first(size_t count) {
     return _mm256_cmpgt_epi32(broadcast(static_cast<int32_t>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }
-  // Sums of two neighbouring products of bytes, in 16 bits; the instruction takes one side unsigned.
+  // Sums of two neighbouring products of bytes, in 16 bits; the instruction needs one unsigned operand.
   static __m256i multiply_signed(__m256i weights, __m256i activations) {
     return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(activations, weights));
   }
@@ -135,8 +135,8 @@ struct Avx2 {
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2",       kColumns<Avx2>,  round<Avx2>, multiply_row<Avx2>,  multiply_rows<Avx2>,
-    attend<Avx2>, add_found<Avx2>, ask<Avx2>,   multiply_down<Avx2>, add_up<Avx2>,
+    "avx2",       kColumns<Avx2>,       round<Avx2>,          multiply_row<Avx2>,  multiply_rows<Avx2>,
+    attend<Avx2>, merge_partials<Avx2>, prefetch_range<Avx2>, multiply_down<Avx2>, add_up<Avx2>,
 };
 
 }  // namespace edgelora

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 16 columns, or two chunks, at a time.
+// AVX-512 with VNNI: 16 columns or two chunks at a time.
 #include <immintrin.h>
 
 #include "attention_kernels.h"
@@ -15,7 +15,7 @@ struct Avx512 {
   static constexpr size_t kLanes = 16, kVectors = 2, kChunksAtOnce = 2, kRows = 6;
   static constexpr bool kSigned8 = false;
 
-  static void ask_for(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
+  static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
   static Float zero() { return _mm512_setzero_ps(); }
   static Int load(const uint32_t* at) { return _mm512_loadu_si512(at); }
   static Float load_floats(const uint32_t* at) { return _mm512_castsi512_ps(load(at)); }
@@ -29,19 +29,19 @@ struct Avx512 {
   static Float load(const Half* at) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))); }
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float divide(Float a, Float b) { return _mm512_div_ps(a, b); }
-  static Float larger(Float a, Float b) { return _mm512_max_ps(a, b); }
-  static Float smaller(Float a, Float b) { return _mm512_min_ps(a, b); }
-  static Float nearest(Float value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+  static Float round_nearest(Float value) { return _mm512_roundscale_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Float times_power_of_two(Float value, Float exponent) { return _mm512_scalef_ps(value, exponent); }
   static float first(Float value) { return _mm512_cvtss_f32(value); }
-  static float most(Float value) { return _mm512_reduce_max_ps(value); }
-  static float sum(Float value) { return _mm512_reduce_add_ps(value); }
+  static float reduce_max(Float value) { return _mm512_reduce_max_ps(value); }
+  static float reduce_sum(Float value) { return _mm512_reduce_add_ps(value); }
 
-  // The first values of an array, and zeros.
+  // The first `count` values of an array, padded with zeros.
   static Float load(const float* at, size_t count) { return _mm512_maskz_loadu_ps(first(count), at); }
   static Float load(const int32_t* at, size_t count) { return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first(count), at)); }
 
-  static float greatest(const float* values) {
+  static float max_abs(const float* values) {
     const __m512 first = _mm512_loadu_ps(values), second = _mm512_loadu_ps(values + 16);
     return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
   }
@@ -51,8 +51,8 @@ struct Avx512 {
     }
   }
 
-  // 16 rows of 16 words, words apart, become 16 columns: first within quarters of four words, then the quarters.
-  static void turn(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
+  // Transposes 16 rows of 16 words, `apart` words from each other: first within quarters of four words, then the quarters.
+  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
     __m512i row[16], pairs[16], fours[16];
     for (size_t i = 0; i < 16; ++i) row[i] = load(from + i * apart);
     for (size_t i = 0; i < 16; i += 2) {
@@ -77,9 +77,9 @@ struct Avx512 {
     }
   }
 
-  // Products of two chunks, those of a chunk in one half.
+  // Products of two chunks, one in each half.
   template <int Bits>
-  static Float multiply_chunks(const uint8_t* codes, const int8_t* met) {
+  static Float multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
     __m512i weights;
     if constexpr (Bits == 8) {
       weights = _mm512_loadu_si512(codes);
@@ -89,7 +89,7 @@ struct Avx512 {
       const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
       weights = _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
     }
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(met)));
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes)));
   }
   static Float spread(const float* scales) {
     double pair;
@@ -121,8 +121,8 @@ struct Avx512 {
 
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
-    "avx512-vnni",  kColumns<Avx512>,  round<Avx512>, multiply_row<Avx512>,  multiply_rows<Avx512>,
-    attend<Avx512>, add_found<Avx512>, ask<Avx512>,   multiply_down<Avx512>, add_up<Avx512>,
+    "avx512-vnni",  kColumns<Avx512>,       round<Avx512>,          multiply_row<Avx512>,  multiply_rows<Avx512>,
+    attend<Avx512>, merge_partials<Avx512>, prefetch_range<Avx512>, multiply_down<Avx512>, add_up<Avx512>,
 };
 
 }  // namespace edgelora

@@ -1,4 +1,4 @@
-// Chooses the kernels of the best instruction set that this machine has, or of the one that EDGELORA_INSTRUCTION_SET names.
+// Chooses the kernels of the machine's best instruction set, or of the one that EDGELORA_INSTRUCTION_SET names.
 #include <cstdlib>
 #include <cstring>
 
@@ -39,7 +39,7 @@ Registers ask(uint32_t leaf) {
   return found;
 }
 
-// Which registers the system saves when it switches threads (XCR0).
+// The registers that the system saves when it switches threads (XCR0).
 uint64_t saved_registers() {
 #if defined(_MSC_VER)
   return _xgetbv(0);
@@ -60,9 +60,9 @@ const Kernels* find_kernels() {
   const bool avx512 = extended.has(&Registers::ebx, 16) && extended.has(&Registers::ebx, 30) && extended.has(&Registers::ebx, 31);
   const bool vnni = extended.has(&Registers::ecx, 11);
   const char* wanted = std::getenv("EDGELORA_INSTRUCTION_SET");
-  const auto may_be = [wanted](const Kernels& kernels) { return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0; };
-  if (avx2 && avx512 && vnni && (saved_registers() & 0xe0) == 0xe0 && may_be(kAvx512)) return &kAvx512;
-  return avx2 && may_be(kAvx2) ? &kAvx2 : nullptr;
+  const auto allowed = [wanted](const Kernels& kernels) { return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0; };
+  if (avx2 && avx512 && vnni && (saved_registers() & 0xe0) == 0xe0 && allowed(kAvx512)) return &kAvx512;
+  return avx2 && allowed(kAvx2) ? &kAvx2 : nullptr;
 }
 #else
 const Kernels* find_kernels() { return nullptr; }

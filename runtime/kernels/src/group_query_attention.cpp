@@ -1,9 +1,8 @@
-// com.microsoft.GroupQueryAttention over a cache that is written in place: keys and values are read once for all queries that
+// com.microsoft.GroupQueryAttention over a cache that is written in place. Keys and values are read once for all queries that
 // share them, and softmax needs no memory that grows with the text.
 //
-// It does what graphs of edgelora ask for: one sequence, float32, rotary positions in halves; anything else is refused. Spans of
-// positions are attended to one by one and their findings added up in order, so that no bit of a row's result depends on the rows
-// that it is computed with, or on how many threads share the work.
+// It supports what edgelora's graphs use: one sequence, float32, rotary embeddings in halves. Anything else is refused. Partial
+// results of spans are merged in order, so no bit of a row depends on the rows computed with it or on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -18,21 +17,21 @@ enum Output : size_t { kAttended, kPresentKey, kPresentValue, kOutputs };
 
 constexpr size_t kRowsAtOnce = 48;  // queries that read a head's keys together
 
-// Rows of heads, one behind the other for each position, somewhere in a tensor.
+// Rows of heads in a tensor: the heads of a position are adjacent.
 struct Rows {
   const float* values;
-  size_t width;  // of a position, all that lies in it
+  size_t width;  // values per position
 
   const float* at(size_t position, size_t head, size_t size) const { return values + position * width + head * size; }
 };
 
-// Rotary positions: (positions, size / 2) each; the rest of a head does not turn.
+// Rotary position embedding: cos and sin are (positions, half); values after 2 * half are not rotated.
 struct Rotary {
   const float* cos = nullptr;
   const float* sin = nullptr;
   size_t half = 0;
 
-  void turn(const float* from, size_t position, size_t size, float scale, float* to) const {
+  void rotate(const float* from, size_t position, size_t size, float scale, float* to) const {
     const float *cosine = cos + position * half, *sine = sin + position * half;
     for (size_t i = 0; i < half; ++i) {
       const float first = from[i] * scale, second = from[half + i] * scale;
@@ -43,19 +42,19 @@ struct Rotary {
   }
 };
 
-// Memory for what some rows find.
-struct Findings {
-  std::vector<float> values, greatest, weights;
+// Reusable memory for a PartialSoftmax.
+struct PartialSoftmaxBuffer {
+  std::vector<float> values, maxima, sums;
 
-  Found fit(size_t rows, size_t size) {
+  PartialSoftmax fit(size_t rows, size_t size) {
     if (values.size() < rows * size) values.resize(rows * size);
-    if (weights.size() < rows) greatest.resize(rows), weights.resize(rows);
-    return {values.data(), greatest.data(), weights.data()};
+    if (sums.size() < rows) maxima.resize(rows), sums.resize(rows);
+    return {values.data(), maxima.data(), sums.data()};
   }
 };
 
-Found move_on(const Found& found, size_t rows, size_t size) {
-  return {found.values + rows * size, found.greatest + rows, found.weights + rows};
+PartialSoftmax advance_rows(const PartialSoftmax& partial, size_t rows, size_t size) {
+  return {partial.values + rows * size, partial.maxima + rows, partial.sums + rows};
 }
 
 class GroupQueryAttention : Operator {
@@ -84,7 +83,7 @@ class GroupQueryAttention : Operator {
   }
 
  private:
-  // One call: rows (count) of new positions behind `past` earlier ones.
+  // One call: `count` new positions after `past` earlier ones.
   struct Step {
     size_t size, past, count, capacity;
     Rows query, key, value;
@@ -109,7 +108,7 @@ class GroupQueryAttention : Operator {
     if (key && value) {
       const std::vector<int64_t> wanted{1, shape.sizes[1], static_cast<int64_t>(kv_heads_ * step.size)};
       if (describe_rows(key).sizes != wanted || describe_rows(value).sizes != wanted) {
-        refuse("query, key and value do not fit each other");
+        refuse("query, key and value do not match");
       }
       step.key = {read<float>(key), kv_heads_ * step.size};
       step.value = {read<float>(value), kv_heads_ * step.size};
@@ -117,11 +116,11 @@ class GroupQueryAttention : Operator {
       step.key = {step.query.values + heads_ * step.size, width};
       step.value = {step.key.values + kv_heads_ * step.size, width};
     } else {
-      refuse("key and value are given one without the other");
+      refuse("key is given without value, or value without key");
     }
     const int64_t total = read_number(context, kLast) + int64_t{1}, room = read_number(context, kTotal);
     if (total < static_cast<int64_t>(step.count) || room < total)
-      refuse("seqlens_k and total_sequence_length do not fit the query");
+      refuse("seqlens_k and total_sequence_length do not match the query");
     step.past = static_cast<size_t>(total) - step.count;
     read_past(context, step);
     step.capacity = std::max(step.past_capacity, static_cast<size_t>(room));
@@ -157,12 +156,12 @@ class GroupQueryAttention : Operator {
       const Shape shape = describe(api_, keys), other = describe(api_, values);
       const bool fits = shape.sizes.size() == 4 && shape.sizes[0] == 1 && shape.sizes[1] == static_cast<int64_t>(kv_heads_) &&
                         shape.sizes[3] == static_cast<int64_t>(step.size) && shape.type == kFloat;
-      if (!fits || other.sizes != shape.sizes || other.type != kFloat) refuse("past_key or past_value do not fit the query");
+      if (!fits || other.sizes != shape.sizes || other.type != kFloat) refuse("past_key or past_value does not match the query");
       step.past_keys = read<float>(keys);
       step.past_values = read<float>(values);
       step.past_capacity = static_cast<size_t>(shape.sizes[2]);
     }
-    if (step.past > step.past_capacity) refuse("seqlens_k says more positions than past_key has");
+    if (step.past > step.past_capacity) refuse("seqlens_k exceeds the positions of past_key");
   }
 
   Rotary read_rotary(const OrtKernelContext* context, const Step& step) const {
@@ -170,16 +169,16 @@ class GroupQueryAttention : Operator {
     if (!cos || !sin) refuse("cos_cache or sin_cache is missing");
     const Shape shape = describe(api_, cos), other = describe(api_, sin);
     if (shape.sizes.size() != 2 || shape.type != kFloat || other.sizes != shape.sizes || other.type != kFloat) {
-      refuse("cos_cache and sin_cache are not float32 of two axes");
+      refuse("cos_cache and sin_cache are not float32 with two axes");
     }
     const size_t half = static_cast<size_t>(shape.sizes[1]);
     if (2 * half > step.size || step.past + step.count > static_cast<size_t>(shape.sizes[0]))
-      refuse("cos_cache has too few positions, or too wide ones");
+      refuse("cos_cache has too few positions or is wider than a head");
     return {read<float>(cos), read<float>(sin), half};
   }
 
-  // Copies the earlier positions to where they are not yet.
-  void keep(const Step& step, const float* past, float* present) const {
+  // Copies the earlier positions, unless past and present are one buffer.
+  void copy_past(const Step& step, const float* past, float* present) const {
     if (past == present || step.past == 0) return;
     for (size_t head = 0; head < kv_heads_; ++head) {
       std::memcpy(present + head * step.capacity * step.size, past + head * step.past_capacity * step.size,
@@ -187,30 +186,30 @@ class GroupQueryAttention : Operator {
     }
   }
 
-  // Writes the new positions behind those that are there.
+  // Writes the new positions after the earlier ones.
   void append(OrtKernelContext* context, const Step& step) const {
-    keep(step, step.past_keys, step.keys);
-    keep(step, step.past_values, step.values);
+    copy_past(step, step.past_keys, step.keys);
+    copy_past(step, step.past_values, step.values);
     parallel(context, step.count, 2 * step.count * kv_heads_ * step.size * sizeof(float), [&](size_t row) {
       const size_t position = step.past + row;
       for (size_t head = 0; head < kv_heads_; ++head) {
         const size_t to = (head * step.capacity + position) * step.size;
-        step.rotary.turn(step.key.at(row, head, step.size), position, step.size, 1.0f, step.keys + to);
+        step.rotary.rotate(step.key.at(row, head, step.size), position, step.size, 1.0f, step.keys + to);
         std::memcpy(step.values + to, step.value.at(row, head, step.size), step.size * sizeof(float));
       }
     });
   }
 
-  // Few positions leave whole spans to a thread, many share them.
+  // With many positions, a thread takes some of them over all spans; with few, it takes whole spans, which are merged afterwards.
   void attend(OrtKernelContext* context, const Step& step) const {
-    const size_t positions = std::max<size_t>(1, kRowsAtOnce / group_);  // of a piece
+    const size_t positions = std::max<size_t>(1, kRowsAtOnce / group_);  // per piece
     const size_t pieces = (step.count + positions - 1) / positions;
     const size_t bytes = 2 * (step.past + step.count) * kv_heads_ * step.size * sizeof(float);
     if (pieces != 1) {
       return parallel(context, kv_heads_ * pieces, pieces * bytes, [&](size_t index) {
         const size_t head = index / pieces, row = index % pieces * positions, count = std::min(positions, step.count - row);
-        static thread_local Findings sums, spans;
-        const Found sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
+        static thread_local PartialSoftmaxBuffer sums, spans;
+        const PartialSoftmax sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
         const size_t first = first_span(step, row), last = (step.past + row + count - 1) / kSpan;
         attend_span(step, head, row, count, first, sum);
         for (size_t next = first + 1; next <= last; ++next) {
@@ -222,14 +221,14 @@ class GroupQueryAttention : Operator {
     }
     const size_t first = first_span(step, 0), spans = (step.past + step.count - 1) / kSpan + 1 - first,
                  rows = step.count * group_;
-    static thread_local Findings all;
-    const Found found = all.fit(kv_heads_ * spans * rows, step.size);
+    static thread_local PartialSoftmaxBuffer all;
+    const PartialSoftmax partial = all.fit(kv_heads_ * spans * rows, step.size);
     parallel(context, kv_heads_ * spans, bytes, [&](size_t index) {
-      attend_span(step, index / spans, 0, step.count, first + index % spans, move_on(found, index * rows, step.size));
+      attend_span(step, index / spans, 0, step.count, first + index % spans, advance_rows(partial, index * rows, step.size));
     });
     for (size_t head = 0; head < kv_heads_; ++head) {
-      const Found sum = move_on(found, head * spans * rows, step.size);
-      for (size_t span = 1; span < spans; ++span) add(step, step.count, sum, move_on(sum, span * rows, step.size));
+      const PartialSoftmax sum = advance_rows(partial, head * spans * rows, step.size);
+      for (size_t span = 1; span < spans; ++span) add(step, step.count, sum, advance_rows(sum, span * rows, step.size));
       write(step, head, 0, step.count, sum);
     }
   }
@@ -240,27 +239,27 @@ class GroupQueryAttention : Operator {
     return window_ && seen > window_ ? (seen - window_) / kSpan : 0;
   }
 
-  void attend_span(const Step& step, size_t head, size_t row, size_t count, size_t span, const Found& found) const {
-    static thread_local std::vector<float> turned;
-    if (turned.size() < count * group_ * step.size) turned.resize(count * group_ * step.size);
+  void attend_span(const Step& step, size_t head, size_t row, size_t count, size_t span, const PartialSoftmax& partial) const {
+    static thread_local std::vector<float> rotated;
+    if (rotated.size() < count * group_ * step.size) rotated.resize(count * group_ * step.size);
     const float scale = scale_ == 0.0f ? 1.0f / std::sqrt(static_cast<float>(step.size)) : scale_;
     for (size_t i = 0; i < count * group_; ++i) {
       const float* query = step.query.at(row + i / group_, head * group_ + i % group_, step.size);
-      step.rotary.turn(query, step.past + row + i / group_, step.size, scale, turned.data() + i * step.size);
+      step.rotary.rotate(query, step.past + row + i / group_, step.size, scale, rotated.data() + i * step.size);
     }
     const size_t to = head * step.capacity * step.size, end = std::min((span + 1) * kSpan, step.past + row + count);
     const Head seen{step.keys + to, step.values + to, step.capacity, step.size, cap_, window_};
-    kernels_.attend(seen, {turned.data(), count * group_, step.past + row, group_}, span * kSpan, end, found);
+    kernels_.attend(seen, {rotated.data(), count * group_, step.past + row, group_}, span * kSpan, end, partial);
   }
 
-  void add(const Step& step, size_t count, const Found& sum, const Found& other) const {
-    kernels_.add_found(step.size, count * group_, sum, other);
+  void add(const Step& step, size_t count, const PartialSoftmax& sum, const PartialSoftmax& other) const {
+    kernels_.merge_partials(step.size, count * group_, sum, other);
   }
 
-  void write(const Step& step, size_t head, size_t row, size_t count, const Found& found) const {
+  void write(const Step& step, size_t head, size_t row, size_t count, const PartialSoftmax& partial) const {
     for (size_t i = 0; i < count * group_; ++i) {
       float* to = step.attended + ((row + i / group_) * heads_ + head * group_ + i % group_) * step.size;
-      for (size_t place = 0; place < step.size; ++place) to[place] = found.values[i * step.size + place] / found.weights[i];
+      for (size_t place = 0; place < step.size; ++place) to[place] = partial.values[i * step.size + place] / partial.sums[i];
     }
   }
 
@@ -272,7 +271,7 @@ class GroupQueryAttention : Operator {
 
 CustomOp describe_operator() {
   CustomOp described;
-  describe_life<GroupQueryAttention>(described);
+  describe_lifecycle<GroupQueryAttention>(described);
   described.name = [](const CustomOp*) { return "GroupQueryAttention"; };
   described.input_count = [](const CustomOp*) { return size_t{kInputs}; };
   described.input_type = [](const CustomOp*, size_t index) -> int {

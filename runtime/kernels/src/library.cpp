@@ -1,7 +1,7 @@
-// What the library exports: the operators, and for which instruction set they are.
+// The library's exports: the operators and the name of their instruction set.
 //
-// Registered under onnxruntime's own names, they take the place of onnxruntime's in the sessions that they are given to, so that
-// graphs are the same with them and without.
+// They are registered under onnxruntime's own operator names and replace onnxruntime's in a session, so the graphs are the same
+// with and without them.
 #include <cstdlib>
 #include <initializer_list>
 
@@ -13,7 +13,7 @@
 #define EDGELORA_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// Which kernels this machine gets; null where there are none for it, and then the library must not be registered.
+// The instruction set of this machine's kernels; null if none supports it. Then the library must not be registered.
 EDGELORA_EXPORT const char* edgelora_kernels() {
   const edgelora::Kernels* kernels = edgelora::find_kernels();
   return kernels ? kernels->name : nullptr;
@@ -22,7 +22,7 @@ EDGELORA_EXPORT const char* edgelora_kernels() {
 namespace edgelora {
 namespace {
 
-// A domain is for ever: sessions go on using it.
+// A domain is never freed, since sessions keep using it.
 OrtCustomOpDomain* make_domain(const Api& api, const char* name, std::initializer_list<const CustomOp*> operators) {
   OrtCustomOpDomain* domain = nullptr;
   check(api.make_domain(name, &domain));
@@ -44,9 +44,9 @@ void add_operators(const Api& api, OrtSessionOptions* options) {
 // onnxruntime's entry point (SessionOptions.register_custom_ops_library).
 EDGELORA_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const edgelora::ApiBase* base) {
   const void* functions = base->get_api(edgelora::kApiVersion);
-  if (functions == nullptr) std::abort();  // older than 1.17: there is no way to say so
+  if (functions == nullptr) std::abort();  // older than 1.17: there is no way to report it
   const edgelora::Api api(functions);
   if (edgelora::find_kernels() == nullptr)
-    return api.error(edgelora::kFail, "edgelora has no kernels for this machine's instruction set");
+    return api.error(edgelora::kFail, "edgelora's kernels do not support this machine's instruction set");
   return edgelora::guard(api, [&] { edgelora::add_operators(api, options); });
 }

@@ -1,9 +1,9 @@
-// edgelora.LiveMatMulNBits1 … 3: a product with what a live adapter adds to it, W·x + B·(w ∘ A·x), one A for all parts of the
+// edgelora.LiveMatMulNBits1 … 3: a product together with a live adapter, W·x + B·(w ∘ A·x), with one A for all parts of the
 // product and a B for each.
 //
-// Graphs say what these are in standard operators, as functions of the inputs a and b; onnxruntime runs those where it does not
-// have this library. The library reads the input `factors` instead, one for all products of a graph (docs/bundle-format.md): an
-// input costs a step a microsecond, and bytes are what the rest of an adapter costs.
+// Graphs define these operators as functions of the inputs a and b in standard operators, which onnxruntime runs without this
+// library. The library reads the input `factors` instead, one for all products of a graph (docs/bundle-format.md), since each
+// input costs a step a microsecond.
 #include <cstring>
 
 #include "nbits_product.h"
@@ -11,9 +11,9 @@
 namespace edgelora {
 namespace {
 
-constexpr size_t kRowsTogether = 32, kDownRows = 4;  // of activations and of A, in a piece of A·x
+constexpr size_t kRowsTogether = 32, kDownRows = 4;  // rows of activations and of A in a piece of A·x
 
-// A·x of some rows, (rows, rows of A), and its way into the product; see Alone.
+// The side product (see NoSideProduct) of a live adapter: computes A·x, (rows, rows of A), and adds B·(w ∘ A·x) to the product.
 class LowRank {
  public:
   LowRank(const Kernels& kernels, const Factors& factors, const float* x, size_t rows, float* down, float* product)
@@ -27,7 +27,7 @@ class LowRank {
         down_(down),
         product_(product) {}
 
-  // Some rows of x and all of A where there are many of x; else all of x and some of A.
+  // With many rows of x, a piece is some of them and all of A; otherwise it is all rows of x and some of A.
   void work(size_t index) const {
     const size_t all = factors_.rows();
     if (rows_ > kRowsTogether) {
@@ -38,10 +38,10 @@ class LowRank {
     }
   }
 
-  void ask(size_t begin, size_t end) const {
+  void prefetch(size_t begin, size_t end) const {
     in_parts(begin, end, [&](size_t part, size_t from, size_t to) {
       const size_t first = from / kGroup, groups = count_groups(to) - first, size = factors_.rank * kGroup;
-      kernels_.ask(factors_.b[part] + first * size, groups * size * sizeof(Half));
+      kernels_.prefetch(factors_.b[part] + first * size, groups * size * sizeof(Half));
     });
   }
 
@@ -53,7 +53,7 @@ class LowRank {
   const size_t pieces, bytes;
 
  private:
-  // call(part, its columns from … to) for the parts that have some of the product's columns begin … end.
+  // Calls call(part, from, to), with columns relative to the part, for each part that overlaps the product's columns begin … end.
   template <typename Call>
   void in_parts(size_t begin, size_t end, const Call& call) const {
     if (!factors_.rank) return;
@@ -80,7 +80,7 @@ class LiveMatMulNBits : NBitsProduct {
         slot_(static_cast<size_t>(attribute(info, "slot", int64_t{0}))) {}
 
   void compute(OrtKernelContext* context) const {
-    static thread_local std::vector<float> down;  // its memory serves the thread's next product
+    static thread_local std::vector<float> down;  // the thread's next product reuses the memory
     const Factors factors = read_factors(context);
     multiply(context, begin(context), [&](const Call& part) {
       down.resize(part.rows * factors.rows());
@@ -94,10 +94,10 @@ class LiveMatMulNBits : NBitsProduct {
   static int input_presence(size_t index) { return index == kZeroPoints ? kOptional : kRequired; }
 
  private:
-  // What the input begins with: how many slots there are; then for each where its factors lie, their rank, and how many columns
-  // of the product each part has.
+  // The input begins with the number of slots, then holds for each the offset of its factors, their rank, and the columns of the
+  // product that each part has.
   struct Slot {
-    int64_t offset, rank, columns[kMostParts];
+    int64_t offset, rank, columns[kMaxParts];
   };
 
   Factors read_factors(const OrtKernelContext* context) const {
@@ -109,32 +109,32 @@ class LiveMatMulNBits : NBitsProduct {
     const size_t size = shape.sizes.size() == 1 ? static_cast<size_t>(shape.sizes[0]) : 0;
     if (size == 0) {
       const Shape a = describe(api_, input(context, kDown));
-      if (a.sizes.empty() || a.sizes[0] != 0) refuse("A is given, but not the input factors, which edgelora's kernels read");
+      if (a.sizes.empty() || a.sizes[0] != 0) refuse("A is given without the input factors, which edgelora's kernels read");
       return factors;
     }
     const auto* bytes = read<uint8_t>(tensor);
     uint64_t count = 0;
     if (size >= sizeof count) std::memcpy(&count, bytes, sizeof count);
     if (reinterpret_cast<uintptr_t>(bytes) % sizeof(float) || slot_ >= count || count > (size - sizeof count) / sizeof(Slot))
-      refuse("the factors have no such slot");
+      refuse("the factors lack this slot");
     Slot slot{};
     std::memcpy(&slot, bytes + sizeof count + slot_ * sizeof slot, sizeof slot);
-    constexpr int64_t kMostRank = 1 << 20;
+    constexpr int64_t kMaxRank = 1 << 20;
     const auto offset = static_cast<size_t>(slot.offset);
-    if (slot.rank < 0 || slot.rank > kMostRank || offset > size || offset % sizeof(float)) refuse("the factors are not whole");
+    if (slot.rank < 0 || slot.rank > kMaxRank || offset > size || offset % sizeof(float)) refuse("the factors are damaged");
     factors.rank = static_cast<size_t>(slot.rank);
     factors.weights = reinterpret_cast<const float*>(bytes + offset);
     factors.a = reinterpret_cast<const Half*>(factors.weights + factors.rows());
     const Half* b = factors.a + factors.rows() * count_groups(factors.inner) * kGroup;
     for (size_t part = 0; part < parts_; ++part) {
       const auto columns = static_cast<size_t>(slot.columns[part]);
-      if (columns > weights_.columns) refuse("the factors do not fit the product");
+      if (columns > weights_.columns) refuse("the factors do not match the product");
       factors.b[part] = b;
       factors.starts[part + 1] = factors.starts[part] + columns;
       b += count_groups(columns) * factors.rank * kGroup;
     }
-    if (factors.starts[parts_] != weights_.columns) refuse("the factors do not fit the product");
-    if (static_cast<size_t>(reinterpret_cast<const uint8_t*>(b) - bytes) > size) refuse("the factors are not whole");
+    if (factors.starts[parts_] != weights_.columns) refuse("the factors do not match the product");
+    if (static_cast<size_t>(reinterpret_cast<const uint8_t*>(b) - bytes) > size) refuse("the factors are damaged");
     return factors;
   }
 
@@ -145,7 +145,7 @@ template <size_t Parts>
 CustomOp describe_operator() {
   static constexpr const char* kNames[] = {"LiveMatMulNBits1", "LiveMatMulNBits2", "LiveMatMulNBits3"};
   CustomOp described;
-  describe_life<LiveMatMulNBits>(described);
+  describe_lifecycle<LiveMatMulNBits>(described);
   described.name = [](const CustomOp*) { return kNames[Parts - 1]; };
   described.input_count = [](const CustomOp*) { return LiveMatMulNBits::kUp + Parts; };
   described.input_type = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_type(index); };
@@ -157,7 +157,7 @@ CustomOp describe_operator() {
 }  // namespace
 
 const std::array<CustomOp, 3>& live_matmul_nbits() {
-  static const std::array<CustomOp, kMostParts> described{describe_operator<1>(), describe_operator<2>(), describe_operator<3>()};
+  static const std::array<CustomOp, kMaxParts> described{describe_operator<1>(), describe_operator<2>(), describe_operator<3>()};
   return described;
 }
 

@@ -1,4 +1,4 @@
-// What a live adapter adds to a product, B·(w ∘ A·x): the factors as they lie in the input `factors`, in fp16.
+// The factors of a live adapter, which adds B·(w ∘ A·x) to a product, in fp16 as the input `factors` holds them.
 #pragma once
 
 #include <cstddef>
@@ -6,8 +6,8 @@
 
 namespace edgelora {
 
-constexpr size_t kMostParts = 3;  // of a product: one A for all of them, a B for each
-constexpr size_t kGroup = 16;     // columns of B that lie together; rows of A are filled up to a multiple
+constexpr size_t kMaxParts = 3;  // of a product: they share an A, and each has its B
+constexpr size_t kGroup = 16;    // columns of B that are stored together; rows of A are padded to a multiple
 
 struct Half {
   uint16_t bits;
@@ -16,11 +16,11 @@ struct Half {
 constexpr size_t count_groups(size_t size) { return (size + kGroup - 1) / kGroup; }
 
 struct Factors {
-  size_t parts, rank, inner;      // inner: length of a row of activations
-  const float* weights;           // (parts * rank)
-  const Half* a;                  // (parts * rank, inner in groups)
-  const Half* b[kMostParts];      // (groups, rank, kGroup)
-  size_t starts[kMostParts + 1];  // the column of the product that each B begins at; behind the last its width
+  size_t parts, rank, inner;     // inner: length of a row of activations
+  const float* weights;          // (parts * rank)
+  const Half* a;                 // (parts * rank, inner padded to groups)
+  const Half* b[kMaxParts];      // (groups, rank, kGroup)
+  size_t starts[kMaxParts + 1];  // the product's column at which each B begins; after the last, the width
 
   size_t rows() const { return parts * rank; }  // of A
 };

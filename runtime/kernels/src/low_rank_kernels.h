@@ -1,4 +1,4 @@
-// Products with narrow matrices over an instruction set, which its own source file describes (struct Isa there).
+// Products with low-rank factors for an instruction set Isa, a struct that the source file of each set defines.
 #pragma once
 
 #include <algorithm>
@@ -10,11 +10,11 @@ namespace edgelora {
 namespace {  // see tile.h
 
 template <typename Isa>
-void ask(const void* from, size_t bytes) {
-  for (size_t place = 0; place < bytes; place += 64) Isa::ask_for(static_cast<const char*>(from) + place);
+void prefetch_range(const void* from, size_t bytes) {
+  for (size_t place = 0; place < bytes; place += 64) Isa::prefetch(static_cast<const char*>(from) + place);
 }
 
-// Rows begin … end of A, times so many rows of x and the weights; out (rows, rows of A).
+// Rows begin … end of A times `rows` rows of x, scaled by the weights; out (rows, rows of A).
 template <typename Isa>
 void multiply_down(const Factors& factors, const float* x, size_t rows, size_t begin, size_t end, float* out) {
   using Float = typename Isa::Float;
@@ -40,14 +40,14 @@ void multiply_down(const Factors& factors, const float* x, size_t rows, size_t b
       for (size_t i = 0; i < group; ++i) {
         for (size_t dot = 0; dot < dots; ++dot) {
           const size_t index = begin + first + dot;
-          out[(row + i) * factors.rows() + index] = Isa::sum(sums[i][dot]) * factors.weights[index];
+          out[(row + i) * factors.rows() + index] = Isa::reduce_sum(sums[i][dot]) * factors.weights[index];
         }
       }
     });
   });
 }
 
-// Adds a part's B, times the part's columns of down (rows, rows of A), to its columns begin … end of out (rows, width of the
+// Adds a part's B times the part's columns of down (rows, rows of A) to the part's columns begin … end of out (rows, width of the
 // product).
 template <typename Isa>
 void add_up(const Factors& factors, size_t part, const float* down, size_t rows, size_t begin, size_t end, float* out) {

@@ -1,4 +1,4 @@
-// com.microsoft.MatMulNBits: a product with a weight of 4 or 8 bits; no g_idx.
+// com.microsoft.MatMulNBits: a product with a weight of 4 or 8 bits, without g_idx.
 #include "nbits_product.h"
 
 namespace edgelora {
@@ -17,7 +17,7 @@ class MatMulNBits : NBitsProduct {
   void compute(OrtKernelContext* context) const {
     require_constant(context, kGroups, nullptr);
     require_constant(context, kBias, weights_.bias);
-    multiply(context, begin(context), [](const Call&) { return Alone{}; });
+    multiply(context, begin(context), [](const Call&) { return NoSideProduct{}; });
   }
 
   static int input_type(size_t index) { return index < kOwn ? NBitsProduct::input_type(index) : kAnyType; }
@@ -26,7 +26,7 @@ class MatMulNBits : NBitsProduct {
 
 CustomOp describe_operator() {
   CustomOp described;
-  describe_life<MatMulNBits>(described);
+  describe_lifecycle<MatMulNBits>(described);
   described.name = [](const CustomOp*) { return "MatMulNBits"; };
   described.input_count = [](const CustomOp*) { return size_t{MatMulNBits::kInputs}; };
   described.input_type = [](const CustomOp*, size_t index) { return MatMulNBits::input_type(index); };

@@ -1,8 +1,8 @@
-// What MatMulNBits and LiveMatMulNBits have in common: a weight of 4 or 8 bits, and how threads share the product with it.
+// The common part of MatMulNBits and LiveMatMulNBits: a weight of 4 or 8 bits, and how threads share the product with it.
 //
-// Weights are read as they lie in the file: nothing is packed, nothing is copied. They are what graphs of edgelora hold:
-// constants of 4 or 8 bits in blocks of 32 or a multiple, for activations in float32; anything else is refused when the session
-// is made, or runs.
+// Weights are read as the file stores them; nothing is packed or copied. They must be as edgelora's graphs have them: constants
+// of 4 or 8 bits in blocks of a power of two from 32 on, for activations in float32. Anything else is refused, when the session
+// opens or when it runs.
 #pragma once
 
 #include <algorithm>
@@ -13,26 +13,26 @@
 
 namespace edgelora {
 
-// What is worked out beside a product, in so many pieces, and then added to its columns: nothing.
-struct Alone {
+// A side product: computed beside a product, in `pieces`, and then added to its columns. This one is empty.
+struct NoSideProduct {
   static constexpr size_t pieces = 0, bytes = 0;
-  void work(size_t) const {}         // on a piece
-  void ask(size_t, size_t) const {}  // memory for what is added to these columns soon
-  void add(size_t, size_t) const {}  // to these columns, once all pieces are there
+  void work(size_t) const {}              // computes a piece
+  void prefetch(size_t, size_t) const {}  // prefetches what is added to these columns soon
+  void add(size_t, size_t) const {}       // adds to these columns, once all pieces are done
 };
 
 class NBitsProduct : protected Operator {
  protected:
-  enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOwn };  // an operator's own inputs come behind these
+  enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOwn };  // an operator's own inputs follow these
 
-  // A call's activations (rows, K) and its product (rows, N).
+  // The activations (rows, K) of a call and its product (rows, N).
   struct Call {
     const float* read;
     size_t rows;
     float* written;
   };
 
-  // Of the inputs before an operator's own.
+  // The types of the common inputs.
   static int input_type(size_t index) { return index == kCodes ? kUint8 : index == kZeroPoints ? kAnyType : kFloat; }
 
   NBitsProduct(const Api& api, const OrtKernelInfo* info, const char* name, const Kernels& kernels)
@@ -40,9 +40,9 @@ class NBitsProduct : protected Operator {
     const int64_t inner = attribute(info, "K", int64_t{0}), columns = attribute(info, "N", int64_t{0});
     const int64_t bits = attribute(info, "bits", int64_t{0}), block = attribute(info, "block_size", int64_t{0});
     if (attribute(info, "accuracy_level", int64_t{0}) != 4)
-      refuse("accuracy_level is not 4, which is what rounds activations to 8 bits");
-    constexpr int64_t kMost = int64_t{1} << 31;  // of K, of N, and of a weight's codes in KiB
-    if (inner < 1 || columns < 1 || inner >= kMost || columns >= kMost || inner * columns >> 10 >= kMost)
+      refuse("accuracy_level is not 4, the level that rounds activations to 8 bits");
+    constexpr int64_t kMax = int64_t{1} << 31;  // of K, of N, and of a weight's codes in KiB
+    if (inner < 1 || columns < 1 || inner >= kMax || columns >= kMax || inner * columns >> 10 >= kMax)
       refuse("K or N is out of range");
     if (bits != 4 && bits != 8) refuse("bits is not 4 or 8");
     if (block < 32 || block > 2048 || block & (block - 1)) refuse("block_size is not a power of two from 32 to 2048");
@@ -58,7 +58,7 @@ class NBitsProduct : protected Operator {
     weights_.bits = static_cast<int>(bits);
   }
 
-  // The values of a constant input of that many elements; null where the graph leaves it out, or computes it.
+  // The values of a constant input of that many elements; null if the graph leaves it out or computes it.
   const void* constant(const OrtKernelInfo* info, size_t index, ElementType type, int64_t count) const {
     if (index >= inputs_) return nullptr;
     int constant = 0;
@@ -69,11 +69,11 @@ class NBitsProduct : protected Operator {
     int64_t found = 1;
     for (const int64_t size : shape.sizes) found *= size;
     if (type != kAnyType && (shape.type != type || found != count))
-      refuse("a weight has another type or size than N, K, bits and block_size say");
+      refuse("a weight's type or size does not match N, K, bits and block_size");
     return read<void>(value);
   }
 
-  // Refuses an optional input that the graph computes, which the constructor could not see.
+  // Refuses an optional input that the graph computes, which the constructor cannot detect.
   void require_constant(const OrtKernelContext* context, size_t index, const void* known) const {
     if (known == nullptr && input(context, index) != nullptr) refuse("zero_points, g_idx or bias is not a constant");
   }
@@ -83,7 +83,7 @@ class NBitsProduct : protected Operator {
     require_constant(context, kZeroPoints, weights_.zero_points);
     Shape shape = describe(api_, activations);
     if (shape.type != kFloat || shape.sizes.empty() || shape.sizes.back() != static_cast<int64_t>(weights_.inner)) {
-      refuse("activations are not float32 of K columns");
+      refuse("activations are not float32 with K columns");
     }
     size_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.sizes.size(); ++axis) rows *= static_cast<size_t>(shape.sizes[axis]);
@@ -91,9 +91,9 @@ class NBitsProduct : protected Operator {
     return {read<float>(activations), rows, make_output(context, 0, shape.sizes)};
   }
 
-  // The product of a call, some rows at a time. beside(part of the call): what is worked out beside its product, see Alone.
-  template <typename Beside>
-  void multiply(OrtKernelContext* context, const Call& call, const Beside& beside) const {
+  // The product of a call, some rows at a time. make_side(part): the side product of a part of the call, see NoSideProduct.
+  template <typename MakeSide>
+  void multiply(OrtKernelContext* context, const Call& call, const MakeSide& make_side) const {
     static thread_local Scratch scratch;
     for (size_t row = 0; row < call.rows; row += kRowsAtOnce) {
       const Call part{call.read + row * weights_.inner, std::min(kRowsAtOnce, call.rows - row),
@@ -104,7 +104,7 @@ class NBitsProduct : protected Operator {
         kernels_.round(weights_, part.read + index * weights_.inner, rounded.codes + start * kChunk, rounded.scales + start,
                        rounded.offsets + start);
       });
-      multiply_rounded(context, rounded, part, beside(part));
+      multiply_rounded(context, rounded, part, make_side(part));
     }
   }
 
@@ -112,10 +112,10 @@ class NBitsProduct : protected Operator {
   Weights weights_{};
 
  private:
-  static constexpr size_t kPieces = 32;       // that a product is cut into for the threads, where its tiles allow
-  static constexpr size_t kRowsAtOnce = 256;  // whose activations stay in the second-level cache
+  static constexpr size_t kPieces = 32;       // of a product, for the threads to share, if it has enough tiles
+  static constexpr size_t kRowsAtOnce = 256;  // their activations stay in the second-level cache
 
-  // Activations of all products that a thread computes, one after the other.
+  // Memory for rounded activations, which all products of a thread reuse.
   struct Scratch {
     std::vector<int8_t> codes;
     std::vector<float> scales;
@@ -128,11 +128,12 @@ class NBitsProduct : protected Operator {
     }
   };
 
-  // Every thread helps with what is beside before its first piece, and adds it once all of it is there: what a thread waits for
-  // is in another's hands. That there is nothing left is then read in the thread's own cache, which a common count of pieces is
-  // not.
-  template <typename Beside>
-  void multiply_rounded(OrtKernelContext* context, const Activations& activations, const Call& call, const Beside& beside) const {
+  // Every thread helps with the side product before its first piece, and adds it once all of it is done; until then, other
+  // threads are at work on the rest. That no piece is left is read from the thread's own cache, unlike a counter that all threads
+  // write.
+  template <typename SideProduct>
+  void multiply_rounded(OrtKernelContext* context, const Activations& activations, const Call& call,
+                        const SideProduct& side) const {
     const size_t column_bytes = weights_.chunks() * weights_.chunk_bytes() + weights_.blocks * sizeof(float);
     const size_t tiles = count_pieces(weights_.columns, kernels_.tile);
     const size_t piece = count_pieces(tiles, kPieces);  // tiles
@@ -140,18 +141,18 @@ class NBitsProduct : protected Operator {
     alignas(64) std::atomic<size_t> taken{0};
     alignas(64) std::atomic<size_t> done{0};
     const auto work = [&](size_t place) {
-      while (taken.load(std::memory_order_relaxed) < beside.pieces) {
+      while (taken.load(std::memory_order_relaxed) < side.pieces) {
         const size_t index = taken.fetch_add(1, std::memory_order_relaxed);
-        if (index >= beside.pieces) break;
-        beside.work(index);
+        if (index >= side.pieces) break;
+        side.work(index);
         done.fetch_add(1, std::memory_order_release);
       }
       const size_t begin = place * piece, end = std::min(begin + piece, tiles);
       const auto add = [&](size_t from, size_t to) {
-        while (done.load(std::memory_order_acquire) < beside.pieces) std::this_thread::yield();
-        beside.add(column(from), column(to));
+        while (done.load(std::memory_order_acquire) < side.pieces) std::this_thread::yield();
+        side.add(column(from), column(to));
       };
-      beside.ask(column(begin), column(end));
+      side.prefetch(column(begin), column(end));
       if (call.rows == 1) {
         kernels_.multiply_row(weights_, activations, column(begin), column(end), call.written);
         return add(begin, end);
@@ -161,7 +162,7 @@ class NBitsProduct : protected Operator {
         add(tile, tile + 1);
       }
     };
-    parallel(context, count_pieces(tiles, piece), (weights_.columns * column_bytes + beside.bytes) * call.rows, work);
+    parallel(context, count_pieces(tiles, piece), (weights_.columns * column_bytes + side.bytes) * call.rows, work);
   }
 };
 

@@ -1,7 +1,8 @@
-// The part of onnxruntime's C interface that the operators use, so that no header of onnxruntime is needed to build.
+// The part of onnxruntime's C interface that the operators use, so that building needs none of onnxruntime's headers.
 //
-// onnxruntime keeps this interface binary compatible: functions stay at their place in OrtApi, new ones come behind the last
-// (https://onnxruntime.ai/docs/reference/compatibility.html). The places are those of 1.17, the oldest version that has all.
+// onnxruntime keeps this interface binary compatible: functions keep their position in OrtApi, and new ones are appended
+// (https://onnxruntime.ai/docs/reference/compatibility.html). The positions are those of 1.17, the oldest version with all of
+// them.
 #pragma once
 
 #include <cstddef>
@@ -24,7 +25,7 @@ enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
 enum ElementType : int { kAnyType = 0, kFloat = 1, kUint8 = 2, kInt32 = 6 };
 enum Presence : int { kRequired = 0, kOptional = 1 };
 
-// OrtApi as what it is, an array of functions, each called through the type that the C header gives it.
+// OrtApi as an array of functions, each called through the type that the C header declares.
 class Api {
  public:
   explicit Api(const void* functions) : functions_(static_cast<void* const*>(functions)) {}
@@ -75,7 +76,7 @@ class Api {
   OrtStatus* constant_input(const OrtKernelInfo* info, size_t index, int* is_constant, const OrtValue** tensor) const {
     return at<OrtStatus* (*)(const OrtKernelInfo*, size_t, int*, const OrtValue**)>(249)(info, index, is_constant, tensor);
   }
-  // Calls work(data, 0 … total - 1) on the session's threads, in at most that many batches where batches is not 0.
+  // Calls work(data, 0 … total - 1) on the session's threads, in at most `batches` batches unless that is 0.
   OrtStatus* parallel_for(const OrtKernelContext* context, void (*work)(void*, size_t), size_t total, size_t batches,
                           void* data) const {
     return at<OrtStatus* (*)(const OrtKernelContext*, void (*)(void*, size_t), size_t, size_t, void*)>(274)(context, work, total,
@@ -97,7 +98,7 @@ struct ApiBase {
   const char* (*get_version)();
 };
 
-// OrtCustomOp of 1.17. What is null is left to its default.
+// OrtCustomOp of 1.17. A null field means the default.
 struct CustomOp {
   uint32_t version = kApiVersion;
   void* (*create_v1)(const CustomOp*, const void*, const OrtKernelInfo*) = nullptr;

@@ -1,4 +1,4 @@
-// What the operators have in common: how they talk to onnxruntime, and how they share work among a session's threads.
+// The common base of the operators: calls to onnxruntime, and sharing work among a session's threads.
 #pragma once
 
 #include <array>
@@ -26,7 +26,7 @@ inline void check(OrtStatus* status) {
   if (status != nullptr) throw Failure{status};
 }
 
-// Nothing is thrown into onnxruntime.
+// Turns exceptions into a status, since none must reach onnxruntime.
 template <typename Work>
 OrtStatus* guard(const Api& api, const Work& work) {
   try {
@@ -60,10 +60,10 @@ inline Shape describe(const Api& api, const OrtValue* tensor) {
   return shape;
 }
 
-// How many pieces of a size something is cut into, the last of which may be smaller.
+// The number of pieces that `size` is cut into; the last one may be smaller.
 constexpr size_t count_pieces(size_t size, size_t piece) { return (size + piece - 1) / piece; }
 
-// A node of a graph, as its operator sees it.
+// An operator at one node of a graph.
 class Operator {
  protected:
   Operator(const Api& api, const OrtKernelInfo* info, const char* name) : api_(api), name_(name) {
@@ -82,7 +82,7 @@ class Operator {
     }
     return value;
   }
-  // An input; null where the graph leaves it out.
+  // An input; null if the graph leaves it out.
   const OrtValue* input(const OrtKernelContext* context, size_t index) const {
     const OrtValue* value = nullptr;
     if (index < inputs_) check(api_.input(context, index, &value));
@@ -97,10 +97,10 @@ class Operator {
     check(api_.output(context, index, sizes.data(), sizes.size(), &output));
     return static_cast<float*>(data(output));
   }
-  // work(0 … total - 1), on the session's threads where there are bytes enough to read.
+  // Calls work(0 … total - 1), on the session's threads if it reads enough bytes.
   template <typename Work>
   void parallel(OrtKernelContext* context, size_t total, size_t bytes, const Work& work) const {
-    if (total == 1 || bytes <= kAloneBytes) {
+    if (total == 1 || bytes <= kSerialBytes) {
       for (size_t index = 0; index < total; ++index) work(index);
       return;
     }
@@ -112,7 +112,7 @@ class Operator {
       auto& known = *static_cast<Shared*>(data);
       try {
         known.work(index);
-      } catch (...) {  // all that work does is compute and ask for memory
+      } catch (...) {  // work only computes and allocates, so this is a bad_alloc
         known.failed = true;
       }
     };
@@ -121,10 +121,10 @@ class Operator {
   }
 
   Api api_;
-  size_t inputs_ = 0;  // that the node has, those left out in between included
+  size_t inputs_ = 0;  // of the node, including those left out in between
 
  private:
-  static constexpr size_t kAloneBytes = 32 << 10;  // not worth waking a thread for
+  static constexpr size_t kSerialBytes = 32 << 10;  // too few to wake a thread for
 
   void* data(const OrtValue* tensor) const {
     void* data = nullptr;
@@ -135,20 +135,20 @@ class Operator {
   const char* name_;
 };
 
-// The functions by which onnxruntime makes, runs and ends an Operator.
-template <typename Made>
-void describe_life(CustomOp& described) {
+// Sets the functions by which onnxruntime creates, runs and destroys an Operator.
+template <typename Implementation>
+void describe_lifecycle(CustomOp& described) {
   struct Kernel {
     Api api;
-    Made made;
+    Implementation implementation;
   };
   described.create = [](const CustomOp*, const void* functions, const OrtKernelInfo* info, void** kernel) {
     const Api api(functions);
-    return guard(api, [&] { *kernel = new Kernel{api, Made(api, info, *find_kernels())}; });
+    return guard(api, [&] { *kernel = new Kernel{api, Implementation(api, info, *find_kernels())}; });
   };
   described.compute = [](void* kernel, OrtKernelContext* context) {
     const auto* known = static_cast<const Kernel*>(kernel);
-    return guard(known->api, [&] { known->made.compute(context); });
+    return guard(known->api, [&] { known->implementation.compute(context); });
   };
   described.destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   described.provider = [](const CustomOp*) -> const char* { return nullptr; };  // the CPU's

@@ -1,4 +1,4 @@
-// Products of activations with weights of 4 or 8 bits: what they work on.
+// The operands of products: weights of 4 or 8 bits and rounded activations.
 #pragma once
 
 #include <cstddef>
@@ -6,14 +6,14 @@
 
 namespace edgelora {
 
-constexpr size_t kChunk = 32;  // values that one activation scale covers; blocks of weights are one or several chunks
+constexpr size_t kChunk = 32;  // activations that share a scale; a block of weights is one chunk or several
 
 // Weights as MatMulNBits stores them: codes (columns, blocks, block * bits / 8), scales (columns, blocks).
 // https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 struct Weights {
   const uint8_t* codes;
   const float* scales;
-  const uint8_t* zero_points;  // (columns, bytes of a row of `bits` each); null: 2^(bits - 1)
+  const uint8_t* zero_points;  // (columns, blocks * bits rounded up to bytes); null: all are 2^(bits - 1)
   const float* bias;           // (columns), or null
   size_t columns;
   size_t inner;  // length of a row of activations
@@ -31,12 +31,13 @@ struct Weights {
   }
 };
 
-// Rows of activations, rounded to 8 bits a chunk: value ≈ scale * code. Codes of a chunk lie as the weights' do that they meet:
-// in order for 8 bits; for 4 bits, two to a byte, those at even places before those at odd ones.
+// Rows of activations, each chunk rounded to 8 bits: value ≈ scale * code. The codes of a chunk have the order of the weights
+// that they are multiplied with: in order for 8 bits; for 4 bits, two to a byte, those at even places before those at odd ones.
 struct Activations {
-  int8_t* codes;     // (rows, chunks * kChunk)
-  float* scales;     // (rows, chunks)
-  int32_t* offsets;  // (rows, chunks): what the zero point adds to a chunk's product; minus the sum of its codes where it varies
+  int8_t* codes;  // (rows, chunks * kChunk)
+  float* scales;  // (rows, chunks)
+  // (rows, chunks): what the zero point adds to a chunk's product; minus the sum of the codes if zero points vary.
+  int32_t* offsets;
 };
 
 }  // namespace edgelora

@@ -1,4 +1,4 @@
-// Products over an instruction set, which its own source file describes (struct Isa there).
+// Products for an instruction set Isa, a struct that the source file of each set defines.
 #pragma once
 
 #include <algorithm>
@@ -10,24 +10,24 @@
 namespace edgelora {
 namespace {  // see tile.h
 
-constexpr size_t kSegment = 64;     // chunks whose scales multiply_row works out together
-constexpr size_t kAhead = 4 << 10;  // bytes between what multiply_row reads and what it asks memory for
+constexpr size_t kSegment = 64;     // chunks whose scales multiply_row computes together
+constexpr size_t kAhead = 4 << 10;  // bytes between what multiply_row reads and what it prefetches
 
-// What an instruction set reads of codes of 8 bits may be signed; this is the zero point that is left then.
+// The zero point after an instruction set that needs signed codes of 8 bits has subtracted 128 from them.
 template <typename Isa, int Bits>
-int32_t left_of(int32_t zero_point) {
+int32_t recentred_zero_point(int32_t zero_point) {
   return Bits == 8 && Isa::kSigned8 ? zero_point - 128 : zero_point;
 }
 
 template <typename Isa>
 void round(const Weights& weights, const float* row, int8_t* codes, float* scales, int32_t* offsets) {
-  const int32_t zero_point = weights.bits == 4 ? left_of<Isa, 4>(8) : left_of<Isa, 8>(128);
+  const int32_t zero_point = weights.bits == 4 ? recentred_zero_point<Isa, 4>(8) : recentred_zero_point<Isa, 8>(128);
   for (size_t chunk = 0; chunk < weights.chunks(); ++chunk, codes += kChunk) {
     const size_t start = chunk * kChunk;
     const size_t count = start < weights.inner ? std::min(kChunk, weights.inner - start) : 0;
     alignas(64) float values[kChunk] = {};
     if (count) std::memcpy(values, row + start, count * sizeof(float));
-    const float scale = Isa::greatest(values) / 127.0f;
+    const float scale = Isa::max_abs(values) / 127.0f;
     alignas(64) int32_t rounded[kChunk];
     Isa::round(values, scale > 0 ? 1.0f / scale : 0.0f, rounded);
     int32_t sum = 0;
@@ -62,11 +62,11 @@ void multiply_row_bits(const Weights& weights, const Activations& activations, s
       }
       if (weights.zero_points) {
         for (size_t i = 0; i < count; ++i) {
-          zero_points[i] = static_cast<float>(left_of<Isa, Bits>(weights.zero_point(column, block + i / per_block)));
+          zero_points[i] = static_cast<float>(recentred_zero_point<Isa, Bits>(weights.zero_point(column, block + i / per_block)));
         }
       }
       for (size_t i = 0; i < count; i += kLanes) {
-        Isa::ask_for(weight_scales + i + kAhead / kBytes);
+        Isa::prefetch(weight_scales + i + kAhead / kBytes);
         const size_t lanes = std::min(kLanes, count - i);
         const Float scale = Isa::multiply(Isa::load(weight_scales + i, lanes), Isa::load(activations.scales + start + i, lanes));
         Float offset = Isa::load(activations.offsets + start + i, lanes);
@@ -75,22 +75,23 @@ void multiply_row_bits(const Weights& weights, const Activations& activations, s
         Isa::store(scales + i, scale);
       }
       const uint8_t* codes = weights.codes + (column * chunks + start) * kBytes;
-      const int8_t* met = activations.codes + start * kChunk;
+      const int8_t* activation_codes = activations.codes + start * kChunk;
       size_t i = 0;
       for (; i + kAtOnce <= count; i += kAtOnce) {
-        if (i * kBytes % 64 == 0) Isa::ask_for(codes + i * kBytes + kAhead);
-        const Float product = Isa::template multiply_chunks<Bits>(codes + i * kBytes, met + i * kChunk);
+        if (i * kBytes % 64 == 0) Isa::prefetch(codes + i * kBytes + kAhead);
+        const Float product = Isa::template multiply_chunks<Bits>(codes + i * kBytes, activation_codes + i * kChunk);
         products = Isa::add_product(products, product, Isa::spread(scales + i));
       }
       if (i < count) {
         alignas(64) uint8_t last[kAtOnce * kBytes] = {};
-        alignas(64) int8_t last_met[kAtOnce * kChunk] = {};
+        alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
         std::memcpy(last, codes + i * kBytes, (count - i) * kBytes);
-        std::memcpy(last_met, met + i * kChunk, (count - i) * kChunk);
-        products = Isa::add_product(products, Isa::template multiply_chunks<Bits>(last, last_met), Isa::spread(scales + i));
+        std::memcpy(last_activations, activation_codes + i * kChunk, (count - i) * kChunk);
+        products =
+            Isa::add_product(products, Isa::template multiply_chunks<Bits>(last, last_activations), Isa::spread(scales + i));
       }
     }
-    out[column] = Isa::sum(products) + Isa::sum(offsets) + (weights.bias ? weights.bias[column] : 0.0f);
+    out[column] = Isa::reduce_sum(products) + Isa::reduce_sum(offsets) + (weights.bias ? weights.bias[column] : 0.0f);
   }
 }
 
@@ -110,18 +111,19 @@ void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>&
   const size_t lines = next > begin ? Isa::kLanes * Isa::kLanes / 16 : 0;
   const auto* codes = reinterpret_cast<const uint32_t*>(weights.codes);
   const auto* scales = reinterpret_cast<const uint32_t*>(weights.scales);
-  turn<Isa>(codes + begin * words, columns, words, codes + next * words, lines / 2, tile.codes);
-  turn<Isa>(scales + begin * weights.blocks, columns, weights.blocks, scales + next * weights.blocks, lines, tile.scales);
+  transpose<Isa>(codes + begin * words, columns, words, codes + next * words, lines / 2, tile.codes);
+  transpose<Isa>(scales + begin * weights.blocks, columns, weights.blocks, scales + next * weights.blocks, lines, tile.scales);
   if (weights.zero_points == nullptr) return;
   tile.zero_points.resize(weights.blocks);
   for (size_t block = 0; block < weights.blocks; ++block) {
     for (size_t lane = 0; lane < columns; ++lane) {
-      tile.zero_points[block].word[lane] = static_cast<uint32_t>(left_of<Isa, Bits>(weights.zero_point(begin + lane, block)));
+      tile.zero_points[block].word[lane] =
+          static_cast<uint32_t>(recentred_zero_point<Isa, Bits>(weights.zero_point(begin + lane, block)));
     }
   }
 }
 
-// Some rows of a tile's product. next: weights to ask for meanwhile, or null.
+// Some rows of a tile's product. next: weights to prefetch meanwhile, or null.
 template <typename Isa, int Bits, size_t Rows>
 void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Activations& activations, size_t first,
                    size_t begin, const uint8_t* next, float* out) {
@@ -135,7 +137,7 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
   for (size_t block = 0, chunk = 0; block < weights.blocks; ++block) {
     for (const size_t end = chunk + per_block; chunk < end; ++chunk) {
       if (next) {
-        for (size_t line = 0; line < kColumns<Isa> * kWords * 2; line += 64, next += 64) Isa::ask_for(next);
+        for (size_t line = 0; line < kColumns<Isa> * kWords * 2; line += 64, next += 64) Isa::prefetch(next);
       }
       const auto offset = [&](size_t row, size_t vector) {
         const Int sum = Isa::broadcast(activations.offsets[(first + row) * chunks + chunk]);
@@ -145,7 +147,7 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
       for (size_t row = 0; row < Rows; ++row) {
         for (size_t vector = 0; vector < kVectors; ++vector) products[row][vector] = Isa::begin(offset(row, vector));
       }
-      const int8_t* met = activations.codes + (first * chunks + chunk) * kChunk;
+      const int8_t* activation_codes = activations.codes + (first * chunks + chunk) * kChunk;
 #pragma GCC unroll 2
       for (size_t word = 0; word < kWords; ++word) {
         const uint32_t* read = tile.codes[chunk * kWords + word].word;
@@ -155,7 +157,7 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
             codes[vector] = Isa::template part<Bits>(Isa::load(read + vector * kLanes), part);
           for (size_t row = 0; row < Rows; ++row) {
             int32_t four;
-            std::memcpy(&four, met + row * chunks * kChunk + (part * kWords + word) * 4, 4);
+            std::memcpy(&four, activation_codes + row * chunks * kChunk + (part * kWords + word) * 4, 4);
             for (size_t vector = 0; vector < kVectors; ++vector) {
               products[row][vector] =
                   Isa::template add_products<Bits>(products[row][vector], codes[vector], Isa::broadcast(four));
@@ -167,8 +169,8 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
         const Float scale = Isa::load_floats(tile.scales[block].word + vector * kLanes);
         for (size_t row = 0; row < Rows; ++row) {
           const Float product = Isa::template end<Bits>(products[row][vector], offset(row, vector));
-          const Float met_scale = Isa::broadcast(activations.scales[(first + row) * chunks + chunk]);
-          sums[row][vector] = Isa::add_product(sums[row][vector], Isa::multiply(product, met_scale), scale);
+          const Float activation_scale = Isa::broadcast(activations.scales[(first + row) * chunks + chunk]);
+          sums[row][vector] = Isa::add_product(sums[row][vector], Isa::multiply(product, activation_scale), scale);
         }
       }
     }
@@ -186,13 +188,13 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
 template <typename Isa, int Bits>
 void multiply_rows_bits(const Weights& weights, const Activations& activations, size_t rows, size_t begin, size_t next,
                         float* out) {
-  static thread_local WeightTile<Isa> tile;  // its memory serves the thread's next tile
+  static thread_local WeightTile<Isa> tile;  // the thread's next tile reuses the memory
   lay_out<Isa, Bits>(weights, begin, next, tile);
-  const uint8_t* asked =
+  const uint8_t* prefetched =
       next > begin ? weights.codes + (next * weights.chunks() + kColumns<Isa> * weights.chunks() / 2) * kChunk * Bits / 8
                    : nullptr;
   in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
-    multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? asked : nullptr, out);
+    multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? prefetched : nullptr, out);
   });
 }
 

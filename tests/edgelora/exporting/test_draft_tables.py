@@ -16,7 +16,7 @@ from edgelora_export.plan.calibration import Sample
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, IntegrityError, Runtime
-from edgelora_runtime.bundle.draft_table import DRAFT_TABLE, MOST_ENTRIES, DraftTable
+from edgelora_runtime.bundle.draft_table import DRAFT_TABLE, MAX_ENTRIES, DraftTable
 from edgelora_runtime.bundle.manifest import MANIFEST
 from tests.tiny import make_adapter
 
@@ -55,9 +55,9 @@ def test_longer_contexts_stay_where_they_change_a_guess() -> None:
 
 
 def test_a_table_is_bounded() -> None:
-    samples = [Sample((n, n + 1), 1) for n in range(MOST_ENTRIES + 5) for _ in range(2)] + [Sample((5, 6), 1)]
+    samples = [Sample((n, n + 1), 1) for n in range(MAX_ENTRIES + 5) for _ in range(2)] + [Sample((5, 6), 1)]
     table = count_continuations(samples, END)
-    assert len(table) == MOST_ENTRIES
+    assert len(table) == MAX_ENTRIES
     assert table.find([5]) == (6, 1.0)
 
 
@@ -122,7 +122,7 @@ def test_a_mix_draws_on_the_tables_of_what_it_adds(bundle: Bundle) -> None:
         assert speculation._find_adapters(runtime._choose(None, {"days": 1.0, "cats": -1.0})) == ["days"]
         expected = runtime.generate("cats 3:", variant="both", max_tokens=20, speculation="off")
         assert runtime.generate("cats 3:", variant="both", max_tokens=20, speculation="on").tokens == expected.tokens
-        assert len(speculation._tables) == 2
+        assert len(speculation._tables._tables) == 2
 
 
 def test_a_manifest_that_names_an_absent_table_is_refused(bundle: Bundle, tmp_path: Path) -> None:

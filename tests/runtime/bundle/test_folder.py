@@ -1,4 +1,4 @@
-"""Opening a bundle refuses everything that is not what the manifest says; verify() finds every flipped bit."""
+"""Opening a bundle refuses everything that differs from its manifest; verify() finds every flipped bit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(folder: Path, value: dict[str, Any]) -> None:
 
 
 def replace(folder: Path, name: str, raw: bytes) -> None:
-    """Replaces a file and lists it truthfully: what an attacker who can write the manifest would do."""
+    """Replaces a file and updates the manifest, as an attacker who can write both would do."""
     value = read(folder)
     (folder / name).write_bytes(raw)
     value["files"][name] = {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
@@ -83,7 +83,7 @@ def to_folder(path: Path) -> None:
 
 
 def to_link(path: Path) -> None:
-    """A link to the very same bytes, outside the bundle."""
+    """Replaces a file by a link to the same bytes outside the bundle."""
     path.rename(path.parent.parent / path.name)
     path.symlink_to(path.parent.parent / path.name)
 
@@ -156,7 +156,7 @@ def test_all_damage_is_reported_at_once(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["absent", "empty folder", "a file"])
-def test_what_is_no_bundle_is_an_input_error(tmp_path: Path, kind: str) -> None:
+def test_a_folder_without_a_bundle_is_an_input_error(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "x"
     if kind == "empty folder":
         target.mkdir()
@@ -166,7 +166,7 @@ def test_what_is_no_bundle_is_an_input_error(tmp_path: Path, kind: str) -> None:
         Bundle.open(target)
 
 
-def test_files_that_are_not_listed_cannot_be_read(bundle4: Path) -> None:
+def test_unlisted_files_cannot_be_read(bundle4: Path) -> None:
     bundle = Bundle.open(bundle4)
     for name in ("../recipe.toml", "/etc/passwd", "nothing", MANIFEST):
         with pytest.raises(IntegrityError, match="lists no file"):
@@ -201,7 +201,7 @@ def test_a_file_swapped_for_a_link_after_opening_is_not_followed(bundle_copy: Pa
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
-def test_runtime_reads_no_text_whose_hash_is_wrong(bundle_copy: Path, name: str) -> None:
+def test_runtime_reads_no_text_with_a_wrong_hash(bundle_copy: Path, name: str) -> None:
     raw = bytearray((bundle_copy / name).read_bytes())
     raw[-2] ^= 1
     (bundle_copy / name).write_bytes(raw)
@@ -209,7 +209,7 @@ def test_runtime_reads_no_text_whose_hash_is_wrong(bundle_copy: Path, name: str)
         Runtime(bundle_copy)
 
 
-def test_runtime_opens_no_graph_or_adapter_whose_hash_is_wrong(bundle_copy: Path) -> None:
+def test_runtime_opens_no_graph_or_adapter_with_a_wrong_hash(bundle_copy: Path) -> None:
     for name in ("plain.cpu.onnx", "plain.adapter.safetensors"):
         raw = bytearray((bundle_copy / name).read_bytes())
         raw[len(raw) // 2] ^= 1
@@ -279,7 +279,7 @@ def test_adapters_of_other_shapes_and_types_are_refused(bundle_copy: Path) -> No
             runtime.switch("plain-live")
 
 
-def test_adapter_with_one_factor_alone_is_refused(bundle_copy: Path) -> None:
+def test_an_adapter_with_only_one_factor_is_refused(bundle_copy: Path) -> None:
     import numpy as np
 
     one = {"model.layers.0.self_attn.q_proj.lora_A": np.zeros((4, 64), np.float16)}
@@ -360,7 +360,7 @@ def test_live_slots_that_lie_about_the_graph_are_refused_or_without_effect(
     value["live_slots"][0][key] = lie
     write(bundle_copy, value)
     with contextlib.ExitStack() as stack:
-        if key != "modules":  # no adapter has such a module: the product runs bare
+        if key != "modules":  # no adapter has such a module, so the product runs without one
             stack.enter_context(pytest.raises(IntegrityError))
         runtime = stack.enter_context(Runtime(bundle_copy, kernels=kernels))
         runtime.logits([5, 6], variant="plain-live")
@@ -374,8 +374,8 @@ def test_live_slots_in_another_order_are_refused_or_without_effect(bundle_copy: 
     value["live_slots"].reverse()
     write(bundle_copy, value)
     with Runtime(bundle_copy, kernels=kernels) as runtime:
-        if runtime.kernels != "onnxruntime":  # they know a slot by its place
-            with pytest.raises(IntegrityError, match="in their order"):
+        if runtime.kernels != "onnxruntime":  # edgelora's kernels find a slot by its position
+            with pytest.raises(IntegrityError, match="in the same order"):
                 runtime.logits([5, 6], variant="plain-live")
         else:
             assert (runtime.logits([5, 6], variant="plain-live") == honest).all()

@@ -1,4 +1,4 @@
-"""The router's arithmetic against the formulas of docs/bundle-format.md, and files that are no router's."""
+"""The router's arithmetic against the formulas of docs/bundle-format.md, and broken router files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from edgelora_runtime.bundle.manifest import RouterClass, RouterEntry
-from edgelora_runtime.bundle.router import ROUTER, Router, count_ngrams, last_request
+from edgelora_runtime.bundle.router import ROUTER, Router, count_ngrams, find_last_request
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def fold(found: int, buckets: int) -> int:
 
 
 def reference_ngrams(text: str, buckets: int) -> dict[int, float]:
-    """What the specification says, one n-gram after the other."""
+    """The specification, applied to one n-gram after the other."""
     words = text.encode(errors="replace").lower().split()
     spaced = b" " + b" ".join(words) + b" "
     grams = [spaced[start : start + length] for length in (3, 4, 5) for start in range(len(spaced) - length + 1)]
@@ -117,7 +117,7 @@ def test_the_hash_is_fnv1a_as_published(word: bytes, published: int) -> None:
 
 
 def test_golden_values() -> None:
-    """These must never change: bundles rely on them."""
+    """These must never change, since bundles rely on them."""
     buckets, values = count_ngrams("Foo foo\tÄ", 1 << 14)
     assert buckets.tolist() == GOLDEN_BUCKETS
     np.testing.assert_allclose(values, GOLDEN_VALUES, atol=1e-6)
@@ -201,7 +201,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("raw", "mention"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_what_is_no_router_is_refused(raw: bytes, mention: str) -> None:
+def test_a_broken_router_is_refused(raw: bytes, mention: str) -> None:
     with pytest.raises(IntegrityError, match=mention) as caught:
         Router.read(raw, entry("a", "b", None))
     assert str(caught.value).startswith(ROUTER)
@@ -209,7 +209,7 @@ def test_what_is_no_router_is_refused(raw: bytes, mention: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["BF16", "F8_E5M2", "F8_E4M3", "BOOL", "U64", "I8"])
-def test_types_that_are_not_ours_are_refused(kind: str) -> None:
+def test_other_types_are_refused(kind: str) -> None:
     sizes = {"BF16": 2, "BOOL": 1, "U64": 8, "I8": 1}
     bias = np.zeros(3 * sizes.get(kind, 1), np.uint8)
     raw = with_kind(kind, pack(bias=bias))
@@ -221,16 +221,16 @@ def test_types_that_are_not_ours_are_refused(kind: str) -> None:
         Router.read(raw, entry("a", "b", None))
 
 
-def test_a_conversation_is_routed_on_the_last_words_of_its_user() -> None:
+def test_a_conversation_is_routed_by_its_users_last_message() -> None:
     said = [
         {"role": "system", "content": "s"},
         {"role": "user", "content": "first"},
         {"role": "user", "content": "second"},
         {"role": "assistant", "content": "a"},
     ]
-    assert last_request(said) == "second"
-    assert last_request(said[:1]) == "s"
+    assert find_last_request(said) == "second"
+    assert find_last_request(said[:1]) == "s"
     with pytest.raises(InputError, match="content is list"):
-        last_request([{"role": "user", "content": [{"type": "text"}]}])  # type: ignore[dict-item]
+        find_last_request([{"role": "user", "content": [{"type": "text"}]}])  # type: ignore[dict-item]
     with pytest.raises(InputError, match="content is NoneType"):
-        last_request([{"role": "user"}])
+        find_last_request([{"role": "user"}])

@@ -1,4 +1,4 @@
-"""Guesses come from the text and from tables as they should, tables survive their file, and lengths are the best there are."""
+"""Draft tokens come from the text and from tables, tables survive a round trip, and the chosen lengths are optimal."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from edgelora_runtime import IntegrityError
-from edgelora_runtime.bundle.draft_table import LONGEST_CONTEXT, MOST_ENTRIES, DraftTable
-from edgelora_runtime.decode.drafter import Drafter, Experience
-from edgelora_runtime.session.step_costs import MOST_GUESSES, StepCosts, choose_length, find_least_chance
+from edgelora_runtime.bundle.draft_table import MAX_CONTEXT, MAX_ENTRIES, DraftTable
+from edgelora_runtime.decode.drafter import AcceptanceStatistics, Drafter
+from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, StepCosts, choose_length, find_break_even
 
 VOCABULARY = 300
 TEXTS = st.lists(st.integers(0, 4), min_size=1, max_size=40)
 TOKENS = st.integers(0, VOCABULARY - 1)
-CONTEXTS = st.lists(TOKENS, min_size=1, max_size=LONGEST_CONTEXT).map(tuple)
+CONTEXTS = st.lists(TOKENS, min_size=1, max_size=MAX_CONTEXT).map(tuple)
 TABLES = st.dictionaries(CONTEXTS, st.tuples(TOKENS, st.integers(0, 255).map(lambda share: share / 255)), max_size=20)
 
 
 def make_drafter(text: list[int], table: DraftTable | None = None, end_tokens: tuple[int, ...] = ()) -> Drafter:
-    return Drafter(text, [table] if table is not None else [], Experience(), end_tokens)
+    return Drafter(text, [table] if table is not None else [], AcceptanceStatistics(), end_tokens)
 
 
 # --- from the text --------------------------------------------------------------------------------------------------------
 
 
 def follow_latest(text: list[int]) -> int | None:
-    """The token behind the latest other place where the last 3, 2 or 1 tokens stand."""
+    """The token after the latest earlier occurrence of the last 3, 2 or 1 tokens."""
     for length in (3, 2, 1):
         for end in range(len(text) - 1, length - 1, -1):
             if text[end - length : end] == text[-length:]:
@@ -37,27 +37,27 @@ def follow_latest(text: list[int]) -> int | None:
 
 
 @given(TEXTS, TEXTS)
-def test_guesses_follow_the_latest_and_longest_match(text: list[int], more: list[int]) -> None:
+def test_draft_tokens_follow_the_latest_and_longest_match(text: list[int], more: list[int]) -> None:
     drafter = make_drafter(text)
     for token in more:
         drafter.append(token)
-    guesses = [guess.token for guess in drafter.guess(1)]
+    tokens = [draft.token for draft in drafter.propose(1)]
     expected = follow_latest(text + more)
-    assert guesses == ([] if expected is None else [expected])
+    assert tokens == ([] if expected is None else [expected])
 
 
-def test_a_repeated_text_is_guessed_on_and_on() -> None:
+def test_a_repeated_text_is_continued() -> None:
     drafter = make_drafter([7, 8, 9, 7, 8, 9, 7])
-    assert [guess.token for guess in drafter.guess(5)] == [8, 9, 7, 8, 9]
+    assert [draft.token for draft in drafter.propose(5)] == [8, 9, 7, 8, 9]
 
 
 @given(TEXTS, st.integers(0, 4))
-def test_no_end_token_is_guessed(text: list[int], end_token: int) -> None:
-    assert end_token not in [guess.token for guess in make_drafter(text, end_tokens=(end_token,)).guess(MOST_GUESSES)]
+def test_no_end_token_is_proposed(text: list[int], end_token: int) -> None:
+    assert end_token not in [draft.token for draft in make_drafter(text, end_tokens=(end_token,)).propose(MAX_DRAFT_TOKENS)]
 
 
-def test_unlikely_guesses_are_not_looked_up_beyond_the_first() -> None:
-    assert len(make_drafter([1, 2, 3] * 4).guess(8, least_chance=1.0)) == 1
+def test_unlikely_draft_tokens_are_not_looked_up_after_the_first() -> None:
+    assert len(make_drafter([1, 2, 3] * 4).propose(8, min_rate=1.0)) == 1
 
 
 # --- from tables ----------------------------------------------------------------------------------------------------------
@@ -81,28 +81,28 @@ def test_the_longest_context_decides() -> None:
     assert table.find([3]) is None
 
 
-def test_the_likelier_of_text_and_table_is_guessed() -> None:
+def test_the_likelier_of_text_and_table_is_proposed() -> None:
     text = [1, 2, 3, 1]  # what followed 1 was 2
-    assert [guess.token for guess in make_drafter(text, DraftTable({(1,): (9, 1.0)})).guess(1)] == [9]
-    assert [guess.token for guess in make_drafter(text, DraftTable({(1,): (9, 0.01)})).guess(1)] == [2]
+    assert [draft.token for draft in make_drafter(text, DraftTable({(1,): (9, 1.0)})).propose(1)] == [9]
+    assert [draft.token for draft in make_drafter(text, DraftTable({(1,): (9, 0.01)})).propose(1)] == [2]
 
 
-def test_experience_changes_who_is_believed() -> None:
-    experience, table = Experience(), DraftTable({(1,): (9, 1.0)})
+def test_statistics_decide_between_text_and_table() -> None:
+    statistics, table = AcceptanceStatistics(), DraftTable({(1,): (9, 1.0)})
     for _ in range(200):
-        experience.learn(experience.guess_from_table(9, 1.0, agrees=False), 2)
-    assert [guess.token for guess in Drafter([1, 2, 3, 1], [table], experience).guess(1)] == [2]
+        statistics.record(statistics.rate_table_entry(9, 1.0, agrees=False), 2)
+    assert [draft.token for draft in Drafter([1, 2, 3, 1], [table], statistics).propose(1)] == [2]
 
 
-def test_a_guess_of_text_and_table_alike_is_likelier_and_rated_apart() -> None:
-    experience, table = Experience(), DraftTable({(1,): (2, 0.5)})
-    (alike,) = Drafter([1, 2, 3, 1], [table], experience).guess(1)
-    (other,) = Drafter([1, 4, 3, 1], [table], experience).guess(1)
-    assert alike.token == other.token == 2
-    assert alike.chance > other.chance
+def test_a_draft_token_of_both_text_and_table_is_likelier_and_rated_separately() -> None:
+    statistics, table = AcceptanceStatistics(), DraftTable({(1,): (2, 0.5)})
+    (both,) = Drafter([1, 2, 3, 1], [table], statistics).propose(1)
+    (other,) = Drafter([1, 4, 3, 1], [table], statistics).propose(1)
+    assert both.token == other.token == 2
+    assert both.rate > other.rate
     for _ in range(200):
-        experience.learn(other, 4)
-    assert Drafter([1, 2, 3, 1], [table], experience).guess(1) == [alike]
+        statistics.record(other, 4)
+    assert Drafter([1, 2, 3, 1], [table], statistics).propose(1) == [both]
 
 
 def break_table(**changes: np.ndarray) -> bytes:
@@ -119,13 +119,13 @@ def break_table(**changes: np.ndarray) -> bytes:
         (break_table(contexts=np.zeros((2, 9), np.int32)), r"contexts is int32 \(2, 9\)"),
         (break_table(tokens=np.array([0, VOCABULARY], np.int32)), "outside the vocabulary"),
         (break_table(tokens=np.array([0, -1], np.int32)), "outside the vocabulary"),
-        (break_table(contexts=np.full((2, LONGEST_CONTEXT), -2, np.int32)), "outside the vocabulary"),
-        (break_table(contexts=np.full((2, LONGEST_CONTEXT), -1, np.int32)), "a gap, or no token"),
+        (break_table(contexts=np.full((2, MAX_CONTEXT), -2, np.int32)), "outside the vocabulary"),
+        (break_table(contexts=np.full((2, MAX_CONTEXT), -1, np.int32)), "a gap, or no token"),
         (break_table(contexts=np.array([[1, -1, 1]] * 2, np.int32)), "a gap, or no token"),
-        (break_table(tokens=np.zeros(MOST_ENTRIES + 1, np.int32)), "at most"),
+        (break_table(tokens=np.zeros(MAX_ENTRIES + 1, np.int32)), "at most"),
     ],
 )
-def test_what_is_no_table_is_refused(raw: bytes, reason: str) -> None:
+def test_a_broken_table_is_refused(raw: bytes, reason: str) -> None:
     with pytest.raises(IntegrityError, match=reason):
         DraftTable.read(raw, "x", VOCABULARY)
 
@@ -134,23 +134,23 @@ def test_what_is_no_table_is_refused(raw: bytes, reason: str) -> None:
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.lists(st.floats(0.5, 9), min_size=9, max_size=9))
-def test_no_other_length_gives_more_tokens_per_second(chances: list[float], seconds: list[float]) -> None:
-    speeds = [(1 + sum(np.prod(chances[: n + 1]) for n in range(length))) / seconds[length] for length in range(len(chances) + 1)]
-    assert speeds[choose_length(chances, seconds)] == pytest.approx(max(speeds))
+def test_no_other_length_gives_more_tokens_per_second(rates: list[float], seconds: list[float]) -> None:
+    speeds = [(1 + sum(np.prod(rates[: n + 1]) for n in range(length))) / seconds[length] for length in range(len(rates) + 1)]
+    assert speeds[choose_length(rates, seconds)] == pytest.approx(max(speeds))
 
 
-def test_nothing_is_guessed_before_a_step_was_measured() -> None:
+def test_nothing_is_drafted_before_a_step_was_measured() -> None:
     costs = StepCosts()
     assert choose_length([1.0] * 8, costs.estimate(8, 2)) == 0
-    assert find_least_chance(costs.estimate(8, 2)) == 0
+    assert find_break_even(costs.estimate(8, 2)) == 0
 
 
 @given(st.floats(0.1, 10), st.floats(0, 1), st.integers(0, 10**6))
-def test_steps_that_lie_on_a_line_are_found_to(first: float, share: float, seed: int) -> None:
+def test_the_costs_of_steps_on_a_line_are_found(first: float, share: float, seed: int) -> None:
     costs, slope = StepCosts(), first * share / 2
     for rows in np.random.default_rng(seed).integers(2, 10, 300):
         costs.note(int(rows), first + slope * rows)
-    expected = [first + slope * max(guesses + 1, 2) for guesses in range(9)]
+    expected = [first + slope * max(count + 1, 2) for count in range(9)]
     assert costs.estimate(8, 2) == pytest.approx(expected, rel=0.1)
     costs.note(1, first / 2)
     assert costs.estimate(8, 1) == pytest.approx([first / 2, *expected[1:]], rel=0.1)
@@ -158,8 +158,8 @@ def test_steps_that_lie_on_a_line_are_found_to(first: float, share: float, seed:
 
 def test_other_work_on_the_machine_moves_costs_little() -> None:
     costs = StepCosts()
-    for turn in range(300):
-        costs.note(2 + turn % 3, 100.0 if turn % 50 == 49 else 1.0)
+    for step in range(300):
+        costs.note(2 + step % 3, 100.0 if step % 50 == 49 else 1.0)
     assert max(costs.estimate(8, 2)) < 1.5
 
 
@@ -171,12 +171,12 @@ def test_other_lengths_are_tried_now_and_then() -> None:
     assert {costs.probe(0, 0) for _ in range(200)} == {0}
 
 
-def test_what_does_not_pay_is_tried_seldom() -> None:
-    experience = Experience()
-    assert experience.recommend()
+def test_speculation_that_does_not_pay_is_rarely_tried() -> None:
+    statistics = AcceptanceStatistics()
+    assert statistics.recommend()
     for _ in range(100):
-        experience.note_cost(1.3)
-    assert sum(experience.recommend() for _ in range(160)) == 10
+        statistics.record_cost(1.3)
+    assert sum(statistics.recommend() for _ in range(160)) == 10
     for _ in range(100):
-        experience.note_cost(0.7)
-    assert sum(experience.recommend() for _ in range(160)) == 150
+        statistics.record_cost(0.7)
+    assert sum(statistics.recommend() for _ in range(160)) == 150

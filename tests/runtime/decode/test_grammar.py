@@ -1,4 +1,4 @@
-"""Answers that fit a JSON schema, a regular expression or a grammar, whatever a random model would rather write."""
+"""Answers of a random model fit a JSON schema, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ SCHEMAS = st.recursive(
 
 
 def make_sentencepiece_tokenizer() -> RustTokenizer:
-    """Byte fallback, and a space before the text that the decoder takes off again, as Llama 2's and Phi-3's have."""
+    """A tokenizer with byte fallback and a leading space that the decoder strips, like Llama 2's and Phi-3's."""
     pieces = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"acdehnosty", "▁a", "ye", "yes", "no"]
     merges = [("▁", "a"), ("y", "e"), ("ye", "s"), ("n", "o")]
     tokenizer = RustTokenizer(models.BPE({piece: token for token, piece in enumerate(pieces)}, merges, byte_fallback=True))
@@ -118,7 +118,7 @@ def test_an_answer_is_json_that_fits_the_schema(opened: Runtime, sampling: dict[
 
 @given(regex=st.sampled_from(REGEXES), seed=st.integers(0, 10**6), temperature=st.sampled_from([0.0, 1.0, 3.0]))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_an_answer_matches_the_regex_as_a_whole(opened: Runtime, regex: str, seed: int, temperature: float) -> None:
+def test_the_whole_answer_matches_the_regex(opened: Runtime, regex: str, seed: int, temperature: float) -> None:
     prompt = random_tokens(3, 250, seed=seed)
     found = opened.generate(prompt, regex=regex, max_tokens=80, temperature=temperature, seed=seed)
     assert re.fullmatch(regex, found.text), (found.text, found.tokens)
@@ -133,8 +133,8 @@ def test_an_answer_fits_a_grammar(opened: Runtime) -> None:
     assert len(texts) > 1
 
 
-def test_choices_are_drawn_as_the_model_likes_them(runtime: Runtime) -> None:
-    """With one token per choice, the shares are the model's own probabilities among the two."""
+def test_choices_are_drawn_with_the_models_probabilities(runtime: Runtime) -> None:
+    """With one token per choice, the shares are the model's probabilities of the two."""
     logits = runtime.logits([5, 9], variant="base")[-1].astype(np.float64)
     letters = [runtime.encode(letter)[0] for letter in "st"]
     first, second = np.exp(logits[letters])
@@ -157,7 +157,7 @@ def test_a_constraint_that_allows_everything_changes_nothing(
     assert (held.text, held.finish_reason) == (free.text, free.finish_reason)
 
 
-def test_the_end_may_only_come_where_the_grammar_accepts(opened: Runtime) -> None:
+def test_the_end_comes_only_where_the_grammar_accepts(opened: Runtime) -> None:
     grammars = opened._grammars
     likes_the_end = np.zeros(opened._manifest.model.vocab_size, np.float32)
     likes_the_end[1] = 9
@@ -197,7 +197,7 @@ def test_log_probabilities_are_of_all_tokens(runtime: Runtime) -> None:
     assert found.text != runtime.tokenizer.decode([each.top[0][0] for each in found.logprobs])
 
 
-def test_a_text_that_slides_still_fits(runtime: Runtime) -> None:
+def test_an_answer_still_fits_after_a_context_shift(runtime: Runtime) -> None:
     found = runtime.generate(random_tokens(1020), regex="[abc]{30}", max_tokens=100, overflow="slide")
     assert re.fullmatch("[abc]{30}", found.text)
     assert found.dropped_tokens > 0
@@ -222,7 +222,7 @@ def test_cached_prompts_and_constraints_live_together(bundle32: Path, runtime: R
 
 
 def test_many_threads_with_a_grammar_each(opened: Runtime) -> None:
-    """The tokenizer is read once for all, and no answer follows another's grammar."""
+    """The tokenizer is read once for all, and each answer follows its own grammar."""
     regexes = ["(yes|no)", "[ab]{9}", "[0-9]{5}", " [xy]{3}"]
     opened._grammars.clear()
     found: dict[int, str] = {}
@@ -252,12 +252,12 @@ def test_the_tokenizer_is_read_once_and_again_after_close(opened: Runtime) -> No
 
 
 def make_grammars(tokenizer: Tokenizer, size: int, ends: tuple[int, ...]) -> Grammars:
-    """For a model of so many tokens, of which these are the end tokens."""
+    """Grammars for a model with that many tokens and these end tokens."""
     return Grammars(tokenizer, ModelEntry("llama", 1, 1, 1, 1, vocab_size=size, context_length=1, eos_token_ids=ends))
 
 
 def write_freely(constraint: Constraint, tokenizer: Tokenizer, ends: tuple[int, ...], size: int, seed: int) -> str:
-    """What a model of random logits writes; the end only where it must."""
+    """What a model with random logits writes; it ends only where it must."""
     random, tokens = np.random.default_rng(seed), list[int]()
     while len(tokens) < 400:
         token = int(constraint.mask(random.normal(size=size).astype(np.float32)).argmax())
@@ -271,7 +271,7 @@ def write_freely(constraint: Constraint, tokenizer: Tokenizer, ends: tuple[int, 
 
 @pytest.fixture(scope="module", params=["pocket", "gpt2", "phi3"])
 def real(request: pytest.FixtureRequest) -> tuple[Grammars, Tokenizer, tuple[int, ...], int]:
-    """A real tokenizer, with several end tokens where it has them, for a model of more (phi3) or fewer (gpt2) tokens."""
+    """A real tokenizer with its end tokens, for a model with more tokens (phi3) or fewer (gpt2)."""
     name = request.param
     folder: Path = request.getfixturevalue("models_folder" if name == "pocket" else "tokenizers_folder") / name
     bundle = SimpleNamespace(read=lambda file, limit=0: (folder / file).read_bytes(), has=lambda file: file == "tokenizer.json")
@@ -303,7 +303,7 @@ def test_real_tokenizers_match_regexes(real: tuple[Grammars, Tokenizer, tuple[in
         assert re.fullmatch(regex, write_freely(constraint, *real[1:], seed))
 
 
-def test_every_end_token_may_end_it_and_no_row_without_a_token_is_drawn(
+def test_every_end_token_can_end_it_and_no_unused_row_is_drawn(
     real: tuple[Grammars, Tokenizer, tuple[int, ...], int],
 ) -> None:
     grammars, tokenizer, ends, size = real
@@ -352,7 +352,7 @@ def test_an_end_token_that_is_plain_text_ends_nothing_early(real: tuple[Grammars
         ({"regex": "a", "ignore_eos": True}, "ignore_eos"),
     ],
 )
-def test_what_cannot_be_followed_is_refused_before_anything_is_read(runtime: Runtime, options: Any, reason: str) -> None:
+def test_constraints_that_cannot_be_met_are_refused_at_once(runtime: Runtime, options: Any, reason: str) -> None:
     with pytest.raises(UsageError, match=reason) as refused:
         runtime.stream("a", **options)
     assert "\n" not in str(refused.value)
@@ -370,4 +370,4 @@ def test_a_missing_package_names_its_extra(runtime: Runtime, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(MissingExtraError, match=r"edgelora\[grammar\]"):
         runtime.stream("a", regex="a")
-    assert runtime.generate("a", max_tokens=2).tokens, "all else goes on without it"
+    assert runtime.generate("a", max_tokens=2).tokens, "everything else works without it"

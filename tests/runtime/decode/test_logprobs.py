@@ -31,7 +31,7 @@ def test_logprobs_are_those_of_transformers(runtime: Runtime, tiny_base: Path, t
         assert [value for _, value in each.top] == pytest.approx(np.sort(row)[::-1][:4].tolist(), abs=2e-4)
 
 
-def test_none_are_given_unasked_and_a_negative_count_is_refused(runtime: Runtime) -> None:
+def test_there_are_none_by_default_and_a_negative_count_is_refused(runtime: Runtime) -> None:
     assert runtime.generate([5], max_tokens=2).logprobs == ()
     with pytest.raises(UsageError, match="logprobs = -1"):
         runtime.generate([5], max_tokens=2, logprobs=-1)

@@ -1,4 +1,4 @@
-"""edgelora's own GroupQueryAttention: against a float64 formula and onnxruntime's own, and against itself in other steps."""
+"""edgelora's GroupQueryAttention against a float64 formula, against onnxruntime's, and against itself in other steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
+from tests.own_kernels import needs_kernels, needs_lesser_sets, open_own, run_in_lesser_sets
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-CONTEXT = 1200  # positions that rotary tables have
-TURNING = 1e4  # theta
-TOLERANCE = 3e-5  # of values that are about 1: scores reach 50, and float32 leaves some millionths of them
+CONTEXT = 1200  # positions of the rotary tables
+THETA = 1e4
+TOLERANCE = 3e-5  # of values around 1: scores reach 50, of which float32 keeps all but some millionths
 
 pytestmark = needs_kernels
 
@@ -33,12 +33,12 @@ def declare(name: str, shape: list[str | int], kind: int = TensorProto.FLOAT) ->
 
 @dataclass(frozen=True)
 class Attention:
-    """A model of one GroupQueryAttention. turning: positions of a head that rotate; 0: none do."""
+    """A model of one GroupQueryAttention. rotary: values of a head that are rotated; 0 for none."""
 
     heads: int = 4
     kv_heads: int = 2
     size: int = 32
-    turning: int = 32
+    rotary: int = 32
     window: int = -1
     cap: float = 0.0
     packed: bool = True
@@ -52,10 +52,10 @@ class Attention:
         values += [declare(name, [1, self.kv_heads, "p", self.size]) for name in ("past_key", "past_value")]
         values += [declare("last", [1], TensorProto.INT32), declare("total", [], TensorProto.INT32)]
         names = ["query", *(["", ""] if self.packed else ["key", "value"]), "past_key", "past_value", "last", "total"]
-        if self.turning:
+        if self.rotary:
             names += ["cos", "sin"]
-            values += [declare(name, [CONTEXT, self.turning // 2]) for name in ("cos", "sin")]
-        settings: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "do_rotary": int(self.turning > 0)}
+            values += [declare(name, [CONTEXT, self.rotary // 2]) for name in ("cos", "sin")]
+        settings: dict[str, Any] = {"num_heads": self.heads, "kv_num_heads": self.kv_heads, "do_rotary": int(self.rotary > 0)}
         settings |= {"local_window_size": self.window, "softcap": self.cap, "scale": self.scale}
         node = helper.make_node(
             "GroupQueryAttention", names, ["y", "present_key", "present_value"], domain="com.microsoft", **(settings | attributes)
@@ -76,22 +76,22 @@ class Attention:
         return 3 * query, others[0], others[1]
 
     def tables(self) -> dict[str, Floats]:
-        angles = np.outer(np.arange(CONTEXT), TURNING ** -(np.arange(self.turning // 2) / max(self.turning // 2, 1)))
-        return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)} if self.turning else {}
+        angles = np.outer(np.arange(CONTEXT), THETA ** -(np.arange(self.rotary // 2) / max(self.rotary // 2, 1)))
+        return {"cos": np.cos(angles).astype(np.float32), "sin": np.sin(angles).astype(np.float32)} if self.rotary else {}
 
-    def turn(self, rows: Floats) -> Doubles:
-        """Rows (T, heads, size) with their positions."""
-        turned = rows.astype(np.float64)
-        half = self.turning // 2
+    def rotate(self, rows: Floats) -> Doubles:
+        """Rows (T, heads, size), rotated by their positions."""
+        rotated = rows.astype(np.float64)
+        half = self.rotary // 2
         if half:
             cos, sin = (table[: len(rows), None].astype(np.float64) for table in self.tables().values())
             first, second = rows[:, :, :half].astype(np.float64), rows[:, :, half : 2 * half].astype(np.float64)
-            turned[:, :, :half], turned[:, :, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
-        return turned
+            rotated[:, :, :half], rotated[:, :, half : 2 * half] = first * cos - second * sin, second * cos + first * sin
+        return rotated
 
     def formula(self, query: Floats, key: Floats, value: Floats) -> Doubles:
-        """What each position of a whole text attends to: (T, heads, size)."""
-        queries, keys = self.turn(query), self.turn(key)
+        """The attention of each position of a text, (T, heads, size)."""
+        queries, keys = self.rotate(query), self.rotate(key)
         group, total = self.heads // self.kv_heads, len(query)
         scores = np.einsum("qhd,khd->hqk", queries, np.repeat(keys, group, 1)) * (self.scale or self.size**-0.5)
         if self.cap:
@@ -105,7 +105,7 @@ class Attention:
 
 
 class Reader:
-    """Reads a text step by step into a cache of that capacity, as the runtime does: past and present are one buffer."""
+    """Reads a text step by step into a cache, as the runtime does: past and present are one buffer."""
 
     def __init__(self, attention: Attention, capacity: int, *, own: bool = True, threads: int = 1) -> None:
         self._attention = attention
@@ -151,20 +151,20 @@ def read_steps(
 
 ATTENTIONS = [
     Attention(),
-    Attention(heads=9, kv_heads=3, size=64, turning=64),
-    Attention(heads=32, kv_heads=8, size=64, turning=64),
-    Attention(heads=6, kv_heads=6, size=16, turning=16, packed=False),
-    Attention(heads=8, kv_heads=1, size=80, turning=32),
-    Attention(heads=4, kv_heads=2, size=128, turning=0, cap=5.0),
-    Attention(heads=4, kv_heads=4, size=48, turning=48, window=37, scale=0.3),
-    Attention(heads=64, kv_heads=1, size=16, turning=16, window=300, cap=30.0),
+    Attention(heads=9, kv_heads=3, size=64, rotary=64),
+    Attention(heads=32, kv_heads=8, size=64, rotary=64),
+    Attention(heads=6, kv_heads=6, size=16, rotary=16, packed=False),
+    Attention(heads=8, kv_heads=1, size=80, rotary=32),
+    Attention(heads=4, kv_heads=2, size=128, rotary=0, cap=5.0),
+    Attention(heads=4, kv_heads=4, size=48, rotary=48, window=37, scale=0.3),
+    Attention(heads=64, kv_heads=1, size=16, rotary=16, window=300, cap=30.0),
 ]
 STEPS = [[1], [5, 1, 1, 3], [300, 1, 2, 1], [420, 1, 40], [255, 1, 1, 60]]
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_it_is_what_the_formula_says(attention: Attention, threads: int) -> None:
+def test_it_computes_the_formula(attention: Attention, threads: int) -> None:
     for steps in STEPS:
         wanted = attention.formula(*attention.draw(sum(steps)))
         np.testing.assert_allclose(read_steps(attention, steps, threads=threads), wanted, atol=TOLERANCE)
@@ -174,7 +174,7 @@ def test_it_is_what_the_formula_says(attention: Attention, threads: int) -> None
     group=st.integers(1, 9),
     kv_heads=st.integers(1, 4),
     size=st.sampled_from([16, 32, 48, 64, 96]),
-    turning=st.sampled_from([0, 8, 16]),
+    rotary=st.sampled_from([0, 8, 16]),
     window=st.sampled_from([-1, 1, 7, 64, 300]),
     cap=st.sampled_from([0.0, 3.0]),
     packed=st.booleans(),
@@ -182,16 +182,16 @@ def test_it_is_what_the_formula_says(attention: Attention, threads: int) -> None
     room=st.integers(0, 50),
 )
 def test_any_attention_in_any_steps(
-    group: int, kv_heads: int, size: int, turning: int, window: int, cap: float, packed: bool, steps: list[int], room: int
+    group: int, kv_heads: int, size: int, rotary: int, window: int, cap: float, packed: bool, steps: list[int], room: int
 ) -> None:
-    attention = Attention(group * kv_heads, kv_heads, size, turning, window, cap, packed)
+    attention = Attention(group * kv_heads, kv_heads, size, rotary, window, cap, packed)
     wanted = attention.formula(*attention.draw(sum(steps)))
     np.testing.assert_allclose(read_steps(attention, steps, capacity=sum(steps) + room), wanted, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
-def test_onnxruntime_says_the_same(attention: Attention) -> None:
-    """Which positions a window holds, above all."""
+def test_onnxruntime_computes_the_same(attention: Attention) -> None:
+    """In particular, for the positions of a window."""
     steps = [290, 1, 30]
     np.testing.assert_allclose(read_steps(attention, steps), read_steps(attention, steps, own=False), atol=TOLERANCE)
 
@@ -220,11 +220,12 @@ def test_a_cache_that_grows_is_copied() -> None:
     np.testing.assert_allclose(found, attention.formula(*text), atol=TOLERANCE)
 
 
-def test_every_instruction_set_of_this_machine() -> None:
+@needs_lesser_sets
+def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets("""
 from tests.runtime.kernels import test_attention_kernel as each
 for attention in each.ATTENTIONS:
-    each.test_it_is_what_the_formula_says(attention, 2)
+    each.test_it_computes_the_formula(attention, 2)
     each.test_no_bit_depends_on_the_steps(attention)
 """)
 
@@ -238,7 +239,7 @@ for attention in each.ATTENTIONS:
         ({"kv_num_heads": 3}, "kv_num_heads"),
     ],
 )
-def test_what_it_cannot_do_is_refused(attributes: dict[str, int], reason: str) -> None:
+def test_unsupported_attributes_are_refused(attributes: dict[str, int], reason: str) -> None:
     with pytest.raises(Exception, match=reason):
         open_own(Attention().build(**attributes))
 
@@ -246,9 +247,9 @@ def test_what_it_cannot_do_is_refused(attributes: dict[str, int], reason: str) -
 @pytest.mark.parametrize(
     ("last", "total", "positions", "reason"),
     [
-        (40, 41, 0, "more positions than past_key"),
-        (-1, 1, 0, "do not fit"),
-        (4, 3, 0, "do not fit"),
+        (40, 41, 0, "exceeds the positions of past_key"),
+        (-1, 1, 0, "do not match"),
+        (4, 3, 0, "do not match"),
         (1300, 1301, 1400, "too few positions"),
     ],
 )

@@ -1,4 +1,4 @@
-"""edgelora's own kernels: against float64 with activations rounded as they say, in every instruction set; and in a runtime."""
+"""edgelora's products against float64 with rounded activations, in every instruction set, and edgelora's kernels in a runtime."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgelora_runtime import Runtime, UsageError, __version__
 from edgelora_runtime.bundle.manifest import QuantizationEntry
 from edgelora_runtime.session.kernels import choose_kernels, find_kernels
-from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
+from tests.own_kernels import needs_kernels, needs_lesser_sets, open_own, run_in_lesser_sets
 from tests.tiny import random_tokens
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ CHUNK = 32  # activations that share a scale
 
 @dataclass(frozen=True)
 class Product:
-    """A model of one MatMulNBits with random weights, and what those weights are."""
+    """A model of one MatMulNBits with random weights."""
 
     inner: int
     columns: int
@@ -43,7 +43,7 @@ class Product:
     biased: bool
 
     def build(self, seed: int = 0, **attributes: int) -> tuple[bytes, Doubles, Doubles, Doubles]:
-        """The model, the weights (columns, inner), the largest that their scales allow, and the bias (columns)."""
+        """The model, its weights (columns, inner), the largest weights that the scales allow, and the bias (columns)."""
         draw = np.random.default_rng(seed)
         blocks = -(-self.inner // self.block)
         stored = draw.integers(0, 256, (self.columns, blocks, self.block * self.bits // 8), np.uint8)
@@ -87,14 +87,14 @@ class Product:
 
 
 def unpack(stored: NDArray[np.uint8], bits: int) -> Doubles:
-    """Codes of rows, two to a byte from the low half on where they have 4 bits."""
+    """Codes of rows; those of 4 bits are two to a byte, the low half first."""
     if bits == 8:
         return stored.astype(np.float64)
     return np.stack([stored & 15, stored >> 4], -1).reshape(len(stored), -1).astype(np.float64)
 
 
 def round_chunks(rows: NDArray[np.float32]) -> Doubles:
-    """Activations rounded to 8 bits in chunks of 32, from the largest of each."""
+    """Activations rounded to 8 bits in chunks of 32, scaled by the largest of each."""
     chunks = -(-rows.shape[1] // CHUNK)
     padded = np.pad(rows, ((0, 0), (0, chunks * CHUNK - rows.shape[1]))).reshape(len(rows), chunks, CHUNK)
     scales = np.abs(padded).max(-1, keepdims=True) / np.float32(127)
@@ -109,7 +109,7 @@ def check_product(product: Product, row_counts: list[int], *, threads: int = 1) 
     for rows in row_counts:
         x = np.random.default_rng(rows).standard_normal((rows, product.inner), np.float32)
         wanted = round_chunks(x) @ weights.T + bias
-        size = np.abs(round_chunks(x)) @ largest.T + np.abs(bias)  # zero points may be taken off at the end, in float32
+        size = np.abs(round_chunks(x)) @ largest.T + np.abs(bias)  # zero points may be subtracted at the end, in float32
         found = session.run(None, {"x": x})[0]
         assert found.dtype == np.float32
         worst = (np.abs(found - wanted) / np.maximum(size, 1e-30)).max(initial=0.0)
@@ -126,9 +126,9 @@ PRODUCTS = [
     Product(1536, 100, 8, 32, asymmetric=False, biased=True),
     Product(320, 50, 8, 64, asymmetric=True, biased=False),
     Product(7, 1, 8, 32, asymmetric=False, biased=False),
-    Product(2048, 3000, 4, 32, asymmetric=False, biased=False),  # cut into pieces of several tiles
+    Product(2048, 3000, 4, 32, asymmetric=False, biased=False),  # pieces of several tiles
 ]
-ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 13, 64, 300]  # every rest of a group of rows; more than are rounded at once
+ROWS = [0, 1, 2, 3, 4, 5, 6, 7, 13, 64, 300]  # every remainder of a group of rows, and more rows than are rounded at once
 
 
 @needs_kernels
@@ -154,8 +154,8 @@ def test_any_product_is_that_of_float64(
     check_product(Product(inner, columns, bits, block, asymmetric=asymmetric, biased=biased), [rows])
 
 
-@needs_kernels
-def test_every_instruction_set_of_this_machine() -> None:
+@needs_lesser_sets
+def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets("""
 from tests.runtime.kernels import test_kernels as each
 for product in each.PRODUCTS:
@@ -164,8 +164,8 @@ for product in each.PRODUCTS:
 
 
 @needs_kernels
-def test_the_greatest_codes_do_not_overflow() -> None:
-    """All codes and activations at their ends: sums of 16 bits would be the first to overrun."""
+def test_the_largest_codes_do_not_overflow() -> None:
+    """All codes and activations are extreme: sums of 16 bits would overflow first."""
     for bits in (4, 8):
         product = Product(512, 40, bits, 32, asymmetric=False, biased=False)
         model = onnx.load_from_string(product.build()[0])
@@ -183,14 +183,14 @@ def test_the_greatest_codes_do_not_overflow() -> None:
 
 
 @needs_kernels
-def test_nothing_and_infinity() -> None:
+def test_no_rows_zeros_and_infinity() -> None:
     product = Product(64, 20, 4, 32, asymmetric=False, biased=False)
     session = open_own(product.build()[0])
     assert not session.run(None, {"x": np.zeros((2, 64), np.float32)})[0].any()
     assert session.run(None, {"x": np.zeros((0, 64), np.float32)})[0].shape == (0, 20)
     infinite = np.ones((1, 64), np.float32)
     infinite[0, 3] = np.inf
-    assert not np.isfinite(session.run(None, {"x": infinite})[0]).any(), "an overflow is not hidden"
+    assert not np.isfinite(session.run(None, {"x": infinite})[0]).any(), "infinity must not disappear"
 
 
 @needs_kernels
@@ -203,28 +203,28 @@ def test_nothing_and_infinity() -> None:
         ({"block_size": 96}, "block_size"),
         ({"K": 1 << 40}, "out of range"),
         ({"N": -1}, "out of range"),
-        ({"N": 21}, "another type or size"),
-        ({"K": 97}, "another type or size"),
-        ({"block_size": 64}, "another type or size"),
+        ({"N": 21}, "type or size"),
+        ({"K": 97}, "type or size"),
+        ({"block_size": 64}, "type or size"),
     ],
 )
-def test_what_it_cannot_do_or_does_not_fit_is_refused(attributes: dict[str, int], reason: str) -> None:
+def test_unsupported_and_mismatched_attributes_are_refused(attributes: dict[str, int], reason: str) -> None:
     model, *_ = Product(96, 20, 4, 32, asymmetric=False, biased=False).build(**attributes)
     with pytest.raises(Exception, match=reason):
         open_own(model)
 
 
 @needs_kernels
-def test_a_runtime_computes_with_them_what_it_does_without(bundle4: Path) -> None:
+def test_a_runtime_computes_the_same_with_and_without_them(bundle4: Path) -> None:
     tokens = random_tokens(40, seed=3)
     with Runtime(bundle4, threads=1) as own, Runtime(bundle4, threads=1, kernels="onnxruntime") as other:
         assert own.kernels.startswith("edgelora (")
         assert other.kernels == "onnxruntime"
         for variant in own.variants:
             found, wanted = (runtime.logits(tokens, variant=variant) for runtime in (own, other))
-            apart = np.abs(found - wanted).max(1)  # a token each
+            apart = np.abs(found - wanted).max(1)  # per token
             assert np.quantile(apart, 0.2) < 1e-5 * np.abs(wanted).max(), variant
-            # One activation in thousands lies between two codes, and a last bit decides: the tokens from there on are apart.
+            # One activation in thousands lies between two codes, and its last bit decides; later tokens then differ.
             assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.9995, variant
         assert own.memory.mapped == other.memory.mapped
         assert own.memory.private < other.memory.private / 10, "nothing is packed"
@@ -246,7 +246,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("without_kernels")
-def test_without_the_package_onnxruntime_serves(bundle4: Path) -> None:
+def test_without_the_package_onnxruntimes_kernels_run(bundle4: Path) -> None:
     with Runtime(bundle4) as runtime:
         assert runtime.kernels == "onnxruntime"
     with pytest.raises(UsageError, match="pip install edgelora-kernels"):
@@ -262,7 +262,7 @@ def test_without_the_package_onnxruntime_serves(bundle4: Path) -> None:
         ("edgelora", 4, 32, "cuda", "not gpu on cuda"),
     ],
 )
-def test_what_does_not_serve_is_refused_by_name(name: str, bits: int, block: int, provider: str, reason: str) -> None:
+def test_kernels_that_cannot_run_the_bundle_are_refused(name: str, bits: int, block: int, provider: str, reason: str) -> None:
     grid = QuantizationEntry(bits=bits, block_size=block, symmetric=True, method="rtn")
     target = "cpu" if provider == "cpu" else "gpu"
     with pytest.raises(UsageError, match=reason):

@@ -1,4 +1,4 @@
-"""edgelora's own LiveMatMulNBits, a product with live adapters: against a float64 formula, in every instruction set."""
+"""edgelora's LiveMatMulNBits, a product with live adapters, against a float64 formula in every instruction set."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnx import TensorProto, helper
 
 from edgelora_runtime.bundle.manifest import LiveSlots
 from edgelora_runtime.session.factors import FACTORS, pack_mix
-from tests.own_kernels import needs_kernels, open_own, run_in_lesser_sets
+from tests.own_kernels import needs_kernels, needs_lesser_sets, open_own, run_in_lesser_sets
 from tests.runtime.kernels.test_kernels import Product, round_chunks
 
 if TYPE_CHECKING:
     import onnxruntime as ort
     from numpy.typing import NDArray
 
-    from edgelora_runtime.session.factors import Factors
+    from edgelora_runtime.session.factors import AdapterTensors
 
 pytestmark = needs_kernels
 
@@ -30,9 +30,9 @@ WEIGHTS = (0.7, -1.3)  # of two adapters
 
 @dataclass(frozen=True)
 class Live:
-    """A product of parts whose live adapters have these ranks; the second of them leaves the last part alone.
+    """A product of parts with two live adapters of these ranks; the second one has no factors for the last part.
 
-    Its slot is the second of two, of which the first is another's.
+    Its slot is the second of two; the first one belongs to another product.
     """
 
     inner: int
@@ -54,10 +54,10 @@ class Live:
             LiveSlots("a", tuple(f"b{part}" for part in range(len(self.widths))), modules, self.inner, self.widths),
         ]
 
-    def draw_adapters(self) -> list[Factors]:
+    def draw_adapters(self) -> list[AdapterTensors]:
         draw = np.random.default_rng(self.inner)
         shapes = {"other": (24, 40)} | {f"m{part}": (self.inner, width) for part, width in enumerate(self.widths)}
-        adapters: list[Factors] = []
+        adapters: list[AdapterTensors] = []
         for index, rank in enumerate(self.ranks):
             modules = list(shapes)[: len(shapes) - index if len(self.widths) > 1 else None]
             adapters.append(
@@ -71,7 +71,7 @@ class Live:
         return packed
 
     def open(self, threads: int = 1, slot: int = 1) -> ort.InferenceSession:
-        """A session of the product's model, its node exchanged for a live one."""
+        """A session of the product's model, with its node replaced by a live one."""
         model = onnx.load_from_string(self.product.build()[0])
         plain = model.graph.node[0]
         weights = [*plain.input, ""][:4]
@@ -115,7 +115,7 @@ class Live:
 CASES = [
     Live(576, (576, 192, 192), (16, 4)),
     Live(2048, (2048,), (60, 4)),
-    Live(96, (8, 40, 17), (3, 2), asymmetric=True),  # parts that begin and end amid a group, and amid a tile
+    Live(96, (8, 40, 17), (3, 2), asymmetric=True),  # parts that begin and end inside a group and inside a tile
     Live(70, (33, 99), (5, 1), bits=8),  # activations that do not fill a vector
     Live(64, (5000, 1000), (8, 8), block=64),  # pieces of several tiles
     Live(64, (50,), (0, 0)),
@@ -125,7 +125,7 @@ ROWS = [0, 1, 2, 3, 9, 32, 33, 70, 300]
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_it_is_what_the_formula_says(case: Live, threads: int) -> None:
+def test_it_computes_the_formula(case: Live, threads: int) -> None:
     case.check(ROWS, threads)
 
 
@@ -139,13 +139,14 @@ def test_any_sizes(inner: int, widths: list[int], ranks: tuple[int, int], rows: 
     Live(inner, tuple(widths), ranks).check([rows])
 
 
-def test_every_instruction_set_of_this_machine() -> None:
+@needs_lesser_sets
+def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets(
         "from tests.runtime.kernels import test_live_product_kernel as each\nfor case in each.CASES: case.check(each.ROWS, 2)"
     )
 
 
-def test_without_factors_it_is_the_product_alone() -> None:
+def test_without_factors_it_is_the_plain_product() -> None:
     case = CASES[0]
     model, *_ = case.product.build()
     x = np.random.default_rng(0).standard_normal((3, case.inner), np.float32)
@@ -153,26 +154,26 @@ def test_without_factors_it_is_the_product_alone() -> None:
     np.testing.assert_array_equal(found, open_own(model).run(None, {"x": x})[0])
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_factors_that_do_not_match_are_refused() -> None:
     case, x = CASES[2], np.ones((1, 96), np.float32)
     session, packed = case.open(), case.pack()
-    with pytest.raises(Exception, match="but not the input factors"):
+    with pytest.raises(Exception, match="without the input factors"):
         case.run(session, x, np.zeros(0, np.uint8), a_rank=6)
     for slot in (2, 1 << 40, -1):
-        with pytest.raises(Exception, match="no such slot"):
+        with pytest.raises(Exception, match="lack this slot"):
             case.run(case.open(slot=slot), x, packed)
-    with pytest.raises(Exception, match="do not fit the product"):
+    with pytest.raises(Exception, match="do not match the product"):
         case.run(case.open(slot=0), x, packed)
-    with pytest.raises(Exception, match="no such slot"):
+    with pytest.raises(Exception, match="lack this slot"):
         case.run(session, x, packed[:80])
-    with pytest.raises(Exception, match="not whole"):
+    with pytest.raises(Exception, match="damaged"):
         case.run(session, x, packed[:-64])
     for place, value, reason in (
-        (0, 1 << 40, "whole"),
-        (0, -4, "whole"),
-        (0, 66, "whole"),
-        (1, 1 << 21, "whole"),
-        (3, 41, "fit"),
+        (0, 1 << 40, "damaged"),
+        (0, -4, "damaged"),
+        (0, 66, "damaged"),
+        (1, 1 << 21, "damaged"),
+        (3, 41, "match"),
     ):
         changed = packed.copy()
         changed[48:88].view(np.int64)[place] = value

@@ -1,4 +1,4 @@
-"""Memory that was freed goes back to the system when it is asked for."""
+"""Freed memory returns to the system on request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def has_malloc_trim() -> bool:
 
 
 @pytest.mark.skipif(not has_malloc_trim(), reason="only glibc can be asked to give memory back")
-def test_freed_memory_below_an_allocation_goes_back() -> None:
+def test_freed_memory_below_an_allocation_is_returned() -> None:
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
     library.free.argtypes = (ctypes.c_void_p,)

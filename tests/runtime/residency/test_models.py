@@ -1,4 +1,4 @@
-"""Which variants are loaded: the budget, pins, prefetching, what is shared, and loading once for many who ask."""
+"""Loaded models: the budget, pins, prefetching, shared bytes, and one load for concurrent requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from edgelora_runtime import Bundle, Runtime, UsageError
 from edgelora_runtime.residency.live_mixes import LiveMixes
 from edgelora_runtime.residency.memory import find_free_memory
-from edgelora_runtime.residency.models import Residency
+from edgelora_runtime.residency.models import LoadedModels
 from edgelora_runtime.session.fair_lock import FairLock
 from tests.tiny import random_tokens
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class FakeModel:
-    """Stands for a loaded graph: residency only ever holds on to it."""
+    """Stands for a loaded graph; only its identity matters."""
 
 
-def make_residency(
+def make_models(
     sizes: dict[str, dict[str, int]], budget: int | None, stages: dict[str, dict[str, int]] | None = None
-) -> tuple[Residency, list[str]]:
-    """Residency over graphs of such blobs, each one stage unless stages are given; and what it loads."""
+) -> tuple[LoadedModels, list[str]]:
+    """Loaded models for graphs with these blobs, by default one stage each, and a list that receives each graph it loads."""
     loaded: list[str] = []
 
     def load(graph: str) -> FakeModel:
@@ -35,57 +35,57 @@ def make_residency(
         return FakeModel()
 
     whole = {graph: {graph: sum(blobs.values())} for graph, blobs in sizes.items()}
-    return Residency(load, sizes, stages or whole, budget), loaded  # type: ignore[arg-type]
+    return LoadedModels(load, sizes, stages or whole, budget=budget), loaded  # type: ignore[arg-type]
 
 
 def test_bytes_are_counted_once_where_blobs_are_shared() -> None:
-    residency, _ = make_residency({"a": {"x": 100, "y": 8}, "b": {"x": 100, "z": 12}}, None)
-    residency.get("a")
-    assert residency.measure(0, 0).shared == 0
-    residency.get("b")
-    usage = residency.measure(3, 7)
-    assert (usage.mapped, usage.shared, usage.live, usage.kv_caches) == (120, 100, 3, 7)
-    assert usage.private == int(108 * 1.25) + int(112 * 1.25)
-    assert usage.graphs == ("a", "b")
+    models, _ = make_models({"a": {"x": 100, "y": 8}, "b": {"x": 100, "z": 12}}, None)
+    models.get("a")
+    assert models.measure(0, 0).shared == 0
+    models.get("b")
+    memory = models.measure(3, 7)
+    assert (memory.mapped, memory.shared, memory.live, memory.kv_caches) == (120, 100, 3, 7)
+    assert memory.private == int(108 * 1.25) + int(112 * 1.25)
+    assert memory.graphs == ("a", "b")
 
 
-def test_a_model_in_use_counts_until_it_is_let_go() -> None:
-    residency, _ = make_residency({name: {name: 100} for name in "abc"}, 250)
-    held, _ = residency.get("a")
-    residency.get("b")
-    residency.get("c")  # neither fits beside a, which is still held
-    assert residency.measure(0, 0).private == 250, "a, which left, and c"
-    assert residency.measure(0, 0).graphs == ("c",)
+def test_an_evicted_model_counts_while_it_is_in_use() -> None:
+    models, _ = make_models({name: {name: 100} for name in "abc"}, 250)
+    held, _ = models.get("a")
+    models.get("b")
+    models.get("c")  # neither fits beside a, which is still in use
+    assert models.measure(0, 0).private == 250, "a, which was evicted, and c"
+    assert models.measure(0, 0).graphs == ("c",)
     del held
-    assert residency.measure(0, 0).private == 125
-    residency.get("a")
-    assert residency.measure(0, 0).graphs == ("c", "a")
+    assert models.measure(0, 0).private == 125
+    models.get("a")
+    assert models.measure(0, 0).graphs == ("c", "a")
 
 
-def test_stages_count_once_and_stay_with_whoever_shares_them() -> None:
+def test_shared_stages_count_once_until_their_last_graph_goes() -> None:
     stages = {"a": {"a1": 10, "both": 100}, "b": {"b1": 20, "both": 100}, "c": {"c1": 40}}
-    residency, loaded = make_residency({name: {} for name in stages}, 163, stages)
-    residency.get("a")
-    residency.get("b")
-    assert residency.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
-    residency.get("c")
-    assert residency.measure(0, 0).graphs == ("c",), "b had to go as well: without a it still needs what they shared"
+    models, loaded = make_models({name: {} for name in stages}, 163, stages)
+    models.get("a")
+    models.get("b")
+    assert models.measure(0, 0).private == int(10 * 1.25) + int(20 * 1.25) + 125, "130 * 1.25 are just in the budget"
+    models.get("c")
+    assert models.measure(0, 0).graphs == ("c",), "b had to go as well: without a, it still holds the shared stage"
     assert loaded == ["a", "b", "c"]
 
 
-def test_pinned_ones_stay_whatever_comes() -> None:
-    residency, loaded = make_residency({name: {name: 100} for name in "abc"}, 130)
-    residency.pin("a")
+def test_pinned_models_are_never_evicted() -> None:
+    models, loaded = make_models({name: {name: 100} for name in "abc"}, 130)
+    models.pin("a")
     for graph in "abcb":
-        residency.get(graph)
-    assert residency.measure(0, 0).graphs == ("a", "b")
-    residency.unpin("a")
-    residency.get("c")
-    assert residency.measure(0, 0).graphs == ("c",)
+        models.get(graph)
+    assert models.measure(0, 0).graphs == ("a", "b")
+    models.unpin("a")
+    models.get("c")
+    assert models.measure(0, 0).graphs == ("c",)
     assert loaded == list("abcbc")
 
 
-def test_one_loads_and_the_others_wait() -> None:
+def test_one_thread_loads_and_the_others_wait() -> None:
     started, go = threading.Event(), threading.Event()
     loads: list[str] = []
 
@@ -95,9 +95,9 @@ def test_one_loads_and_the_others_wait() -> None:
         go.wait(10)
         return FakeModel()
 
-    residency = Residency(load, {"a": {"x": 1}}, {"a": {"a": 1}}, None)  # type: ignore[arg-type]
+    models = LoadedModels(load, {"a": {"x": 1}}, {"a": {"a": 1}}, budget=None)  # type: ignore[arg-type]
     found: list[tuple[object, bool]] = []
-    threads = [threading.Thread(target=lambda: found.append(residency.get("a"))) for _ in range(5)]
+    threads = [threading.Thread(target=lambda: found.append(models.get("a"))) for _ in range(5)]
     threads[0].start()
     started.wait(10)
     for thread in threads[1:]:
@@ -110,7 +110,7 @@ def test_one_loads_and_the_others_wait() -> None:
     assert sum(cold for _, cold in found) == 1
 
 
-def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
+def test_a_failed_load_fails_for_all_waiting_threads_and_is_retried() -> None:
     tries: list[int] = []
 
     def load(_: str) -> FakeModel:
@@ -119,14 +119,14 @@ def test_a_failed_load_fails_for_all_who_wait_and_is_tried_again() -> None:
             raise UsageError("no")
         return FakeModel()
 
-    residency = Residency(load, {"a": {}}, {"a": {}}, None)  # type: ignore[arg-type]
+    models = LoadedModels(load, {"a": {}}, {"a": {}}, budget=None)  # type: ignore[arg-type]
     with pytest.raises(UsageError):
-        residency.get("a")
-    assert residency.measure(0, 0).graphs == ()
-    assert residency.get("a")[1]
+        models.get("a")
+    assert models.measure(0, 0).graphs == ()
+    assert models.get("a")[1]
 
 
-def test_usage_of_a_bundle_is_that_of_its_manifest(bundle32: Path) -> None:
+def test_memory_of_a_bundle_matches_its_manifest(bundle32: Path) -> None:
     manifest = Bundle.open(bundle32).manifest
     blobs = {name: set(manifest.variants[name].graphs["cpu"].blobs) for name in ("base", "plain")}
     sizes = {name: manifest.files[name].size for name in blobs["base"] | blobs["plain"]}
@@ -148,7 +148,7 @@ def test_prefetch_loads_in_the_background(bundle32: Path) -> None:
         assert receipt.cold
         assert not runtime.switch("plain").cold
         assert not runtime.prefetch("plain").result(timeout=30).cold
-        assert runtime.current == "plain", "what prefetch loads is not made current by it"
+        assert runtime.current == "plain", "prefetch does not change the current variant"
         with pytest.raises(UsageError, match="no variant 'nope'"):
             runtime.prefetch("nope")
 
@@ -174,7 +174,7 @@ def test_live_mixes_are_kept_under_their_budget(bundle32: Path, budget: int) -> 
     first, made = mixes.get((("plain", 1.0),), float32)
     assert made == sum(array.nbytes for array in first.values())
     second, _ = mixes.get((("other", 0.5), ("plain", 1.0)), float32)
-    assert mixes.get((("other", 0.5), ("plain", 1.0)), float32)[0] is second, "the last one stays"
+    assert mixes.get((("other", 0.5), ("plain", 1.0)), float32)[0] is second, "the last mix stays"
     again, made = mixes.get((("plain", 1.0),), float32)
     assert (again is first) == (made == 0) == (budget > 0)
     for name, array in first.items():
@@ -184,7 +184,7 @@ def test_live_mixes_are_kept_under_their_budget(bundle32: Path, budget: int) -> 
     assert mixes.bytes == 0
 
 
-def test_free_memory_is_less_than_all() -> None:
+def test_free_memory_is_less_than_the_total() -> None:
     free = find_free_memory()
     assert free is not None
     assert 0 < free < 1 << 46
@@ -202,23 +202,23 @@ def test_a_fair_lock_is_granted_in_order() -> None:
         for number in range(20):
             threads.append(threading.Thread(target=work, args=(number,)))
             threads[-1].start()
-            time.sleep(0.005)  # so that it stands in line before the next
+            time.sleep(0.005)  # so that it queues before the next
     for thread in threads:
         thread.join(10)
     assert order == list(range(20))
 
 
-def test_a_fair_lock_excludes_and_lets_nobody_starve() -> None:
-    lock, together, inside, turns = FairLock(), threading.Barrier(2), [0], [0, 0]
+def test_a_fair_lock_excludes_others_and_starves_none() -> None:
+    lock, together, inside, acquired = FairLock(), threading.Barrier(2), [0], [0, 0]
 
     def work(index: int) -> None:
         together.wait(10)
-        while sum(turns) < 200:
+        while sum(acquired) < 200:
             with lock:
                 inside[0] += 1
                 time.sleep(0.0005)  # a step, which lets the other thread run
                 assert inside[0] == 1
-                turns[index] += 1
+                acquired[index] += 1
                 inside[0] -= 1
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
@@ -226,6 +226,6 @@ def test_a_fair_lock_excludes_and_lets_nobody_starve() -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert abs(turns[0] - turns[1]) < 20, "one that asks again at once stands behind the other"
+    assert abs(acquired[0] - acquired[1]) < 20, "a thread that acquires it again at once queues behind the other"
     with lock:
         pass

@@ -1,4 +1,4 @@
-"""Packed weights on disk: the same answers from mapped files, when entries are made, kept, refused and deleted."""
+"""Packed weights on disk: the same answers from mapped files, and when entries are made, kept, refused and deleted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_mapped_weights_give_the_same_logits(bundle4: Path, mapped: Runtime) -> 
     tokens = random_tokens(12, seed=1)
     with Runtime(bundle4, threads=1, kernels="onnxruntime") as plain:
         for variant in plain.variants:
-            for _ in range(2):  # as it was written, and as it is found
+            for _ in range(2):  # just written, then found
                 np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), plain.logits(tokens, variant=variant))
                 mapped.close()
 
@@ -61,7 +61,7 @@ def test_live_variants_are_mapped_and_other_mixes_made(bundle4: Path, mapped: Ru
     with Runtime(bundle4, threads=1, kernels="onnxruntime") as plain:
         for variant in live:
             expected = plain.logits(tokens, variant=variant)
-            for _ in range(3):  # as they are written, kept and found
+            for _ in range(3):  # written, kept, then found
                 np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), expected)
             mapped.close()
             np.testing.assert_array_equal(mapped.logits(tokens, variant=variant), expected)
@@ -72,7 +72,7 @@ def test_live_variants_are_mapped_and_other_mixes_made(bundle4: Path, mapped: Ru
     assert len(entries(folder)) == count
 
 
-def test_inputs_are_those_of_the_adapters_file(bundle4: Path, mapped: Runtime, folder: Path) -> None:
+def test_mapped_inputs_equal_those_of_the_adapter_file(bundle4: Path, mapped: Runtime, folder: Path) -> None:
     variant = next(name for name, entry in mapped.variants.items() if entry.kind == "live" and entry.live)
     mapped.logits([1, 2], variant=variant)
     inputs = next(entry for entry in entries(folder) if (entry / module.INPUTS).exists())
@@ -84,7 +84,7 @@ def test_inputs_are_those_of_the_adapters_file(bundle4: Path, mapped: Runtime, f
         np.testing.assert_array_equal(other.logits([1, 2], variant=variant), plain.logits([1, 2], variant=variant))
 
 
-def test_an_entry_holds_packed_weights_and_is_found_by_others(bundle4: Path, folder: Path) -> None:
+def test_an_entry_holds_packed_weights_for_other_runtimes(bundle4: Path, folder: Path) -> None:
     bundle, cache = Bundle.open(bundle4), PackedCache(folder)
     graph = bundle.manifest.variants["base"].graphs["cpu"]
     assert cache.find(bundle, graph) is None
@@ -98,11 +98,11 @@ def test_an_entry_holds_packed_weights_and_is_found_by_others(bundle4: Path, fol
     assert not any(folder.iterdir())
 
 
-def test_a_mapped_variant_counts_little(bundle4: Path, folder: Path) -> None:
+def test_a_mapped_variant_takes_little_private_memory(bundle4: Path, folder: Path) -> None:
     blobs = Bundle.open(bundle4).manifest
     needed = sum(blobs.blob_bytes(blobs.variants["base"].graphs["cpu"]).values())
     with Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder), memory_budget=needed) as runtime:
-        for variant in ("base", "plain", "other"):  # each is written first, which takes memory as without a cache
+        for variant in ("base", "plain", "other"):  # writing each first takes as much memory as without a cache
             runtime.switch(variant)
         for variant in ("base", "plain", "other"):
             runtime.switch(variant)
@@ -111,9 +111,7 @@ def test_a_mapped_variant_counts_little(bundle4: Path, folder: Path) -> None:
         assert not runtime.switch("base").cold
 
 
-def test_another_onnxruntime_or_cpu_makes_an_entry_of_its_own(
-    bundle4: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_onnxruntime_or_cpu_makes_its_own_entry(bundle4: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle, cache = Bundle.open(bundle4), PackedCache(folder)
     graph = bundle.manifest.variants["base"].graphs["cpu"]
     assert cache.write(bundle, graph) is not None
@@ -125,7 +123,7 @@ def test_another_onnxruntime_or_cpu_makes_an_entry_of_its_own(
     assert cache.find(bundle, graph) is None
 
 
-def test_damaged_entries_are_written_anew(bundle4: Path, folder: Path, mapped: Runtime) -> None:
+def test_damaged_entries_are_written_again(bundle4: Path, folder: Path, mapped: Runtime) -> None:
     tokens = random_tokens(5, seed=3)
     expected = mapped.logits(tokens)
     mapped.close()
@@ -146,7 +144,7 @@ def test_an_entry_that_onnxruntime_cannot_open_does_no_harm(bundle4: Path, folde
     graph = entries(folder)[0] / module.GRAPH
     graph.write_bytes(b"\0" * graph.stat().st_size)
     np.testing.assert_array_equal(mapped.logits(tokens), expected)
-    assert mapped.memory.private > mapped.memory.mapped, "the model holds a packed copy of its own"
+    assert mapped.memory.private > mapped.memory.mapped, "the model holds its own packed copy"
 
 
 def test_blobs_that_the_manifest_does_not_list_are_not_packed(bundle_copy: Path, folder: Path) -> None:
@@ -169,7 +167,7 @@ def test_the_least_recently_used_entry_goes_first(bundle4: Path, folder: Path) -
     cache = PackedCache(folder)
     for graph in graphs[:2]:
         cache.write(bundle, graph)
-    for age, graph in enumerate((graphs[1], graphs[0])):  # the first is used last
+    for age, graph in enumerate((graphs[1], graphs[0])):  # the first one is used last
         found = cache.find(bundle, graph)
         assert found is not None
         os.utime(found.parent / module.ENTRY, (1e9 + age, 1e9 + age))
@@ -179,7 +177,7 @@ def test_the_least_recently_used_entry_goes_first(bundle4: Path, folder: Path) -
     assert [tight.find(bundle, graph) is not None for graph in graphs] == [True, False, True]
 
 
-def test_what_is_over_the_budget_drives_nothing_out(bundle4: Path, folder: Path) -> None:
+def test_an_entry_over_the_budget_evicts_nothing(bundle4: Path, folder: Path) -> None:
     bundle = Bundle.open(bundle4)
     graphs = [bundle.manifest.variants[name].graphs["cpu"] for name in ("base", "plain")]
     assert PackedCache(folder).write(bundle, graphs[0]) is not None
@@ -189,13 +187,13 @@ def test_what_is_over_the_budget_drives_nothing_out(bundle4: Path, folder: Path)
     assert tight.find(bundle, graphs[0]) is not None
 
 
-def test_what_is_over_the_budget_is_not_written(bundle4: Path, folder: Path) -> None:
+def test_an_entry_over_the_budget_is_not_written(bundle4: Path, folder: Path) -> None:
     with Runtime(bundle4, threads=1, kernels="onnxruntime", packed_cache=PackedCache(folder, budget="10KB")) as runtime:
         assert len(runtime.generate([1, 2], max_tokens=2, ignore_eos=True).tokens) == 2
     assert not any(folder.iterdir())
 
 
-def test_many_at_once_make_one_entry(bundle4: Path, folder: Path) -> None:
+def test_concurrent_writers_make_one_entry(bundle4: Path, folder: Path) -> None:
     bundle = Bundle.open(bundle4)
     graph = bundle.manifest.variants["base"].graphs["cpu"]
     caches = [PackedCache(folder) for _ in range(4)]
@@ -206,7 +204,7 @@ def test_many_at_once_make_one_entry(bundle4: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["_write_inputs", "_is_whole"])
-def test_what_another_publishes_meanwhile_stays(
+def test_an_entry_that_another_writer_published_stays(
     bundle4: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     bundle, inputs = Bundle.open(bundle4), {"a": np.arange(8, dtype=np.float32)}
@@ -231,7 +229,7 @@ def test_what_another_publishes_meanwhile_stays(
     assert identify() == published != []
 
 
-def test_what_a_killed_process_left_is_swept(bundle4: Path, folder: Path) -> None:
+def test_leftovers_of_a_killed_process_are_deleted(bundle4: Path, folder: Path) -> None:
     bundle, cache = Bundle.open(bundle4), PackedCache(folder)
     old, young = folder / ".unfinished-old", folder / ".unfinished-young"
     for left in (old, young):
@@ -245,10 +243,10 @@ def test_what_a_killed_process_left_is_swept(bundle4: Path, folder: Path) -> Non
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
-def test_a_folder_that_others_may_write_is_refused(folder: Path) -> None:
+def test_a_folder_that_others_can_write_is_refused(folder: Path) -> None:
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(UsageError, match="written by others"):
+    with pytest.raises(UsageError, match="others can write"):
         PackedCache(folder)
 
 

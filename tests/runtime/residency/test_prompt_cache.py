@@ -1,4 +1,4 @@
-"""KV caches of earlier requests: which one a request gets, their budget, and their way to disk and back."""
+"""KV caches of earlier requests: which one a request gets, their budget, and saving them to disk."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHOICE, OTHER = Choice("a", "a.onnx", None), Choice("b", "b.onnx", None)
 
 
 def fill(cache: KVCache, tokens: list[int], seed: int = 0) -> dict[str, Any]:
-    """Random keys and values for tokens; returns them."""
+    """Fills a cache with random keys and values for tokens; returns them."""
     generator = np.random.default_rng(seed)
     names = [f"{layer}.{kind}" for layer in range(2) for kind in ("key", "value")]
     state = {name: generator.standard_normal((2, len(tokens), 4)).astype(np.float32) for name in names}
@@ -63,7 +63,7 @@ def test_bytes_are_those_written(kind: type[Any]) -> None:
     assert cache.bytes == (1 if kind is InPlaceCache else 2) * 10 * 2 * 2 * 2 * 4 * 4
     before = cache.bytes
     cache.rewind(3)
-    assert cache.bytes == before, "what was written stays in memory"
+    assert cache.bytes == before, "written memory stays"
 
 
 def make_cache(tokens: list[int]) -> KVCache:
@@ -84,7 +84,7 @@ def test_the_longest_prefix_of_the_same_choice_wins() -> None:
     assert prompts.count_tokens(OTHER) == 5
 
 
-def test_a_cache_that_would_lose_more_than_it_gives_is_copied() -> None:
+def test_a_cache_that_would_drop_more_than_the_request_uses_is_copied() -> None:
     prompts = PromptCache()
     conversation = make_cache(list(range(40)))
     prompts.put(CHOICE, conversation)
@@ -104,7 +104,7 @@ def test_an_idle_cache_holds_no_logits(kind: type[Any]) -> None:
     assert cache.logits.shape == (1, 0, 50)
 
 
-def test_a_longer_cache_takes_the_place_of_its_beginning() -> None:
+def test_a_longer_cache_replaces_its_prefix() -> None:
     prompts = PromptCache()
     for tokens in ([1, 2, 3], [4], [1, 2, 3, 4], [1, 2, 5]):
         prompts.put(CHOICE, make_cache(tokens))
@@ -112,7 +112,7 @@ def test_a_longer_cache_takes_the_place_of_its_beginning() -> None:
 
 
 @given(st.lists(st.integers(1, 30), max_size=20), st.integers(0, 4000))
-def test_the_budget_is_kept_and_the_last_ones_stay(lengths: list[int], budget: int) -> None:
+def test_the_budget_holds_and_the_newest_stay(lengths: list[int], budget: int) -> None:
     prompts = PromptCache(budget)
     position = 2 * 2 * 2 * 4 * 4
     for number, length in enumerate(lengths):
@@ -141,7 +141,7 @@ def test_switching_away_and_back_reads_nothing_again(bundle32: Path) -> None:
         assert again.tokens == first.tokens
 
 
-def test_two_conversations_with_one_beginning_both_stay_cached(bundle32: Path) -> None:
+def test_two_conversations_with_a_common_prefix_both_stay_cached(bundle32: Path) -> None:
     start, (left, right) = random_tokens(10), (random_tokens(40, seed=seed) for seed in (2, 3))
     with Runtime(bundle32, threads=1) as runtime:
         for _ in range(2):
@@ -152,7 +152,7 @@ def test_two_conversations_with_one_beginning_both_stay_cached(bundle32: Path) -
         assert runtime.generate(start + left, variant="base", max_tokens=1).reused_tokens == 49
 
 
-def test_without_a_budget_for_prompts_none_is_kept(bundle32: Path) -> None:
+def test_a_budget_of_zero_keeps_no_prompts(bundle32: Path) -> None:
     with Runtime(bundle32, threads=1, cache_budget=0) as runtime:
         for _ in range(2):
             assert runtime.generate(random_tokens(20), max_tokens=3).reused_tokens == 0
@@ -169,7 +169,7 @@ def test_a_variant_and_a_mix_that_compute_the_same_share_their_prompts(bundle32:
 # --- on disk ----------------------------------------------------------------------------------------------------------------
 
 
-def test_prompts_go_to_disk_and_back(bundle32: Path, tmp_path: Path) -> None:
+def test_prompts_survive_a_round_trip_to_disk(bundle32: Path, tmp_path: Path) -> None:
     prompt, file = random_tokens(50, seed=4), tmp_path / "prompts.safetensors"
     arguments: list[dict[str, Any]] = [{"variant": "base"}, {"variant": "plain"}, {"mix": {"plain": 0.5, "other": -0.8}}]
     with Runtime(bundle32, threads=1) as runtime:
@@ -177,7 +177,7 @@ def test_prompts_go_to_disk_and_back(bundle32: Path, tmp_path: Path) -> None:
         assert runtime.save_prompts(file) == 3
     with Runtime(bundle32, threads=1) as runtime:
         assert runtime.load_prompts(file) == 3
-        assert runtime.memory.graphs == (), "nothing is loaded for it"
+        assert runtime.memory.graphs == (), "loading prompts loads no model"
         for each, tokens in zip(arguments, expected, strict=True):
             found = runtime.generate(prompt, max_tokens=10, **each)
             assert found.reused_tokens == 49
@@ -195,7 +195,7 @@ def test_prompts_of_another_bundle_are_left_out(bundle32: Path, bundle4: Path, t
         assert runtime.load_prompts(file) == 0
 
 
-def test_prompts_that_cannot_be_written_leave_what_was_there(bundle32: Path, tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_earlier_file(bundle32: Path, tmp_path: Path) -> None:
     with Runtime(bundle32, threads=1) as runtime, pytest.raises(ResourceError, match="cannot be written"):
         runtime.save_prompts(tmp_path / "nowhere" / "prompts")
 
@@ -244,6 +244,6 @@ def test_a_damaged_file_is_refused(bundle32: Path, tmp_path: Path, how: str) -> 
             runtime.load_prompts(file)
 
 
-def test_a_file_that_is_not_there_is_refused(bundle32: Path, tmp_path: Path) -> None:
+def test_a_missing_file_is_refused(bundle32: Path, tmp_path: Path) -> None:
     with Runtime(bundle32, threads=1) as runtime, pytest.raises(InputError, match="cannot be read"):
         runtime.load_prompts(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Graphs whose cache grows: a hand-written one-layer decoder, through the runtime, against the same arithmetic in numpy."""
+"""Growing caches: a hand-written one-layer decoder in the runtime, against the same arithmetic in numpy."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ TOLERANCE = 1e-4
 VOCABULARY, HEADS, SIZE, CONTEXT = 300, 2, 4, 1200
 ENTRY = ModelEntry("hand-made", HEADS * SIZE, 1, HEADS, SIZE, VOCABULARY, CONTEXT, (1,), "growing")
 
-# The text format of graphs knows no dots in names.
+# The text format of graphs allows no dots in names.
 NAMES = {f"{stem}_{kind}": f"{stem}.0.{kind}" for stem in ("past_key_values", "present") for kind in ("key", "value")}
-# One layer of attention and a head; what is stored of a token is its key and value, behind those of the tokens before.
+# One layer of attention and a head; each token's key and value are appended to those before.
 GRAPH = """
 <ir_version: 10, opset_import: ["": 18]>
 decoder (int64[1, S] input_ids, int64[1, T] attention_mask, int64[1] logits_to_keep,
@@ -125,7 +125,7 @@ def parse_graph() -> onnx.ModelProto:
 
 
 def reference(weights: dict[str, Floats], tokens: list[int]) -> Floats:
-    """Logits (T, V), one position after the other, in float64."""
+    """Logits (T, V), position by position, in float64."""
     x = weights["embedding"].astype(np.float64)[tokens]
     q, k, v = (x @ weights[name] for name in ("query", "key", "value"))
     rows = []
@@ -180,7 +180,7 @@ def test_rewound_cache_reads_like_a_fresh_one(bundle: Path, weights: dict[str, F
     assert np.abs(model.read(cache, second[5:], keep=10) - expected[-10:]).max() <= TOLERANCE
 
 
-def test_room_made_after_a_rewind_keeps_what_is_left(bundle: Path, weights: dict[str, Floats]) -> None:
+def test_growing_after_a_rewind_keeps_the_content(bundle: Path, weights: dict[str, Floats]) -> None:
     model = open_model(bundle)
     cache = model.new_cache()
     first, second = random_tokens(60, seed=7), random_tokens(5, seed=8)

@@ -1,4 +1,4 @@
-"""Providers by name: what is not there says what to install, and what is chosen without being asked for."""
+"""Providers by name: a missing one names what to install, and "auto" makes a choice."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ NO_WEBGPU = "WebGpuExecutionProvider" not in ort.get_available_providers()
 
 
 @pytest.mark.skipif(not NO_CUDA, reason="onnxruntime-gpu is installed")
-def test_an_absent_cuda_says_what_to_install() -> None:
+def test_a_missing_cuda_says_what_to_install() -> None:
     with pytest.raises(UsageError, match=r"pip install 'onnxruntime-gpu\[cuda,cudnn\]'"):
         find_provider("cuda", architecture="llama", gpu_graphs=True)
 
 
 @pytest.mark.skipif(not NO_WEBGPU, reason="onnxruntime-webgpu is installed")
-def test_an_absent_webgpu_says_what_to_install() -> None:
+def test_a_missing_webgpu_says_what_to_install() -> None:
     with pytest.raises(UsageError, match="onnxruntime-ep-webgpu"):
         find_provider("webgpu", architecture="llama", gpu_graphs=True)
 
 
-def test_webgpu_is_refused_where_it_computes_something_else() -> None:
+def test_webgpu_is_refused_for_what_it_computes_wrongly() -> None:
     with pytest.raises(UsageError, match="leaves out the soft cap of gemma2's attention"):
         find_provider("webgpu", architecture="gemma2", gpu_graphs=True)
 
@@ -55,7 +55,7 @@ def test_a_bundle_without_gpu_graphs(bundle32: Path) -> None:
 
 
 def test_a_provider_that_this_machine_lacks_is_named(tmp_path: Path) -> None:
-    """onnxruntime itself would fall back to the CPU in silence."""
+    """onnxruntime alone would silently fall back to the CPU."""
     graph = write_graph(tmp_path, "float")
     absent = next(name for name in ort.get_all_providers() if name not in ort.get_available_providers())
     provider = type(CPU)("other", "cpu", absent, "cpu")
@@ -64,7 +64,7 @@ def test_a_provider_that_this_machine_lacks_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["float", "float16"])
-def test_the_caches_type_is_the_graphs(kind: str, tmp_path: Path) -> None:
+def test_the_cache_has_the_type_of_the_graph(kind: str, tmp_path: Path) -> None:
     model = Model.open(write_graph(tmp_path, kind), ENTRY, threads=1)
     assert str(model.float_type) == {"float": "float32", "float16": "float16"}[kind]
 
@@ -78,7 +78,7 @@ ENTRY = ModelEntry("hand-made", 8, 1, 2, 4, 300, 64)
 
 
 def write_graph(folder: Path, kind: str) -> Path:
-    """A graph with a decoder's inputs and outputs, and a cache of some type; its logits are zeros."""
+    """A graph with a decoder's inputs and outputs and a cache of some type; its logits are zeros."""
     model = parser.parse_model(f"""
 <ir_version: 10, opset_import: ["": 18]>
 decoder (int64[1, S] input_ids, int64[1, T] attention_mask, int64[1] logits_to_keep,
@@ -103,5 +103,5 @@ decoder (int64[1, S] input_ids, int64[1, T] attention_mask, int64[1] logits_to_k
 
 
 def dotted(name: str) -> str:
-    """The text format of graphs knows no dots in names."""
+    """Adds dots to names, which the text format of graphs does not allow."""
     return name.replace("_0_", ".0.")

@@ -1,0 +1,64 @@
+"""One request: its prompt's tokens, and everything that its options say about how to continue them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora_runtime.decode.sampling import Sampling
+from edgelora_runtime.decode.stop_strings import StopFilter
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edgelora_runtime.bundle.manifest import ModelEntry
+    from edgelora_runtime.bundle.router import Route
+    from edgelora_runtime.decode.cancellation import Cancellation
+    from edgelora_runtime.decode.grammar import Constraint
+    from edgelora_runtime.decode.options import GenerateOptions
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it. It serves one generation, since stop, cancellation and constraint have a state.
+
+    prompt: token ids. end_tokens: the model's own; none where the request ignores them. context: tokens that the model sees at
+    once; a text that outgrows it loses its middle, so max_tokens of a request that must not is small enough. route, logprobs: as
+    in Generation and GenerateOptions. constraint: what the answer must fit.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling: Sampling
+    stop: StopFilter
+    end_tokens: frozenset[int]
+    context: int
+    cancellation: Cancellation
+    route: Route | None = None
+    logprobs: int = 0
+    constraint: Constraint | None = None
+
+
+def build_request(
+    options: GenerateOptions,
+    prompt: Sequence[int],
+    model: ModelEntry,
+    *,
+    cancellation: Cancellation,
+    constraint: Constraint | None,
+    route: Route | None,
+) -> Request:
+    """A request from its options, which must be complete, and its prompt's tokens."""
+    room = model.context_length - len(prompt) + 1  # the last token is never read back
+    return Request(
+        prompt=prompt,
+        max_tokens=options["max_tokens"] if options["overflow"] == "slide" else min(options["max_tokens"], room),
+        sampling=Sampling.of(options),
+        stop=StopFilter(options["stop"]),
+        end_tokens=frozenset() if options["ignore_eos"] else frozenset(model.eos_token_ids),
+        context=model.context_length,
+        cancellation=cancellation,
+        route=route,
+        logprobs=options["logprobs"],
+        constraint=constraint,
+    )
