@@ -24,9 +24,9 @@ TOP: Mapping[str, Key] = MappingProxyType(
         "default": Key("The variant that a runtime starts with; the first one by default.", (str,)),
         "context_length": Key("Positions that the bundle holds, in tokens; the model's own by default, up to a bound.", (int,)),
         "calibration": Key("A JSONL file of text or rows to quantize and judge on, beside the adapters' training data.", (str,)),
-        "targets": Key("What each variant gets a graph for: cpu, and gpu for fp16 graphs over the same int4 codes.", (list,)),
+        "targets": Key("What each variant gets a graph for: `cpu`, and `gpu` for fp16 graphs over the same int4 codes.", (list,)),
         "merge_base": Key(
-            "What merged variants are merged into: float, trained (the base as training held it), or auto, the better of the two.",
+            "What merged variants are merged into: `float`, `trained` (the base as training held it) or `auto`, the better one.",
             (str,),
         ),
         "drafts": Key(
@@ -42,10 +42,10 @@ TOP: Mapping[str, Key] = MappingProxyType(
 VARIANT: Mapping[str, Key] = MappingProxyType(
     {
         "mix": Key(
-            "Weight per adapter: a number, or a table of numbers by pattern of module names. {} is the bare base.", (dict,)
+            "Weight per adapter: a number, or a table of numbers by pattern of module names. `{}` is the bare base.", (dict,)
         ),
-        "kind": Key("merged: the mix is added into the weights. live: A and B are graph inputs.", (str,)),
-        "method": Key("How the adapters' deltas become one; see Methods. A live variant is always a sum, linear.", (str,)),
+        "kind": Key("`merged`: the mix is added into the weights. `live`: A and B are graph inputs.", (str,)),
+        "method": Key("How the adapters' deltas become one; see Methods. A live variant is always a sum, `linear`.", (str,)),
         "density": Key("The share of entries that the method keeps, more than 0 and at most 1.", (int, float)),
         "seed": Key("For methods that drop entries at random.", (int,)),
         "merge_base": Key("As at the top, for this variant.", (str,)),
@@ -57,18 +57,19 @@ QUANTIZATION: Mapping[str, Key] = MappingProxyType(
         "block_size": Key("Weights that share a scale.", (int,)),
         "symmetric": Key("Without zero points.", (bool,)),
         "method": Key(
-            "gptq, auto-round (4 bits, an extra of its own), rtn (rounding to nearest), or none, which goes with 32 bits.", (str,)
+            "`gptq`, `auto-round` (4 bits, an extra of its own), `rtn` (rounding to nearest) or `none`, which goes with 32 bits.",
+            (str,),
         ),
         "int8": Key(
-            "Patterns of the products that get 8 bits whatever the rest has: layers.0.*, *.mlp.down, embedding, head.", (list,)
+            "Products that get 8 bits whatever the rest has, as patterns: `layers.0.*`, `*.mlp.down`, `embedding`, `head`.",
+            (list,),
         ),
     }
 )
 GATE: Mapping[str, Key] = MappingProxyType(
     {
         "policy": Key(
-            "What happens to a variant that falls short: repair (more bits, then live), live, fail (no bundle). off measures "
-            "nothing.",
+            "For a variant that falls short: `repair` (more bits, then live), `live`, `fail` (no bundle). `off` measures none.",
             (str,),
         ),
         "retention": Key(
