@@ -260,7 +260,7 @@ def read_summary(path: Path) -> str:
     text = path.read_text(encoding="utf-8")
     said = ast.get_docstring(ast.parse(text)) if path.suffix == ".py" else _read_comment(text)
     if not said:
-        raise ValueError(f"{path.relative_to(ROOT)} does not say what it holds; begin it with a docstring or a comment")
+        raise ValueError(f"{path} does not say what it holds; begin it with a docstring or a comment")
     paragraph = _clean(said.split("\n\n")[0])
     return re.split(r"(?<=[.!?])\s+(?=[A-Z`'\"])", paragraph)[0].removesuffix(".")
 
