@@ -52,15 +52,15 @@ retention = 0.8
 [variants.base]
 mix = {}
 
-[variants.clinic]               # merged: no cost per token
+[variants.clinic]      # merged: no cost per token
 mix = { sql = 0.6, medical = 0.6 }
 method = "ties"
 density = 0.3
 
-[variants.careful]              # weights by module: the last pattern that matches counts
+[variants.careful]     # by module: the last pattern that matches counts
 mix = { sql = 0.6, medical = { "*" = 0.6, "model.layers.0.*" = 0.2 } }
 
-[variants.sql-live]             # live: any weights at request time
+[variants.sql-live]    # live: any weights at request time
 mix = { sql = 1.0 }
 kind = "live"
 

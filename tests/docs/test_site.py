@@ -74,11 +74,13 @@ def test_pages_load_nothing_from_outside(site: Path) -> None:
     assert not outside
 
 
-def test_a_broken_link_fails_the_build(copy: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(copy, tmp_path / "broken", ignore=shutil.ignore_patterns("site", ".cache"))
+def test_a_broken_link_fails_the_build(site: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(site.parent, tmp_path / "broken", ignore=shutil.ignore_patterns("site", ".cache"))
     with (folder / "docs" / "faq.md").open("a", encoding="utf-8") as page:
         page.write("\n[nowhere](glossary.md#no-such-entry)\n")
-    assert build(folder).returncode != 0
+    done = build(folder)
+    assert done.returncode != 0
+    assert "anchor does not exist" in done.stdout + done.stderr
 
 
 def list_pages(nav: object) -> list[str]:
