@@ -78,13 +78,21 @@ def test_mixing_page_has_every_method() -> None:
         assert kind.startswith("exact") == (method.factored is not None), name
 
 
+def request_defaults() -> dict[str, object]:
+    """Defaults of a request's options: as their declaration says, or as the signature of stream() does."""
+    declared = GenerateOptions.__annotations__
+    if any(hasattr(hint, "__metadata__") for hint in declared.values()):
+        return {name: hint.__metadata__[0].default for name, hint in declared.items()}
+    parameters = inspect.signature(Runtime.stream).parameters
+    return {name: each.default for name, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+
+
 def test_python_page_has_every_option_of_a_request() -> None:
     page = (REFERENCE / "python.md").read_text(encoding="utf-8")
     options = {row[0]: row[1] for row in read_table(page, "## Options of a request")}
     assert set(options) == set(GenerateOptions.__annotations__)
-    for name, parameter in inspect.signature(Runtime.stream).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            assert options[name].replace('"', "'") == repr(parameter.default), name
+    defaults = {name: default.replace('"', "'") for name, default in options.items()}
+    assert defaults == {name: repr(default) for name, default in request_defaults().items()}
 
 
 def test_python_page_has_every_option_of_the_runtime() -> None:
