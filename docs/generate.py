@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 NOTE = "<!-- Written by docs/generate.py: change the code, then run it. -->"
 
-# The parts of the map, in the order of the page: heading, folder, what it is, and the files below it.
+# The parts of the map, in the order of the page: heading, folder, and what it is.
 PARTS = (
-    ("edgelora", "edgelora", "The command line, training, composition, search, reports and the demo.", "*.py"),
-    ("edgelora_export", "export/edgelora_export", "Merges, quantizes, builds graphs, writes bundles. May import torch.", "*.py"),
-    ("edgelora_runtime", "runtime/edgelora_runtime", "Reads bundles, generates, switches. Never imports torch.", "*.py"),
-    ("edgelora-kernels", "runtime/kernels", "int4 products, attention and live adapters in C++, as onnxruntime operators.", "*"),
-    ("benchmarks", "benchmarks", "One script per claim, side by side with other engines.", "*.py"),
+    ("edgelora", "edgelora", "The command line, training, composition, search, reports and the demo."),
+    ("edgelora_export", "export/edgelora_export", "Merges, quantizes, builds graphs, writes bundles. May import torch."),
+    ("edgelora_runtime", "runtime/edgelora_runtime", "Reads bundles, generates, switches. Never imports torch."),
+    ("edgelora-kernels", "runtime/kernels", "int4 products, attention and live adapters in C++, as onnxruntime operators."),
+    ("benchmarks", "benchmarks", "One script per claim, side by side with other engines."),
 )
 _SOURCES = {".py", ".cpp", ".h"}
 _KINDS = {"STR": "TEXT", "INT": "INTEGER"}  # kinds of options whose names differ between versions of typer
@@ -95,9 +95,13 @@ def write_recipe_page() -> str:
             recipe_keys.GATE,
             owners["gate"],
         ),
-        ("Router", "`[router]`, and `[router.data]` for `data`. See [Routing](../guides/routing.md).", recipe_keys.ROUTER,
-         recipe.RouterRecipe),
-    )  # fmt: skip
+        (
+            "Router",
+            "`[router]`, and `[router.data]` for `data`. See [Routing](../guides/routing.md).",
+            recipe_keys.ROUTER,
+            recipe.RouterRecipe,
+        ),
+    )
     lines = [
         NOTE,
         "",
@@ -142,10 +146,13 @@ def _show_default(field: Any) -> str:
     value = field.default
     if value is MISSING or value is None or value == {}:
         return "–"
-    text = {True: "true", False: "false"}.get(value, f'"{value}"') if isinstance(value, bool | str) else None
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    if isinstance(value, str):
+        return f'`"{value}"`'
     if isinstance(value, tuple):
-        text = "[" + ", ".join(f'"{item}"' for item in value) + "]"
-    return f"`{value if text is None else text}`"
+        return "`[" + ", ".join(f'"{item}"' for item in value) + "]`"
+    return f"`{value}`"
 
 
 def write_command_page() -> str:
@@ -219,10 +226,13 @@ def _show_option(option: Any, command: Any) -> str:
     names = ", ".join((*option.opts, *option.secondary_opts))
     if option.is_flag:
         return names
-    if option.metavar:
-        return f"{names} {option.metavar}"
     display = getattr(option, "display_type", None)  # typer 0.29 tells the kind so, click and older typers by a type with a name
-    kind = (option.type.name if display is None else display(command.context_class(command))).strip("<>").upper()
+    kind = option.metavar or (option.type.name if display is None else display(command.context_class(command)))
+    if "|" in kind:  # choices; a bar would end the table's cell
+        return f"{names} {kind.strip('<>[]').replace('|', '/')}"
+    if option.metavar:
+        return f"{names} {kind}"
+    kind = kind.strip("<>[]").removeprefix("list[").upper()
     return f"{names} {_KINDS.get(kind, kind)}"
 
 
@@ -237,10 +247,10 @@ def _option_default(option: Any) -> str:
 def write_map() -> str:
     """One line per source file: the first sentence of its docstring, or of its leading comment."""
     lines = [NOTE, "", "# Map", "", "One line per source file: the first sentence of what it says about itself."]
-    for heading, folder, what, pattern in PARTS:
+    for heading, folder, what in PARTS:
         lines += ["", f"## {heading}", "", f"`{folder}/`. {what}"]
         rooms: dict[str, list[Path]] = {}
-        for path in find_sources(ROOT / folder, pattern):
+        for path in find_sources(ROOT / folder):
             parent = path.parent.relative_to(ROOT / folder).as_posix()
             rooms.setdefault("" if parent == "." else parent, []).append(path)
         for room, paths in sorted(rooms.items()):
@@ -249,9 +259,9 @@ def write_map() -> str:
     return "\n".join(lines) + "\n"
 
 
-def find_sources(folder: Path, pattern: str = "*") -> list[Path]:
+def find_sources(folder: Path) -> list[Path]:
     """The source files below a folder that are not empty."""
-    found = (path for path in folder.rglob(pattern) if path.suffix in _SOURCES and "build" not in path.parts)
+    found = (path for path in folder.rglob("*") if path.suffix in _SOURCES and "build" not in path.parts)
     return sorted(path for path in found if path.stat().st_size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -52,7 +52,7 @@ def test_recipe_example_is_a_recipe(tmp_path: Path) -> None:
 
 def test_recipe_page_has_every_key_that_the_parser_knows(tmp_path: Path) -> None:
     page = (REFERENCE / "recipe.md").read_text(encoding="utf-8")
-    tables = {"Top level": {"x": 1}, "Gate": {"gate": {"x": 1}}, "Router": {"router": {"x": 1}}}
+    tables: dict[str, dict[str, Any]] = {"Top level": {"x": 1}, "Gate": {"gate": {"x": 1}}, "Router": {"router": {"x": 1}}}
     tables |= {"Variants": {"variants": {"a": {"x": 1}}}, "Quantization": {"quantization": {"x": 1}}}
     for heading, wrong in tables.items():
         with pytest.raises(ValueError, match="known: ") as refused:
