@@ -61,7 +61,7 @@ QUANTIZATION: Mapping[str, Key] = MappingProxyType(
             (str,),
         ),
         "int8": Key(
-            "Products that get 8 bits whatever the rest has, as patterns: `layers.0.*`, `*.mlp.down`, `embedding`, `head`.",
+            "Patterns of products that get 8 bits where the rest has 4: `layers.0.*`, `*.mlp.down`, `embedding`, `head`.",
             (list,),
         ),
     }
