@@ -1,4 +1,4 @@
-# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | bench.
+# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | docs | bench.
 # Each sets up what it needs first; a second run is quick.
 PYTHON ?= python3
 VENV   := .venv
@@ -14,7 +14,7 @@ OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
 AUTO_ROUND_VENV  := .venv-auto-round
 AUTO_ROUND_STAMP := $(AUTO_ROUND_VENV)/.installed
 
-.PHONY: demo test test-all test-optimum test-auto-round lint format bench clean
+.PHONY: demo test test-all test-optimum test-auto-round lint format docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/edgelora demo
@@ -36,11 +36,18 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(KERNELS)/src/*
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/zensical build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(KERNELS)/src/*
+
+# Serves the site on this machine, and rebuilds a page when it changes.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical serve
 
 # Peers are installed on request, into an environment of their own: see benchmarks/decode.py.
 bench: $(STAMP)
@@ -69,4 +76,4 @@ $(AUTO_ROUND_STAMP): pyproject.toml
 	touch $(AUTO_ROUND_STAMP)
 
 clean:
-	rm -rf $(VENV) $(OPTIMUM_VENV) $(AUTO_ROUND_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo
+	rm -rf site .cache $(VENV) $(OPTIMUM_VENV) $(AUTO_ROUND_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo

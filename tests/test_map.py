@@ -1,37 +1,45 @@
-"""docs/map.md has one line per source file, and none for a file that is not there."""
+"""docs/map.md is what docs/generate.py gives: one line per source file, and none for a file that is not there."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
+from docs.generate import find_sources, read_summary, write_map
+
 ROOT = Path(__file__).resolve().parents[1]
-_LINE = re.compile(r"^\|\s*`(?P<path>[^`]+\.py)`\s*\|\s*(?P<what>.*?)\s*\|$", re.MULTILINE)
+_LINE = re.compile(r"^\| `(?P<path>[^`]+)` \| (?P<what>.*) \|$", re.MULTILINE)
 
 
-def map_lines() -> dict[str, str]:
-    """What the map says of each file, by path relative to the repository."""
-    lines = _LINE.findall((ROOT / "docs" / "map.md").read_text(encoding="utf-8"))
-    paths = [path for path, _ in lines]
-    assert len(paths) == len(set(paths)), f"a file stands twice in the map: {sorted(paths)}"
-    return dict(lines)
+def test_map_is_current() -> None:
+    stale = "docs/map.md is stale; run python docs/generate.py"
+    assert (ROOT / "docs" / "map.md").read_text(encoding="utf-8") == write_map(), stale
 
 
-def source_files() -> set[str]:
-    found = [path for folder in ("edgelora", "export", "runtime") for path in (ROOT / folder).rglob("*.py")]
-    found += (ROOT / "benchmarks").glob("*.py")
-    return {path.relative_to(ROOT).as_posix() for path in found if path.stat().st_size}
+def test_every_source_file_has_one_line_that_says_something() -> None:
+    lines = _LINE.findall(write_map())
+    folders = ("edgelora", "export", "runtime", "benchmarks")
+    expected = sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in find_sources(ROOT / folder))
+    assert sorted(path for path, _ in lines) == expected
+    assert all(len(what) > 10 for _, what in lines)
 
 
-def test_every_source_file_is_in_the_map() -> None:
-    missing = sorted(source_files() - map_lines().keys())
-    assert not missing, f"docs/map.md lacks {', '.join(missing)}"
+@pytest.mark.parametrize(
+    ("name", "text", "summary"),
+    [
+        ("a.py", '"""Reads a file, e.g. a page. Writes none."""\n', "Reads a file, e.g. a page"),
+        ("b.py", '"""Gemma 3.x: norms\nof heads.\n\nMore."""\n', "Gemma 3.x: norms of heads"),
+        ("c.cpp", "// Chooses kernels.\n//\n// More.\n#include <x>\n", "Chooses kernels"),
+    ],
+)
+def test_summaries_are_first_sentences(tmp_path: Path, name: str, text: str, summary: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_summary(tmp_path / name) == summary
 
 
-def test_every_line_of_the_map_is_a_file() -> None:
-    gone = sorted(path for path in map_lines() if not (ROOT / path).is_file())
-    assert not gone, f"docs/map.md lists {', '.join(gone)}, which are not there"
-
-
-def test_every_line_of_the_map_says_something() -> None:
-    assert all(len(what) > 10 for what in map_lines().values())
+def test_a_file_that_says_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.py").write_text("x = 1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="begin it with a docstring"):
+        read_summary(tmp_path / "d.py")

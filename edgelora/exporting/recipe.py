@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelora.exporting.recipe_keys import GATE, QUANTIZATION, ROUTER, TOP, VARIANT
 from edgelora.mix.methods import DEFAULT_DENSITY, METHODS
 from edgelora.mix.weights import check_weight
 from edgelora_export.bundle.gate import Gate
@@ -18,6 +19,7 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from edgelora.exporting.recipe_keys import Key
     from edgelora.mix.weights import Weight
 
 KINDS = ("merged", "live")
@@ -90,21 +92,19 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     """A Recipe from parsed TOML; see read_recipe."""
     wrong: list[str] = []
 
-    def take(table: Mapping[str, Any], where: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+    def take(table: Mapping[str, Any], where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """The known keys of a table that have the right type; notes all others."""
-        wrong.extend(f"{where}{key} is not a known key; known: {', '.join(kinds)}" for key in table if key not in kinds)
+        wrong.extend(f"{where}{key} is not a known key; known: {', '.join(keys)}" for key in table if key not in keys)
         taken = {}
-        for key, kind in kinds.items():
+        for key, known in keys.items():
             if key in table:
-                if isinstance(table[key], kind) and (kind is bool or not isinstance(table[key], bool)):
+                if isinstance(table[key], known.types) and (bool in known.types or not isinstance(table[key], bool)):
                     taken[key] = table[key]
                 else:
                     wrong.append(f"{where}{key} = {table[key]!r} has the wrong type")
         return taken
 
-    tables: dict[str, type] = {"adapters": dict, "quantization": dict, "variants": dict, "gate": dict, "router": dict}
-    keys: dict[str, type] = {"context_length": int, "calibration": str, "targets": list, "merge_base": str, "draft_tables": bool}
-    top = take(value, "", base=str, default=str, **keys, **tables)
+    top = take(value, "", TOP)
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
@@ -125,14 +125,12 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         if not isinstance(table, dict):
             wrong.append(f"variants.{name} is not a table")
             continue
-        taken = take(table, where, mix=dict, kind=str, method=str, density=(int, float), seed=int, merge_base=str)
+        taken = take(table, where, VARIANT)
         wrong += _check_variant(taken, where, top.get("adapters", {}))
         variants[name] = taken
-    grid_keys: dict[str, type] = {"bits": int, "block_size": int, "symmetric": bool, "method": str, "int8": list}
-    quantization = take(top.get("quantization", {}), "quantization.", **grid_keys)
-    number = (int, float)
-    gate = take(top.get("gate", {}), "gate.", policy=str, retention=number, max_kl=number, min_top1=number)
-    router = take(top.get("router", {}), "router.", variants=list, fallback=str, threshold=number, data=dict)
+    quantization = take(top.get("quantization", {}), "quantization.", QUANTIZATION)
+    gate = take(top.get("gate", {}), "gate.", GATE)
+    router = take(top.get("router", {}), "router.", ROUTER)
     wrong += _check_router(router, top.get("variants", {}))
     wrong += _check_merge_base(top, "")
     if "default" in top and top["default"] not in top.get("variants", {}):

@@ -30,7 +30,7 @@ def build_graph(
     """The graph of one variant.
 
     weights: by initializer name, as store.py names them, in the target's type. live: names of the products that take LoRA
-    inputs. Inputs and outputs are specified in docs/bundle-format.md.
+    inputs. Inputs and outputs are specified in docs/reference/bundle-format.md.
     """
     b = GraphBuilder(BlobWeights(weights, folder), target)
     input_ids = graph_input("input_ids", ir.DataType.INT64, (1, "S"))

@@ -1,4 +1,4 @@
-"""Draft tables: likely next tokens by context, counted in an adapter's training data; docs/bundle-format.md has the format."""
+"""Draft tables: likely next tokens by context, counted in an adapter's training data; docs/reference/bundle-format.md has the format."""
 
 from __future__ import annotations
 

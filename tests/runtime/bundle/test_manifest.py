@@ -384,7 +384,7 @@ def test_later_minor_version_is_read_and_its_news_skipped() -> None:
 
 
 def test_keys_that_have_a_default_may_be_absent() -> None:
-    """The keys that docs/bundle-format.md gives a default."""
+    """The keys that docs/reference/bundle-format.md gives a default."""
     value = json.loads(example().dump())
     figures = {"tokens": 9, "kl_mean": 0.1, "kl_p99": 0.2, "adapter_kl": 2.0, "retention": 0.95, "top1": 1, "perplexity": 2.0}
     value["variants"]["m"]["fidelity"] = {"outcome": "passed", "kernels": "onnxruntime", **figures, "teacher_perplexity": 2.0}

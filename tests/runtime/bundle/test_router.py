@@ -1,4 +1,4 @@
-"""The router's arithmetic against the formulas of docs/bundle-format.md, and broken router files."""
+"""The router's arithmetic against the formulas of docs/reference/bundle-format.md, and broken router files."""
 
 from __future__ import annotations
 
