@@ -1,4 +1,7 @@
-"""Draft tables: likely next tokens by context, counted in an adapter's training data; docs/reference/bundle-format.md has the format."""
+"""Draft tables: likely next tokens by context, counted in an adapter's training data.
+
+The file's layout is in docs/reference/bundle-format.md.
+"""
 
 from __future__ import annotations
 

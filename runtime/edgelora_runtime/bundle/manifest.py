@@ -1,4 +1,4 @@
-"""The manifest of a bundle: its dataclasses are the schema, read and written strictly. docs/reference/bundle-format.md specifies it."""
+"""The manifest of a bundle, read and written strictly: its dataclasses are the schema of docs/reference/bundle-format.md."""
 
 from __future__ import annotations
 

@@ -137,7 +137,8 @@ def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
     """Counts the n-grams of a text by bucket.
 
     Returns the buckets that occur, int64 (M,), ascending, and the weight of each, float32 (M,), of Euclidean length 1.
-    docs/reference/bundle-format.md specifies both. Only ASCII is lower-cased, since Unicode's tables differ between versions of Python.
+    docs/reference/bundle-format.md specifies both. Only ASCII is lower-cased: Unicode's tables differ between versions of
+    Python.
     """
     words = text.encode(errors="replace").lower().split()
     spaced = np.frombuffer(b" %b " % b" ".join(words), np.uint8)

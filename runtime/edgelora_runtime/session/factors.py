@@ -54,7 +54,7 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, fl
 
 
 def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]]) -> LoraInputs:
-    """The same mix as one input of bytes in the layout of docs/reference/bundle-format.md: fp16 factors unchanged, weights separate."""
+    """The same mix as one input of bytes: fp16 factors unchanged, weights apart (docs/reference/bundle-format.md)."""
     collected = [_collect(slot, mix) for slot in slots]
     table = np.zeros((len(slots), _SLOT), np.int64)
     size = 8 + table.nbytes
