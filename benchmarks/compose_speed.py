@@ -28,8 +28,8 @@ from benchmarks.decode import Ratio
 from benchmarks.export_memory import MIB, watch
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, write_adapter
 from benchmarks.workers import OtherWork, default_cache, describe_machine, report
-from edgelora.mix.methods import METHODS
-from edgelora.terminal import print_json, print_note, print_table
+from edgelora.cli.terminal import print_json, print_note, print_table
+from edgelora.mix.methods import MIX_METHODS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, choices=range(1, len(WEIGHTS) + 1), default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    methods = [name for name in METHODS if name not in TWINS.values()]
+    methods = [name for name in MIX_METHODS if name not in TWINS.values()]
     parser.add_argument("--method", choices=methods, action="append", help="repeatable; all but the twins without it")
     parser.add_argument("--without-twins", action="store_true", help="leave out the comparison, which takes minutes a round")
     parser.add_argument("--output", type=Path, default=default_cache(), help="folder for the adapters")
@@ -149,7 +149,7 @@ def compare_twins(shape: Shape, count: int, rank: int, rounds: int) -> dict[str,
             factors = draw_factors(rows, columns, count, rank, turn)
             deltas = [b @ a for a, b in factors]
             for name, twin in TWINS.items():
-                merge, merge_whole = METHODS[name].factored, METHODS[twin].dense
+                merge, merge_whole = MIX_METHODS[name].factored, MIX_METHODS[twin].dense
                 assert merge is not None and merge_whole is not None
                 report(f"round {turn + 1} of {rounds}: {name} and {twin} on {rows}x{columns}")
                 start = time.perf_counter()

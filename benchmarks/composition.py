@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.composition_arms import Arm, list_arms
 from benchmarks.composition_data import DISTANT, Prepared, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.scores import count_scores
 from edgelora.in_torch.mixed_model import MixedModel
-from edgelora.terminal import print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

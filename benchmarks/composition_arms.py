@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.composition_data import ALL, FEW, name_file
 from edgelora.adapters.folder import Adapter
+from edgelora.cli.terminal import print_note
 from edgelora.composing.compose import write_composed
 from edgelora.data.rows import read_rows
 from edgelora.learn.learn import LearnConfig, learn
 from edgelora.mix.mix import Mix
-from edgelora.terminal import print_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.composition import add_arguments
 from benchmarks.composition_data import ALL, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.bundle.gate import Gate
 from edgelora_runtime import Runtime
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.pocket import find_base, find_data, hold_out, train_adapter, write_rows
 from edgelora.adapters.folder import Adapter
+from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
 from edgelora.data.rows import read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.mix.mix import Mix
@@ -23,7 +24,6 @@ from edgelora.search.config import DISTINCT, SearchConfig
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.run import search
 from edgelora.search.space import Point
-from edgelora.terminal import print_json, print_note, print_table, show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

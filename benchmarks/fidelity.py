@@ -22,13 +22,13 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import slot_f1
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.in_torch.reference import write_with_torch
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.bundle.fidelity import log_softmax
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora.cli.terminal import print_table
 from edgelora.composing.merge_into_base import merge_into
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_table
 from edgelora_export.architectures import read_decoder
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base

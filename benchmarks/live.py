@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.decode import REST, WARM_UP, Ratio
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, random_prompt, write_adapter, write_checkpoint
 from benchmarks.workers import OtherWork, default_cache, describe_machine, report
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 

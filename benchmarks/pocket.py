@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.cli.terminal import print_note
 from edgelora.in_torch.train import TrainConfig, train
-from edgelora.terminal import print_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import parse_slots
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, RouterRecipe, VariantRecipe
 from edgelora.exporting.train_router import train_router
-from edgelora.terminal import format_share, print_json, print_note, print_table
+from edgelora.formatting import format_share
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.router import AUTO, Router

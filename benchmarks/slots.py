@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import main_score
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.formatting import format_share
 from edgelora.in_torch.reference import write_with_torch
-from edgelora.terminal import format_share, print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 

@@ -32,9 +32,9 @@ from benchmarks.workers import (
     report,
     start_workers,
 )
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, PackedCache, Runtime
 from edgelora_runtime.residency.memory import find_anonymous_memory

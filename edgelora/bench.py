@@ -7,7 +7,6 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import format_bytes, print_json, print_table
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
@@ -102,34 +101,6 @@ def bench(
         shared=usage.shared,
         private=usage.private,
         resident=find_anonymous_memory(),
-    )
-
-
-def show_bench(report: BenchReport, as_json: bool) -> None:
-    """Prints a report as a table and a line, or as JSON."""
-    if as_json:
-        print_json(report)
-        return
-    columns = ["variant", "cold switch ms", "warm switch ms", "prefill tok/s", "decode tok/s", "cached prompt ms"]
-    rows = [
-        [
-            name,
-            f"{figures.cold_ms:.0f}",
-            f"{figures.warm_ms:.2f}",
-            f"{figures.prefill:.1f}",
-            f"{figures.decode:.1f}",
-            f"{figures.again_ms:.1f}",
-        ]
-        for name, figures in report.variants.items()
-    ]
-    title = (
-        f"prompt {report.prompt}, {report.tokens} tokens, medians of {report.rounds} rounds, {report.provider}, {report.kernels}"
-    )
-    print_table(title, columns, rows)
-    resident = "" if report.resident is None else f"; the process holds {format_bytes(report.resident)} beside its files"
-    print(
-        f"loaded: {format_bytes(report.mapped)} of weights, {format_bytes(report.shared)} of them shared, "
-        f"{format_bytes(report.private)} packed{resident}"
     )
 
 

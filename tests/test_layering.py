@@ -31,10 +31,10 @@ ORDER = {
     "edgelora_runtime": "__init__ runtime decode residency session bundle _version errors",
     "edgelora_export": "traced bundle stream graph weights plan quantize architectures decoder __init__",
     "edgelora": "__main__ cli demo search learn report exporting composing in_torch mix bench inspection doctor evaluation data "
-    "adapters terminal __init__",
+    "adapters formatting __init__",
 }
 # A folder that holds more modules than STYLE's dozen says why here.
-LARGE_FOLDERS: dict[str, str] = {}
+LARGE_FOLDERS = {"edgelora/cli": "a file per verb"}
 MOST_MODULES = 13
 MOST_LINES = 450
 LONG_MODULES = {"runtime/edgelora_runtime/runtime.py": "all that an app calls, in one place"}

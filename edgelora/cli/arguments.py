@@ -16,11 +16,44 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgelora.mix.weights import Weight
+    from edgelora_runtime import Runtime
 
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+VariantOption = Annotated[
+    str | None, typer.Option(help="The variant, or auto: the bundle's router picks one per prompt. The default without it.")
+]
+MixOption = Annotated[
+    list[str] | None,
+    typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each."),
+]
+MaxTokensOption = Annotated[int, typer.Option(help="Tokens to write at the most.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores without it.")]
+ProviderOption = Annotated[
+    str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU where there is one and the bundle has graphs for it.")
+]
+PackedCacheOption = Annotated[
+    bool, typer.Option("--packed-cache", help="Map packed weights from this machine's cache; what is not there yet is written.")
+]
+WholeGraphsOption = Annotated[
+    bool, typer.Option("--whole-graphs", help="One session per variant that shares nothing, for steps that may be faster.")
+]
+KernelsOption = Annotated[
+    str, typer.Option(help="Whose kernels compute: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
+]
 BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
 AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
+
+
+def open_runtime(
+    bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool, kernels: str
+) -> Runtime:
+    """Opens a bundle with the options that all verbs share."""
+    from edgelora_runtime import PackedCache, Runtime
+
+    cache = PackedCache() if packed_cache else None
+    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs, kernels=kernels)
 
 
 def is_given(context: typer.Context, name: str) -> bool:

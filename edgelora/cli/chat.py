@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import print_note
+from edgelora.cli.terminal import print_note
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import EdgeloraError
 

@@ -1,4 +1,4 @@
-"""The command line's `compose`: a mix of adapters, and the verbs below it."""
+"""`edgelora compose`: mixes adapters into one, and groups the verbs below it: search, learn and report."""
 
 from __future__ import annotations
 
@@ -7,19 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import (
-    AdaptersOption,
-    BaseOption,
-    JsonOption,
-    SeedOption,
-    is_given,
-    parse_adapters,
-    parse_pairs,
-    parse_paths,
-    parse_range,
-)
-from edgelora.mix.methods import DEFAULT_DENSITY, METHODS
-from edgelora.terminal import print_json, print_note, show_progress
+from edgelora.cli.arguments import JsonOption, is_given, parse_adapters, parse_pairs
+from edgelora.cli.learn import learn
+from edgelora.cli.search import search
+from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
+from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 
-@app.callback(epilog="\n\n".join(f"{name}: {method.summary}" for name, method in METHODS.items()))
+@app.callback(epilog="\n\n".join(f"{name}: {method.summary}" for name, method in MIX_METHODS.items()))
 def compose(
     context: typer.Context,
     adapter: Annotated[
@@ -74,8 +66,8 @@ def compose(
     if absent := [name for name, value in (("--adapter", adapter), ("--output", output)) if not value]:
         raise UsageError(f"compose needs {' and '.join(absent)}")
     assert adapter and output is not None
-    if method in METHODS and (
-        idle := [n for n in ("density", "seed") if is_given(context, n) and n not in METHODS[method].settings]
+    if method in MIX_METHODS and (
+        idle := [n for n in ("density", "seed") if is_given(context, n) and n not in MIX_METHODS[method].settings]
     ):
         raise UsageError(f"--{idle[0]} means nothing to method {method}; leave it out")
     mixed = parse_adapters(adapter, _read_weights(weights))
@@ -106,7 +98,7 @@ def compose(
 
     with show_progress("composing") as on_progress:
         report = run_composition(mixed, output, method=method, density=density, seed=seed, rank=rank, on_progress=on_progress)
-    _show_composition(report, json=json)
+    _show_result(report, json=json)
 
 
 def _compose_mergekit(
@@ -120,10 +112,10 @@ def _compose_mergekit(
 
     with show_progress("composing") as on_progress:
         report = compose_mergekit(path, output, seed=seed, rank=rank, on_progress=on_progress, on_note=print_note)
-    _show_composition(report, json=json)
+    _show_result(report, json=json)
 
 
-def _show_composition(report: ComposeReport, *, json: bool) -> None:
+def _show_result(report: ComposeReport, *, json: bool) -> None:
     if json:
         print_json(report)
     else:
@@ -135,119 +127,8 @@ def _show_composition(report: ComposeReport, *, json: bool) -> None:
         print(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
 
 
-@app.command()
-def search(
-    base: BaseOption,
-    adapter: AdaptersOption,
-    data: Annotated[
-        list[str],
-        typer.Option(metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by its adapter's name; repeat for each."),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder for the trials, the report and the best mix as an adapter.")],
-    budget: Annotated[int, typer.Option(help="Configurations to try in all; base, single adapters and equal weights count.")],
-    method: Annotated[str, typer.Option(help="Methods to choose from, separated by commas; or all that differ.")] = "linear",
-    weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of each adapter's weight.")] = "0:1.5",
-    density: Annotated[
-        str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that have one.")
-    ] = "0.1:0.9",
-    scale: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Range of a factor on all weights, beside them; 1 without it.")
-    ] = None,
-    objective: Annotated[str, typer.Option(help="loss, or score: slot F1 or exact match, which takes longer.")] = "loss",
-    sampler: Annotated[str, typer.Option(help="Optuna's gp or tpe; auto is gp where scipy is installed.")] = "auto",
-    confirm: Annotated[float, typer.Option(help="Share of the rows kept out of the search, to measure the best mix on.")] = 0.5,
-    max_tokens: Annotated[int, typer.Option(help="With --objective score: tokens to write at the most.")] = 64,
-    parallel: Annotated[int, typer.Option(help="Trials at a time, which decides what is tried; run at once with --ray.")] = 1,
-    ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local for one of its own.")
-    ] = None,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-) -> None:
-    """Find weights, and if wanted method and density, on held-out rows; a search that was killed goes on when run again."""
-    from edgelora.search.config import DISTINCT, SearchConfig
-    from edgelora.search.report import show_report
-    from edgelora.search.run import search as run_search
-
-    config = SearchConfig(
-        base=base,
-        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
-        data=parse_paths(data, "--data NAME=HELDOUT.jsonl"),
-        output=output,
-        budget=budget,
-        methods=DISTINCT if method == "all" else tuple(method.split(",")),
-        weights=parse_range(weights, "--weights"),
-        density=parse_range(density, "--density"),
-        scale=None if scale is None else parse_range(scale, "--scale"),
-        objective=objective,
-        sampler=sampler,
-        confirm=confirm,
-        max_tokens=max_tokens,
-        parallel=parallel,
-        address=ray,
-        seed=seed,
-    )
-    with show_progress("searching") as on_progress:
-        report = run_search(config, on_progress=on_progress, on_note=print_note)
-    if json:
-        print_json(report)
-    else:
-        show_report(report)
-
-
-@app.command()
-def learn(
-    base: BaseOption,
-    adapter: AdaptersOption,
-    output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Labelled rows of an adapter's task; without any the start is the result."),
-    ] = None,
-    prompts: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Rows to start from, instead of those that the adapter was trained on."),
-    ] = None,
-    start: Annotated[
-        str, typer.Option(help="regmean: what serves each adapter's own inputs best; or linear: equal shares.")
-    ] = "regmean",
-    grain: Annotated[
-        str, typer.Option(help="What is learned: a weight per module or rank, a core between the factors, or the factors.")
-    ] = "factors",
-    rows: Annotated[int, typer.Option(help="Labelled rows to use of each adapter.")] = 100,
-    written: Annotated[
-        int, typer.Option(help="Prompts of the rows to start from that each adapter completes itself, to learn from these, too.")
-    ] = 0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the grain's own without it.")] = None,
-    seed: SeedOption = 0,
-    json: JsonOption = False,
-) -> None:
-    """Mix adapters by what their data say: RegMean without labels, and with a few labelled rows what they teach."""
-    from edgelora.learn.learn import LearnConfig
-    from edgelora.learn.learn import learn as run_learning
-
-    config = LearnConfig(
-        base=base,
-        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
-        output=output,
-        labelled=parse_paths(data or [], "--data NAME=ROWS.jsonl"),
-        prompts=parse_paths(prompts or [], "--prompts NAME=ROWS.jsonl"),
-        start=start,
-        grain=grain,
-        rows=rows,
-        written=written,
-        steps=steps,
-        lr=lr,
-        seed=seed,
-    )
-    with show_progress("learning") as on_progress:
-        report = run_learning(config, on_progress=on_progress, on_note=print_note)
-    if json:
-        print_json(report)
-    else:
-        how = f"{report.weights} weights learned, loss {report.loss:.3f}" if report.loss is not None else "nothing learned"
-        print(f"{report.output}: {report.modules} modules, rank {report.rank}, {how}")
+app.command()(search)
+app.command()(learn)
 
 
 @app.command()
@@ -287,7 +168,7 @@ def report(
     if json:
         print_json(found)
     else:
-        show_composition(found)
+        show_composition(found, print_table)
         print(f"written: {', '.join(map(str, files))}")
 
 

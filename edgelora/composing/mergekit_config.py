@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Number: TypeAlias = "float | tuple[float, ...]"
 """A number, or a gradient: values that are interpolated from the first layer to the last."""
 
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+MERGEKIT_METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _SPARSE = ("ties", "dare_linear", "dare_ties")
 _GLOBAL = {
     "linear": ("normalize",),
@@ -118,9 +118,9 @@ def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> Me
     """A MergekitConfig from parsed YAML; see read_mergekit."""
     wrong: list[str] = []
     method = value.get("merge_method")
-    if method not in METHODS:
+    if method not in MERGEKIT_METHODS:
         raise InputError(
-            f"{label}: merge_method {method!r} is not one that edgelora computes as mergekit does: {', '.join(METHODS)}"
+            f"{label}: merge_method {method!r} is not one that edgelora computes as mergekit does: {', '.join(MERGEKIT_METHODS)}"
         )
     notes = _check_top(value, wrong)
     settings = _read_settings(value.get("parameters"), (*_GLOBAL[method], *_TENSOR[method]), method, "parameters", wrong)

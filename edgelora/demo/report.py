@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import format_bytes, format_share, print_table
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
@@ -39,22 +37,3 @@ class DemoReport:
     kept: Mapping[str, float]
     switches: Sequence[Switch]
     seconds: Mapping[str, float]
-
-
-def show_report(report: DemoReport) -> None:
-    """Prints the table and where to go from here."""
-    tasks = list(report.test_rows)
-    columns = ["variant", *tasks, "first switch", "switch back"]
-    switches = {switch.variant: switch for switch in report.switches}
-    rows = [["adapter in torch (NF4)", *(format_share(report.torch[task]) for task in tasks), "", ""]]
-    for name, scores in report.scores.items():
-        switch = switches[name]
-        times = [f"{switch.first:.1f} ms", f"{switch.back:.2f} ms"]
-        rows.append([name, *(format_share(scores[task]) for task in tasks), *times])
-    metrics = ", ".join(f"{report.metrics[task]} on {count} test rows of {task}" for task, count in report.test_rows.items())
-    print_table(f"in %: {metrics}", columns, rows)
-    kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
-    print(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
-    size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
-    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
-    print(f"talk to it:  edgelora chat {report.bundle} --variant mix")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.mix.methods import DEFAULT_DENSITY, METHODS
+from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora.mix.weights import check_weight
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.targets import CPU, check_targets
@@ -183,10 +183,10 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     if not 0 <= table.get("seed", 0) < 1 << 53:
         wrong.append(f"{where}seed = {table['seed']}: use a whole number from 0 to 2^53")
     method = table.get("method", "linear")
-    if method in METHODS:
-        idle = [key for key in ("density", "seed") if key in table and key not in METHODS[method].settings]
+    if method in MIX_METHODS:
+        idle = [key for key in ("density", "seed") if key in table and key not in MIX_METHODS[method].settings]
         wrong += [f"{where}{key} means nothing to method {method}; leave it out" for key in idle]
-    for key, allowed in (("kind", KINDS), ("method", METHODS)):
+    for key, allowed in (("kind", KINDS), ("method", MIX_METHODS)):
         if key in table and table[key] not in allowed:
             wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
     wrong += _check_merge_base(table, where)

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters.checks import check_same_base
-from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, METHODS, SEEDS
+from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, MIX_METHODS, SEEDS
 from edgelora.mix.methods.deltas import Product
 from edgelora.mix.methods.magnitude import check_density
 from edgelora.mix.methods.spectra import truncate, truncate_product
@@ -32,7 +32,7 @@ class Mix:
     """Weighted adapters of one base. Satisfies edgelora_export's Delta and LowRank.
 
     weights: per adapter a number, or numbers by pattern of module names; an adapter of weight 0 in a module takes no part there.
-    method: a name of METHODS. density: the share of entries that it keeps of each delta; seed: for what it draws; both where
+    method: a name of MIX_METHODS. density: the share of entries that it keeps of each delta; seed: for what it draws; both where
     the method reads them.
     """
 
@@ -43,8 +43,8 @@ class Mix:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
+        if self.method not in MIX_METHODS:
+            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(MIX_METHODS)}")
         if unknown := sorted(set(self.weights) - set(self.adapters)):
             raise InputError(
                 f"the mix names {', '.join(unknown)}, which is no adapter here; there are {', '.join(self.adapters)}"
@@ -72,7 +72,7 @@ class Mix:
     def options(self) -> dict[str, float]:
         """What the method reads beside deltas and weights, by the names of the settings: density, seed."""
         settings = {DENSITY: self.density, "seed": self.seed}
-        return {name: settings[name] for name in METHODS[self.method].settings}
+        return {name: settings[name] for name in MIX_METHODS[self.method].settings}
 
     def describe(self) -> str:
         """The mix in a line: "ties(0.7 sql + 0.5 medical, density 0.2)"."""
@@ -85,14 +85,14 @@ class Mix:
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
         """ΔW float32 (N, K) of the whole mix; weight is the base's, which some kinds of adapters need."""
-        names, method = self._names(module), METHODS[self.method]
+        names, method = self._names(module), MIX_METHODS[self.method]
         kinds = {name: self.adapters[name].in_terms_of_base(module) for name in names}
         if method.factored is not None and not any(kinds.values()):
             a, b = self._merge_factors(module, names)
             return b @ a
         if method.dense is None:
             wrong = ", ".join(f"{name} is {kind}" for name, kind in kinds.items() if kind)
-            usable = ", ".join(name for name, other in METHODS.items() if other.dense is not None)
+            usable = ", ".join(name for name, other in MIX_METHODS.items() if other.dense is not None)
             raise InputError(f"{module}: {self.method} works on factors, and there {wrong}; use one of {usable}")
         deltas: list[Product | Floats] = []
         for name, kind in kinds.items():
@@ -113,7 +113,7 @@ class Mix:
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
         names = self._names(module)
-        if METHODS[self.method].factored is not None:
+        if MIX_METHODS[self.method].factored is not None:
             a, b = self._merge_factors(module, names)
             return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
         return truncate(self.dense(module), rank or self.rank(module))
@@ -126,14 +126,14 @@ class Mix:
         return [self.weight(name, module) for name in names]
 
     def _merge_factors(self, module: str, names: Sequence[str]) -> tuple[Floats, Floats]:
-        merge = METHODS[self.method].factored
+        merge = MIX_METHODS[self.method].factored
         assert merge is not None
         factors = [self.adapters[name].factors(module) for name in names]
         return merge(factors, self._weights(module, names), **self._arguments(module, names))
 
     def _arguments(self, module: str, names: Sequence[str]) -> dict[str, Any]:
         values = {DENSITY: self.density, SEEDS: [draw_seed(self.seed, module, name) for name in names]}
-        return {name: values[name] for name in METHODS[self.method].reads}
+        return {name: values[name] for name in MIX_METHODS[self.method].reads}
 
 
 def draw_seed(seed: int, module: str, name: str) -> int:

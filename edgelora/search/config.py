@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError, list_wrong
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 OBJECTIVES = ("loss", "score")
 SAMPLERS = ("auto", "gp", "tpe")
 _TWINS = {"svd", "tsv", "iso_c"}  # which compute what linear, core_tsv and core_iso do
-DISTINCT = tuple(name for name in METHODS if name not in _TWINS)
+DISTINCT = tuple(name for name in MIX_METHODS if name not in _TWINS)
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SearchConfig:
     base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task; a task is measured against the
     adapter of its name, or else against the adapter that serves it best. output: folder for trials, report and adapter.
     budget: configurations to try in all: the base, each adapter alone and equal weights count, too.
-    methods: names of METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
+    methods: names of MIX_METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
     objective: loss, in nats per token, or score: slot F1 or exact match of what is written, which takes much longer.
     sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto for gp where scipy is installed.
     confirm: the share of each task's rows that is kept out of the search, for the report to be measured on.
@@ -64,7 +64,7 @@ class SearchConfig:
                     self.budget > least,
                     f"more than {least}: the base, each adapter alone and equal weights come first",
                 ),
-                ("methods", _show(self.methods), _are_methods(self.methods), f"some of {', '.join(METHODS)}, each once"),
+                ("methods", _show(self.methods), _are_methods(self.methods), f"some of {', '.join(MIX_METHODS)}, each once"),
                 ("weights", _show(self.weights), _is_range(self.weights), "two finite numbers, the lower one first"),
                 (
                     "density",
@@ -92,7 +92,7 @@ class SearchConfig:
 
 
 def _are_methods(names: tuple[str, ...]) -> bool:
-    return bool(names) and set(names) <= set(METHODS) and len(set(names)) == len(names)
+    return bool(names) and set(names) <= set(MIX_METHODS) and len(set(names)) == len(names)
 
 
 def _is_range(pair: tuple[float, float]) -> bool:

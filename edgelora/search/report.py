@@ -7,8 +7,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import print_table
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
@@ -68,41 +66,6 @@ def write_recipe(adapters: Mapping[str, Path], mix: Point) -> str:
     lines = ["[adapters]", *(f"{_key(name)} = {_text(folder.as_posix())}" for name, folder in adapters.items()), ""]
     lines += ["[variants.mix]", f"mix = {{ {weights} }}", f"method = {_text(mix.method)}"]
     return "\n".join([*lines, *(f"{name} = {value:g}" for name, value in mix.settings.items())])
-
-
-def show_report(report: SearchReport) -> None:
-    """Prints what was found, on standard output."""
-    confirmed = all(kept for _, kept in report.rows.values())
-    rows = ", ".join(f"{(kept if confirmed else searched)} {task}" for task, (searched, kept) in report.rows.items())
-    named = {"base": report.base, **report.adapters, "equal weights": report.equal.figures, "best": report.best.figures}
-    kept = {"equal weights": report.equal.kept, "best": report.best.kept}
-    print_table(
-        f"{report.objective} on {rows} rows {'kept out of the search' if confirmed else 'that were searched on'}",
-        ["", *report.rows, "kept"],
-        [
-            [name, *(f"{figures[task]:.4f}" for task in report.rows), f"{kept[name]:.3f}" if name in kept else ""]
-            for name, figures in named.items()
-        ],
-    )
-    resumed = f", {report.resumed} of them by earlier runs" if report.resumed else ""
-    print(f"{report.configurations} configurations tried{resumed}")
-    print(f"best: {_describe(report.best.mix)}, trial {report.best.trial}")
-    low, high = report.interval
-    equal = _describe(report.equal.mix)
-    print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
-    if not confirmed:
-        print("the interval is of the very rows that the best was chosen on, so it flatters it; --confirm keeps some apart")
-    if report.written_kept is not None:
-        print(
-            f"{report.adapter} is the nearest of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
-            f"and keeps {report.written_kept:.3f}; a merged variant of the recipe below is the mix itself"
-        )
-    print(f"{report.adapter}\n\n{report.recipe}")
-
-
-def _describe(mix: Point) -> str:
-    weights = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
-    return ", ".join([f"{mix.method}({weights}", *(f"{name} {value:g}" for name, value in mix.settings.items())]) + ")"
 
 
 def _key(name: str) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, METHODS
+from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, MIX_METHODS
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def read_point(config: SearchConfig, parameters: Parameters) -> Point:
         for name, value in parameters.items()
         if name.startswith(_WEIGHT)
     }
-    return Point(weights, method, {name: settings[name] for name in METHODS[method].settings})
+    return Point(weights, method, {name: settings[name] for name in MIX_METHODS[method].settings})
 
 
 def list_beginnings(config: SearchConfig) -> list[Parameters]:
@@ -125,7 +125,7 @@ def _distributions(config: SearchConfig) -> dict[str, Any]:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     found: dict[str, Any] = {"method": CategoricalDistribution(config.methods)}
-    if any(DENSITY in METHODS[method].settings for method in config.methods):
+    if any(DENSITY in MIX_METHODS[method].settings for method in config.methods):
         found[DENSITY] = FloatDistribution(*config.density)
     if config.scale is not None:
         found["scale"] = FloatDistribution(*config.scale)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgelora.adapters.folder import Provenance, write_provenance
+from edgelora.cli.inspect import show_bundle
 from edgelora.data.calibration import hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.inspection import show_bundle
 from edgelora.report.fidelity_pages import write_reports
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization

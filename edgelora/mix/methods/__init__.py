@@ -44,7 +44,7 @@ class Method:
         return tuple("seed" if name == SEEDS else name for name in self.reads)
 
 
-METHODS: Mapping[str, Method] = {
+MIX_METHODS: Mapping[str, Method] = {
     "linear": Method("weighted sum, exact at the summed rank", linear, linear_factors),
     "svd": Method("weighted sum at the least rank that holds it, or cut to --rank", linear, least_rank_factors),
     "ties": Method("trim, elect signs, mean of the agreeing by count", ties, reads=(DENSITY,)),

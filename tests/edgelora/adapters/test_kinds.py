@@ -15,7 +15,7 @@ from edgelora.adapters.folder import Adapter, Provenance, write_provenance
 from edgelora.composing.compose import compose
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base
@@ -123,14 +123,14 @@ def test_live_variants_are_refused_with_the_reason(
     export(Recipe(str(tiny_base), adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_methods_on_factors_refuse_what_has_none(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
     """The others take its whole change; linear and svd take whichever there is."""
     module = "model.layers.0.self_attn.q_proj"
     weight = Base.open(tiny_base).tensor(f"{module}.weight")
     adapters = {name: Adapter.open(folders[name], name) for name in ("dora", "pissa")}
     mix = Mix(adapters, {"dora": 1.0, "pissa": 1e-9}, method, 1.0)
-    if METHODS[method].dense is None:
+    if MIX_METHODS[method].dense is None:
         with pytest.raises(InputError, match=rf"{module}: {method} works on factors, and there dora is DoRA.*use one of linear"):
             mix.dense(module, weight)
     else:

@@ -17,7 +17,7 @@ import pytest
 from edgelora import __version__
 from edgelora.adapters.folder import Adapter
 from edgelora.cli.app import main
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_runtime.session.kernels import find_kernels
 
@@ -199,7 +199,7 @@ def test_compose_by_module_and_cut(call: Callable[..., Result], tiny_adapters: d
 def test_every_method_is_in_the_help_and_in_the_readme(call: Callable[..., Result]) -> None:
     shown = " ".join(call("compose", "--help").out.split())
     readme = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
-    for name, method in METHODS.items():
+    for name, method in MIX_METHODS.items():
         assert f"{name}: {method.summary}" in shown
         assert f"| `{name}` | {method.summary}" in readme
 

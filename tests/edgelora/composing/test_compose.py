@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from edgelora.adapters.folder import CONFIG, Adapter, Provenance, read_provenance, write_provenance
 from edgelora.composing.compose import compose
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
@@ -68,7 +68,7 @@ def test_a_ties_mix_is_near_and_the_report_says_how_near(tiny_base: Path, tiny_a
     assert report.rank == 6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_peft_reads_what_every_method_makes(method: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
     """The very ΔW of the mix, or that far away as the report says; weights by module, too."""
     weights: dict[str, Weight] = {"plain": {"*": 0.7, "*.mlp.*": 0.2}, "rslora": -0.4, "attention": 0.5}
@@ -86,7 +86,7 @@ def test_peft_reads_what_every_method_makes(method: str, tiny_base: Path, tiny_a
     errors = [np.linalg.norm(delta - mix.dense(module)) / sizes[module] for module, delta in found.items()]
     assert max(errors) == pytest.approx(report.largest_error, abs=2e-6)
     assert np.mean(errors) == pytest.approx(report.mean_error, abs=2e-6)
-    assert (report.largest_error == 0) == (METHODS[method].factored is not None)
+    assert (report.largest_error == 0) == (MIX_METHODS[method].factored is not None)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "core_tsv"])

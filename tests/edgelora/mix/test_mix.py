@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 
 from edgelora.adapters.folder import Adapter
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.methods.ties import ties
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
@@ -74,7 +74,7 @@ def test_ties_is_ties_on_the_deltas(adapters: dict[str, Adapter], peft_model: An
         assert (np.abs(found - expected) > 1e-5).mean() < 0.001, "but for entries at the edge of the density"
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"core_iso", "iso_c"}))
+@pytest.mark.parametrize("method", sorted(MIX_METHODS.keys() - {"core_iso", "iso_c"}))
 def test_one_adapter_at_weight_1_is_itself(method: str, adapters: dict[str, Adapter], peft_model: Any) -> None:
     """As PEFT computes it: plain, rank-stabilized, with patterns of ranks and alphas. Iso makes spectra flat, of one, too."""
     for name, adapter in adapters.items():
@@ -83,7 +83,7 @@ def test_one_adapter_at_weight_1_is_itself(method: str, adapters: dict[str, Adap
             np.testing.assert_allclose(mix.dense(module), peft_delta(peft_model, module, name), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dare_linear", "dare_ties"}))
+@pytest.mark.parametrize("method", sorted(MIX_METHODS.keys() - {"dare_linear", "dare_ties"}))
 def test_w_and_minus_w_cancel(method: str, adapters: dict[str, Adapter]) -> None:
     """Whatever kind of adapter it is. DARE drops other entries of each."""
     for adapter in adapters.values():
@@ -92,7 +92,7 @@ def test_w_and_minus_w_cancel(method: str, adapters: dict[str, Adapter]) -> None
             assert np.abs(mix.dense(module)).max() <= 1e-6 * np.abs(adapter.dense(module)).max()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_order_decides_no_bit(method: str, adapters: dict[str, Adapter]) -> None:
     forward, backward = (Mix(adapters, dict(items), method, 0.4) for items in (WEIGHTS.items(), reversed(WEIGHTS.items())))
     for module in (Q, DOWN):
@@ -101,7 +101,7 @@ def test_order_decides_no_bit(method: str, adapters: dict[str, Adapter]) -> None
             np.testing.assert_array_equal(found, other)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_factors_are_the_dense_delta(method: str, adapters: dict[str, Adapter]) -> None:
     """To the error that is stated; cut to a rank, it is that of the singular values that are left out."""
     mix = Mix(adapters, WEIGHTS, method, 0.4, 3)
@@ -114,7 +114,7 @@ def test_factors_are_the_dense_delta(method: str, adapters: dict[str, Adapter]) 
             assert len(a) == b.shape[1] <= (rank or mix.rank(module))
             assert np.linalg.norm(dense - b.astype(np.float64) @ a) / np.linalg.norm(dense) == pytest.approx(error, abs=1e-6)
             assert error == pytest.approx(np.linalg.norm(singular[len(a) :]) / np.linalg.norm(singular), abs=1e-6)
-            if METHODS[method].factored:
+            if MIX_METHODS[method].factored:
                 assert len(a) <= mix.rank(module)
                 assert rank in (1, 5) or error == 0
 

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,7 @@ def gaussian_factors(draw: st.DrawFn, weights: st.SearchStrategy[float] = NONZER
 def apply(method: str, made: Made, *, density: float = 0.5, seeds: Sequence[int] | None = None) -> Any:
     """The ΔW that a method makes, (N, K), through its factors where it has them."""
     options = {"density": density, "seeds": seeds or list(range(len(made.weights)))}
-    found = METHODS[method]
+    found = MIX_METHODS[method]
     arguments = {name: options[name] for name in found.reads}
     if found.factored is None:
         assert found.dense is not None
