@@ -32,9 +32,7 @@ from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.mix.methods import MIX_METHODS
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
+    from edgelora.mix.methods.deltas import Factors
 
 TWINS = {"core_tsv": "tsv", "core_iso": "iso_c"}  # a method on factors, and the same on whole deltas
 WEIGHTS = (0.5, 0.6, -0.3, 0.4, 0.7, -0.2)

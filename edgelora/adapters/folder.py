@@ -81,7 +81,7 @@ def read_provenance(folder: Path) -> Provenance | None:
 class Adapter:
     """An opened PEFT LoRA adapter: ΔW = scale · B · A for each module that it targets, or what its kind makes of it.
 
-    Satisfies edgelora_export's Delta, and LowRank where in_terms_of_base is empty.
+    Satisfies edgelora_export's Delta, and LowRank where why_not_low_rank is empty.
     shapes: per module (N, K, r); r is 0 where the layer is saved whole. kinds: which tensors the file has of a module.
     """
 
@@ -132,7 +132,7 @@ class Adapter:
         alpha = self.config["lora_alpha"] if key is None else patterns[key]
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
-    def in_terms_of_base(self, module: str) -> str:
+    def why_not_low_rank(self, module: str) -> str:
         """Why a module's ΔW is no product of the stored factors alone; empty where it is."""
         kinds = self.kinds[module]
         if not kinds.isdisjoint(_WHOLE):
@@ -146,13 +146,13 @@ class Adapter:
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
         """A float32 (r, K), and B float32 (N, r) with the scale folded in."""
-        if reason := self.in_terms_of_base(module):
+        if reason := self.why_not_low_rank(module):
             raise InputError(f"adapter {self.name}: {module} is {reason}, no product of two factors; export it merged")
         return self._factors(module)
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW float32 (N, K); weight is the base's, (N, K), which modules with in_terms_of_base need."""
-        reason = self.in_terms_of_base(module)
+        """ΔW float32 (N, K); weight is the base's, (N, K), which modules with why_not_low_rank need."""
+        reason = self.why_not_low_rank(module)
         if not reason:
             a, b = self._factors(module)
             return b @ a

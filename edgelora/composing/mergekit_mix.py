@@ -88,7 +88,7 @@ class MergekitMix:
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
         """ΔW float32 (N, K); weight is the base's, which some kinds of adapters need."""
         deltas: dict[str, Rows] = {
-            name: adapter.dense(module, weight) if adapter.in_terms_of_base(module) else Product(*adapter.factors(module))
+            name: adapter.dense(module, weight) if adapter.why_not_low_rank(module) else Product(*adapter.factors(module))
             for name, adapter in self._present(module).items()
         }
         weights = self._weights(module)

@@ -8,8 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgelora.demo.tasks import general_row
-from edgelora.in_torch.train import quiet_libraries
 from edgelora_export.weights.publish import staged_folder
+from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:

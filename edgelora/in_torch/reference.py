@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgelora.in_torch.train import load_base, quiet_libraries
+from edgelora.in_torch.train import load_base
+from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ def write_with_torch(
     """The completions that PEFT's model writes greedily for the rows' prompts; the bare base's for no adapter."""
     from peft import PeftModel
 
-    with quiet_libraries():
+    with quiet_libraries(whole_process=False):
         model, tokenizer = load_base(base, quant)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +17,11 @@ from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.base import Base
 from edgelora_export.weights.files import read_toml
 from edgelora_export.weights.publish import staged_folder
+from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 QUANTS = ("nf4", "int4", "none")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -114,9 +112,11 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     Raises InputError for data, base or output that cannot be used; the output is then as it was.
     """
     _require_packages()
+    import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
+
     rows = read_rows(config.data)
     base = Base.find(config.base)
-    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries():
+    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
         trainer = _make_trainer(config, str(base.folder), folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
@@ -152,7 +152,7 @@ def load_base(base: str, quant: str) -> tuple[Any, Any]:
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
     try:
-        with quiet_libraries():
+        with quiet_libraries(whole_process=False):
             tokenizer = AutoTokenizer.from_pretrained(base)
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None
@@ -275,36 +275,6 @@ def _round_to_int4(model: Any) -> None:
             weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
             weight.copy_(torch.from_numpy(quantize_rtn(weight.float().cpu().numpy()).dequantize()))
             done.add(module.weight.data_ptr())
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silences the libraries' own progress bars, warnings and advice while training runs, and restores them after."""
-    import datasets
-    import transformers.utils.logging as transformers_logging_untyped
-
-    transformers_logging: Any = transformers_logging_untyped
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft", "trl", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    verbosity = transformers_logging.get_verbosity()
-    bars, data_bars = transformers_logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if data_bars:
-            datasets.enable_progress_bars()
 
 
 def _relative(file: Path, folder: Path) -> str:

@@ -28,13 +28,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from numpy.typing import NDArray
 
     from edgelora.data.rows import Row
+    from edgelora.mix.methods.deltas import Factors
     from edgelora_export.plan.calibration import Sample
 
-    Floats = NDArray[np.float32]
-    Factors = tuple[Floats, Floats]
     OnProgress = Callable[[int, int, str], None]
 
 STARTS = ("regmean", "linear")

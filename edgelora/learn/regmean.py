@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora.adapters.folder import Adapter
+    from edgelora.mix.methods.deltas import Factors
     from edgelora_export.decoder.description import Decoder, Part
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
-    Factors = tuple[Floats, Floats]
 
 RIDGE = 1e-2  # of the mean diagonal of G_t, added to it: where no sample leads, the mix is the mean of the adapters
 

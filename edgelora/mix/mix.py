@@ -86,18 +86,18 @@ class Mix:
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
         """ΔW float32 (N, K) of the whole mix; weight is the base's, which some kinds of adapters need."""
         names, method = self._names(module), MIX_METHODS[self.method]
-        kinds = {name: self.adapters[name].in_terms_of_base(module) for name in names}
-        if method.factored is not None and not any(kinds.values()):
+        reasons = {name: self.adapters[name].why_not_low_rank(module) for name in names}
+        if method.factored is not None and not any(reasons.values()):
             a, b = self._merge_factors(module, names)
             return b @ a
         if method.dense is None:
-            wrong = ", ".join(f"{name} is {kind}" for name, kind in kinds.items() if kind)
+            wrong = ", ".join(f"{name} is {reason}" for name, reason in reasons.items() if reason)
             usable = ", ".join(name for name, other in MIX_METHODS.items() if other.dense is not None)
             raise InputError(f"{module}: {self.method} works on factors, and there {wrong}; use one of {usable}")
         deltas: list[Product | Floats] = []
-        for name, kind in kinds.items():
+        for name, reason in reasons.items():
             adapter = self.adapters[name]
-            deltas.append(adapter.dense(module, weight) if kind else Product(*adapter.factors(module)))
+            deltas.append(adapter.dense(module, weight) if reason else Product(*adapter.factors(module)))
         return method.dense(deltas, self._weights(module, names), **self._arguments(module, names))
 
     def factors(self, module: str) -> tuple[Floats, Floats]:

@@ -13,10 +13,10 @@ from edgelora.adapters.checks import check_same_base
 from edgelora.adapters.folder import Adapter
 from edgelora.composing.compose import compose
 from edgelora.search.held_out import read_held_out
-from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.report import MixFigures, SearchReport, write_recipe
 from edgelora.search.space import Point, choose_sampler, read_point
+from edgelora.search.trial_log import Trial, TrialLog
 from edgelora.search.trials import choose, run_trials
 from edgelora.search.workers import Job, open_workers
 from edgelora_export.weights.base import Base
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from edgelora.search.config import SearchConfig
     from edgelora.search.held_out import HeldOut
 
-ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the journal
+ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the trial log
 _EXACT = 1e-6  # relative error below which an adapter is the mix
 
 
@@ -54,7 +54,7 @@ def search(
     for task in sorted(config.data.keys() - adapters.keys()):
         on_note(f"{task}: no adapter has that name; it is measured against the adapter that serves it best")
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
-    journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
+    trial_log = TrialLog(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
         base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
         adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
@@ -65,9 +65,9 @@ def search(
         objective=config.objective,
         max_tokens=config.max_tokens,
     )
-    before = dict(journal.trials)
+    before = dict(trial_log.trials)
     with open_workers(job, config.parallel, config.address) as workers:
-        trials, objective = run_trials(config, journal, workers, on_progress)
+        trials, objective = run_trials(config, trial_log, workers, on_progress)
         best, equal = choose(config, trials, objective)
         on_progress(len(trials), len(trials), "measuring what is reported")
         reported = sorted({*range(len(adapters) + 1), best.number, equal.number})
@@ -106,17 +106,17 @@ def search(
         written_kept=_measure_written(job, measured, written.output) if written.largest_error > _EXACT else None,
         recipe=write_recipe(config.adapters, chosen),
     )
-    _write_report(config, journal, trials, objective, report)
+    _write_report(config, trial_log, trials, objective, report)
     return report
 
 
 def _check_factors(adapters: Mapping[str, Adapter]) -> None:
     """Refuses, before anything is run, adapters that no mix can be written of."""
     wrong = [
-        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.in_terms_of_base(module)}"
+        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.why_not_low_rank(module)}"
         for name, adapter in adapters.items()
         for module in sorted(adapter.modules)
-        if adapter.is_embedding(module) or adapter.in_terms_of_base(module)
+        if adapter.is_embedding(module) or adapter.why_not_low_rank(module)
     ]
     if wrong:
         raise InputError(f"{'; '.join(wrong[:3])}: such a mix cannot be written as an adapter; search without it")
@@ -125,7 +125,7 @@ def _check_factors(adapters: Mapping[str, Adapter]) -> None:
 def _make_plan(
     config: SearchConfig, base: Base, adapters: Mapping[str, Adapter], held_out: Mapping[str, HeldOut]
 ) -> dict[str, Any]:
-    """What decides the trials, and thus what a journal must agree in to be continued. The budget and the machines do not."""
+    """What decides the trials, and thus what a trial log must agree in to be continued. The budget and the machines do not."""
     return {
         "base": base.sha256,
         "adapters": {name: adapter.sha256 for name, adapter in adapters.items()},
@@ -144,13 +144,13 @@ def _measure_written(job: Job, objective: Objective, adapter: Path) -> float:
 
 
 def _write_report(
-    config: SearchConfig, journal: Journal, trials: Sequence[Trial], objective: Objective, report: SearchReport
+    config: SearchConfig, trial_log: TrialLog, trials: Sequence[Trial], objective: Objective, report: SearchReport
 ) -> None:
     """search.json: the report, the plan with its hashes, and every trial."""
     value = {
         "report": asdict(report),
         "budget": config.budget,
-        "plan": journal.plan,
+        "plan": trial_log.plan,
         "optuna": version("optuna"),
         "trials": [
             {

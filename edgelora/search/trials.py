@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora.search.journal import Trial
 from edgelora.search.objective import Objective
 from edgelora.search.space import is_within, list_beginnings, propose, read_point
+from edgelora.search.trial_log import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edgelora.search.config import SearchConfig
-    from edgelora.search.journal import Journal
     from edgelora.search.space import Parameters
+    from edgelora.search.trial_log import TrialLog
     from edgelora.search.workers import Workers
 
     Progress = Callable[[int, int, str], None]
 
 
-def run_trials(config: SearchConfig, journal: Journal, workers: Workers, on_progress: Progress) -> tuple[list[Trial], Objective]:
-    """All trials up to the budget, in order. What the journal has of them is taken from there."""
+def run_trials(
+    config: SearchConfig, trial_log: TrialLog, workers: Workers, on_progress: Progress
+) -> tuple[list[Trial], Objective]:
+    """All trials up to the budget, in order. What the trial log has of them is taken from there."""
     beginnings = list_beginnings(config)[: config.budget]
     trials = _run_batch(
-        config, 0, beginnings, journal, workers, lambda done: on_progress(done, config.budget, "what comes first")
+        config, 0, beginnings, trial_log, workers, lambda done: on_progress(done, config.budget, "what comes first")
     )
     base, *alone = (trial.quotients for trial in trials[: len(config.adapters) + 1])
     objective = Objective.read(base, dict(zip(config.adapters, alone, strict=True)), higher_is_better=config.objective == "score")
@@ -35,7 +37,7 @@ def run_trials(config: SearchConfig, journal: Journal, workers: Workers, on_prog
         def tell(done: int, best: float = best) -> None:
             on_progress(done, config.budget, f"best keeps {best:.3f}")
 
-        trials += _run_batch(config, len(trials), batch, journal, workers, tell)
+        trials += _run_batch(config, len(trials), batch, trial_log, workers, tell)
     return trials, objective
 
 
@@ -56,18 +58,18 @@ def _run_batch(
     config: SearchConfig,
     start: int,
     batch: Sequence[Parameters],
-    journal: Journal,
+    trial_log: TrialLog,
     workers: Workers,
     on_done: Callable[[int], None],
 ) -> list[Trial]:
     """Trials of points, numbered from start, in order; those that an earlier run has scored are not scored again."""
     numbered = dict(enumerate(batch, start))
-    known = {number for number in numbered if (found := journal.trials.get(number)) and found.parameters == numbered[number]}
+    known = {number for number in numbered if (found := trial_log.trials.get(number)) and found.parameters == numbered[number]}
     points = {number: read_point(config, point) for number, point in numbered.items() if number not in known}
     on_done(start + len(known))
     for done, (number, parts) in enumerate(workers.score(points, "searched"), start=start + len(known) + 1):
         # Six digits: what threads and padding change beyond them decides nothing.
         sums = {task: [float(f"{total:.6g}") for total in rows.sum(axis=0)] for task, rows in parts.items()}
-        journal.add(Trial(number, numbered[number], {task: (above, below) for task, (above, below) in sums.items()}))
+        trial_log.add(Trial(number, numbered[number], {task: (above, below) for task, (above, below) in sums.items()}))
         on_done(done)
-    return [journal.trials[number] for number in numbered]
+    return [trial_log.trials[number] for number in numbered]

@@ -21,8 +21,8 @@ from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.mix.mix import Mix
 from edgelora.search.config import SearchConfig
 from edgelora.search.held_out import read_held_out
-from edgelora.search.journal import JOURNAL
 from edgelora.search.run import REPORT, search
+from edgelora.search.trial_log import TRIALS_FILE
 from edgelora_runtime.errors import InputError, MissingExtraError
 from tests.edgelora.cli.test_cli import call as call  # a fixture
 from tests.tiny import load_base, make_adapter, make_base
@@ -64,7 +64,7 @@ def options(inputs: dict[str, Any], *more: object) -> list[str]:
 
 
 def read_trials(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (folder / TRIALS_FILE).read_text().splitlines()[1:]]
 
 
 def test_the_best_is_written_counted_and_never_worse_than_what_comes_first(inputs: dict[str, Any], tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def read_base(report: Any, task: str) -> float:
 
 
 def read_span(folder: Path, task: str) -> float:
-    """What the task's own adapter gains over the base, on the rows searched on, by the journal."""
+    """What the task's own adapter gains over the base, on the rows searched on, by the trial log."""
     place = 1 + ["one", "two", "three"].index(task)
     base, own = (read_trials(folder)[number]["figures"][task] for number in (0, place))
     return float(base[0] / base[1] - own[0] / own[1])
@@ -141,11 +141,11 @@ def test_a_larger_budget_goes_on_and_a_search_is_not_redone(inputs: dict[str, An
     at_once = search(SearchConfig(**inputs, output=tmp_path / "t", budget=14, parallel=2))
     assert read_trials(tmp_path / "s") == read_trials(tmp_path / "t")
     assert longer.best == at_once.best
-    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    before = (tmp_path / "s" / TRIALS_FILE).read_bytes()
     again = search(SearchConfig(**inputs, output=tmp_path / "s", budget=14, parallel=2))
     assert again.resumed == 14
     assert again.best == longer.best
-    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+    assert (tmp_path / "s" / TRIALS_FILE).read_bytes() == before
     fewer = search(SearchConfig(**inputs, output=tmp_path / "s", budget=7, parallel=2))
     assert (fewer.configurations, fewer.resumed) == (7, 7)
 
@@ -159,13 +159,13 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str
         "edgelora",
         *options(inputs, "--budget", 500, "--sampler", "tpe", "--output", tmp_path / "s"),
     ]
-    journal = tmp_path / "s" / JOURNAL
+    trial_log = tmp_path / "s" / TRIALS_FILE
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL) as process:
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 9:
+        while not trial_log.exists() or trial_log.read_bytes().count(b"\n") < 9:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    done = len(read_trials(tmp_path / "s")) if journal.read_bytes().endswith(b"\n") else journal.read_bytes().count(b"\n") - 1
+    done = len(read_trials(tmp_path / "s")) if trial_log.read_bytes().endswith(b"\n") else trial_log.read_bytes().count(b"\n") - 1
     assert 8 <= done < 500
     settings = {**inputs, "budget": done + 4, "sampler": "tpe"}
     report = search(SearchConfig(**settings, output=tmp_path / "s"))
@@ -176,7 +176,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str
 
 def test_another_plan_is_refused(inputs: dict[str, Any], tmp_path: Path) -> None:
     search(SearchConfig(**inputs, output=tmp_path / "s", budget=7))
-    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    before = (tmp_path / "s" / TRIALS_FILE).read_bytes()
     first_rows = {**inputs["data"], "one": tmp_path / "rows.jsonl"}
     first_rows["one"].write_text("".join(json.dumps(vars(row)) + "\n" for row in read_rows(inputs["data"]["one"])[:10]))
     for settings, named in (
@@ -187,7 +187,7 @@ def test_another_plan_is_refused(inputs: dict[str, Any], tmp_path: Path) -> None
     ):
         with pytest.raises(InputError, match=f"a search with other {named};"):
             search(SearchConfig(**{**inputs, **settings, "output": tmp_path / "s", "budget": 7}))
-    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+    assert (tmp_path / "s" / TRIALS_FILE).read_bytes() == before
 
 
 def test_the_score_of_what_is_written(inputs: dict[str, Any], tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from edgelora.exporting.recipe import read_recipe
 from edgelora.mix.methods import MIX_METHODS
 from edgelora.search.config import DISTINCT, SearchConfig
 from edgelora.search.held_out import hash_row, is_test_file, read_held_out
-from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective
 from edgelora.search.report import write_recipe
 from edgelora.search.space import Point, is_within, list_beginnings, propose, read_point
+from edgelora.search.trial_log import Trial, TrialLog
 from edgelora.search.trials import choose
 from edgelora.search.workers import share_machines
 from edgelora_runtime.errors import InputError
@@ -281,29 +281,29 @@ def test_counts_of_rows_are_the_main_score() -> None:
 
 def test_a_journal_keeps_trials_and_refuses_another_plan(tmp_path: Path) -> None:
     plan = {"weights": (0.0, 1.5), "data": {"a": "1"}}
-    journal = Journal(tmp_path / "s", plan)
+    trial_log = TrialLog(tmp_path / "s", plan)
     first = trial(0, {"method": "linear", "weight a": 1 / 3}, a=0.1)
-    journal.add(first)
-    assert Journal(tmp_path / "s", plan).trials == {0: first}
+    trial_log.add(first)
+    assert TrialLog(tmp_path / "s", plan).trials == {0: first}
     with pytest.raises(InputError, match=r"another|other data, seed"):
-        Journal(tmp_path / "s", {**plan, "data": {"a": "2"}, "seed": 1})
+        TrialLog(tmp_path / "s", {**plan, "data": {"a": "2"}, "seed": 1})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").touch()
     with pytest.raises(InputError, match="choose another --output"):
-        Journal(tmp_path / "thesis", plan)
+        TrialLog(tmp_path / "thesis", plan)
 
 
 def test_a_line_that_a_kill_cut_short_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "s" / "trials.jsonl"
     for number in range(2):
-        Journal(tmp_path / "s", {}).add(trial(number, {"method": "linear"}, a=1.0))
+        TrialLog(tmp_path / "s", {}).add(trial(number, {"method": "linear"}, a=1.0))
     whole = path.read_bytes()
     for length in (*range(0, len(whole), 7), len(whole) - 1, len(whole)):
         path.write_bytes(whole[:length])
-        journal = Journal(tmp_path / "s", {})
-        assert list(journal.trials) == list(range(whole[:length].count(b"\n") - 1))
-        for number in range(len(journal.trials), 2):
-            journal.add(trial(number, {"method": "linear"}, a=1.0))
+        trial_log = TrialLog(tmp_path / "s", {})
+        assert list(trial_log.trials) == list(range(whole[:length].count(b"\n") - 1))
+        for number in range(len(trial_log.trials), 2):
+            trial_log.add(trial(number, {"method": "linear"}, a=1.0))
         assert path.read_bytes() == whole
 
 

@@ -1,4 +1,4 @@
-"""The journal of a search: its plan, and every trial as soon as it is scored, so that a search that was killed goes on."""
+"""The trial log of a search: its plan, and every trial as soon as it is scored, so that a search that was killed goes on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from edgelora.search.space import Parameters
 
-JOURNAL = "trials.jsonl"
+TRIALS_FILE = "trials.jsonl"
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,18 @@ class Trial:
         return {task: above / below for task, (above, below) in self.figures.items()}
 
 
-class Journal:
+class TrialLog:
     """JSON lines in a search's folder: the plan, then the trials in the order in which they were done."""
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """Opens the folder's journal, or begins one.
+        """Opens the folder's trial log, or begins one.
 
-        Raises InputError for a folder that holds something else, and for the journal of another plan, whose trials say
+        Raises InputError for a folder that holds something else, and for the trial log of another plan, whose trials say
         nothing about this one: it is neither continued nor overwritten.
         """
-        self._path = folder / JOURNAL
+        self._path = folder / TRIALS_FILE
         if folder.exists() and not self._path.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not a folder with {JOURNAL}; choose another --output or remove it")
+            raise InputError(f"{folder} exists and is not a folder with {TRIALS_FILE}; choose another --output or remove it")
         self.trials: dict[int, Trial] = {}
         self.plan = plan = json.loads(json.dumps(plan))  # tuples become lists, as they do on disk
         lines = self._read_lines()
