@@ -20,7 +20,7 @@ from edgelora.cli.terminal import print_json, print_note, print_table, show_prog
 from edgelora.data.rows import read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.mix.mix import Mix
-from edgelora.search.config import DISTINCT, SearchConfig
+from edgelora.search.config import DISTINCT_METHODS, SearchConfig
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.run import search
 from edgelora.search.space import Point
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     base, data = find_base(), find_data()
-    methods = DISTINCT if arguments.method == "all" else tuple(arguments.method.split(","))
+    methods = DISTINCT_METHODS if arguments.method == "all" else tuple(arguments.method.split(","))
     tests = {task: read_rows(data / f"{task}.test.jsonl")[: arguments.rows] for task in TASKS}
     held_out = split_rows(data, arguments.output / "data", arguments.held_out)
     found = []

@@ -1,4 +1,4 @@
-"""`edgelora inspect`: what a bundle holds, in bytes per variant and bytes shared, and what each variant keeps."""
+"""Describes a bundle: the size of each variant, the bytes that variants share, and the manifest's figures."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VariantDescription:
-    """A variant, its size, and the manifest's figures of it.
+    """A variant: its size, and its figures from the manifest.
 
-    bytes: all that it maps, adapters included; private_bytes: those that no other maps.
+    bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps.
     """
 
     name: str
@@ -46,7 +46,7 @@ class VariantDescription:
 
 @dataclass(frozen=True)
 class BundleDescription:
-    """A bundle in figures. bytes: of all files; shared_bytes: of files that more than one variant maps."""
+    """A bundle. bytes: size of all files. shared_bytes: size of the files that more than one variant maps."""
 
     bytes: int
     shared_bytes: int
@@ -59,7 +59,7 @@ class BundleDescription:
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:
-    """Counts which files each variant maps."""
+    """Describes a bundle from its manifest, and counts the bytes that each variant maps."""
     manifest = bundle.manifest
     sizes = {name: entry.size for name, entry in manifest.files.items()}
 

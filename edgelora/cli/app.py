@@ -1,4 +1,4 @@
-"""The command line: assembles the verbs, and turns every failure into one line and an exit code."""
+"""The command line: assembles the verbs, and reports every failure as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from edgelora.cli.train import train
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError
 
-# Typer carries a copy of click, or needs click, depending on its version; its one public error leads to both.
+# Some versions of Typer bundle click and others depend on it. Typer's public error class leads to click's in both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
@@ -50,7 +50,7 @@ app = typer.Typer(
 
 
 def main() -> NoReturn:
-    """Runs the command line; every failure is one line on standard error and an exit code."""
+    """Runs the command line. Every failure is one line on standard error and an exit code."""
     as_json = "--json" in sys.argv
     try:
         app(standalone_mode=False)

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 def bench(
     bundle: BundleArgument,
-    variant: Annotated[list[str] | None, typer.Option(help="A variant to measure; repeat for each. All without it.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="A variant to measure; repeat for each. All variants if omitted.")
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Rounds, in each of which every variant has its turn.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Rounds; each measures every variant once.")] = 5,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,

@@ -27,30 +27,31 @@ app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 def compose(
     context: typer.Context,
     adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each.")
+        list[str] | None,
+        typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each adapter."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the mixed adapter, or for the merged checkpoint.")] = None,
-    method: Annotated[str, typer.Option(help="How the deltas become one; see below.")] = "linear",
+    method: Annotated[str, typer.Option(help="How to merge the deltas; see below.")] = "linear",
     density: Annotated[
-        float, typer.Option(help="Share of a delta's entries that is kept, by methods that drop some.")
+        float, typer.Option(help="Share of a delta's entries to keep, for methods that drop some.")
     ] = DEFAULT_DENSITY,
-    seed: Annotated[int, typer.Option(help="For methods that drop entries at random.")] = 0,
-    rank: Annotated[int | None, typer.Option(help="Cut the mix to this rank; the error is printed.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed, for methods that drop entries at random.")] = 0,
+    rank: Annotated[int | None, typer.Option(help="Truncate the mix to this rank, and print the error.")] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.toml", help='Weights by module: a table weights.NAME with lines such as "model.layers.0.*" = 0.2.'
+            metavar="FILE.toml", help='Weights by module: a table [weights.NAME] with lines such as "model.layers.0.*" = 0.2.'
         ),
     ] = None,
     merge_into: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Add the mix to this base, and save a plain Hugging Face checkpoint.")
+        str | None, typer.Option(metavar="BASE", help="Add the mix to this base and save a plain Hugging Face checkpoint.")
     ] = None,
     mergekit: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Read a mergekit configuration of base+adapter models, in place of --adapter."),
+        typer.Option(metavar="FILE.yaml", help="Read a mergekit configuration of base+adapter models instead of --adapter."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own without it.")
+        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own type if omitted.")
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -58,7 +59,7 @@ def compose(
     if context.invoked_subcommand is not None:
         given = [f"--{name.replace('_', '-')}" for name in context.params if is_given(context, name)]
         if given:
-            raise UsageError(f"{', '.join(given)}: options of compose {context.invoked_subcommand} go behind its name")
+            raise UsageError(f"{', '.join(given)}: options of compose {context.invoked_subcommand} go after its name")
         return
     if mergekit is not None:
         _compose_mergekit(context, mergekit, output, seed, rank, json=json)
@@ -69,11 +70,11 @@ def compose(
     if method in MIX_METHODS and (
         idle := [n for n in ("density", "seed") if is_given(context, n) and n not in MIX_METHODS[method].settings]
     ):
-        raise UsageError(f"--{idle[0]} means nothing to method {method}; leave it out")
+        raise UsageError(f"--{idle[0]} has no effect on method {method}; leave it out")
     mixed = parse_adapters(adapter, _read_weights(weights))
     if merge_into is not None:
         if rank is not None:
-            raise UsageError("--rank is an adapter's; with --merge-into leave it out")
+            raise UsageError("--rank is for an adapter; leave it out with --merge-into")
         from edgelora.composing.merge_into_base import merge_into as run_merge
 
         with show_progress("merging") as on_progress:
@@ -93,7 +94,7 @@ def compose(
             print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
         return
     if dtype is not None:
-        raise UsageError("--dtype goes with --merge-into")
+        raise UsageError("--dtype needs --merge-into")
     from edgelora.composing.compose import compose as run_composition
 
     with show_progress("composing") as on_progress:
@@ -105,7 +106,7 @@ def _compose_mergekit(
     context: typer.Context, path: Path, output: Path | None, seed: int, rank: int | None, *, json: bool
 ) -> None:
     if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into", "dtype") if is_given(context, name)]:
-        raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit, whose file says everything")
+        raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit; the file holds those settings")
     if output is None:
         raise UsageError("compose needs --output")
     from edgelora.composing.compose import compose_mergekit
@@ -120,7 +121,7 @@ def _show_result(report: ComposeReport, *, json: bool) -> None:
         print_json(report)
     else:
         error = (
-            f", nearest matrices (relative error {report.mean_error:.2g} in the mean, up to {report.largest_error:.2g})"
+            f", nearest matrices (relative error {report.mean_error:.2g} on average, {report.largest_error:.2g} at most)"
             if report.largest_error > 1e-6
             else ", exact"
         )
@@ -134,22 +135,22 @@ app.command()(learn)
 @app.command()
 def report(
     adapter: Annotated[
-        list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each, two at least.")
+        list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each adapter, at least two.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.json, report.html and recipe.toml.")],
-    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base, to count its bytes and to measure on.")] = None,
+    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base, to count its bytes and measure on it.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=ROWS.jsonl", help="Held-out rows of an adapter's task, to measure every pair on; one for each."
+            metavar="NAME=ROWS.jsonl", help="Held-out rows of an adapter's task, to measure every pair on; one file per adapter."
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Use only the first rows of each file.")] = 100,
-    disk: Annotated[str | None, typer.Option(metavar="4GiB", help="What the bundle may take on disk.")] = None,
-    memory: Annotated[str | None, typer.Option(metavar="2GiB", help="What its variants may take when all are loaded.")] = None,
+    limit: Annotated[int, typer.Option(help="Use only this many rows of each file, from the first.")] = 100,
+    disk: Annotated[str | None, typer.Option(metavar="4GiB", help="Limit on the bundle's size on disk.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="2GiB", help="Limit on the size of all variants when loaded.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
+    """Report how adapters interfere: whether to merge or route each pair, and which mixes are worth compiling."""
     from edgelora.report.composition_pages import show_composition, write_composition
     from edgelora.report.composition_report import report_composition
     from edgelora_runtime.residency.memory import parse_bytes

@@ -16,16 +16,19 @@ if TYPE_CHECKING:
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path("edgelora-demo"),
+    output: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("edgelora-demo"),
     seed: SeedOption = 1,  # docs/log.md says why not 0
-    base: Annotated[str | None, typer.Option(help="Run on this base instead of the built-in one; needs --data.")] = None,
+    base: Annotated[str | None, typer.Option(help="A base to use instead of the built-in one; needs --data.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE.jsonl", help="A task's rows, with --base; repeat for each. Their adapters are mixed."),
+        typer.Option(
+            metavar="NAME=FILE.jsonl",
+            help="A task's rows, with --base; repeat for each task. The demo trains an adapter per task and mixes them.",
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Train, mix, export and switch on a model made from nothing, or on your own base and data."""
+    """Train, mix, export and switch adapters on a tiny model made on the spot, or on your own base and data."""
     from edgelora.demo import run_demo
 
     rows = parse_pairs(data or [], "--data NAME=FILE.jsonl")
@@ -52,5 +55,5 @@ def show_demo(report: DemoReport) -> None:
     kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
     print(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
     size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
-    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
+    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) is in {report.bundle}")
     print(f"talk to it:  edgelora chat {report.bundle} --variant mix")

@@ -1,4 +1,4 @@
-"""`edgelora doctor`: shows what this machine has of what edgelora can use."""
+"""`edgelora doctor`: shows what edgelora can use on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def doctor(json: JsonOption = False) -> None:
-    """Say what this machine has of what edgelora can use, and what to install."""
+    """Show what edgelora can use on this machine, and what to install."""
     from edgelora.doctor import diagnose
 
     found = diagnose()

@@ -32,7 +32,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
     variant: VariantOption = None,
     mix: MixOption = None,
-    limit: Annotated[int | None, typer.Option(help="Score only the first rows.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Score only this many rows, from the first.")] = None,
     max_tokens: MaxTokensOption = 64,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",

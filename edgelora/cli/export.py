@@ -13,17 +13,23 @@ from edgelora.cli.terminal import print_note, show_progress
 
 
 def export(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Base, adapters and the mixes that become variants.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", help="Names the base, the adapters, and the mixes that become variants.")
+    ],
     output: Annotated[Path, typer.Option(help="Folder for the bundle.")],
     calibration: Annotated[
         Path | None,
-        typer.Option(help='JSON lines of {"text": …} or rows to quantize and judge on, beside the adapters\' training data.'),
+        typer.Option(
+            help='JSON lines of {"text": …}, or rows, to quantize and measure on, in addition to the adapters\' training data.'
+        ),
     ] = None,
     gate: Annotated[
         str | None,
-        typer.Option(help="For a variant that loses its adapter: repair (the recipe's default), fail, live; or off."),
+        typer.Option(
+            help="What to do about a variant that loses its adapter: repair (the default), fail or live; or off for no check."
+        ),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for a picture per variant: what each layer keeps.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Folder for a page per variant that shows what each layer keeps.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Compile a recipe's mixes into a bundle of ONNX variants, and check what each keeps of its adapters."""

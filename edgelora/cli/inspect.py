@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Show what a bundle holds: variants, mixes, bytes of each and bytes shared, and what each keeps of its adapters."""
+    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters."""
     from edgelora_runtime import Bundle
 
     show_bundle(Bundle.open(bundle), as_json=json)
 
 
 def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Check every byte of a bundle against its manifest; exit code 4 names what differs."""
+    """Check every byte of a bundle against its manifest. If files differ, name them and exit with code 4."""
     from edgelora_runtime import Bundle
 
     opened = Bundle.open(bundle)

@@ -1,4 +1,4 @@
-"""`edgelora compose learn`: mixes adapters by what their data show."""
+"""`edgelora compose learn`: mixes adapters on data."""
 
 from __future__ import annotations
 
@@ -17,28 +17,29 @@ def learn(
     output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Labelled rows of an adapter's task; without any the start is the result."),
+        typer.Option(metavar="NAME=ROWS.jsonl", help="Labelled rows of an adapter's task. Without any, the result is the start."),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Rows to start from, instead of those that the adapter was trained on."),
+        typer.Option(metavar="NAME=ROWS.jsonl", help="Rows for the start, instead of those that the adapter was trained on."),
     ] = None,
     start: Annotated[
-        str, typer.Option(help="regmean: what serves each adapter's own inputs best; or linear: equal shares.")
+        str, typer.Option(help="regmean: the least-squares fit to each adapter on its own inputs; or linear: equal weights.")
     ] = "regmean",
     grain: Annotated[
-        str, typer.Option(help="What is learned: a weight per module or rank, a core between the factors, or the factors.")
+        str,
+        typer.Option(help="What to learn: a weight per module or per rank, a core matrix between the factors, or the factors."),
     ] = "factors",
-    rows: Annotated[int, typer.Option(help="Labelled rows to use of each adapter.")] = 100,
+    rows: Annotated[int, typer.Option(help="Labelled rows to use per adapter.")] = 100,
     written: Annotated[
-        int, typer.Option(help="Prompts of the rows to start from that each adapter completes itself, to learn from these, too.")
+        int, typer.Option(help="Prompts per adapter that it completes itself; the mix also learns from these.")
     ] = 0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 240,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the grain's own without it.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; a default per grain if omitted.")] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Mix adapters by what their data say: RegMean without labels, and with a few labelled rows what they teach."""
+    """Mix adapters on data: with RegMean, which needs no labels, then by training on a few labelled rows."""
     from edgelora.learn.learn import LearnConfig
     from edgelora.learn.learn import learn as run_learning
 

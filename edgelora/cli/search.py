@@ -20,31 +20,41 @@ def search(
     adapter: AdaptersOption,
     data: Annotated[
         list[str],
-        typer.Option(metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by its adapter's name; repeat for each."),
+        typer.Option(
+            metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by the name of its adapter; repeat for each task."
+        ),
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the trials, the report and the best mix as an adapter.")],
-    budget: Annotated[int, typer.Option(help="Configurations to try in all; base, single adapters and equal weights count.")],
-    method: Annotated[str, typer.Option(help="Methods to choose from, separated by commas; or all that differ.")] = "linear",
-    weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of each adapter's weight.")] = "0:1.5",
-    density: Annotated[
-        str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that have one.")
-    ] = "0.1:0.9",
+    output: Annotated[Path, typer.Option(help="Folder for the trials, the report, and the best mix as an adapter.")],
+    budget: Annotated[
+        int, typer.Option(help="Configurations to try, including the base, each single adapter and equal weights.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="Methods to choose from, separated by commas; or all, which leaves out methods equivalent to another."),
+    ] = "linear",
+    weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of every adapter's weight.")] = "0:1.5",
+    density: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that use one.")] = "0.1:0.9",
     scale: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Range of a factor on all weights, beside them; 1 without it.")
+        str | None, typer.Option(metavar="LOW:HIGH", help="Range of a common factor on all weights; 1 if omitted.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="loss, or score: slot F1 or exact match, which takes longer.")] = "loss",
-    sampler: Annotated[str, typer.Option(help="Optuna's gp or tpe; auto is gp where scipy is installed.")] = "auto",
-    confirm: Annotated[float, typer.Option(help="Share of the rows kept out of the search, to measure the best mix on.")] = 0.5,
-    max_tokens: Annotated[int, typer.Option(help="With --objective score: tokens to write at the most.")] = 64,
-    parallel: Annotated[int, typer.Option(help="Trials at a time, which decides what is tried; run at once with --ray.")] = 1,
+    objective: Annotated[str, typer.Option(help="loss, or score (slot F1 or exact match), which takes longer.")] = "loss",
+    sampler: Annotated[str, typer.Option(help="Optuna's sampler: gp, tpe, or auto for gp if scipy is installed.")] = "auto",
+    confirm: Annotated[
+        float, typer.Option(help="Share of the rows to keep out of the search and measure the best mix on.")
+    ] = 0.5,
+    max_tokens: Annotated[int, typer.Option(help="With --objective score: maximum number of tokens to write.")] = 64,
+    parallel: Annotated[
+        int, typer.Option(help="Trials to propose at a time, which affects what is tried; --ray also runs them in parallel.")
+    ] = 1,
     ray: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local for one of its own.")
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local to start a local instance."),
     ] = None,
     seed: SeedOption = 0,
     json: JsonOption = False,
 ) -> None:
-    """Find weights, and if wanted method and density, on held-out rows; a search that was killed goes on when run again."""
-    from edgelora.search.config import DISTINCT, SearchConfig
+    """Search weights, and optionally method and density, on held-out rows. Run it again to continue an interrupted search."""
+    from edgelora.search.config import DISTINCT_METHODS, SearchConfig
     from edgelora.search.run import search as run_search
 
     config = SearchConfig(
@@ -53,7 +63,7 @@ def search(
         data=parse_paths(data, "--data NAME=HELDOUT.jsonl"),
         output=output,
         budget=budget,
-        methods=DISTINCT if method == "all" else tuple(method.split(",")),
+        methods=DISTINCT_METHODS if method == "all" else tuple(method.split(",")),
         weights=parse_range(weights, "--weights"),
         density=parse_range(density, "--density"),
         scale=None if scale is None else parse_range(scale, "--scale"),
@@ -80,24 +90,24 @@ def show_search(report: SearchReport) -> None:
     named = {"base": report.base, **report.adapters, "equal weights": report.equal.figures, "best": report.best.figures}
     kept = {"equal weights": report.equal.kept, "best": report.best.kept}
     print_table(
-        f"{report.objective} on {rows} rows {'kept out of the search' if confirmed else 'that were searched on'}",
+        f"{report.objective} on {rows} rows {'kept out of the search' if confirmed else 'used by the search'}",
         ["", *report.rows, "kept"],
         [
             [name, *(f"{figures[task]:.4f}" for task in report.rows), f"{kept[name]:.3f}" if name in kept else ""]
             for name, figures in named.items()
         ],
     )
-    resumed = f", {report.resumed} of them by earlier runs" if report.resumed else ""
+    resumed = f", {report.resumed} of them in earlier runs" if report.resumed else ""
     print(f"{report.configurations} configurations tried{resumed}")
     print(f"best: {_describe_mix(report.best.mix)}, trial {report.best.trial}")
     low, high = report.interval
     equal = _describe_mix(report.equal.mix)
     print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
     if not confirmed:
-        print("the interval is of the very rows that the best was chosen on, so it flatters it; --confirm keeps some apart")
+        print("the interval is optimistic: the best mix was chosen on the same rows; --confirm keeps some rows apart")
     if report.written_kept is not None:
         print(
-            f"{report.adapter} is the nearest of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
+            f"{report.adapter} is the nearest adapter of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
             f"and keeps {report.written_kept:.3f}; a merged variant of the recipe below is the mix itself"
         )
     print(f"{report.adapter}\n\n{report.recipe}")

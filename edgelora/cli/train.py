@@ -16,7 +16,9 @@ def train(
     base: BaseOption,
     data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
-    quant: Annotated[str, typer.Option(help="How the base is held: nf4, int4 (the grid that export writes) or none.")] = "nf4",
+    quant: Annotated[
+        str, typer.Option(help="Precision of the base while training: nf4, int4 (the grid that export writes) or none.")
+    ] = "nf4",
     rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
     alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = 32.0,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
@@ -24,9 +26,10 @@ def train(
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
     seed: SeedOption = 0,
     composable: Annotated[
-        int | None, typer.Option(metavar="SLOT", help="Made to be mixed: freeze A to this slot of a common basis, 0, 1, …")
+        int | None,
+        typer.Option(metavar="SLOT", help="For adapters to be mixed: freeze A to this slot (0, 1, …) of a shared basis."),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags that are given win.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags override it.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a 4-bit base (QLoRA)."""

@@ -1,4 +1,4 @@
-"""What the demo found, as figures and as one table."""
+"""The demo's results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Switch:
-    """Two switches to a variant, in milliseconds: the first, which creates its session, and one back to it after others."""
+    """Times of two switches to a variant, in milliseconds. first: creates its session. back: returns to it after others."""
 
     variant: str
     first: float
@@ -21,11 +21,11 @@ class Switch:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Scores are shares from 0 to 1, on test rows that nothing was chosen on.
+    """The demo's results. Scores are shares from 0 to 1, on test rows that no choice was made on.
 
-    torch: per task, its adapter in PEFT on the base that it was trained on. scores: per variant and task, in onnxruntime.
-    written: answers of each adapter that the mix was learned from. kept: the share of each single adapter's score that the mix
-    keeps on its task.
+    torch: each task's score with its adapter in PEFT, on the base of its training. scores: per variant and task, in onnxruntime.
+    written: number of answers by each adapter that the mix was learned from. kept: the mix's score on each task, as a share of
+    the single adapter's. seconds: per stage.
     """
 
     bundle: Path

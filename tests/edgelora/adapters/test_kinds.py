@@ -131,7 +131,7 @@ def test_methods_on_factors_refuse_what_has_none(method: str, tiny_base: Path, f
     adapters = {name: Adapter.open(folders[name], name) for name in ("dora", "pissa")}
     mix = Mix(adapters, {"dora": 1.0, "pissa": 1e-9}, method, 1.0)
     if MIX_METHODS[method].dense is None:
-        with pytest.raises(InputError, match=rf"{module}: {method} works on factors, and there dora is DoRA.*use one of linear"):
+        with pytest.raises(InputError, match=rf"{module}: {method} works on factors, but dora is DoRA.*use one of linear"):
             mix.dense(module, weight)
     else:
         found = mix.dense(module, weight)

@@ -342,12 +342,12 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "a density that means nothing": (
         ["compose", "--adapter", "a=ADAPTER:1", "--density", "0.3", "--output", "TMP/m"],
         2,
-        "--density means nothing to method linear",
+        "--density has no effect on method linear",
     ),
     "a seed that means nothing": (
         ["compose", "--adapter", "a=ADAPTER:1", "--method", "ties", "--seed", "3", "--output", "TMP/m"],
         2,
-        "--seed means nothing to method ties",
+        "--seed has no effect on method ties",
     ),
     "a rank of a checkpoint": (
         ["compose", "--adapter", "a=ADAPTER:1", "--rank", "3", "--merge-into", "x", "--output", "TMP/m"],

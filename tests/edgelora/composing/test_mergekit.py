@@ -241,12 +241,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a parameter of another method": ({"parameters": {"epsilon": 0.1}}, "parameters.epsilon has no effect on ties"),
     "a shared parameter in a model": (
         {"models": [{"model": "BASE+a", "parameters": {"normalize": True}}]},
-        r"models\[1\].parameters.normalize has no effect on ties there; it takes weight, density",
+        r"models\[1\].parameters.normalize has no effect on ties here; it takes weight, density",
     ),
     "a condition that is no list": ({"parameters": {"weight": {"filter": "mlp", "value": 1}}}, "parameters.weight = {'filter'"),
     "words": ({"parameters": {"weight": "heavy"}}, "parameters.weight = 'heavy'"),
     "an empty list": ({"parameters": {"density": []}}, "parameters.density"),
-    "a gradient over unknown layers": ({"parameters": {"density": [0.1, 0.2]}}, "layers of BASE, which is no local folder"),
+    "a gradient over unknown layers": ({"parameters": {"density": [0.1, 0.2]}}, "number of layers of BASE, which is not a local folder"),
 }
 
 
@@ -272,7 +272,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "merge.yaml"
     with pytest.raises(InputError, match="cannot be read"):
         read_mergekit(path)
-    for text, mention in (("a: [", "is not YAML"), ("- 1\n", "no mapping"), ("models: []\n", "merge_method None")):
+    for text, mention in (("a: [", "is not YAML"), ("- 1\n", "is not a mapping"), ("models: []\n", "merge_method None")):
         path.write_text(text)
         with pytest.raises(InputError, match=mention):
             read_mergekit(path)

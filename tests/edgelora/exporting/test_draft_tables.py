@@ -9,7 +9,7 @@ import pytest
 
 from edgelora.adapters.folder import Provenance, write_provenance
 from edgelora.data.calibration import hash_data
-from edgelora.exporting.draft_tables import LEAST_COUNT, count_continuations
+from edgelora.exporting.draft_tables import MIN_COUNT, count_continuations
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe, parse_recipe
 from edgelora_export.plan.calibration import Sample
@@ -33,7 +33,7 @@ def test_what_follows_most_often_is_in_the_table() -> None:
 
 
 def test_what_stands_once_is_not() -> None:
-    assert LEAST_COUNT == 2
+    assert MIN_COUNT == 2
     assert len(count_continuations([Sample((7, 8, 9), 1)], END)) == 0
 
 

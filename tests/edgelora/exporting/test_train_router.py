@@ -104,9 +104,8 @@ def test_too_few_prompts_are_refused() -> None:
         train_router({**make_prompts(60), "travel": ["a ticket", "a bus"]}, fallback="base")
 
 
-def test_surplus_prompts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelora.exporting.train_router.MOST_NGRAMS", 2000)
-    entry = train_router(make_prompts(200), fallback="base").entry
+def test_surplus_prompts_are_left_out() -> None:
+    entry = train_router(make_prompts(200), fallback="base", max_ngrams=2000).entry
     assert all(10 < each.prompts + each.held_out < 40 for each in entry.classes[:2])
 
 

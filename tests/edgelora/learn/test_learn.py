@@ -17,7 +17,7 @@ from edgelora.data.rows import Row, read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.in_torch.reference import write_completions
 from edgelora.in_torch.train import TrainConfig, train
-from edgelora.learn.imitation import distance, encode_rows, write_rows
+from edgelora.learn.distillation import distillation_loss, encode_rows, write_rows
 from edgelora.learn.learn import GRAINS, LearnConfig, learn
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
@@ -75,7 +75,7 @@ def test_what_is_asked_for_is_what_the_adapter_says(trained: tuple[LearnConfig, 
         assert tokenizer.decode(example.tokens[example.start :]).strip() == f"{row.completion}</s>".strip()
         wanted = torch_logits(model, example.tokens)[example.start - 1 : -1]
         wanted = wanted - np.log(np.exp(wanted.astype(np.float64)).sum(axis=1, keepdims=True))
-        np.testing.assert_allclose(example.soft.float().numpy(), wanted, atol=0.05)  # fp16 of numbers down to -40
+        np.testing.assert_allclose(example.teacher.float().numpy(), wanted, atol=0.05)  # fp16 of numbers down to -40
 
 
 def test_every_adapter_has_the_same_say(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
@@ -87,7 +87,7 @@ def test_every_adapter_has_the_same_say(trained: tuple[LearnConfig, dict[str, Pa
         for name, rows in (("sat", read_rows(labelled["sat"])[:1]), ("one", [Row("one moon\n", " two moon" * 9)]))
     )
     model.set_stacks({})
-    both, first, second = (distance(model, batch, 0.7).item() for batch in ([short, long], [short], [long]))
+    both, first, second = (distillation_loss(model, batch, 0.7).item() for batch in ([short, long], [short], [long]))
     assert abs(first - second) > 0.1
     assert both == pytest.approx((first + second) / 2, rel=1e-5)
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from edgelora.adapters.folder import Adapter
-from edgelora.learn.regmean import RIDGE, match_inputs
+from edgelora.learn.regmean import RIDGE, solve_regmean
 from edgelora_export.architectures import read_decoder
 from edgelora_export.plan.calibration import Sample
 from edgelora_export.weights.base import Base
@@ -58,7 +58,7 @@ def test_factors_are_those_of_the_formula(padded: tuple[Path, dict[str, Path]]) 
     base, folders = padded
     adapters = {name: Adapter.open(folder) for name, folder in folders.items()}
     opened = Base.open(base)
-    found = match_inputs(opened, read_decoder(opened.config), adapters, SAMPLES)
+    found = solve_regmean(opened, read_decoder(opened.config), adapters, SAMPLES)
     assert set(found) == set(adapters["one"].modules)
     moments = {name: collect_inputs(base, folders[name], SAMPLES[name]) for name in adapters}
     for module, factors in found.items():
@@ -75,6 +75,6 @@ def test_factors_are_those_of_the_formula(padded: tuple[Path, dict[str, Path]]) 
 def test_one_adapter_stays_itself(padded: tuple[Path, dict[str, Path]]) -> None:
     base, folders = padded
     adapter, opened = Adapter.open(folders["one"]), Base.open(base)
-    for module, factors in match_inputs(opened, read_decoder(opened.config), {"one": adapter}, SAMPLES).items():
+    for module, factors in solve_regmean(opened, read_decoder(opened.config), {"one": adapter}, SAMPLES).items():
         a, b = factors["one"]
         np.testing.assert_allclose(b @ a, adapter.dense(module), atol=1e-5)

@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not a number": ({"weights": {"plain": float("nan")}}, "plain = nan"),
     "infinite": ({"weights": {"plain": float("inf"), "other": float("-inf")}}, "plain = inf.*other = -inf"),
     "a pattern's weight": ({"weights": {"plain": {"*": float("nan")}}}, 'plain."\\*" = nan'),
-    "no pattern": ({"weights": {"plain": {}}}, "gives no pattern"),
+    "no pattern": ({"weights": {"plain": {}}}, "plain = {} is empty"),
     "a pattern that matches nothing": (
         {"weights": {"plain": {"*": 1, "model.layer.*": 2}}},
         "plain: no module matches model.layer",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from edgelora.mix.methods.arithmetic import least_rank_factors, linear, linear_factors
-from edgelora.mix.methods.deltas import RUN, Product
+from edgelora.mix.methods.deltas import BLOCK_ENTRIES, Product
 from tests.edgelora.mix.methods.made import Made, any_factors, apply, gaussian_factors
 
 
@@ -33,7 +33,7 @@ def test_svd_has_the_least_rank(made: Made) -> None:
     assert len(least_rank_factors(doubled.factors, doubled.weights)[0]) == max(1, expected)
 
 
-@pytest.mark.parametrize("columns", [3, 1000, RUN + 1])
+@pytest.mark.parametrize("columns", [3, 1000, BLOCK_ENTRIES + 1])
 def test_runs_cover_every_row(columns: int) -> None:
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, columns)).astype(np.float32), random.normal(size=(211, 2)).astype(np.float32)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgelora.mix.methods import deltas
-from edgelora.mix.methods.deltas import Product, by_runs, each_run, runs
+from edgelora.mix.methods.deltas import Product, map_row_blocks, merge_row_blocks, row_blocks
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (40, 5000), (7, 70_000), (300, 2048)])
@@ -23,7 +23,7 @@ def test_a_product_is_formed_whatever_its_width(shape: tuple[int, int], monkeypa
     monkeypatch.setattr(np, "matmul", watched)
     product = Product(a, b)[1:]
     np.testing.assert_allclose(product, b[1:] @ a, rtol=1e-5, atol=1e-6)
-    assert max(widths) <= deltas._ALONE
+    assert max(widths) <= deltas._SINGLE_THREAD
 
 
 def test_a_product_of_no_rows_is_empty() -> None:
@@ -32,6 +32,6 @@ def test_a_product_of_no_rows_is_empty() -> None:
 
 def test_runs_come_back_in_their_order() -> None:
     shape = (500, 4096)
-    assert each_run(lambda rows: rows, shape) == [*runs(shape)]
+    assert map_row_blocks(lambda rows: rows, shape) == [*row_blocks(shape)]
     matrix = np.random.default_rng(0).standard_normal(shape, np.float32)
-    np.testing.assert_array_equal(by_runs(lambda parts: parts[0] - parts[1], [matrix, 2 * matrix]), -matrix)
+    np.testing.assert_array_equal(merge_row_blocks(lambda parts: parts[0] - parts[1], [matrix, 2 * matrix]), -matrix)
