@@ -246,7 +246,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a condition that is no list": ({"parameters": {"weight": {"filter": "mlp", "value": 1}}}, "parameters.weight = {'filter'"),
     "words": ({"parameters": {"weight": "heavy"}}, "parameters.weight = 'heavy'"),
     "an empty list": ({"parameters": {"density": []}}, "parameters.density"),
-    "a gradient over unknown layers": ({"parameters": {"density": [0.1, 0.2]}}, "number of layers of BASE, which is not a local folder"),
+    "a gradient over unknown layers": (
+        {"parameters": {"density": [0.1, 0.2]}},
+        "number of layers of BASE, which is not a local folder",
+    ),
 }
 
 
