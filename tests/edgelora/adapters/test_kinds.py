@@ -1,4 +1,4 @@
-"""Every kind of LoRA adapter gives PEFT's own merged weights, and the bundle that holds them PEFT's logits."""
+"""Every kind of LoRA adapter gives PEFT's merged weights, and a bundle of them gives PEFT's logits."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ pytestmark = [
 
 
 def train_somewhat(base: Path, folder: Path, **settings: Any) -> Path:
-    """Saves an adapter of which every trained number has moved away from its start."""
+    """Saves an adapter whose trained values all differ from their initialization."""
     torch.manual_seed(8)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM", **settings})
     model = get_peft_model(load_base(base), config)
@@ -124,8 +124,8 @@ def test_live_variants_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("method", MIX_METHODS)
-def test_methods_on_factors_refuse_what_has_none(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
-    """The others take its whole change; linear and svd take whichever there is."""
+def test_methods_on_factors_refuse_adapters_without_factors(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
+    """The other methods merge the whole change; linear and svd take factors or whole changes."""
     module = "model.layers.0.self_attn.q_proj"
     weight = Base.open(tiny_base).tensor(f"{module}.weight")
     adapters = {name: Adapter.open(folders[name], name) for name in ("dora", "pissa")}

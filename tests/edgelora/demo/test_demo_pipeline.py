@@ -1,4 +1,4 @@
-"""The demo from end to end, on a base that learns nothing in a few steps: what it makes, and what it says."""
+"""The demo from end to end, in a few steps on a tiny base: its outputs and its report."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SETTINGS = DemoSettings(
 VARIANTS = {"base", "dates", "prices", "orders", "naive-sum", "mix", "mix-live"}
 
 
-def test_it_makes_a_bundle_and_tells_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_makes_a_bundle_and_reports_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     notes: list[str] = []
     report = run_built_in_demo(tmp_path, 1, SETTINGS, on_note=notes.append)
     assert [f"· {stage} …" for stage in report.seconds] == notes
@@ -52,7 +52,7 @@ def test_it_makes_a_bundle_and_tells_what_is_in_it(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_base_and_rows_of_ones_own(tmp_path: Path) -> None:
+def test_it_runs_on_a_users_base_and_rows(tmp_path: Path) -> None:
     built_in = run_built_in_demo(tmp_path / "first", 1, SETTINGS)
     data = {}
     for task in make_tasks(SETTINGS.sizes, seed=2)[:2]:
@@ -64,7 +64,7 @@ def test_it_runs_on_a_base_and_rows_of_ones_own(tmp_path: Path) -> None:
     assert set(report.scores) == VARIANTS - {"orders"}
 
 
-def test_what_it_cannot_run_on_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     with pytest.raises(UsageError, match="two tasks"):
         run_demo(output, base="b", data={"one": "one.jsonl"})

@@ -1,4 +1,4 @@
-"""Recipes are read strictly, and every mistake stands in one message."""
+"""Recipes are read strictly, with all mistakes in one message."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_base_beside_the_recipe_is_a_folder(tmp_path: Path) -> None:
 
 
 def with_line(line: str) -> str:
-    """The good recipe with a top-level line, or with lines that begin a table, added."""
+    """The good recipe with an added top-level line, or lines that start a table."""
     return f"{line}\n{GOOD}" if not line.startswith("[") else f"{GOOD}\n{line}"
 
 
@@ -177,7 +177,7 @@ def test_mistakes_are_named(text: str, mention: str) -> None:
     assert mention in str(caught.value)
 
 
-def test_all_mistakes_stand_in_one_message() -> None:
+def test_all_mistakes_are_in_one_message() -> None:
     text = GOOD.replace("bits = 8", "bits = 5").replace('"ties"', '"median"').replace("{ sql = 1 }", "{ sqk = 1 }")
     with pytest.raises(InputError) as caught:
         parse(f"colour = 1\n{text}")

@@ -1,4 +1,4 @@
-"""RegMean against its formula in float64, on inputs that transformers and PEFT see."""
+"""RegMean against its formula in float64, on inputs recorded in transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SAMPLES = {
 
 
 def collect_inputs(base: Path, adapter: Path, samples: list[Sample]) -> dict[str, np.ndarray[Any, Any]]:
-    """XᵀX / T by module, float64, as PEFT's model sees the samples."""
+    """XᵀX / T by module, float64, recorded in PEFT's model."""
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
     seen: dict[str, list[Any]] = {}
 
@@ -46,7 +46,7 @@ def collect_inputs(base: Path, adapter: Path, samples: list[Sample]) -> dict[str
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """A base whose heads are padded in the graph (12 wide), with an adapter on all linear layers and one on attention."""
+    """A base with heads of width 12, which the graph pads, with an adapter on all linear layers and one on attention."""
     folder = tmp_path_factory.mktemp("padded")
     make_base(folder / "base", config_class=Qwen2Config, hidden_size=48)
     make_adapter(folder / "base", folder / "one")

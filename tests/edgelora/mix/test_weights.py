@@ -1,4 +1,4 @@
-"""Weights by pattern of module names: which one counts, and what a file of them may say."""
+"""Weights by pattern of module names: precedence, and files of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_last_pattern_that_matches_counts() -> None:
     assert weight_at({"MODEL.*": 1.0}, Q) == 0
 
 
-def test_patterns_that_mean_nothing_are_found() -> None:
+def test_patterns_without_a_match_are_found() -> None:
     assert idle_patterns({"*": 1.0, "*.q_proj": 1.0, "*.k_proj": 1.0}, [Q, DOWN]) == ["*.k_proj"]
     assert idle_patterns(1.0, [Q]) == []
 

@@ -1,4 +1,4 @@
-"""compose search on a tiny model: never worse than what comes first, the same however it is run, and on after a kill."""
+"""compose search on a tiny model: never worse than the initial points, reproducible, and continued after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = ("the", "cat", "sat", "on", "mat", "a", "day", "in", "sun", "and", "moon
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A base, three adapters, and for each the rows of a random pool that it makes likelier the most."""
+    """A base, three adapters, and for each the rows of a random pool whose likelihood it raises most."""
     folder = tmp_path_factory.mktemp("search")
     make_base(folder / "base", hidden_size=32, intermediate_size=48, num_attention_heads=2)
     draw = random.Random(0)
@@ -57,7 +57,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def options(inputs: dict[str, Any], *more: object) -> list[str]:
-    """Of the command line."""
+    """The command line's arguments."""
     pairs = [("--adapter", f"{name}={folder}") for name, folder in inputs["adapters"].items()]
     pairs += [("--data", f"{name}={path}") for name, path in inputs["data"].items()]
     return ["compose", "search", "--base", inputs["base"], *(item for pair in pairs for item in pair), *map(str, more)]
@@ -67,7 +67,7 @@ def read_trials(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / TRIALS_FILE).read_text().splitlines()[1:]]
 
 
-def test_the_best_is_written_counted_and_never_worse_than_what_comes_first(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_the_best_is_written_and_never_worse_than_the_initial_points(inputs: dict[str, Any], tmp_path: Path) -> None:
     steps: list[tuple[int, int, str]] = []
     report = search(SearchConfig(**inputs, output=tmp_path / "s", budget=16), on_progress=lambda *step: steps.append(step))
     assert report.configurations == len(read_trials(tmp_path / "s")) == 16
@@ -128,13 +128,13 @@ def read_base(report: Any, task: str) -> float:
 
 
 def read_span(folder: Path, task: str) -> float:
-    """What the task's own adapter gains over the base, on the rows searched on, by the trial log."""
+    """The gain of the task's own adapter over the base on the search's rows, from the trial log."""
     place = 1 + ["one", "two", "three"].index(task)
     base, own = (read_trials(folder)[number]["figures"][task] for number in (0, place))
     return float(base[0] / base[1] - own[0] / own[1])
 
 
-def test_a_larger_budget_goes_on_and_a_search_is_not_redone(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_larger_budget_continues_and_repeats_no_trial(inputs: dict[str, Any], tmp_path: Path) -> None:
     search(SearchConfig(**inputs, output=tmp_path / "s", budget=9, parallel=2))
     longer = search(SearchConfig(**inputs, output=tmp_path / "s", budget=14, parallel=2))
     assert (longer.configurations, longer.resumed) == (14, 9)
@@ -151,7 +151,7 @@ def test_a_larger_budget_goes_on_and_a_search_is_not_redone(inputs: dict[str, An
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_search_continues_with_the_same_trials(inputs: dict[str, Any], tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
     command = [
         sys.executable,
@@ -191,7 +191,7 @@ def test_another_plan_is_refused(inputs: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_the_score_of_what_is_written(inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Rows that each adapter writes to the letter: alone it scores 1, the base does not."""
+    """Rows that each adapter completes exactly: alone it scores 1, and the base scores less."""
     model = MixedModel.open(inputs["base"])
     data = {}
     for name, folder in inputs["adapters"].items():

@@ -1,4 +1,4 @@
-"""The parts of a search that need no model: which rows it takes, where it walks, what it keeps on disk, how it counts."""
+"""The parts of a search that need no model: rows, search space, trial log and objective."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def config(**settings: Any) -> SearchConfig:
-    """Of two adapters, with one setting or another."""
+    """Settings for two adapters."""
     folders = {"adapters": {"a": Path("a"), "b": Path("b")}, "data": {"a": Path("a.jsonl")}}
     return SearchConfig(**{"base": "base", "output": Path("out"), "budget": 20, **folders, **settings})
 
@@ -88,7 +88,7 @@ def test_a_test_split_under_another_name_is_refused_by_its_rows(disguise: str, t
 
 
 def test_a_test_split_beside_an_adapters_training_data(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Wherever the data themselves lie."""
+    """Wherever the data are."""
     train = write_rows(tmp_path / "far" / "sql.train.jsonl", ROWS[:10])
     write_rows(tmp_path / "far" / "sql.test.jsonl", ROWS[10:])
     folder = shutil.copytree(tiny_adapters["plain"], tmp_path / "adapter")
@@ -154,7 +154,7 @@ def test_wrong_settings_are_all_named(settings: dict[str, Any], mention: str) ->
 
 
 def test_the_first_points() -> None:
-    """The base, each adapter alone and as it is, equal weights by each method."""
+    """The base, each adapter alone at weight 1, and equal weights by each method."""
     points = [read_point(config(), parameters) for parameters in list_initial_points(config())]
     assert [tuple(point.weights.values()) for point in points] == [(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)]
     many = config(methods=("ties", "dare_linear"), weights=(0.2, 0.6), scale=(2.0, 3.0), density=(0.5, 0.7), seed=9)
@@ -211,7 +211,7 @@ def test_proposals_lie_in_the_ranges_and_depend_on_trials_and_seed_alone(sampler
 
 
 def test_more_trials_come_nearer_to_the_best() -> None:
-    """On a parabola of three weights, better than chance finds in as many trials."""
+    """On a parabola of three weights, proposals beat as many random trials."""
     three = config(adapters={name: Path(name) for name in "abc"}, sampler="tpe")
     best = np.array([0.9, 0.4, 0.6])
 
@@ -248,7 +248,7 @@ def test_what_is_chosen_never_keeps_less_than_equal_weights_or_an_adapter_alone(
     assert choose_best(narrow, alone, objective)[0].number == 3, "an adapter alone has a weight of 0"
 
 
-def test_what_is_kept_and_how_sure_a_difference_is() -> None:
+def test_shares_kept_and_the_interval_of_a_difference() -> None:
     objective = Objective.read(
         {"a": 4.0, "b": 0.2, "c": 3.0},
         {"a": {"a": 2.0, "b": 0.3, "c": 2.8}, "b": {"a": 5.0, "b": 0.1, "c": 2.5}},
@@ -262,7 +262,9 @@ def test_what_is_kept_and_how_sure_a_difference_is() -> None:
     difference, low, high = objective.difference(rows, moved, seed=0)
     per_row = np.stack([(moved[task] - rows[task])[:, 0] / 3 / objective.change[task] for task in "abc"])
     assert difference == pytest.approx(per_row.mean())
-    spread = np.sqrt((per_row.var(axis=1) / 400).sum()) / 3  # all rows have as many tokens, so a mean's normal interval holds
+    spread = (
+        np.sqrt((per_row.var(axis=1) / 400).sum()) / 3
+    )  # all rows have the same number of tokens, so a normal interval of the mean applies
     assert (low, high) == pytest.approx((difference - 1.96 * spread, difference + 1.96 * spread), rel=0.06)
     with pytest.raises(InputError, match=r"b: the adapter b reaches 0.3, and the base alone 0.2"):
         Objective.read({"b": 0.2}, {"b": {"b": 0.3}}, higher_is_better=False)
@@ -279,7 +281,7 @@ def test_counts_of_rows_are_the_main_score() -> None:
     assert count_scores(written, right) == [(2, 4), (0, 1), (2, 2)]
 
 
-def test_a_journal_keeps_trials_and_refuses_another_plan(tmp_path: Path) -> None:
+def test_a_trial_log_keeps_trials_and_refuses_another_plan(tmp_path: Path) -> None:
     plan = {"weights": (0.0, 1.5), "data": {"a": "1"}}
     trial_log = TrialLog(tmp_path / "s", plan)
     first = trial(0, {"method": "linear", "weight a": 1 / 3}, a=0.1)

@@ -26,7 +26,7 @@ def test_linear_is_the_weighted_sum_in_every_form(made: Made) -> None:
 
 @given(gaussian_factors())
 def test_svd_has_the_least_rank(made: Made) -> None:
-    """Also of an adapter that is there twice."""
+    """Also for an adapter that is listed twice."""
     expected = np.linalg.matrix_rank(np.sum([w * d for w, d in zip(made.weights, made.exact, strict=True)], axis=0))
     assert len(least_rank_factors(made.factors, made.weights)[0]) == max(1, expected)
     doubled = Made([*made.factors, made.factors[0]], [*made.weights, 3.0])
@@ -34,7 +34,7 @@ def test_svd_has_the_least_rank(made: Made) -> None:
 
 
 @pytest.mark.parametrize("columns", [3, 1000, BLOCK_ENTRIES + 1])
-def test_runs_cover_every_row(columns: int) -> None:
+def test_blocks_cover_every_row(columns: int) -> None:
     random = np.random.default_rng(0)
     a, b = random.normal(size=(2, columns)).astype(np.float32), random.normal(size=(211, 2)).astype(np.float32)
     np.testing.assert_allclose(linear([Product(a, b), b @ a], [1.0, -0.5]), 0.5 * (b @ a), atol=1e-5)

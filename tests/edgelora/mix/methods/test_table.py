@@ -1,4 +1,4 @@
-"""What holds for every method: one adapter is itself, w and -w cancel, order is nothing; and where one of these cannot hold."""
+"""Properties of every method: one adapter is unchanged, w and -w cancel, order does not matter; and the known exceptions."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from edgelora.mix.methods import MIX_METHODS, Method
 from tests.edgelora.mix.methods.made import NONZERO, Made, any_factors, apply, gaussian_factors
 
-FLAT = {"core_iso", "iso_c"}  # they make the spectrum flat, of one adapter, too
+FLAT = {"core_iso", "iso_c"}  # they flatten the spectrum even of one adapter
 RANDOM = {"dare_linear", "dare_ties"}
-RATIO = {"ties_weighted"}  # takes the scale out of the weights
+RATIO = {"ties_weighted"}  # ignores the scale of the weights
 
 
 def test_every_method_says_what_it_is() -> None:
@@ -70,7 +70,7 @@ def test_order_does_not_matter(method: str, made: Made, random: Any) -> None:
 @given(made=gaussian_factors(), scale=st.floats(-3, 3).filter(lambda scale: abs(scale) > 0.01))
 @settings(max_examples=30)
 def test_weights_scale_the_result(method: str, made: Made, scale: float) -> None:
-    """All weights times c give c times the result; where only their ratio counts, its sign alone."""
+    """Scaling all weights by c scales the result by c, or only by its sign where just the ratio of the weights counts."""
     scaled = Made(made.factors, [scale * weight for weight in made.weights])
     expected = apply(method, made) * (np.sign(scale) if method in RATIO else scale)
     np.testing.assert_allclose(apply(method, scaled), expected, atol=1e-5 * max(made.size, scaled.size))
