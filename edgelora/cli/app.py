@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -36,6 +36,9 @@ from edgelora.cli.train import train
 from edgelora_runtime import __version__
 from edgelora_runtime.errors import EdgeloraError
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 # Some versions of Typer bundle click and others depend on it. Typer's public error class leads to click's in both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
@@ -49,11 +52,15 @@ app = typer.Typer(
 )
 
 
-def main() -> NoReturn:
-    """Runs the command line. Every failure is one line on standard error and an exit code."""
-    as_json = "--json" in sys.argv
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs the command line. Every failure is one line on standard error and an exit code.
+
+    arguments: without the program's name; None for those of the process.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    as_json = "--json" in arguments
     try:
-        app(standalone_mode=False)
+        app(arguments, standalone_mode=False)
         code = 0
     except typer.Exit as exit_:
         code = exit_.exit_code

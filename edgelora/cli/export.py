@@ -33,7 +33,7 @@ def export(
     json: JsonOption = False,
 ) -> None:
     """Compile a recipe's mixes into a bundle of ONNX variants, and check what each keeps of its adapters."""
-    import edgelora
+    import edgelora  # its lazy export names the extra if torch or onnx is missing
     from edgelora_runtime import Bundle
 
     with show_progress("exporting") as on_progress:

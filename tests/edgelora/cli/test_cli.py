@@ -48,11 +48,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """Runs the command line in this process."""
 
     def run(*arguments: object, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["edgelora", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            main([*map(str, arguments)])
         out, err = capfd.readouterr()
         return Result(int(ended.value.code or 0), out, err)
 
