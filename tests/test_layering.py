@@ -53,7 +53,7 @@ def name_of(package: str, path: Path) -> str:
 
 
 def imported(path: Path) -> set[str]:
-    """The dotted names that a file imports anywhere, also inside functions and for type checking."""
+    """Dotted names that a file imports anywhere, inside functions and for type checking too."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -63,10 +63,7 @@ def imported(path: Path) -> set[str]:
             assert node.module is not None
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            argument = node.args[0]
-            names.add(
-                str(argument.value) if isinstance(argument, ast.Constant) else ast.unparse(argument).split(".")[0].lstrip("f'")
-            )
+            names.add(ast.unparse(node.args[0]).removeprefix("f").strip("'").partition("{")[0].strip("."))
     return names
 
 

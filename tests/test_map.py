@@ -1,4 +1,4 @@
-"""docs/map.md has exactly one line per source file."""
+"""docs/map.md has one line per source file, and none for a file that is not there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _LINE = re.compile(r"^\|\s*`(?P<path>[^`]+\.py)`\s*\|\s*(?P<what>.*?)\s*\|$", re
 
 
 def map_lines() -> dict[str, str]:
-    """The map's description of each file, by path relative to the repository."""
+    """What the map says of each file, by path relative to the repository."""
     lines = _LINE.findall((ROOT / "docs" / "map.md").read_text(encoding="utf-8"))
     paths = [path for path, _ in lines]
-    assert len(paths) == len(set(paths)), f"a file is in the map twice: {sorted(paths)}"
+    assert len(paths) == len(set(paths)), f"a file stands twice in the map: {sorted(paths)}"
     return dict(lines)
 
 

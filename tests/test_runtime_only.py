@@ -1,4 +1,4 @@
-"""The wheel, installed without extras, generates in an environment without torch, transformers, onnx and peft."""
+"""The wheel without extras generates in an environment that has no torch, transformers, onnx or peft."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(list(tokens))
 
 
 def run(*command: object) -> str:
-    """Runs a command that must succeed, in an environment without this checkout. Returns its standard output."""
+    """Standard output of a command that has to succeed, in an environment without this checkout."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run(list(map(str, command)), env=environment, cwd=ROOT.anchor, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

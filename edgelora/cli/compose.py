@@ -150,7 +150,7 @@ def report(
     memory: Annotated[str | None, typer.Option(metavar="2GiB", help="Limit on the size of all variants when loaded.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """Report how adapters interfere: whether to merge or route each pair, and which mixes are worth compiling."""
+    """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
     from edgelora.report.composition_pages import show_composition, write_composition
     from edgelora.report.composition_report import report_composition
     from edgelora_runtime.residency.memory import parse_bytes

@@ -91,7 +91,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     wrong: list[str] = []
 
     def take(table: Mapping[str, Any], where: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
-        """The known keys of a table that have the right type. Appends the others to `wrong`."""
+        """The known keys of a table that have the right type; notes all others."""
         wrong.extend(f"{where}{key} is not a known key; known: {', '.join(kinds)}" for key in table if key not in kinds)
         taken = {}
         for key, kind in kinds.items():
