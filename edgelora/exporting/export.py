@@ -1,4 +1,4 @@
-"""Exports a recipe as a bundle: opens the adapters, makes the mixes, and passes them to the exporter."""
+"""`edgelora export`: from a recipe to a bundle. Opens the adapters, makes the mixes, and hands them to the exporter."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def export(
 
 
 def _hash_plan(base: Base, recipe: Recipe, adapters: Mapping[str, AdapterEntry], calibrations: Sequence[Calibration]) -> str:
-    """A hash of everything that determines a bundle's weights: code, base, adapters, mixes and calibration data."""
+    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
     mixes = (recipe.merge_base, dict(recipe.variants), dict(adapters))
     parts = (__version__, base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -138,7 +138,7 @@ def _export_traced(
     on_progress: Callable[[int, int, str], None],
     on_note: Callable[[str], None],
 ) -> Manifest:
-    """Exports a base without a native graph through Optimum: rounded to nearest, and not judged."""
+    """A base without a native graph, through Optimum: rounded to nearest, not judged."""
     if gate.policy == "fail":
         raise InputError(
             f"--gate fail: a {base.config.get('model_type')} is exported through Optimum, whose variants are not judged"
@@ -174,9 +174,9 @@ def _export_traced(
 
 
 class _Calibrations:
-    """Calibration sets by the adapters that they are for. Each set is gathered once.
+    """Calibration sets by the adapters that they are for; each is gathered once.
 
-    general: the user's file. own_text: whether to add the general text that ships with edgelora.
+    general: the user's file. own_text: whether to add the general text that comes with edgelora.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class _Calibrations:
         self._sets: dict[frozenset[str], Calibration] = {}
 
     def of(self, names: Iterable[str]) -> Calibration:
-        """The calibration set for a mix of these adapters."""
+        """The set for a mix of these adapters."""
         key = frozenset(names)
         if key not in self._sets:
             found = [find_training_data(adapter) for name, adapter in self._adapters.items() if name in key]
@@ -215,7 +215,7 @@ def _plan_variants(
     decoder: Decoder,
     on_note: Callable[[str], None],
 ) -> list[Variant]:
-    """The recipe's variants in the exporter's form."""
+    """The recipe's variants as the exporter takes them."""
     planned, unknown = [], []
     for name, variant in recipe.variants.items():
         mix = _make_mix(variant, adapters)
@@ -249,7 +249,7 @@ def _make_mix(variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Mix | 
 
 
 def _plan_mix(name: str, variant: VariantRecipe, mix: Mix | None) -> Variant:
-    """A mix in the exporter's form."""
+    """What the exporter and the manifest have to know of a mix."""
     by_module = {adapter: weight for adapter, weight in variant.mix.items() if isinstance(weight, Mapping)}
     weights = {a: weight.get(EVERYWHERE, 0.0) if isinstance(weight, Mapping) else weight for a, weight in variant.mix.items()}
     options = mix.options() if mix else {}
@@ -267,7 +267,7 @@ def _plan_mix(name: str, variant: VariantRecipe, mix: Mix | None) -> Variant:
 
 
 def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters that can run as factors. Raises InputError for live variants of the others, with the reason."""
+    """The adapters that can be applied as factors; refuses live variants of the others, with the reason."""
     reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
     for name, variant in recipe.variants.items():
         if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
@@ -285,7 +285,7 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, A
 def _why_not_live(adapter: Adapter) -> str:
     for module in adapter.modules:
         if reason := adapter.why_not_low_rank(module):
-            return f"{module} is {reason}, not a sum of products"
+            return f"{module} is {reason}, no sum of products"
         if adapter.is_embedding(module) or module == "lm_head":
-            return f"{module} is outside the decoder's layers, and only these have live inputs"
+            return f"{module} is outside of the decoder's layers, which alone have live inputs"
     return ""

@@ -177,7 +177,7 @@ def test_the_base_with_the_lower_loss_is_chosen(
     rows = held_out_rows(held_adapters[quant].parent / "rows.jsonl")
     chosen = manifest.variants["chosen"]
     assert chosen.merge_losses["float"] == pytest.approx(torch_loss(floating, tiny_base, rows), rel=1e-4)
-    if quant == "nf4":  # int4 training also rounds embedding and head, which a merge leaves to the export's quantization
+    if quant == "nf4":  # int4 training rounds the ends, too, which a merge leaves to the export's own quantization
         assert chosen.merge_losses["nf4"] == pytest.approx(torch_loss(held, tiny_base, rows), rel=1e-4)
     assert chosen.merge_base == min(chosen.merge_losses, key=lambda name: chosen.merge_losses[name])
     assert [manifest.variants[name].merge_base for name in ("floating", "held", "alive")] == ["float", quant, "float"]
