@@ -146,7 +146,7 @@ class Adapter:
     def factors(self, module: str) -> tuple[Floats, Floats]:
         """A, float32 (r, K), and B, float32 (N, r), with the scale folded into B."""
         if reason := self.why_not_low_rank(module):
-            raise InputError(f"adapter {self.name}: {module} is {reason}, not a product of two factors; export it merged")
+            raise InputError(f"adapter {self.name}: {module} is {reason}, no product of two factors; export it merged")
         return self._factors(module)
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:

@@ -26,7 +26,7 @@ def export(
     gate: Annotated[
         str | None,
         typer.Option(
-            help="What to do about a variant that loses its adapter: repair (the default), fail or live; or off for no check."
+            help="What to do about a variant that loses its adapter: repair, fail, live, or off. The recipe's choice if omitted."
         ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for a page per variant that shows what each layer keeps.")] = None,

@@ -135,7 +135,9 @@ def learn(
         pairs = _run_regmean(config, base, adapters, on_progress)
     else:
         if not labelled and not config.written:
-            raise InputError("start = linear learns nothing without labelled or written rows; give some, or use edgelora compose")
+            raise InputError(
+                "start = linear learns nothing without labelled rows or written ones; give some, or use edgelora compose"
+            )
         share = np.float32(1 / len(adapters))
         pairs = {
             module: {

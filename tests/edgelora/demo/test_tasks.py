@@ -62,5 +62,5 @@ def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    with pytest.raises(UsageError, match="'songs' is no task"):
+    with pytest.raises(UsageError, match="'songs' is not a task"):
         make_task("songs", SIZES)

@@ -237,7 +237,7 @@ def test_the_command_line(call: Callable[..., Result], inputs: dict[str, Any], t
     assert found.json["configurations"] == 8
     assert set(found.json["best"]["mix"]["weights"]) == {"one", "two", "three"}
     shown = call(*options(inputs, "--budget", 8, "--output", tmp_path / "s", "--weights=-0.5:1.5"))
-    assert "8 configurations tried, 8 of them by earlier runs" in shown.out
+    assert "8 configurations tried, 8 of them in earlier runs" in shown.out
     assert "[variants.mix]" in shown.out
     assert "95% interval" in shown.out
 
@@ -247,7 +247,7 @@ def test_the_command_line(call: Callable[..., Result], inputs: dict[str, Any], t
     [
         (["--budget", "3"], 3, "budget = 3"),
         (["--budget", "8", "--method", "nope"], 3, "methods = nope"),
-        (["--budget", "8", "--weights", "1"], 2, "as in 0:1.5"),
+        (["--budget", "8", "--weights", "1"], 2, "for example 0:1.5"),
         (["--budget", "8", "--weights", "0:much"], 2, "'much' is not a number"),
         (["--budget", "8", "--weights", "1:0"], 3, "weights = 1.0, 0.0"),
         (["--budget", "8", "--density", "0:1"], 3, "density = 0.0, 1.0"),
