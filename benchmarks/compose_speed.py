@@ -4,10 +4,10 @@
     .venv/bin/python -m benchmarks.compose_speed
     .venv/bin/python -m benchmarks.compose_speed --method linear --method ties --rounds 1 --without-twins
 
-Adapters are random (shapes.py), on every linear layer. Each method composes the whole model to an adapter of the summed rank by
-the command line, reading and writing included; methods take turns, a round each. Memory is anonymous memory of that process,
-as in export_memory.py. The twins need singular value decompositions of whole ΔW and are timed on one module of each shape; their
-time for the model is that times the number of modules of the shape. Both sides of that comparison start from what is in memory.
+Adapters are random (shapes.py), on every linear layer. Each method composes the whole model into an adapter of the summed rank,
+through the command line, reading and writing included. Methods are interleaved: each round runs every method once. Memory is the
+process's anonymous memory, as in export_memory.py. The twins need SVDs of whole ΔW, so they are timed on one module per shape,
+and scaled by the number of modules of that shape. Both sides of that comparison start with their inputs in memory.
 """
 
 from __future__ import annotations
@@ -28,13 +28,11 @@ from benchmarks.decode import Ratio
 from benchmarks.export_memory import MIB, watch
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, write_adapter
 from benchmarks.workers import OtherWork, default_cache, describe_machine, report
-from edgelora.mix.methods import METHODS
-from edgelora.terminal import print_json, print_note, print_table
+from edgelora.cli.terminal import print_json, print_note, print_table
+from edgelora.mix.methods import MIX_METHODS
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Factors = tuple[NDArray[np.float32], NDArray[np.float32]]
+    from edgelora.mix.methods.deltas import Factors
 
 TWINS = {"core_tsv": "tsv", "core_iso": "iso_c"}  # a method on factors, and the same on whole deltas
 WEIGHTS = (0.5, 0.6, -0.3, 0.4, 0.7, -0.2)
@@ -42,7 +40,7 @@ WEIGHTS = (0.5, 0.6, -0.3, 0.4, 0.7, -0.2)
 
 @dataclass(frozen=True)
 class Figures:
-    """What composing the whole model by one method took: seconds of each round, and the most anonymous memory."""
+    """The cost of composing the whole model with one method: seconds per round, and peak anonymous memory."""
 
     seconds: tuple[float, ...]
     peak_bytes: int
@@ -50,9 +48,9 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method on factors and its twin on whole deltas. Seconds are medians, of the whole model; ratio is the twin's over ours.
+    """A method on factors and its twin on whole deltas. Seconds are medians for the whole model; ratio is the twin's over ours.
 
-    difference: of the two results, relative, the largest of a module.
+    difference: largest relative difference of the two results over the modules.
     """
 
     seconds: float
@@ -64,13 +62,13 @@ class Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--layers", type=int, help="only so many layers of the shape")
+    parser.add_argument("--layers", type=int, help="number of layers to use; all if omitted")
     parser.add_argument("--adapters", type=int, choices=range(1, len(WEIGHTS) + 1), default=4)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    methods = [name for name in METHODS if name not in TWINS.values()]
-    parser.add_argument("--method", choices=methods, action="append", help="repeatable; all but the twins without it")
-    parser.add_argument("--without-twins", action="store_true", help="leave out the comparison, which takes minutes a round")
+    methods = [name for name in MIX_METHODS if name not in TWINS.values()]
+    parser.add_argument("--method", choices=methods, action="append", help="repeatable; all except the twins if omitted")
+    parser.add_argument("--without-twins", action="store_true", help="skip the comparison, which takes minutes per round")
     parser.add_argument("--output", type=Path, default=default_cache(), help="folder for the adapters")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -106,13 +104,13 @@ def main() -> None:
             [f"{name} | {TWINS[name]}", f"{c.seconds:.2f}", f"{c.twin_seconds:.0f}", str(c.ratio), f"{c.difference:.1e}"]
             for name, c in compared.items()
         ]
-        title = "the merge alone, timed on one module of each shape and scaled to the model, medians"
+        title = "only the merge, timed on one module of each shape and scaled to the model, medians"
         columns = ["core space | full space", "seconds", "twin's", "ratio (least–greatest)", "difference"]
         print_table(title, columns, pairs)
 
 
 def write_adapters(shape: Shape, cache: Path, count: int, rank: int) -> list[Path]:
-    """Random adapters of a checkpoint that is not there: nothing reads it."""
+    """Random adapters of a checkpoint that does not exist; nothing reads it."""
     report(f"writing {count} adapters of {shape.name}")
     cache.mkdir(parents=True, exist_ok=True)
     folders = [cache / f"all-linear-{rank}-{seed}" for seed in range(count)]
@@ -122,7 +120,7 @@ def write_adapters(shape: Shape, cache: Path, count: int, rank: int) -> list[Pat
 
 
 def measure_composing(adapters: list[Path], methods: list[str], rounds: int) -> dict[str, Figures]:
-    """The whole model by each method, methods in turns."""
+    """Composes the whole model with each method, interleaved."""
     found: dict[str, list[tuple[float, int]]] = {}
     for turn in range(rounds):
         for method in methods:
@@ -139,7 +137,7 @@ def measure_composing(adapters: list[Path], methods: list[str], rounds: int) -> 
 
 
 def compare_twins(shape: Shape, count: int, rank: int, rounds: int) -> dict[str, Comparison]:
-    """Methods on factors against the same on whole deltas, in turns, module shape by module shape."""
+    """Compares methods on factors with their twins on whole deltas, interleaved, for each module shape."""
     sizes = Counter(size for name, size in shape.tensors() if name.removesuffix(".weight").endswith(ALL_LINEAR))
     weights = WEIGHTS[:count]
     ours, theirs = ({name: [0.0] * rounds for name in TWINS} for _ in range(2))
@@ -149,7 +147,7 @@ def compare_twins(shape: Shape, count: int, rank: int, rounds: int) -> dict[str,
             factors = draw_factors(rows, columns, count, rank, turn)
             deltas = [b @ a for a, b in factors]
             for name, twin in TWINS.items():
-                merge, merge_whole = METHODS[name].factored, METHODS[twin].dense
+                merge, merge_whole = MIX_METHODS[name].factored, MIX_METHODS[twin].dense
                 assert merge is not None and merge_whole is not None
                 report(f"round {turn + 1} of {rounds}: {name} and {twin} on {rows}x{columns}")
                 start = time.perf_counter()

@@ -1,14 +1,14 @@
-"""Composition on real tasks: what mixes of distinct adapters keep of each, by method, beside the controls that they should beat.
+"""Composition on real tasks: how much mixes of different adapters keep of each, by method, against control arms.
 
     make test                                                                    # sets up .venv
     .venv/bin/python -m benchmarks.composition --output composition-run          # hours on two cores: most of it trains adapters
 
-Four domains of slot filling share one format and contradict each other; slots, sql and medical are far apart. Adapters learn
-from the .train files less 100 rows each; those rows choose each data-free method's weight (one for all adapters), and are all
-that learned mixes see of labels. Scores are on the .test files: slot F1, or where completions are no slots the loss. Normalised:
-F1 over that of the task's own plain adapter, or the share of the loss it saves on the base that is saved, which is NAI; base F1
-is 0, so there the two are one. Intervals are 95% bootstrap intervals over rows. What was measured is kept in --output and not
-measured again. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+Four domains of slot filling share one format and contradict each other; slots, sql and medical are far apart. Adapters learn from
+the .train files, except for 100 rows each. Those rows choose the weight of each data-free method (one for all adapters), and
+they are the only labels that learned mixes see. Scores are on the .test files: slot F1, or the loss if completions are not slots.
+They are normalized: F1 relative to that of the task's own plain adapter, or the share of that adapter's loss reduction that is
+kept (NAI). As the base's F1 is 0, both definitions agree there. Intervals are 95% bootstrap intervals over rows. Results are kept
+in --output and not measured again. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import numpy as np
 from benchmarks.composition_arms import Arm, list_arms
 from benchmarks.composition_data import DISTANT, Prepared, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.scores import count_scores
 from edgelora.in_torch.mixed_model import MixedModel
-from edgelora.terminal import print_json, print_note, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 48
 RESAMPLES = 1000
-COMPOSABLE = ", composable"  # ends the names of sets whose adapters are mixed as `train --composable` makes them
+COMPOSABLE = ", composable"  # suffix of the sets whose adapters come from `train --composable`
 SETS = {
     "four domains": SLOTS,
     f"four domains{COMPOSABLE}": SLOTS,
@@ -51,7 +51,7 @@ SETS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_arguments(parser)
-    parser.add_argument("--set", choices=sorted(SETS), action="append", help="repeatable; all without it")
+    parser.add_argument("--set", choices=sorted(SETS), action="append", help="repeatable; all if omitted")
     arguments = parser.parse_args()
     tables = {}
     for name in arguments.set or SETS:
@@ -96,7 +96,7 @@ def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tu
 
 
 def score_rows(model: MixedModel, arm: Arm, task: str, rows: Sequence[Row]) -> Doubles:
-    """Of each row what the score is the quotient of: F1's two counts where completions are slots, else nats and tokens."""
+    """Per row a numerator and a denominator: F1's two counts if completions are slots, else nats and tokens."""
     model.set_mix(arm.mixes[task])
     if not task.startswith("slots"):
         return model.losses(rows)
@@ -104,13 +104,13 @@ def score_rows(model: MixedModel, arm: Arm, task: str, rows: Sequence[Row]) -> D
 
 
 def normalise(counts: Doubles, own: Doubles, base: Doubles) -> float:
-    """(score - base) / (own - base), of slot F1 or of the loss."""
+    """(score - base) / (own - base), for slot F1 or the loss."""
     score, best, least = (float(each[:, 0].sum() / each[:, 1].sum()) for each in (counts, own, base))
     return (score - least) / (best - least)
 
 
 def summarise(found: Sequence[Mapping[str, tuple[int, dict[str, Doubles]]]], tasks: Sequence[str]) -> list[list[str]]:
-    """A row per arm: mean over tasks and seeds with its interval, the worst task, each task, configurations tried."""
+    """A table row per arm: mean over tasks and seeds with its interval, worst task, each task, configurations tried."""
     generator = np.random.default_rng(0)
     sizes = {task: len(found[0]["base"][1][task]) for task in tasks}
     picks = [{task: generator.integers(0, size, size) for task, size in sizes.items()} for _ in range(RESAMPLES)]

@@ -1,4 +1,4 @@
-"""The arms of composition.py: mixes by every method, by PEFT, on data, and the controls; each one mix for each task."""
+"""The arms of composition.py: mixes by every method, by PEFT and on data, and the controls."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from benchmarks.composition_data import ALL, FEW, name_file
 from edgelora.adapters.folder import Adapter
+from edgelora.cli.terminal import print_note
 from edgelora.composing.compose import write_composed
 from edgelora.data.rows import read_rows
 from edgelora.learn.learn import LearnConfig, learn
 from edgelora.mix.mix import Mix
-from edgelora.terminal import print_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.composition_data import Prepared
     from edgelora.in_torch.mixed_model import MixedModel
 
-WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for every method that has one for all adapters
+WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for every method with one weight for all adapters
 DATA_FREE = (
     "linear",
     "ties",
@@ -46,7 +46,7 @@ PEFT_KINDS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to serve all tasks. mixes: what is set for each task, None for the base. tried: configurations looked at."""
+    """One way to serve all tasks. mixes: the mix for each task, None for the base. tried: number of configurations tried."""
 
     name: str
     mixes: Mapping[str, Mix | None]
@@ -54,7 +54,7 @@ class Arm:
 
 
 def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store: Path) -> Iterator[Arm]:
-    """The arms for a set of tasks, one at a time; what takes long is kept in the folder of the seed."""
+    """Yields the arms for a set of tasks. Slow results are kept in the seed's folder."""
     plain = {task: prepared.plain[task] for task in tasks}
     alone = {task: _only(adapter) for task, adapter in plain.items()}
     yield Arm("base", dict.fromkeys(tasks))
@@ -100,7 +100,7 @@ def choose(
     model: MixedModel,
     store: Path,
 ) -> Arm:
-    """The candidate with the least loss on the labelled rows, each task's over that of its own adapter; kept in a file."""
+    """The candidate with the least loss on the labelled rows, relative to each task's own adapter. Kept in a file."""
     chosen = store / f"{name_file(name)}.choice"
     if chosen.exists():
         return Arm(name, candidates[int(chosen.read_text())], len(candidates))
@@ -139,7 +139,7 @@ def _learned(
     grain: str = "core",
     written: int = 0,
 ) -> Arm:
-    """A mix made on data, kept in the seed's folder. written: prompts that adapters complete, which take twice the steps."""
+    """A mix learned on data, kept in the seed's folder. written: prompts that adapters complete; they double the steps."""
     folder = prepared.mix(adapters, name.removeprefix("composable: "))
     if not folder.exists():
         print_note(f"learning {folder.name}")
@@ -153,7 +153,7 @@ def _learned(
 def _compose_with_peft(
     prepared: Prepared, adapters: Mapping[str, Adapter], kind: str, options: Mapping[str, float], weight: float
 ) -> Path:
-    """PEFT's own add_weighted_adapter, saved as it saves it, in the seed's folder."""
+    """A mix by PEFT's add_weighted_adapter, saved by PEFT in the seed's folder."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -175,7 +175,7 @@ def _compose_with_peft(
 
 
 def _with_random(prepared: Prepared, adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> Iterator[tuple[str, Mix]]:
-    """Of each task the linear mix in which all adapters but its own are random ones, as large in every module."""
+    """Per task, the linear mix of its own adapter with random ones of the other adapters' norms in every module."""
     for task, own in adapters.items():
         mixed = {task: own}
         for place, (name, adapter) in enumerate(adapters.items()):

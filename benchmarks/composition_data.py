@@ -1,4 +1,4 @@
-"""Tasks, splits and adapters of composition.py: trained once into its folder, and read from there after that."""
+"""The tasks, splits and adapters of composition.py. Adapters are trained once and kept in its folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from edgelora.data.rows import Row
 
 DISTANT = ("slots-buses", "sql", "medical")
-LABELLED = 100  # rows of each task that no adapter learns from
-ALL, FEW = "slots-all", "slots-few"  # one adapter on all domains' rows, and one on their labelled rows alone
+LABELLED = 100  # rows per task that no adapter is trained on
+ALL, FEW = "slots-all", "slots-few"  # one adapter trained on all domains' rows, and one only on their labelled rows
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is measured with one seed: adapters by task, plain and perhaps composable, perhaps the two controls; rows by task.
+    """The adapters and rows of one seed, by task. Composable adapters and the two controls are optional.
 
-    labelled: files of the rows that no adapter learned from. tests: rows that nothing else sees.
+    labelled: files of the rows that no adapter was trained on. tests: rows that are used for nothing else.
     """
 
     base: str
@@ -36,28 +36,28 @@ class Prepared:
     tests: Mapping[str, Sequence[Row]]
 
     def fit(self, name: str) -> Path:
-        """The rows that an adapter of that name learns from."""
+        """The file of rows that the adapter of this name is trained on."""
         return _fit(self.folder.parent / "rows", name)
 
     def scores(self, tasks: str) -> Path:
-        """The folder of what was measured on a set of tasks, by the set's name."""
+        """The folder for results on the set of tasks with this name."""
         return self.folder / "scores" / name_file(tasks)
 
     def mix(self, adapters: Mapping[str, Adapter], name: str) -> Path:
-        """The folder of a mix that is made on data of these adapters."""
+        """The folder of a mix that is learned on these adapters' data."""
         kind = "composable" if adapters == self.composable else "plain"
         return self.folder / "mixes" / f"{kind}-{'-'.join(adapters)}-{name.replace(' ', '')}"
 
 
 def name_file(text: str) -> str:
-    """A name in a table as one of a file."""
+    """Turns a name in a table into a file name."""
     return text.replace(": ", "-").replace(",", "").replace(" ", "-")
 
 
 def prepare(
     base: Path, data: Path, output: Path, seed: int, count: int, tasks: Sequence[str], *, composable: bool = False
 ) -> Prepared:
-    """Splits the rows and trains what is missing; count: test rows of each task. The controls go with the four domains."""
+    """Splits the rows and trains missing adapters. count: test rows per task. Only the four domains have controls."""
     splits = output / "rows"
     splits.mkdir(parents=True, exist_ok=True)
     for task in tasks:
@@ -87,7 +87,7 @@ def _fit(splits: Path, name: str) -> Path:
 
 
 def _split(source: Path, fit: Path, labelled: Path) -> None:
-    """Keeps LABELLED distinct rows out of what adapters learn from; equal rows go the same way."""
+    """Sets LABELLED distinct rows aside from training, along with rows equal to them."""
     if fit.exists() and labelled.exists():
         return
     for rows, path in zip(hold_out(read_rows(source), LABELLED), (fit, labelled), strict=True):

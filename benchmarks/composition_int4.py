@@ -1,11 +1,11 @@
-"""The mixes of composition.py after export to int4, merged and live: what composing loses, and what quantizing loses, apart.
+"""Exports the mixes of composition.py to int4, merged and live, and separates the loss of composing from that of quantizing.
 
     .venv/bin/python -m benchmarks.composition --output composition-run --set "four domains"
     .venv/bin/python -m benchmarks.composition_int4 --output composition-run
 
-Slot F1 on the .test files, mean over the four domains, of the own adapters and of each mix: in float32 as torch runs it, and
-exported with GPTQ as onnxruntime runs it, merged and live. Composition loss: own adapters less the mix, both in float32.
-Quantization loss: the mix in float32 less the exported one.
+The figure is slot F1 on the .test files, averaged over the four domains, for each domain's own adapter and for each mix: in
+float32 in torch, and exported with GPTQ in onnxruntime, merged and live. Composition loss: own adapters minus the mix, both in
+float32. Quantization loss: the mix in float32 minus the exported mix.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import numpy as np
 from benchmarks.composition import add_arguments
 from benchmarks.composition_data import ALL, name_file, prepare
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.bundle.gate import Gate
 from edgelora_runtime import Runtime
 
@@ -66,14 +66,14 @@ def measure(prepared: Prepared) -> dict[str, dict[str, float]]:
         return kept
     folders = {name: adapter.folder for name, adapter in prepared.plain.items()}
     folders |= {name_file(mix): prepared.mix(prepared.plain, mix) for mix in MIXES}
-    names = {key: key.replace("+", "and") for key in folders}  # a variant's name has no +
+    names = {key: key.replace("+", "and") for key in folders}  # variant names cannot contain +
     variants = {f"{names[key]}.{kind}": VariantRecipe({names[key]: 1.0}, kind) for key in folders for kind in KINDS}
     bundle = prepared.folder / "bundle-int4"
     if not bundle.exists():
         print_note(f"exporting {len(variants)} variants")
         recipe = Recipe(prepared.base, {names[key]: folder for key, folder in folders.items()}, variants, gate=Gate(policy="off"))
-        export(recipe, bundle, calibration=prepared.fit(ALL))  # mixes have no training data of their own
-    served = {"own adapters": {task: task for task in SLOTS}}  # by task, the key of what serves it
+        export(recipe, bundle, calibration=prepared.fit(ALL))  # mixes have no training data
+    served = {"own adapters": {task: task for task in SLOTS}}  # task → key of the adapter or mix that serves it
     served |= {mix: dict.fromkeys(SLOTS, name_file(mix)) for mix in MIXES}
     found: dict[str, dict[str, float]] = {mix: {} for mix in served}
     with Runtime(bundle) as runtime:

@@ -1,10 +1,10 @@
-"""Searched weights against equal ones: three distant tasks, three trainings, and rows that nothing was chosen on.
+"""Compares searched weights with equal weights: three distant tasks, three seeds, on rows that no choice was made on.
 
     make test                                           # sets up .venv
     .venv/bin/python -m benchmarks.composition_search --output search-run      # an hour on two cores: most of it trains adapters
 
-Of each task's training file 100 rows are held out of training. `compose search` sees half of them and reports on the other
-half; then the best mix and the best equal weights are measured on rows of the .test file. Intervals are 95% bootstrap
+100 rows of each task's training file are held out of training. `compose search` uses half of them and reports on the other half.
+Then the best mix and the best equal weights are measured on rows of the .test file. Intervals are 95% bootstrap
 intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
 """
 
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 
 from benchmarks.pocket import find_base, find_data, hold_out, train_adapter, write_rows
 from edgelora.adapters.folder import Adapter
+from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
 from edgelora.data.rows import read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.mix.mix import Mix
-from edgelora.search.config import DISTINCT, SearchConfig
+from edgelora.search.config import DISTINCT_METHODS, SearchConfig
 from edgelora.search.objective import Objective, sum_up
 from edgelora.search.run import search
 from edgelora.search.space import Point
-from edgelora.terminal import print_json, print_note, print_table, show_progress
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,18 +39,18 @@ TASKS = ("slots-buses", "sql", "medical")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for adapters and searches; what it holds is reused")
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapters and searches; existing ones are reused")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=40)
     parser.add_argument("--method", default="linear", help="methods separated by commas, or all")
     parser.add_argument(
-        "--held-out", type=int, default=100, help="training rows per task that are kept for the search and its report"
+        "--held-out", type=int, default=100, help="training rows per task to hold out for the search and its report"
     )
     parser.add_argument("--rows", type=int, default=150, help="test rows per task")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     base, data = find_base(), find_data()
-    methods = DISTINCT if arguments.method == "all" else tuple(arguments.method.split(","))
+    methods = DISTINCT_METHODS if arguments.method == "all" else tuple(arguments.method.split(","))
     tests = {task: read_rows(data / f"{task}.test.jsonl")[: arguments.rows] for task in TASKS}
     held_out = split_rows(data, arguments.output / "data", arguments.held_out)
     found = []
@@ -74,11 +74,11 @@ def main() -> None:
         print_json({"held_out": arguments.held_out, "rows": arguments.rows, "budget": arguments.budget, "seeds": found})
         return
     columns = ["seed", "tried", "best", "equal weights", "kept out: gain", "test: equal keeps", "best keeps", "gain"]
-    print_table("what is kept of the single adapters", columns, [[str(value) for value in row.values()] for row in found])
+    print_table("share kept of the single adapters", columns, [[str(value) for value in row.values()] for row in found])
 
 
 def split_rows(data: Path, folder: Path, held_out: int) -> dict[str, tuple[Path, Path]]:
-    """Per task a file of rows to train on, and one of so many distinct rows that the first has none of."""
+    """Per task a file of rows to train on, and a file of `held_out` distinct rows that are not in the first."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for task in TASKS:

@@ -4,12 +4,12 @@
     python -m benchmarks.decode --shape llama-3.2-1b --peers-python peers/bin/python
     python -m benchmarks.decode --shape llama-3.2-1b --peers-python peers/bin/python --check    # same model?
 
-All engines get one checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32 by each engine's own
-tool (peer_models.py); ours in others by --block-size, for speed alone, as the weights lie on the grid of 32. They run in
-turns, A B C A B C, each in a process of its own that idles between its turns; each round has a prompt of its own, so that
-no prompt cache helps. `llama.cpp` is what `llama-quantize` makes by Q4_0, whose tied head has 6 or 8 bits;
-`llama.cpp-pure` has a head of 4 bits, as the others do. Loading is from warm files. The share of the machine's memory
-bandwidth is that of our weights: each decoded token reads all of them once, the tied embedding as the head.
+All engines get the same checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32 by each engine's own tool
+(peer_models.py). --block-size changes ours, for speed only, as the weights lie on the grid of 32. Runs are interleaved (A B C
+A B C), each engine in its own process, idle in between. Each round has a new prompt, so no prompt cache helps. `llama.cpp` is the
+result of `llama-quantize` with Q4_0, whose tied head has 6 or 8 bits; `llama.cpp-pure` has a 4-bit head, like the others. Loading
+is from a warm page cache. The share of memory bandwidth is that of our weights: each decoded token reads all of them once, the
+tied embedding as the head.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from edgelora_runtime import Bundle
 if TYPE_CHECKING:
     from benchmarks.workers import Worker
 
-REST = 0.2  # seconds before each turn, for the threads of the engine before to stop spinning
+REST = 0.2  # seconds before each run, so that the previous engine's threads stop spinning
 WARM_UP = 16  # single-token passes before the first timed round
 BANDWIDTH_BYTES = 1 << 28  # read by each thread
-NOISE = 0.05  # share of the CPU in other hands from which the table warns
-SAME_MODEL = 0.98  # least correlation of logits: int8 activations cost thousandths, wrongly ordered rows leave 0.1
+NOISE = 0.05  # share of the CPU used by other programs above which the table warns
+SAME_MODEL = 0.98  # minimum correlation of logits: int8 activations cost thousandths, wrongly ordered rows leave 0.1
 
 
 @dataclass
 class Figures:
-    """One engine's speeds, in tokens per second, a value per round."""
+    """One engine's speeds in tokens per second, one value per round."""
 
     version: str
     settings: str
@@ -77,7 +77,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Report:
-    """What a run found; its fields are those of the JSON output."""
+    """The result of a run. Its fields are those of the JSON output."""
 
     shape: str
     block_size: int  # of ours
@@ -87,15 +87,15 @@ class Report:
     rounds: int
     machine: dict[str, Any]
     other_work: float | None  # share of the CPU that other programs took, between 0 and 1
-    bandwidth: float  # bytes a second that the threads read from memory, the median of a look per round
-    bandwidth_share: float | None  # what our decode reads of it; None without ours
+    bandwidth: float  # bytes per second that the threads read from memory, median over rounds
+    bandwidth_share: float | None  # share that our decode reads; None without ours
     engines: dict[str, Figures]
     ratios: dict[str, dict[str, Ratio]]  # by peer, then prefill and decode
     missing: dict[str, str]
 
 
 def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int, threads: int) -> tuple[dict[str, Figures], float]:
-    """A warm-up with the first prompt, then a round per further prompt, engine after engine; and the memory's bandwidth."""
+    """Runs a warm-up with the first prompt, then a round per further prompt over all engines. Also measures memory bandwidth."""
     figures: dict[str, Figures] = {}
     for name, worker in workers.items():
         warm = worker.ask(verb="warm", prompt=prompts[0], tokens=WARM_UP)
@@ -113,19 +113,19 @@ def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int, t
 
 
 def measure_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads together read from arrays too large for any cache, the best of five."""
+    """Bytes per second that `threads` threads together read from arrays too large for any cache, best of five."""
     arrays = [np.ones(BANDWIDTH_BYTES // 8, np.int64) for _ in range(threads)]
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(5):
             start = time.perf_counter()
-            list(pool.map(np.max, arrays))  # numpy lets go of the GIL
+            list(pool.map(np.max, arrays))  # numpy releases the GIL
             seconds.append(time.perf_counter() - start)
     return threads * BANDWIDTH_BYTES / min(seconds)
 
 
 def count_weight_bytes(bundle: Path) -> int:
-    """Bytes of the blobs of a bundle's one variant."""
+    """Bytes of the blobs of a bundle's only variant."""
     manifest = Bundle.open(bundle).manifest
     return sum(manifest.blob_bytes(manifest.variants[manifest.default_variant].graphs["cpu"]).values())
 
@@ -145,7 +145,7 @@ def compare(figures: dict[str, Figures]) -> dict[str, dict[str, Ratio]]:
 
 
 def format_table(found: Report) -> str:
-    """The report for reading."""
+    """Prints the report as tables."""
     machine = found.machine
     lines = [
         f"{found.shape}, int4 in blocks of 32, ours of {found.block_size}: prompt {found.prompt}, decode {found.tokens} tokens, "
@@ -173,7 +173,7 @@ def format_table(found: Report) -> str:
 
 
 def check_models(workers: dict[str, Worker], prompt: list[int]) -> dict[str, float]:
-    """The correlation of each engine's logits behind the prompt with those of transformers, in fp32, not quantized.
+    """The correlation of each engine's logits after the prompt with those of transformers in fp32, unquantized.
 
     Empty without the reference.
     """
@@ -192,11 +192,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompt", type=int, default=128, help="length in tokens")
     parser.add_argument("--tokens", type=int, default=64, help="single-token passes to time")
-    parser.add_argument("--block-size", type=int, default=32, help="weights of ours that share a scale; peers have 32")
+    parser.add_argument("--block-size", type=int, default=32, help="block size of our quantization; peers use 32")
     parser.add_argument("--threads", type=int, default=count_cores(), help="default: physical cores")
-    parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, some GB")
-    parser.add_argument("--check", action="store_true", help="compare logits with transformers, not speed")
+    parser.add_argument("--peers-python", default=sys.executable, help="Python interpreter with the peers installed")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, several GB")
+    parser.add_argument("--check", action="store_true", help="compare logits with transformers instead of measuring speed")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     return parser.parse_args()
 
@@ -207,7 +207,7 @@ def main() -> int:
     shape = SHAPES[arguments.shape]
     cache = arguments.cache.resolve() / f"v{CACHE_VERSION}" / shape.name
     write_checkpoint(shape, cache)
-    length = -(-(arguments.prompt + arguments.tokens + 1) // 256) * 256  # llama.cpp rounds up to 256s by itself
+    length = -(-(arguments.prompt + arguments.tokens + 1) // 256) * 256  # llama.cpp rounds up to a multiple of 256
     prompts = [random_prompt(shape, arguments.prompt, seed) for seed in range(arguments.rounds + 1)]
     names = [*arguments.engines, REFERENCE] if arguments.check else arguments.engines
     workers, missing = start_workers(names, cache, arguments.peers_python, arguments.threads, length, arguments.block_size)
@@ -242,7 +242,7 @@ def main() -> int:
                 missing,
             )
             result, text = asdict(found), format_table(found)
-    except UnavailableError as reason:  # an engine that loaded but does not run
+    except UnavailableError as reason:  # the engine loaded but cannot run
         print(reason, file=sys.stderr)
         return 1
     finally:

@@ -2,10 +2,10 @@
 
     python -m benchmarks.engines ENGINE MODEL --threads 2 --length 256
 
-A worker imports its own engine only, so a peer's interpreter needs no edgelora. `--length` is the number of positions
-that the KV cache holds. Its first line out says how long loading took; then it answers requests: `warm`, `round`,
-`reload` and `logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last position only,
-the first token picked from them, then N single-token passes, each with a greedy pick.
+A worker imports only its own engine, so a peer's interpreter needs no edgelora. `--length` is the number of positions of the KV
+cache. The first output line gives the loading time; then the worker answers requests: `warm`, `round`, `reload` and `logits`.
+Every engine does the same work in a round: a prefill of the prompt with logits for its last position only, a greedy first token,
+then N single-token passes, each followed by a greedy pick.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """What one round took, in seconds, and the tokens that it picked."""
+    """The times of one round, in seconds, and the tokens that it picked."""
 
     prefill_seconds: float
     decode_seconds: float
@@ -41,22 +41,22 @@ class Round:
 
 
 class Engine(Protocol):
-    """One engine with one model open."""
+    """An engine with an open model."""
 
     version: str
-    settings: str  # how it runs, for the record; final once it is warm
+    settings: str  # describes its configuration; final after warm_up
 
     def run_round(self, prompt: list[int], count: int) -> Round:
         """Reads the prompt into an empty cache and picks a token, then runs `count` picked tokens one by one."""
 
     def warm_up(self, prompt: list[int], count: int) -> None:
-        """Runs once untimed, and finds the settings that are fastest here where an engine leaves a choice."""
+        """Runs once untimed, and picks the fastest settings if the engine offers a choice."""
 
     def reload(self) -> None:
-        """Lets go of the model and loads it again, until it can run."""
+        """Unloads the model and loads it again until it is ready to run."""
 
     def logits(self, prompt: list[int]) -> Floats:
-        """The logits behind the prompt, float32 (vocab,)."""
+        """The logits after the prompt, float32 (vocab,)."""
 
 
 def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: int) -> Round:
@@ -70,9 +70,9 @@ def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: i
 
 
 class EdgeloraEngine:
-    """Ours as an app calls it: the time includes turning tokens into text, and loading includes the tokenizer."""
+    """edgelora as an app calls it: times include detokenization, and loading includes the tokenizer."""
 
-    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (the cache grows by itself)
+    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (the cache grows as needed)
         import edgelora_runtime
 
         self.version = f"{edgelora_runtime.__version__} on onnxruntime {importlib.metadata.version('onnxruntime')}"
@@ -99,7 +99,7 @@ class EdgeloraEngine:
 
 
 class GenaiEngine:
-    """onnxruntime-genai, with its own generation loop and its own greedy search."""
+    """onnxruntime-genai with its own generation loop and greedy search."""
 
     def __init__(self, model: Path, threads: int, length: int) -> None:
         import onnxruntime_genai
@@ -113,22 +113,22 @@ class GenaiEngine:
         self.generator: Any = None
 
     def open_model(self) -> Any:
-        """The model, with our number of threads."""
+        """Loads the model with our number of threads."""
         config = self.library.Config(str(self.path))
         session = {"intra_op_num_threads": self.threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         return self.library.Model(config)
 
     def reset(self) -> None:
-        """Makes a new generator, with an empty cache; not timed."""
+        """Makes a new generator with an empty cache. Not timed."""
         self.generator = None
         parameters = self.library.GeneratorParams(self.model)
-        # min_length forbids the end token, so that no round stops early.
+        # min_length suppresses the end token, so that no round stops early.
         parameters.set_search_options(do_sample=False, max_length=self.length, min_length=self.length)
         self.generator = self.library.Generator(self.model, parameters)
 
     def pick(self) -> int:
-        """Runs the token picked before, unless the prompt ran last, and picks the next one."""
+        """Runs the last picked token, unless the prompt ran last, and picks the next one."""
         self.generator.generate_next_token()
         return int(self.generator.get_next_tokens()[0])
 
@@ -155,10 +155,10 @@ class GenaiEngine:
 
 
 class LlamaCppEngine:
-    """llama.cpp through llama-cpp-python's C functions: no Python sampler and no tokenizer in its way.
+    """llama.cpp through llama-cpp-python's C functions, without a Python sampler or tokenizer.
 
-    Its default for flash attention (auto, which is on) decodes at half its speed on some CPUs; warm_up takes the faster
-    of on and off. The KV cache stays fp16, its default.
+    On some CPUs its default for flash attention (auto, which means on) halves the decode speed, so warm_up picks the faster of on
+    and off. The KV cache stays fp16, the default.
     """
 
     def __init__(self, model: Path, threads: int, length: int) -> None:
@@ -178,7 +178,7 @@ class LlamaCppEngine:
         self.settings = "fp16 KV cache"
 
     def open_model(self) -> Any:
-        """The weights, packed for this CPU where llama.cpp does that."""
+        """Loads the weights; llama.cpp packs them for some CPUs."""
         model = self.library.llama_model_load_from_file(str(self.path).encode(), self.library.llama_model_default_params())
         if not model:
             raise RuntimeError(f"llama.cpp cannot load {self.path}")
@@ -194,7 +194,7 @@ class LlamaCppEngine:
         return self.library.llama_init_from_model(self.model, options)
 
     def run(self, tokens: list[int]) -> Floats:
-        """Runs tokens; the logits of the last one, float32 (vocab,), until the next run."""
+        """Runs tokens. Returns the logits of the last one, float32 (vocab,), valid until the next run."""
         batch = self.batch
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
@@ -210,7 +210,7 @@ class LlamaCppEngine:
         return np.ctypeslib.as_array(self.library.llama_get_logits_ith(self.context, -1), (self.vocab,))
 
     def reset(self) -> None:
-        """Empties the cache; not timed."""
+        """Empties the cache. Not timed."""
         self.library.llama_memory_clear(self.library.llama_get_memory(self.context), False)
         self.position = 0
 
@@ -221,7 +221,7 @@ class LlamaCppEngine:
     def warm_up(self, prompt: list[int], count: int) -> None:
         contexts = {False: self.context, True: self.open_context(flash=True)}
         seconds: dict[bool, list[float]] = {False: [], True: []}
-        for _ in range(3):  # the best of three turns each: the first one also warms up
+        for _ in range(3):  # best of three runs each; the first one also warms up
             for flash, self.context in contexts.items():
                 seconds[flash].append(self.run_round(prompt, count).decode_seconds)
         best = min(seconds, key=lambda flash: min(seconds[flash]))
@@ -236,7 +236,7 @@ class LlamaCppEngine:
         self.context = self.open_context(flash=False)
 
     def list_features(self) -> str:
-        """The CPU features that its build uses."""
+        """The CPU features that llama.cpp's build uses."""
         text = self.library.llama_print_system_info().decode().split(":", 1)[-1]
         return " ".join(part.split(" = ")[0].strip() for part in text.split("|") if " = 1" in part)
 
@@ -246,7 +246,7 @@ class LlamaCppEngine:
 
 
 class TransformersEngine:
-    """The reference that the others are checked against: the checkpoint in fp32, not quantized; never timed."""
+    """The reference for checking logits: transformers on the unquantized checkpoint in fp32. Never timed."""
 
     def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (no cache)
         import torch
@@ -261,7 +261,7 @@ class TransformersEngine:
         raise NotImplementedError(f"the reference runs no rounds ({len(prompt)} + {count} tokens)")
 
     def warm_up(self, prompt: list[int], count: int) -> None:
-        """Nothing to warm."""
+        """Does nothing: the reference is not timed."""
 
     def reload(self) -> None:
         raise NotImplementedError("the reference is not timed")
@@ -282,7 +282,7 @@ ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
 
 
 def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
-    """Does one request."""
+    """Answers one request."""
     if request["verb"] == "logits":
         return {"logits": engine.logits(request["prompt"]).tolist()}
     if request["verb"] == "warm":
@@ -296,7 +296,7 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_stdout() -> TextIO:
-    """Standard output for the protocol; whatever else writes to it goes to standard error from here on."""
+    """Reserves standard output for the protocol. Everything else written to it then goes to standard error."""
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return protocol

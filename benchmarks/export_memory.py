@@ -5,10 +5,10 @@
     .venv/bin/python -m benchmarks.export_memory --method gptq             # hours on two cores
     .venv/bin/python -m benchmarks.export_memory --method rtn --peers-python peers/bin/python
 
-Weights are random (shapes.py); the three adapters change attention only, rank 16. Memory is anonymous memory (RssAnon in
-/proc, so Linux only) of the exporting process and its children, sampled 50 times a second: pages of mapped files do not count,
-they can be dropped. The builder makes one model, from the checkpoint as it is: each variant takes it as long again, and a
-merged checkpoint.
+Weights are random (shapes.py). The three adapters have rank 16 and change only attention. Memory is anonymous memory (RssAnon in
+/proc, so Linux only) of the exporting process and its children, sampled 50 times per second. Pages of mapped files do not count,
+as the system can drop them. The builder makes one model, from the unchanged checkpoint: each variant would need a merged
+checkpoint and the same time again.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from pathlib import Path
 
 from benchmarks.shapes import ADAPTER_SIZE, ATTENTION, SHAPES, Shape, write_adapter, write_checkpoint, write_texts
 from benchmarks.workers import default_cache, last_line, report
+from edgelora.cli.terminal import print_json, print_table
 from edgelora.inspection import describe_bundle
-from edgelora.terminal import print_json, print_table
 from edgelora_runtime import Bundle
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
 ADAPTERS = ("first", "second", "third")
 METHODS = ("rtn", "gptq")
 PEER = "onnxruntime-genai, one model"
-TEXTS = 400  # of up to 512 tokens: more than GPTQ asks for
-INTERVAL = 0.02  # seconds between two looks at the memory
+TEXTS = 400  # of up to 512 tokens: more than GPTQ uses
+INTERVAL = 0.02  # seconds between samples
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What one export took.
+    """The cost of one export.
 
-    variant_share: bytes of a merged variant that no other maps, over the base variant's; the largest, None without one. merged,
-    live: how many of the variants with an adapter ended as what, as the gate can turn merged ones live; None for the peer.
+    variant_share: bytes that only one merged variant maps, over the base variant's bytes; the largest, None without merged
+    variants. merged, live: how many variants with an adapter ended merged or live, as the gate can turn merged ones live; None
+    for the peer.
     """
 
     peak_bytes: int
@@ -55,9 +56,9 @@ class Figures:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
-    parser.add_argument("--layers", type=int, help="only so many layers of the shape")
-    parser.add_argument("--method", choices=METHODS, action="append", help="repeatable; rtn without it")
-    parser.add_argument("--peers-python", type=Path, help="interpreter of the environment of benchmarks/peers.txt")
+    parser.add_argument("--layers", type=int, help="number of layers to use; all if omitted")
+    parser.add_argument("--method", choices=METHODS, action="append", help="repeatable; rtn if omitted")
+    parser.add_argument("--peers-python", type=Path, help="Python interpreter with benchmarks/peers.txt installed")
     parser.add_argument("--output", type=Path, default=default_cache(), help="folder for checkpoints and adapters")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -88,7 +89,7 @@ def main() -> None:
 
 
 def write_inputs(shape: Shape, cache: Path) -> None:
-    """The checkpoint, three adapters and texts to calibrate on, where they are missing."""
+    """Writes the checkpoint, three adapters and calibration texts, if they are missing."""
     checkpoint = write_checkpoint(shape, cache)
     for seed, name in enumerate(ADAPTERS):
         write_adapter(shape, checkpoint, adapter_folder(cache, name), ATTENTION, rank=16, seed=seed)
@@ -100,7 +101,7 @@ def adapter_folder(cache: Path, name: str) -> Path:
 
 
 def measure_export(cache: Path, method: str) -> Figures:
-    """A base and a merged variant per adapter, exported by the command line."""
+    """Exports a base and a merged variant per adapter through the command line."""
     recipe = [f"base = {json.dumps(str(cache / 'checkpoint'))}", "[adapters]"]
     recipe += [f"{name} = {json.dumps(str(adapter_folder(cache, name)))}" for name in ADAPTERS]
     recipe += ["[quantization]", "bits = 4", "block_size = 32", f'method = "{method}"']
@@ -121,7 +122,7 @@ def measure_export(cache: Path, method: str) -> Figures:
 
 
 def measure_builder(cache: Path, python: Path) -> Figures:
-    """onnxruntime-genai's builder, on the checkpoint alone."""
+    """Runs onnxruntime-genai's builder on the bare checkpoint."""
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         command = [str(python), "-m", "benchmarks.peer_models", "genai", str(cache / "checkpoint"), str(Path(folder) / "model")]
         report("exporting with onnxruntime-genai")
@@ -129,12 +130,14 @@ def measure_builder(cache: Path, python: Path) -> Figures:
 
 
 def watch(command: list[str]) -> Figures:
-    """Runs a command to its end, looking at its memory; exits with its last words if it fails."""
+    """Runs a command and samples its memory. If it fails, exits with the end of its output."""
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
-            peak = max(peak, sum(find_anonymous_memory(pid) or 0 for pid in family(process.pid)))  # none once it has ended
+            peak = max(
+                peak, sum(find_anonymous_memory(pid) or 0 for pid in family(process.pid))
+            )  # gone once the process has ended
             time.sleep(INTERVAL)
         seconds = time.perf_counter() - start
         if process.returncode != 0:
@@ -144,13 +147,13 @@ def watch(command: list[str]) -> Figures:
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """A process and all its descendants."""
     found = [pid]
-    for parent in found:  # grows while it is walked
+    for parent in found:  # grows during the loop
         for children in Path(f"/proc/{parent}/task").glob("*/children"):
             try:
                 found += map(int, children.read_text().split())
-            except OSError:  # ended meanwhile
+            except OSError:  # ended in the meantime
                 continue
     return found
 

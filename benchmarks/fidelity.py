@@ -1,12 +1,12 @@
-"""What int4 loses of an adapter: GPTQ against rounding to nearest, and against onnxruntime-genai's own builder.
+"""How much of an adapter int4 loses: GPTQ against rounding to nearest, and against onnxruntime-genai's builder.
 
     make test                                           # sets up .venv
     .venv/bin/python -m benchmarks.fidelity --output fidelity-run      # about an hour on two cores: most of it trains adapters
     .venv/bin/python -m benchmarks.fidelity --output fidelity-run --peer-python PYTHON     # an environment with onnxruntime-genai
 
-Every arm is compared with the unmerged adapter as PEFT runs it in float32, on rows of the .test files that nothing was trained,
-calibrated or chosen on: KL(PEFT ‖ arm) in nats per token of the completions, and slot F1 of what the arm writes. Intervals are
-95% bootstrap intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+Every arm is compared with the unmerged adapter in PEFT in float32, on rows of the .test files, which no training, calibration or
+choice used: KL(PEFT ‖ arm) in nats per completion token, and slot F1 of the written completions. Intervals are 95% bootstrap
+intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ import numpy as np
 import onnxruntime as ort
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import slot_f1
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.in_torch.reference import write_with_torch
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.bundle.fidelity import log_softmax
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization
@@ -53,7 +53,7 @@ PEER = "onnxruntime-genai"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True, help="folder for adapters and bundles; what it holds is reused")
+    parser.add_argument("--output", type=Path, required=True, help="folder for adapters and bundles; existing ones are reused")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=150, help="test rows per task for the divergence")
     parser.add_argument("--peer-python", type=Path, help="interpreter of an environment with onnxruntime-genai and torch")
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(base: Path, data: Path, folder: Path, seed: int, count: int, peer: Path | None) -> list[tuple[str, dict[str, Any]]]:
-    """Per task: the divergence of each row by arm, and slot F1 by arm where the task is slots."""
+    """Per task, each row's divergence by arm, and slot F1 by arm if the completions are slots."""
     adapters = {task: train_adapter(base, data / f"{task}.train.jsonl", folder / task, seed) for task in TASKS}
     variants = {task: VariantRecipe({task: 1.0}, merge_base="float") for task in TASKS}  # the teacher's own base
     for method in METHODS:
@@ -83,7 +83,7 @@ def measure(base: Path, data: Path, folder: Path, seed: int, count: int, peer: P
 
 
 def measure_task(base: Path, data: Path, folder: Path, task: str, seed: int, count: int, peer: Path | None) -> dict[str, Any]:
-    """One task's arms, as measure() gives them."""
+    """One task's arms, as in measure()."""
     adapter, rows = folder / task, read_rows(data / f"{task}.test.jsonl")
     teacher, wanted = load_teacher(base, adapter), [row.completion for row in rows]
     slots = slot_f1(wanted, wanted) is not None
@@ -135,7 +135,7 @@ def load_teacher(base: Path, adapter: Path) -> Logits:
 
 
 def load_peer(base: Path, adapter: Path, folder: Path, peer: Path) -> Logits:
-    """PEFT's own merge, saved as a checkpoint, built into int4 by onnxruntime-genai's builder with its defaults."""
+    """Merges with PEFT, saves a checkpoint, and builds int4 with onnxruntime-genai's builder and its defaults."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -148,7 +148,7 @@ def load_peer(base: Path, adapter: Path, folder: Path, peer: Path) -> Logits:
         command = [str(peer), "-m", "onnxruntime_genai.models.builder", "-i", str(checkpoint), "-o", str(built)]
         subprocess.run([*command, "-p", "int4", "-e", "cpu", "-c", str(folder / "cache")], check=True, capture_output=True)
     session = ort.InferenceSession(built / "model.onnx", providers=["CPUExecutionProvider"])
-    # The builder leaves the cache's last dimension a name, so it is read from the configuration it writes.
+    # The builder leaves the cache's last dimension symbolic, so read it from the configuration that it writes.
     head_size = json.loads((built / "genai_config.json").read_text())["model"]["decoder"]["head_size"]
     empty = {
         value.name: np.zeros((1, value.shape[1], 0, head_size), np.float32)
@@ -187,12 +187,12 @@ def report(divergences: dict[str, dict[str, list[Doubles]]], scores: dict[str, d
 
 
 def mean(rows: Doubles) -> float:
-    """Mean per token of sums per row."""
+    """The mean per token, from sums per row."""
     return float(rows[:, 0].sum() / rows[:, 1].sum())
 
 
 def interval(ours: Sequence[Doubles], theirs: Sequence[Doubles], generator: np.random.Generator) -> str:
-    """The ratio of two mean divergences, averaged over sets of rows, with its interval over resampled rows."""
+    """The ratio of two mean divergences, averaged over sets of rows, with a bootstrap interval over rows."""
     ratio = np.mean([mean(one) for one in ours]) / np.mean([mean(other) for other in theirs])
     drawn = []
     for _ in range(RESAMPLES):

@@ -1,12 +1,12 @@
-"""What an app pays before its first token: seconds of a fresh process, and bytes of the installed packages, beside the peers'.
+"""The cost before an app's first token: seconds of a fresh process, and bytes of the installed packages, next to the peers'.
 
     make test                                                        # sets up .venv
     .venv/bin/python -m benchmarks.first_token                       # exports pocket in int4 and times it
     .venv/bin/python -m benchmarks.first_token --bundle B --peers-python peers/bin/python
 
-Time runs from before `import edgelora_runtime` to the first piece of text, in a process of its own each round; the files are in
-the system's cache, as they are from the second start on. Sizes are of a package with all that it requires, as pip lists the files
-of each, without compiled Python; a peer is measured where an interpreter that has it is given.
+Time runs from before `import edgelora_runtime` to the first piece of text, in a new process each round. The files are in the
+system's page cache, as on every start but the first. Sizes cover a package and all its requirements, by pip's lists of files,
+without compiled Python. A peer is measured if --peers-python names an interpreter that has it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from pathlib import Path
 
 from benchmarks.pocket import find_base
 from benchmarks.workers import describe_machine
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import format_bytes, print_json, print_note, print_table
+from edgelora.formatting import format_bytes
 from edgelora_export.plan.variants import Quantization
 
 OURS = "edgelora"
@@ -69,7 +70,7 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Report:
-    """seconds: medians over rounds of each part and of all. bytes: of each package with what it requires."""
+    """seconds: medians over rounds, per part and in total. bytes: per package, with its requirements."""
 
     seconds: dict[str, float]
     bytes: dict[str, int]
@@ -79,10 +80,12 @@ class Report:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--bundle", type=Path, help="a bundle to start; pocket in int4 without it")
+    parser.add_argument("--bundle", type=Path, help="the bundle to start; pocket in int4 if omitted")
     parser.add_argument("--prompt", default="once upon a time there was a")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peers-python", type=Path, action="append", default=[], help="an interpreter with peers; repeatable")
+    parser.add_argument(
+        "--peers-python", type=Path, action="append", default=[], help="a Python interpreter with peers installed; repeatable"
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -96,13 +99,11 @@ def main() -> None:
         print_json(report)
         return
     print_table(f"median seconds of {arguments.rounds} starts", [*PARTS, "all"], [[f"{value:.3f}" for value in seconds.values()]])
-    print_table(
-        "installed, with all that is required", ["package", "size"], [[name, format_bytes(n)] for name, n in sizes.items()]
-    )
+    print_table("installed, with requirements", ["package", "size"], [[name, format_bytes(n)] for name, n in sizes.items()])
 
 
 def make_bundle(output: Path) -> Path:
-    """An int4 bundle of the real base, with one variant."""
+    """Exports an int4 bundle of the real base, with one variant."""
     print_note("exporting")
     recipe = Recipe(str(find_base()), {}, {"base": VariantRecipe({})}, Quantization(method="rtn"))
     export(recipe, output, gate="off")
@@ -110,7 +111,7 @@ def make_bundle(output: Path) -> Path:
 
 
 def time_starts(bundle: Path, prompt: str, rounds: int) -> dict[str, float]:
-    """Median seconds of each part of a start, and of all of it; the first start, which fills the system's cache, is left out."""
+    """Median seconds per part of a start, and in total. Leaves out the first start, which fills the page cache."""
     found = []
     for _ in range(rounds + 1):
         command = [sys.executable, "-c", START, str(bundle), prompt]
@@ -123,7 +124,7 @@ def time_starts(bundle: Path, prompt: str, rounds: int) -> dict[str, float]:
 
 
 def measure_size(python: Path, package: str) -> int:
-    """Bytes of a package's files and of those that it requires, in the environment of an interpreter; 0 where it is absent."""
+    """Bytes of a package and its requirements in an interpreter's environment. 0 if it is not installed."""
     printed = subprocess.run([str(python), "-c", SIZE, package], check=True, capture_output=True, text=True).stdout
     return sum(json.loads(printed).values())
 

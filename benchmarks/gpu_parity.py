@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu_parity --base BASE [--adapter ADAPTER] [--tokens 64] [--prompt TEXT …]
 
-Every provider of edgelora that finds a GPU runs the bundle twice: with fp16 weights, which must write torch's own tokens, and
-in int4, which must write those of the same graph on the CPU provider. Without a GPU it says so and ends. What a CPU alone can
-show of the gpu target is in tests/export/test_gpu_target.py.
+Every execution provider that finds a GPU runs the bundle twice: with fp16 weights, which must write torch's tokens, and in int4,
+which must write the tokens of the same graph on the CPU provider. Without a GPU the script says so and exits. Checks of the gpu
+target that need no GPU are in tests/export/graph/test_gpu_target.py.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora.cli.terminal import print_table
 from edgelora.composing.merge_into_base import merge_into
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_table
 from edgelora_export.architectures import read_decoder
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float32]
-    Answers = list[tuple[list[int], Floats]]  # per prompt, the tokens written and the prompt's logits (T, V)
+    Answers = list[tuple[list[int], Floats]]  # per prompt, the written tokens and the prompt's logits (T, V)
 
 VARIANT = "tuned"
 PROMPTS = ("Question: how does a library lend its books?\nAnswer:", "The city", "Once upon a time there was")
@@ -44,8 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", required=True, help="folder of the base")
     parser.add_argument("--adapter", type=Path, help="an adapter to merge into it")
-    parser.add_argument("--tokens", type=int, default=64, help="to write after each prompt")
-    parser.add_argument("--prompt", action="append", help="repeat for each; three short ones without it")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to write after each prompt")
+    parser.add_argument("--prompt", action="append", help="repeatable; three short prompts if omitted")
     arguments = parser.parse_args()
     base = Base.find(arguments.base)
     providers, reasons = find_gpus(read_decoder(base.config).architecture)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def find_gpus(architecture: str) -> tuple[list[str], list[str]]:
-    """Names of the GPU providers that are there, and why the others are not."""
+    """The available GPU providers, and why the others are unavailable."""
     providers, reasons = [], []
     for name in ("cuda", "webgpu"):
         try:
@@ -74,7 +74,7 @@ def find_gpus(architecture: str) -> tuple[list[str], list[str]]:
 def measure(
     base: str, adapters: dict[str, Path], prompts: Sequence[str], count: int, providers: Sequence[str], folder: Path
 ) -> None:
-    """Exports, runs everything, prints one row per provider and weight type."""
+    """Exports, runs everything, and prints a row per provider and weight type."""
     mix = dict.fromkeys(adapters, 1.0)
     rows = []
     for bits in (32, 4):
@@ -103,7 +103,7 @@ def measure(
 
 
 def ask_runtime(bundle: Path, provider: str, texts: Sequence[list[int]], count: int) -> tuple[float, Answers]:
-    """Tokens per second of decoding, and what the gpu target says."""
+    """Decode speed in tokens per second, and the gpu target's answers."""
     with Runtime(bundle, provider=provider, target="gpu") as runtime:
         answers, seconds, written = [], 0.0, 0
         for tokens in texts:
@@ -115,7 +115,7 @@ def ask_runtime(bundle: Path, provider: str, texts: Sequence[list[int]], count: 
 
 
 def ask_torch(model_folder: Path, texts: Sequence[list[int]], count: int) -> tuple[str, Answers]:
-    """The device, and what transformers says in fp16."""
+    """The device, and the answers of transformers in fp16."""
     import torch
     from transformers import AutoModelForCausalLM
 

@@ -1,12 +1,12 @@
-"""What a live adapter costs per token: decode and prefill of a live variant over those of a merged one, interleaved.
+"""The cost of a live adapter per token: decode and prefill times of a live variant over a merged one's, interleaved.
 
     make test                                                          # sets up .venv
     .venv/bin/python -m benchmarks.live --shape llama-3.2-1b
     .venv/bin/python -m benchmarks.live --shape smollm2-135m
 
-Weights are random (shapes.py), int4 in blocks of 32; the adapter has rank 16 on every linear layer of the decoder. A merged
-variant runs the very products of the bare base with other codes, so the bare base stands for it. Both variants are open in one
-process and take turns, a round each with a prompt of its own.
+Weights are random (shapes.py), int4 in blocks of 32. The adapter has rank 16 on every linear layer of the decoder. A merged
+variant runs the same products as the bare base with other codes, so the bare base represents it. Both variants are open in one
+process and interleaved, with a new prompt each round.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 from benchmarks.decode import REST, WARM_UP, Ratio
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, random_prompt, write_adapter, write_checkpoint
 from benchmarks.workers import OtherWork, default_cache, describe_machine, report
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def export_bundle(shape: Shape, cache: Path, rank: int) -> Path:
-    """A bundle of the base and one live variant, rounded to nearest."""
+    """Exports a bundle of the base and one live variant, rounded to nearest."""
     report(f"writing {shape.name}, random weights")
     checkpoint = write_checkpoint(shape, cache)
     adapter = write_adapter(shape, checkpoint, cache / f"all-linear-{rank}", ALL_LINEAR, rank=rank, seed=0)
@@ -74,7 +74,7 @@ def export_bundle(shape: Shape, cache: Path, rank: int) -> Path:
 
 
 def measure(runtime: Runtime, shape: Shape, rounds: int, prompt: int, tokens: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by phase and variant, a value per round: prefill of the whole prompt, and decode per token."""
+    """Seconds by phase and variant, one value per round: prefill of the whole prompt, and decode per token."""
     found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode, per token": {}}
     for turn in range(rounds + 1):
         for name in (MERGED, LIVE):

@@ -1,6 +1,6 @@
-"""The peers' models, made from one Hugging Face checkpoint by the peers' own tools.
+"""Makes the peers' models from one Hugging Face checkpoint, with the peers' own tools.
 
-It runs in the peers' environment (peers.txt), so nothing of edgelora is imported here.
+It runs in the peers' environment (peers.txt), so it imports nothing from edgelora.
 
     python -m benchmarks.peer_models genai CHECKPOINT FOLDER
     python -m benchmarks.peer_models gguf CHECKPOINT FILE.gguf [--type q4_0|q4_0-pure]
@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-# As fast as the builder makes it without changing what is computed. Not its defaults are `shared_embeddings` (one int4
-# table for the embedding and the head) and `prune_lm_head` (the head on the last position only). Block 32, accuracy
-# level 4 and one product for Q, K and V are its defaults on a CPU.
+# The builder's fastest options that do not change what is computed. `shared_embeddings` (one int4 table for the embedding and
+# the head) and `prune_lm_head` (the head on the last position only) are not defaults. Block 32, accuracy level 4 and one product
+# for Q, K and V are its defaults on a CPU.
 GENAI_OPTIONS = ["block_size=32", "accuracy_level=4", "shared_embeddings=true", "prune_lm_head=true"]
 
 
@@ -67,7 +67,7 @@ def rotary_divisors(config: dict[str, Any]) -> np.ndarray | None:
 
 
 def map_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Maps an fp16 safetensors file: name to array, nothing read yet."""
+    """Maps an fp16 safetensors file lazily: name → array."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
@@ -139,9 +139,9 @@ def write_float_gguf(checkpoint: Path, path: Path) -> None:
 def build_gguf(checkpoint: Path, path: Path, *, pure: bool) -> None:
     """Builds llama.cpp's model with the library function that `llama-quantize` calls.
 
-    Without `pure` it is what `llama-quantize FILE Q4_0` gives: Q4_0 matrices, and a tied embedding, being the head too,
-    in Q6_K (Q8_0 where the width is no multiple of 256). With it, as by `--pure`, that is Q4_0 as well: the bytes that
-    edgelora and onnxruntime-genai read.
+    Without `pure` the result is that of `llama-quantize FILE Q4_0`: Q4_0 matrices, with the tied embedding, which is also the
+    head, in Q6_K (Q8_0 if the width is not a multiple of 256). With `pure`, as with `--pure`, the embedding is Q4_0 too: the
+    same number of bytes that edgelora and onnxruntime-genai read.
     """
     import llama_cpp
 
@@ -158,7 +158,7 @@ def build_gguf(checkpoint: Path, path: Path, *, pure: bool) -> None:
 
 
 def main() -> None:
-    """Builds one model."""
+    """Builds the model that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     genai, gguf = verbs.add_parser("genai"), verbs.add_parser("gguf")

@@ -1,4 +1,4 @@
-"""The real base and tasks that benchmarks share: where they lie, rows that are kept out of training, adapters trained once."""
+"""The real base and tasks that benchmarks share: their folders, held-out rows, and adapters that are trained once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora.cli.terminal import print_note
 from edgelora.in_torch.train import TrainConfig, train
-from edgelora.terminal import print_note
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ def find_data() -> Path:
 
 
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Rows to train on, and so many distinct ones that the first have none of."""
+    """Splits rows into rows to train on and `count` distinct held-out rows that are not among them."""
     distinct = list(dict.fromkeys(rows))
     random.Random(0).shuffle(distinct)
     apart = set(distinct[:count])
@@ -43,7 +43,7 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
 
 def train_adapter(base: Path, rows: Path, folder: Path, seed: int, *, steps: int = STEPS, composable: int | None = None) -> Path:
-    """An adapter's folder; it is trained where it is not there yet."""
+    """An adapter's folder. Trains the adapter if the folder is missing."""
     if not folder.exists():
         print_note(f"training {folder.name}, seed {seed}")
         train(TrainConfig(str(base), rows, folder, lr=LEARNING_RATE, max_steps=steps, seed=seed, composable=composable))

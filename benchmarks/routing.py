@@ -1,12 +1,12 @@
-"""Routing without a second model: which prompts go to their own variant, how sure the router is, and what asking it costs.
+"""Routing without a second model: accuracy per task, calibration of the confidence, and cost of a pick.
 
     make test                                       # sets up .venv
     .venv/bin/python -m benchmarks.routing          # a minute on two cores
     .venv/bin/python -m benchmarks.routing --adapters FOLDER --json
 
 Needs the task data (EDGELORA_DATA, or ../shared/data). Routers learn from the .train files; figures are on the .test files.
---adapters: a folder with an adapter of each slots domain, named as its data, on the base `pocket` (EDGELORA_MODELS, or
-../shared/models): slot F1 of variant "auto" beside that of each domain's own variant, int4 by rounding to nearest.
+--adapters: a folder with an adapter per slots domain, named after its data, on the base `pocket` (EDGELORA_MODELS,
+or ../shared/models). It adds slot F1 of variant "auto" next to that of each domain's own variant, int4 by rounding to nearest.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.pocket import SLOTS, find_base, find_data
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import parse_slots
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, RouterRecipe, VariantRecipe
 from edgelora.exporting.train_router import train_router
-from edgelora.terminal import format_share, print_json, print_note, print_table
+from edgelora.formatting import format_share
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.router import AUTO, Router
@@ -35,16 +36,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 TASKS = (*SLOTS, "sql", "medical")
-OTHERS = "math"  # a task that no variant is for
-LENGTHS = (100, 400, 1600, 6400)  # bytes of a prompt, about four to a token
-BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)  # of confidence
+OTHERS = "math"  # a task without a variant
+LENGTHS = (100, 400, 1600, 6400)  # prompt lengths in bytes, about four per token
+BINS = (0.0, 0.5, 0.7, 0.9, 0.99, 1.0)  # bins of confidence
 MAX_TOKENS, REPEATS = 48, 200
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--adapters", type=Path, help="folder with an adapter of each slots domain, to measure slot F1")
-    parser.add_argument("--limit", type=int, help="score only the first rows of each test file")
+    parser.add_argument("--adapters", type=Path, help="folder with an adapter per slots domain, to measure slot F1")
+    parser.add_argument("--limit", type=int, help="score only this many rows of each test file")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     data = find_data()
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
-    """Shares per task, calibration, time and size of one router."""
+    """One router: shares per task, calibration, time and size."""
     started = time.process_time()
     prompts = {task: [row.prompt for row in read_rows(data / f"{task}.train.jsonl")] for task in tasks}
     packed = train_router(prompts, fallback=tasks[0])
@@ -92,7 +93,7 @@ def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def calibrate(confidences: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) -> list[dict[str, float]]:
-    """How often the router is right where it says so: rows, mean confidence and accuracy by confidence."""
+    """Calibration: rows, mean confidence and accuracy per bin of confidence."""
     places = np.digitize(confidences, BINS[1:-1])
     return [
         {
@@ -107,7 +108,7 @@ def calibrate(confidences: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) ->
 
 
 def time_pick(router: Router, text: str) -> float:
-    """Microseconds of one pick, the median of many: of this thread's own time, since other programs may run."""
+    """Microseconds per pick, the median of many, in this thread's CPU time, as other programs may be running."""
     times = []
     for _ in range(REPEATS):
         started = time.thread_time()
@@ -117,7 +118,7 @@ def time_pick(router: Router, text: str) -> float:
 
 
 def measure_f1(base: Path, data: Path, folder: Path, limit: int | None) -> dict[str, dict[str, float]]:
-    """Slot F1 by domain of its own variant, and of the one that the router picks."""
+    """Slot F1 by domain, of the domain's own variant and of the variant that the router picks."""
     recipe = Recipe(
         base=str(base),
         adapters={domain: folder / domain for domain in SLOTS},
@@ -148,7 +149,7 @@ def show(results: Mapping[str, Any]) -> None:
             for task, each in found["classes"].items()
         ]
         print_table(f"{count} variants: % of test rows", ["task", "rows", "to its own", "of those with slots", "fallback"], rows)
-        print(f"of {OTHERS}, which is none of theirs, {format_share(found['fallback_of_others'])}% fall back")
+        print(f"of {OTHERS}, which none of them serves, {format_share(found['fallback_of_others'])}% fall back")
         rows = [
             [f"{each['from']:g}", str(each["rows"]), f"{each['confidence']:.3f}", f"{each['accuracy']:.3f}"]
             for each in found["calibration"]

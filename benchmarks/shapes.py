@@ -1,8 +1,8 @@
 """Shapes of real models, and Hugging Face checkpoints of those shapes with random weights.
 
-Speed depends on shapes and not on what a model knows, so a benchmark needs no download. The weights are random points
-of the int4 grid that every engine's quantizer finds again exactly (blocks of 32, the extreme of each on code -8), so
-after quantization all engines still run the same model, and their logits can be compared.
+Speed depends on shapes and not on trained weights, so a benchmark needs no download. The weights are random points of an int4
+grid that every engine's quantizer recovers exactly (blocks of 32, with each block's extreme on code -8). So all engines run the
+same model even after quantization, and their logits can be compared.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SCALES = np.array([-1.5, -1.25, -1.0, 1.0, 1.25, 1.5], np.float32)  # in weight 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 ALL_LINEAR = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 DEVIATION = 5.0  # of the weights that draw_tensor draws, in weight units
-# Of an adapter's change over the weight's own size. Trained adapters are far smaller, but lie where the inputs are; random ones
-# meet random inputs no better than the noise of rounding does (7% of a weight), and at this size lead it as trained ones do.
+# Norm of an adapter's change over the weight's. Trained adapters are far smaller, but they act in the inputs' directions. Random
+# ones act on random inputs no more than rounding noise does (7% of a weight); at this size they exceed it as trained ones do.
 ADAPTER_SIZE = 0.5
 FIRST_FREE_TOKEN = 258  # 256 bytes, then bos and eos
 
@@ -57,7 +57,7 @@ class Shape:
     max_positions: int
     rope_theta: float
     rope_scaling: RopeScaling | None = None
-    weight_unit: float = 2.0**-8  # gives a deviation of 0.02, what Hugging Face initializes with
+    weight_unit: float = 2.0**-8  # gives a standard deviation of 0.02, Hugging Face's initialization
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each tensor's Hugging Face name and shape, in file order."""
@@ -82,8 +82,8 @@ SHAPES = {
     for shape in (
         Shape("llama-3.2-1b", 2048, 16, 32, 8, 64, 8192, 128256, 131072, 500000.0, RopeScaling(32.0)),
         Shape("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49152, 8192, 100000.0),
-        # Small ones that prove that every engine runs the same model: their weights are large, so that attention and
-        # rotary positions decide the logits; the widths are, and are not, multiples of 256 (llama.cpp's k-quants).
+        # Small shapes to verify that every engine runs the same model: large weights, so that attention and rotary positions
+        # determine the logits; widths that are and are not multiples of 256 (llama.cpp's k-quants).
         Shape("tiny-llama3", 512, 2, 8, 2, 64, 1024, 2048, 4096, 500000.0, RopeScaling(32.0, 1.0, 4.0, 64), 2.0**-6),
         Shape("tiny-smol", 576, 2, 9, 3, 64, 1536, 2048, 2048, 100000.0, None, 2.0**-6),
     )
@@ -91,7 +91,7 @@ SHAPES = {
 
 
 def random_prompt(shape: Shape, length: int, seed: int = 0) -> list[int]:
-    """Token ids drawn evenly from the vocabulary without its special tokens."""
+    """Token ids drawn uniformly from the vocabulary without its special tokens."""
     generator = np.random.default_rng(seed)
     return [int(token) for token in generator.integers(FIRST_FREE_TOKEN, shape.vocab, length)]
 
@@ -128,10 +128,10 @@ def make_config(shape: Shape) -> dict[str, object]:
 
 
 def draw_tensor(shape: Shape, name: str, size: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """One tensor as runs of fp16 values; each tensor has a seed of its own, so that order does not matter."""
+    """Yields one tensor in runs of fp16 values. Each tensor has its own seed, so the order of tensors does not matter."""
     generator = np.random.default_rng(zlib.crc32(f"{shape.name}/{name}".encode()))
     left, run = int(np.prod(size)), 1 << 22
-    if len(size) == 1:  # a norm: around one
+    if len(size) == 1:  # a norm's weight: around one
         yield (1 + 0.1 * generator.standard_normal(left)).astype("<f2")
         return
     while left:
@@ -144,7 +144,7 @@ def draw_tensor(shape: Shape, name: str, size: tuple[int, ...]) -> Iterator[np.n
 
 
 def write_weights(shape: Shape, path: Path) -> None:
-    """Writes the safetensors file run by run: the largest tensor never lies in memory whole.
+    """Writes the safetensors file run by run, so that no whole tensor is in memory.
 
     Format: https://github.com/huggingface/safetensors#format
     """
@@ -195,7 +195,7 @@ def make_tokenizer(shape: Shape) -> dict[str, object]:
 
 
 def write_checkpoint(shape: Shape, cache: Path) -> Path:
-    """The folder of a checkpoint of this shape in the folder `cache`, written unless it is there already."""
+    """The folder of a checkpoint of this shape under `cache`. Writes it if it is missing."""
     folder = cache / "checkpoint"
     if folder.exists():
         return folder
@@ -221,9 +221,9 @@ def write_checkpoint(shape: Shape, cache: Path) -> Path:
 
 
 def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequence[str], *, rank: int, seed: int) -> Path:
-    """A LoRA adapter in PEFT's format on these modules of every layer, fp16, random values, written unless it is there.
+    """Writes a random fp16 LoRA adapter in PEFT's format on these modules of every layer, if it is missing.
 
-    Its change of a weight, 2 * B @ A, is ADAPTER_SIZE times as large as the weight.
+    Its change of a weight, 2 * B @ A, has ADAPTER_SIZE times the weight's norm.
     """
     if folder.exists():
         return folder
@@ -254,7 +254,7 @@ def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequenc
 
 
 def write_texts(shape: Shape, path: Path, count: int, words: int = 512) -> Path:
-    """Texts of made-up words, a token each, as JSON lines: something to calibrate on."""
+    """Writes calibration texts of made-up words, one token each, as JSON lines."""
     lines = (json.dumps({"text": " ".join(f"w{id_}" for id_ in random_prompt(shape, words, seed))}) for seed in range(count))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

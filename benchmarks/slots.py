@@ -1,11 +1,11 @@
-"""Slot filling on a real base: what is left of an NF4 adapter after merging into int4, running live, and mixing.
+"""Slot filling on a real base: how much of an NF4 adapter remains after merging into int4, running live, and mixing.
 
     make test                                     # sets up .venv
     .venv/bin/python -m benchmarks.slots          # about 10 minutes on two cores
     .venv/bin/python -m benchmarks.slots --json --seed 1 --output slots-run
 
 Needs the base `pocket` and the slot-filling rows (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/models and ../shared/data).
-Adapters learn from the .train files alone; F1 is on the whole .test files.
+Adapters are trained only on the .train files. F1 is on the whole .test files.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import main_score
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.formatting import format_share
 from edgelora.in_torch.reference import write_with_torch
-from edgelora.terminal import format_share, print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 
@@ -32,7 +33,7 @@ ARMS = ("torch, NF4 base", "merged int4", "live int4", "merged float32")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder for adapters and bundles; a temporary one without it")
+    parser.add_argument("--output", type=Path, help="folder for adapters and bundles; temporary if omitted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

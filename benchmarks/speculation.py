@@ -1,14 +1,14 @@
-"""Speculation: decode speed with guesses over that without, on real tasks; whether answers stay the same; what steps cost.
+"""Speculative decoding: speed-up on real tasks, agreement of the answers, and cost of steps.
 
     python -m benchmarks.speculation --output run              # trains adapters and exports them, if run has none yet
-    python -m benchmarks.speculation --bundle BUNDLE --steps   # costs alone: steps with 0 to 8 guesses, at any bundle's shape
+    python -m benchmarks.speculation --bundle BUNDLE --steps   # only costs: steps with 0 to 8 draft tokens, for any bundle
 
-Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and starts of
-stories on the bare base, which has no draft table; none is in a cache. Prompt by prompt modes take turns in random order, with a
-pause between: onnxruntime's threads spin on after a step, at the cost of another runtime's. Decoding is all that an answer takes
-beyond the reading of its prompt without guesses, as the step that reads it reads guesses, too. Of each prompt the median of
-rounds counts; a figure is their sum without speculation over that with it, its 95% interval from drawing prompts anew. Answers
-are greedy.
+Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and
+beginnings of stories on the bare base, which has no draft table. None of them is cached. For each prompt the modes run in random
+order with pauses, as onnxruntime's threads keep spinning after a step and slow other runtimes down. Decode time is an answer's
+time minus that of reading its prompt without draft tokens, because the step that reads the prompt also reads draft tokens. Each
+prompt counts with its median over rounds. A speed-up is the sum of these without speculation over the sum with it; its 95%
+interval comes from resampling prompts. Answers are greedy.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from unittest.mock import patch
 import numpy as np
 
 from benchmarks.pocket import find_base, find_data, train_adapter
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import read_rows
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.decode.drafter import Drafter
@@ -42,17 +42,17 @@ TASKS = ("slots-buses", "slots-homes", "sql")
 STORIES = "base"
 MODES = ("on", "auto")
 STEPS, MAX_TOKENS = 150, 64
-PAUSE = 0.005  # seconds, several times as long as threads spin
-STORY, CONTEXT = 120, 64  # characters of a story's start; tokens before the steps that are measured
+PAUSE = 0.005  # seconds, several times as long as threads keep spinning
+STORY, CONTEXT = 120, 64  # characters of a story's beginning; tokens before the measured steps
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", type=Path, help="folder for adapters and the bundle; a temporary one without it")
+    parser.add_argument("--output", type=Path, help="folder for adapters and the bundle; temporary if omitted")
     parser.add_argument("--bundle", type=Path, help="with --steps: the bundle whose default variant is measured")
     parser.add_argument("--steps", action="store_true", help="measure steps alone")
     parser.add_argument("--prompts", type=int, default=60)
-    parser.add_argument("--identical", type=int, default=125, help="prompts of each task whose answers are compared")
+    parser.add_argument("--identical", type=int, default=125, help="prompts per task whose answers are compared")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", action="store_true")
@@ -73,15 +73,15 @@ def main() -> None:
         print_json(results)
         return
     rows = [[str(n), f"{each['cost']:.2f}", f"{each['pays_from']:.2f}"] for n, each in enumerate(results["steps"], 1)]
-    print_table("steps, in steps of one row", ["guesses", "cost", "pays from this share of right guesses on"], rows)
+    print_table("steps, in steps of one row", ["guesses", "cost", "break-even share of accepted draft tokens"], rows)
     if "tasks" in results:
         keys = list(next(iter(results["tasks"].values())))
         rows = [[task, *(str(each[key]) for key in keys)] for task, each in results["tasks"].items()]
-        print_table("decode speed over that without speculation, and answers", ["task", *keys], rows)
+        print_table("decode speed relative to no speculation, and answers", ["task", *keys], rows)
 
 
 def make_bundle(output: Path) -> Path:
-    """An int4 bundle of the real base, with an adapter and its draft table for each task."""
+    """Exports an int4 bundle of the real base, with an adapter and its draft table per task."""
     bundle = output / "bundle"
     if not bundle.exists():
         adapters = {
@@ -102,7 +102,7 @@ def find_prompts(count: int) -> dict[str, list[str]]:
 
 
 def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, threads: int | None) -> dict[str, Any]:
-    """Ratios by mode, after a round that is not counted; a runtime per mode, so that each learns on its own."""
+    """Speed ratios by mode, after an uncounted round. Each mode has its own runtime, so each adapts on its own."""
     modes = ("off", *MODES)
     runtimes = [Runtime(bundle, cache_budget=0, threads=threads, provider="cpu") for _ in modes]
     reading, writing = np.empty((2, rounds + 1, len(modes), len(prompts)))  # milliseconds
@@ -128,7 +128,7 @@ def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, t
 
 
 def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int | None) -> dict[str, str]:
-    """How many answers are those of the same kernel without a guess, and how many those without speculation."""
+    """How many answers agree with the same kernels without draft tokens, and how many with no speculation."""
 
     def answer(mode: str) -> Iterator[tuple[int, ...]]:
         with Runtime(bundle, threads=threads, provider="cpu") as runtime:
@@ -144,7 +144,7 @@ def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int
 
 
 def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict[str, float]]:
-    """Of steps with 1 to 8 guesses: cost in steps of one row, median of rounds, and the share of right guesses that pays it."""
+    """For steps with 1 to 8 draft tokens: the cost in one-row steps, median over rounds, and the break-even acceptance rate."""
     manifest = bundle.manifest
     graph = manifest.variants[manifest.default_variant].graphs["cpu"].file
     kernels = choose_kernels("auto", manifest.quantization, provider="cpu", target="cpu")
@@ -167,7 +167,7 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
 
 
 def find_break_even(cost: float, guesses: int) -> float:
-    """The share p of right guesses with which 1 + p + p² + … + p^guesses tokens are worth a step's cost; over 1 if none is."""
+    """The acceptance rate p at which 1 + p + p² + … + p^guesses tokens equal a step's cost. Above 1 if no rate does."""
     shares = np.arange(0, 1001) / 1000
     worth = np.sum([shares**power for power in range(guesses + 1)], axis=0) >= cost
     return float(shares[worth.argmax()]) if worth.any() else float("inf")

@@ -1,11 +1,11 @@
-"""What switching costs at a real model's shape, in time and memory, next to loading a model in llama.cpp and onnxruntime-genai.
+"""The cost of switching at a real model's shape, in time and memory, next to loading a model in llama.cpp and onnxruntime-genai.
 
     python -m benchmarks.switching --shape llama-3.2-1b --peers-python peers/bin/python    # peers: see decode.py
 
-Random weights, a base and merged variants that differ in their attention, eight live adapters on every linear layer. Cold: the
-variant was let go of, its files are in the system's cache, and no variant is loaded, or another one is; what peers need for
-either is loading their model again, in a process that has loaded it before. All of them take turns, a round each. A cached
-context is one that the variant read before others ran. Memory is what the process holds after one token, without keys and values.
+Weights are random: a base, merged variants that differ in their attention, and eight live adapters on every linear layer. Cold:
+the variant is unloaded, its files are in the system's page cache, and either no variant is loaded or another one is. For both,
+peers must reload their model, in a process that has loaded it before. All engines are interleaved. A cached context is one that
+the variant read before others ran. Memory is what the process holds after one token, without keys and values.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from benchmarks.workers import (
     report,
     start_workers,
 )
+from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.terminal import print_json, print_note, print_table
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, PackedCache, Runtime
 from edgelora_runtime.residency.memory import find_anonymous_memory
@@ -47,16 +47,16 @@ if TYPE_CHECKING:
 
 MERGED = ("base", "merged1", "merged2", "merged3")
 LIVE = tuple(f"live{number}" for number in range(1, 9))
-CONTEXT, STEPS = 500, 16  # tokens of the cached context, and single-token passes that its decode step is the mean of
-RETURNS = 5  # to a cached context, each time after another variant ran
+CONTEXT, STEPS = 500, 16  # tokens of the cached context, and single-token passes to average a decode step over
+RETURNS = 5  # switches to a cached context, each after another variant ran
 
 
 @dataclass
 class Figures:
-    """Milliseconds, a value per round and variant. cold: by who loads: plain (edgelora), packed (with a packed cache), the peers.
+    """Milliseconds, one value per round and variant. cold: by loader: plain (edgelora), packed (with a packed cache), the peers.
 
-    beside: the same while another merged variant is loaded. steps: the first token behind a cached context, over a decode step
-    there.
+    beside: the same while another merged variant is loaded. steps: time to the first token after a cached context, over that of
+    a decode step.
     """
 
     warm: list[float] = field(default_factory=list)
@@ -68,10 +68,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Memory:
-    """What variants hold: anonymous memory of the process, and the weights that it maps.
+    """Memory of variants: the process's anonymous memory, and the weights that it maps.
 
-    merged: of a further merged variant what it holds of its own, over its weights. live: of eight live variants all that they
-    hold, over that of one. Each without and with a packed cache; the files of factors that one maps do not count.
+    merged: the own memory of a further merged variant, over its weights. live: the memory of eight live variants over that of
+    one. Each without and with a packed cache; mapped files of factors do not count.
     """
 
     merged: tuple[float, float]
@@ -83,9 +83,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=count_cores(), help="default: physical cores")
-    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="of edgelora; those of its own pack nothing")
-    parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, some GB")
+    parser.add_argument("--kernels", choices=KERNELS, default="auto", help="kernels of edgelora to use; its own pack nothing")
+    parser.add_argument("--peers-python", default=sys.executable, help="Python interpreter with the peers installed")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder for models, several GB")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def export_bundle(shape: Shape, cache: Path) -> Path:
-    """The base, merged and live variants, rounded to nearest."""
+    """Exports the base, merged and live variants, rounded to nearest."""
     report(f"writing {shape.name}, random weights")
     checkpoint = write_checkpoint(shape, cache)
     kinds = dict.fromkeys(MERGED[1:], ATTENTION) | dict.fromkeys(LIVE, ALL_LINEAR)
@@ -143,7 +143,7 @@ def export_bundle(shape: Shape, cache: Path) -> Path:
 
 
 def measure_memory(bundle: Path, packed: PackedCache, threads: int, kernels: str) -> Memory:
-    """Each in a process of its own; what the first variant takes once, such as onnxruntime's own memory, does not count."""
+    """Measures memory, each case in its own process. One-time costs of the first variant, such as onnxruntime's, do not count."""
     manifest = Bundle.open(bundle).manifest
     sizes = [sum(manifest.blob_bytes(manifest.variants[name].graphs["cpu"]).values()) for name in MERGED[1:]]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -160,7 +160,7 @@ def measure_memory(bundle: Path, packed: PackedCache, threads: int, kernels: str
 
 
 def hold(bundle: Path, packed: PackedCache | None, variants: Sequence[str], threads: int, kernels: str) -> list[int]:
-    """Anonymous memory before any variant, and after each wrote a token, the ones before still loaded."""
+    """Anonymous memory before any variant, and after each variant wrote a token, with all previous ones loaded."""
     held = [find_anonymous_memory() or 0]
     with Runtime(bundle, threads=threads, kernels=kernels, packed_cache=packed, memory_budget="64GiB", cache_budget=0) as runtime:
         for variant in variants:
@@ -194,7 +194,7 @@ def measure(
 
 
 def measure_warm(runtime: Runtime, shape: Shape, turn: int, found: Figures) -> None:
-    """Switching between variants that are loaded, and back to what they have read."""
+    """Measures switches between loaded variants, and back to their cached contexts."""
     for variant in (*MERGED, *LIVE):
         runtime.switch(variant)
     found.warm += [runtime.switch(variant).milliseconds for variant in MERGED]
@@ -212,7 +212,7 @@ def measure_warm(runtime: Runtime, shape: Shape, turn: int, found: Figures) -> N
 
 def show(figures: Figures, memory: Memory, shape: Shape) -> None:
     rows = [["warm switch", _spread(figures.warm, "ms")], ["live switch", _spread(figures.live, "ms")]]
-    rows += [["first token behind a cached context", _spread(figures.steps, "decode steps")]]
+    rows += [["first token after a cached context", _spread(figures.steps, "decode steps")]]
     rows += [[f"cold: {name}", _spread(values, "ms")] for name, values in figures.cold.items()]
     rows += [[f"cold, another is loaded: {name}", _spread(values, "ms")] for name, values in figures.beside.items()]
     for name in figures.cold.keys() - figures.beside.keys():

@@ -1,4 +1,4 @@
-"""The engines' models and processes: builds what is missing, starts one worker per engine, describes the machine."""
+"""The engines' models and processes: builds missing models, starts a worker per engine, and describes the machine."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Any
 from edgelora_runtime.residency.cache_folder import find_cache_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE_VERSION = "1"  # raise it when what shapes.py or peer_models.py write changes
+CACHE_VERSION = "1"  # increase it when the output of shapes.py or peer_models.py changes
 OURS, REFERENCE = "edgelora", "transformers"
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How a peer gets its model: its package and module, and what peer_models.py is called with."""
+    """How to make a peer's model: its package and module, and the arguments of peer_models.py."""
 
     package: str
     module: str
@@ -39,11 +39,11 @@ PEERS = {
 
 
 class UnavailableError(Exception):
-    """An engine cannot take part; the message says why."""
+    """An engine is unavailable; the message says why."""
 
 
 class Worker:
-    """An engine in a process of its own, started once."""
+    """An engine in its own process, started once."""
 
     def __init__(self, python: str, engine: str, model: Path, threads: int, length: int) -> None:
         command = [python, "-m", "benchmarks.engines", engine, str(model)]
@@ -65,7 +65,7 @@ class Worker:
         return self._receive()
 
     def close(self) -> None:
-        """Ends the process: it stops where its input ends."""
+        """Ends the process by closing its input."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
@@ -85,7 +85,7 @@ class Worker:
 def start_workers(
     names: list[str], cache: Path, peers_python: str, threads: int, length: int, block_size: int = 32
 ) -> tuple[dict[str, Worker], dict[str, str]]:
-    """The worker of each engine, its model built where need be; and for engines without one, the reason. block_size: of ours."""
+    """Starts a worker per engine, building missing models. Returns reasons for engines without one. block_size: of ours."""
     models: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for name in names:
@@ -111,7 +111,7 @@ def find_model(name: str, peers_python: str, cache: Path, block_size: int) -> Pa
 
 
 def export_bundle(cache: Path, block_size: int) -> Path:
-    """Exports the checkpoint anew: the bundle is never older than the exporter."""
+    """Exports the checkpoint every time, so that the bundle is never older than the exporter."""
     recipe, bundle = cache / "recipe.toml", cache / "bundle"
     recipe.write_text(
         f"base = {json.dumps(str(cache / 'checkpoint'))}\n"
@@ -125,11 +125,11 @@ def export_bundle(cache: Path, block_size: int) -> Path:
 
 
 def build_peer(peer: Peer, python: str, cache: Path) -> Path:
-    """The peer's model, built in the peers' environment unless this version of the peer has built it before."""
+    """The peer's model. Builds it in the peers' environment unless this version of the peer has done so before."""
     probe = f"import importlib.metadata, {peer.module}; print(importlib.metadata.version('{peer.package}'))"
     found = subprocess.run([python, "-c", probe], capture_output=True, text=True)
     if found.returncode != 0:
-        raise UnavailableError("not installed: pip install -r benchmarks/peers.txt, and name it by --peers-python")
+        raise UnavailableError("not installed: pip install -r benchmarks/peers.txt, and pass its interpreter with --peers-python")
     model = cache / f"{peer.package}-{found.stdout.strip()}-{peer.file}"
     if not model.exists():
         report(f"building {model.name}")
@@ -139,14 +139,14 @@ def build_peer(peer: Peer, python: str, cache: Path) -> Path:
 
 
 def run_tool(command: list[str], what: str) -> None:
-    """Runs a command to its end; raises UnavailableError with its last words."""
+    """Runs a command. Raises UnavailableError with the end of its output if it fails."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise UnavailableError(f"cannot be {what}: {last_line(done.stderr)}")
 
 
 def read_once(model: Path) -> None:
-    """Brings a model's files into the page cache, so that loading is equally warm for all."""
+    """Reads a model's files into the page cache, so that loading is equally warm for all engines."""
     for path in [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]:
         with path.open("rb") as file:
             while file.read(1 << 24):
@@ -154,22 +154,22 @@ def read_once(model: Path) -> None:
 
 
 def last_line(text: str) -> str:
-    """The last line of a program's complaint."""
+    """The last line of a program's error output."""
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
 def report(what: str) -> None:
-    """Tells whoever waits what goes on."""
+    """Prints a status line on standard error."""
     print(f"{what} …", file=sys.stderr)
 
 
 def default_cache() -> Path:
-    """The folder for what benchmarks make."""
+    """The default folder for the benchmarks' files."""
     return find_cache_folder() / "edgelora-bench"
 
 
 def count_cores() -> int:
-    """The physical cores that this process may use; without Linux's topology files, the logical ones."""
+    """The physical cores that this process may use. Without Linux's topology files, the logical ones."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = set()
@@ -180,7 +180,7 @@ def count_cores() -> int:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Where figures come from."""
+    """The machine that figures come from."""
     model = platform.processor() or platform.machine()
     if sys.platform == "darwin":
         brand = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
@@ -197,14 +197,14 @@ def describe_machine() -> dict[str, Any]:
 
 
 class OtherWork:
-    """How much of the CPU went to neither this process nor the workers since the start; Linux only."""
+    """The share of the CPU that went to neither this process nor its workers since the start. Linux only."""
 
     def __init__(self, workers: dict[str, Worker]) -> None:
         self.paths = [Path(f"/proc/{pid}/stat") for pid in (os.getpid(), *(w.process.pid for w in workers.values()))]
         self.start = self._read()
 
     def share(self) -> float | None:
-        """Between 0 and 1; None where it cannot be known."""
+        """The share, between 0 and 1. None if it cannot be measured."""
         now = self._read()
         if self.start is None or now is None:
             return None
@@ -212,7 +212,7 @@ class OtherWork:
         return max(0.0, (now[1] - self.start[1]) / elapsed) if elapsed else None
 
     def _read(self) -> tuple[float, float] | None:
-        """Seconds on the clock, and CPU seconds of others."""
+        """Wall-clock seconds, and CPU seconds of other programs."""
         if sys.platform != "linux":
             return None
         # proc(5): user, nice, system, idle, iowait, irq, softirq, steal; and utime and stime of a process.

@@ -82,7 +82,7 @@ def generate() -> dict[Path, str]:
 def write_recipe_page() -> str:
     """The reference of recipe.toml, from the keys that its parser reads and the defaults of its dataclasses."""
     from edgelora.exporting import recipe, recipe_keys
-    from edgelora.mix.methods import METHODS
+    from edgelora.mix.methods import MIX_METHODS
 
     owners = {field.name: field.default_factory for field in fields(recipe.Recipe)}
     sections: tuple[tuple[str, str, Mapping[str, recipe_keys.Key], Any], ...] = (
@@ -130,7 +130,7 @@ def write_recipe_page() -> str:
         *_table(("method", "what it does", "reads")),
         *(
             _row(f"`{name}`", method.summary, ", ".join(f"`{key}`" for key in method.settings))
-            for name, method in METHODS.items()
+            for name, method in MIX_METHODS.items()
         ),
     ]
     return "\n".join(lines) + "\n"

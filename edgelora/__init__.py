@@ -1,4 +1,4 @@
-"""edgelora: mix LoRA adapters on one 4-bit base, compile the mixes, switch between them in milliseconds."""
+"""Mixes LoRA adapters on one 4-bit base, compiles the mixes, and switches between them in milliseconds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from edgelora_runtime import (
     InputError,
     IntegrityError,
     MissingExtraError,
+    PackedCache,
     Receipt,
     ResourceError,
     Route,
@@ -23,7 +24,9 @@ from edgelora_runtime import (
 
 if TYPE_CHECKING:
     from edgelora.composing.compose import compose
+    from edgelora.evaluation import evaluate
     from edgelora.exporting.export import export
+    from edgelora.exporting.recipe import Recipe
     from edgelora.in_torch.train import TrainConfig, train
 
 __all__ = [
@@ -33,7 +36,9 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "MissingExtraError",
+    "PackedCache",
     "Receipt",
+    "Recipe",
     "ResourceError",
     "Route",
     "Runtime",
@@ -42,21 +47,33 @@ __all__ = [
     "UsageError",
     "__version__",
     "compose",
+    "evaluate",
     "export",
     "train",
 ]
 
-# Imported when first asked for: they bring torch or onnx. Package that may be absent → the extra that has it.
-_LAZY = {"compose": "composing.compose", "export": "exporting.export", "train": "in_torch.train", "TrainConfig": "in_torch.train"}
-_EXTRAS = {"onnx": "export", "onnx_ir": "export", "torch": "export", "transformers": "export"}
+# Loaded on first use, as they bring torch, onnx or more of edgelora: name → module.
+_LAZY = {
+    "Recipe": "edgelora.exporting.recipe",
+    "TrainConfig": "edgelora.in_torch.train",
+    "compose": "edgelora.composing.compose",
+    "evaluate": "edgelora.evaluation",
+    "export": "edgelora.exporting.export",
+    "train": "edgelora.in_torch.train",
+}
+_EXTRAS = {"onnx": "export", "onnx_ir": "export", "torch": "export", "transformers": "export"}  # package → extra that has it
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'edgelora' has no attribute {name!r}")
     try:
-        return getattr(import_module(f"edgelora.{_LAZY[name]}"), name)
+        return getattr(import_module(_LAZY[name]), name)
     except ModuleNotFoundError as error:
         if error.name in _EXTRAS:
             raise MissingExtraError(error.name, _EXTRAS[error.name]) from error
         raise
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,4 +1,4 @@
-"""python -m edgelora: the command line."""
+"""Runs the command line: `python -m edgelora`."""
 
 from edgelora.cli.app import main
 

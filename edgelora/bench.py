@@ -1,4 +1,4 @@
-"""`edgelora bench`: what a bundle's variants cost on this machine: switching, prefill, decode, memory."""
+"""Measures what a bundle's variants cost on this machine: switching, prefill, decode and memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.terminal import format_bytes, print_json, print_table
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
@@ -21,11 +20,11 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class VariantFigures:
-    """Medians over rounds.
+    """A variant's medians over the rounds.
 
-    cold_ms: until a variant that was not loaded can run, its files in the system's cache. warm_ms: the same once it is loaded.
-    prefill, decode: tokens per second. again_ms: first token of a prompt whose keys and values are cached, after other variants
-    ran.
+    cold_ms: time to switch to the variant when it is not loaded, with its files in the system's page cache. warm_ms: the same
+    when it is loaded. prefill, decode: tokens per second. again_ms: time to the first token of a prompt whose keys and values
+    are cached, after other variants have run.
     """
 
     cold_ms: float
@@ -37,11 +36,11 @@ class VariantFigures:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What a run found. prompt, tokens: lengths. Bytes are those with all variants loaded.
+    """The result of a run. prompt, tokens: lengths in tokens.
 
-    kernels: Runtime.kernels. mapped: of weights on disk, each blob once. shared: of those that several variants map. private: of
-    what else they take, onnxruntime's packed copies above all. resident: of the process that no file backs; None where the system
-    does not tell.
+    Memory is in bytes, with all variants loaded. kernels: Runtime.kernels. mapped: weights on disk, each blob counted once.
+    shared: the part of these that several variants map. private: everything else they take, mainly onnxruntime's packed copies.
+    resident: the process's memory that no file backs; None if the system does not tell.
     """
 
     variants: dict[str, VariantFigures]
@@ -65,7 +64,10 @@ def bench(
     rounds: int = 5,
     on_progress: Callable[[int, int, str], None] = lambda *_: None,
 ) -> BenchReport:
-    """Measures variants in turns, with prompts of random tokens; raises UsageError for lengths that do not fit the context."""
+    """Measures variants, interleaved within each round, on prompts of random tokens.
+
+    Raises UsageError for lengths that do not fit the context.
+    """
     model = runtime.bundle.manifest.model
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
         if value < 1:
@@ -102,34 +104,6 @@ def bench(
         shared=usage.shared,
         private=usage.private,
         resident=find_anonymous_memory(),
-    )
-
-
-def show_bench(report: BenchReport, as_json: bool) -> None:
-    """Prints a report as a table and a line, or as JSON."""
-    if as_json:
-        print_json(report)
-        return
-    columns = ["variant", "cold switch ms", "warm switch ms", "prefill tok/s", "decode tok/s", "cached prompt ms"]
-    rows = [
-        [
-            name,
-            f"{figures.cold_ms:.0f}",
-            f"{figures.warm_ms:.2f}",
-            f"{figures.prefill:.1f}",
-            f"{figures.decode:.1f}",
-            f"{figures.again_ms:.1f}",
-        ]
-        for name, figures in report.variants.items()
-    ]
-    title = (
-        f"prompt {report.prompt}, {report.tokens} tokens, medians of {report.rounds} rounds, {report.provider}, {report.kernels}"
-    )
-    print_table(title, columns, rows)
-    resident = "" if report.resident is None else f"; the process holds {format_bytes(report.resident)} beside its files"
-    print(
-        f"loaded: {format_bytes(report.mapped)} of weights, {format_bytes(report.shared)} of them shared, "
-        f"{format_bytes(report.private)} packed{resident}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`edgelora doctor`: what this machine has of what edgelora can use, and what to install."""
+"""Finds out what edgelora can use on this machine, and what to install."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ EXTRAS = {
     "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets"),
 }
 
-# Distributions that install the same files; onnxruntime-genai and the onnxruntime-ep-… plugins stand beside them.
+# Distributions that install the same files. onnxruntime-genai and the onnxruntime-ep-… plugins do not clash with them.
 _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", "-webgpu", "-openvino", "-qnn", "-silicon")}
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """python, system: versions. cores: logical. memory: bytes, None if unknown. packages: version or None per package.
+    """What diagnose() found.
 
-    providers: onnxruntime's. kernels: the instruction set of edgelora's own, None without. packed_cache: its folder, the bytes in
-    it. advice: one line per thing to do, empty if all is well.
+    python, system: versions. cores: logical cores. memory: bytes, None if unknown. providers: onnxruntime's execution
+    providers. kernels: the instruction set of edgelora's own kernels, None if they are absent. packages: version per package,
+    None if it is not installed. packed_cache: the folder, and the bytes in it. advice: one line per thing to do, empty if all
+    is well.
     """
 
     python: str
@@ -45,7 +47,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Looks at the installed packages and at onnxruntime; imports nothing heavier."""
+    """Checks the installed packages and onnxruntime. Imports nothing heavier than onnxruntime."""
     packages = {name: _version(name) for name in (*RUNTIME, *(name for names in EXTRAS.values() for name in names))}
     providers: tuple[str, ...] = ()
     advice = []
@@ -55,10 +57,12 @@ def diagnose() -> Diagnosis:
         providers = tuple(onnxruntime.get_available_providers())
     flavours = sorted({item.name for item in distributions()} & _ONNXRUNTIMES)
     if len(flavours) > 1:
-        advice.append(f"{' and '.join(flavours)} share their files and overwrite each other; uninstall all of them, install one")
+        advice.append(
+            f"{' and '.join(flavours)} share their files and overwrite each other; uninstall them all, then install one"
+        )
     kernels = find_kernels()
     if kernels is None:
-        advice.append(f"edgelora's own kernels {explain_absence()}; without them onnxruntime's serve, which are slower")
+        advice.append(f"edgelora's own kernels {explain_absence()}; onnxruntime's kernels are used instead, which are slower")
     for extra, names in EXTRAS.items():
         if missing := [name for name in names if packages[name] is None]:
             advice.append(f"edgelora {extra} needs {', '.join(missing)}: pip install 'edgelora[{extra}]'")

@@ -1,4 +1,4 @@
-"""`edgelora eval`: how well a variant writes the completions of a data file, as onnxruntime runs it."""
+"""Scores a bundle's variant on rows, as onnxruntime runs it."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scores:
-    """exact_match: share of rows written to the letter, greedily. slot_f1: where the completions are slots, else None.
+    """A variant's scores.
 
-    loss: mean negative log likelihood of the right completion, in nats per token; perplexity: its exponential.
-    routed: rows that went to each variant, where that was "auto".
+    exact_match: share of rows whose completion is written exactly, by greedy decoding. slot_f1: slot F1 if the completions are
+    slots, else None. loss: mean negative log likelihood of the right completion, in nats per token. perplexity: its
+    exponential. routed: with variant "auto", how many rows went to each variant.
     """
 
     rows: int
@@ -47,9 +48,9 @@ def evaluate(
     max_tokens: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Scores:
-    """Scores one variant, or one live mix, on rows; the arguments are those of Runtime.generate.
+    """Scores one variant, or one live mix, on rows. The other arguments are those of Runtime.generate.
 
-    With variant "auto" each row's prompt alone decides on the variant that writes and rates its completion.
+    With variant "auto", the router picks a variant by each row's prompt alone; that variant writes and rates the completion.
     """
     if not rows:
         raise InputError("there are no rows to evaluate")
@@ -81,7 +82,7 @@ def score_variant(
     mix: Mapping[str, float] | None = None,
     max_tokens: int = 64,
 ) -> float:
-    """The main score alone, without the loss: half the work of evaluate()."""
+    """Only the main score, without the loss: half the work of evaluate()."""
     written = [runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows]
     return main_score(written, [row.completion for row in rows])
 
@@ -89,15 +90,15 @@ def score_variant(
 def completion_loss(
     runtime: Runtime, row: Row, *, variant: str | None = None, mix: Mapping[str, float] | None = None
 ) -> tuple[float, int]:
-    """Negative log likelihood of a completion after its prompt, in nats, and its tokens."""
+    """A completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
     prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
-    start = max(1, shared_prefix(prompt, whole))  # a token may span the seam, and the first one has no likelihood
+    start = max(1, shared_prefix(prompt, whole))  # a token may span prompt and completion, and the first token has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
     return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start
 
 
 def log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:
-    """Log probability of each token, float64 (T,), under logits (T, V)."""
+    """The log probability of each token under logits (T, V), float64 (T,)."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     chosen: NDArray[np.float64] = wide[np.arange(len(tokens)), np.asarray(tokens)]

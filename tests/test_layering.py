@@ -1,4 +1,4 @@
-"""Imports point one way, between the packages and between the rooms of each, and starting up loads nothing heavy."""
+"""Imports point one way, between the packages and between the rooms of each. Importing loads nothing heavy."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ BANNED = {
     "edgelora_runtime": {"edgelora_export", "edgelora", *HEAVY},
     "edgelora_export": {"edgelora", "peft", "trl", "bitsandbytes"},
 }
-# Rooms and modules of each package: each may import those behind it, and none before it. edgelora's own __init__ is not asked: it
-# is the front door, which names what apps use and imports it when it is asked for.
+# Rooms and modules of each package. Each may import only those to its right. edgelora's own __init__ is exempt: it lists the
+# names that apps use, and imports them on first use.
 ORDER = {
     "edgelora_runtime": "__init__ runtime decode residency session bundle _version errors",
     "edgelora_export": "traced bundle stream graph weights plan quantize architectures decoder __init__",
     "edgelora": "__main__ cli demo search learn report exporting composing in_torch mix bench inspection doctor evaluation data "
-    "adapters terminal __init__",
+    "adapters formatting __init__",
 }
-# A folder that holds more modules than STYLE's dozen says why here.
-LARGE_FOLDERS: dict[str, str] = {}
+# Folders with more than MOST_MODULES modules, and why.
+LARGE_FOLDERS = {"edgelora/cli": "a file per verb"}
 MOST_MODULES = 13
 MOST_LINES = 450
 LONG_MODULES: dict[str, str] = {}
@@ -47,7 +47,7 @@ def sources(package: str) -> list[Path]:
 
 
 def name_of(package: str, path: Path) -> str:
-    """A module's dotted name; that of a folder's __init__ is the folder's."""
+    """A module's dotted name. An __init__ has the name of its folder."""
     parts = path.relative_to(PACKAGES[package]).with_suffix("").parts
     return ".".join((package, *parts)).removesuffix(".__init__")
 
@@ -68,7 +68,7 @@ def imported(path: Path) -> set[str]:
 
 
 def read_modules(package: str) -> Graph:
-    """Each module of a package, and the modules of the same package that it imports."""
+    """The modules of a package, each with the modules of the same package that it imports."""
     files = {name_of(package, path): path for path in sources(package)}
     graph: Graph = {}
     for module, path in files.items():
@@ -83,13 +83,13 @@ def read_modules(package: str) -> Graph:
 
 
 def room_of(module: str) -> str:
-    """The folder, or the module of its own, right under the package."""
+    """The folder or module directly under the package."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
 def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
-    """A chain of names that leads back to its first; empty where there is none."""
+    """A chain of names that leads back to its first. Empty if there is none."""
     done: set[str] = set()
 
     def visit(name: str, chain: list[str]) -> list[str]:
@@ -107,7 +107,7 @@ def find_circle(graph: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def find_backward(graph: Graph, order: Sequence[str]) -> list[str]:
-    """The imports that point to a room before one's own."""
+    """The imports that point to a room further left."""
     place = {room: index for index, room in enumerate(order)}
     return [
         f"{module} → {other}"
@@ -150,7 +150,7 @@ def test_circles_and_backward_imports_are_found() -> None:
 
 
 def test_folders_and_modules_stay_small() -> None:
-    """A guide, not a limit: what exceeds it says here why it is better so."""
+    """A guide, not a limit: exceptions are listed above with their reason."""
     files = [path for package in PACKAGES for path in sources(package) if path.stat().st_size]
     lengths = {path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
     long = {name for name, length in lengths.items() if length > MOST_LINES}
@@ -173,7 +173,7 @@ def test_importing_loads_nothing_heavy() -> None:
 
 
 def test_generating_loads_nothing_heavy(bundle4: Path) -> None:
-    """Nor does any of the verbs that only read a bundle; what constraints need is not even looked for without one."""
+    """Verbs that only read a bundle load nothing heavy either, and llguidance is loaded only for constraints."""
     done = run(
         "import sys\n"
         "from edgelora import Runtime\n"
@@ -189,7 +189,7 @@ def test_generating_loads_nothing_heavy(bundle4: Path) -> None:
 
 
 def test_importing_has_no_side_effects() -> None:
-    """No logging set-up, no environment writes, no threads, no output."""
+    """No logging set-up, environment writes, threads or output."""
     done = run(
         "import logging, os, threading\n"
         "before = dict(os.environ), list(logging.root.handlers), logging.root.level\n"
@@ -200,16 +200,6 @@ def test_importing_has_no_side_effects() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
-
-
-def test_lazy_names_are_listed_and_unknown_ones_refused() -> None:
-    import edgelora
-
-    assert callable(edgelora.compose)
-    assert callable(edgelora.export)
-    assert set(edgelora._LAZY) <= set(edgelora.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        edgelora.nothing  # noqa: B018
 
 
 def test_a_missing_extra_is_named() -> None:

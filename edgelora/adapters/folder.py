@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT LoRA folders, read module by module, and the edgelora.json that says where one comes from."""
+"""Adapters on disk: PEFT LoRA folders, read module by module, and the edgelora.json that records their origin."""
 
 from __future__ import annotations
 
@@ -32,19 +32,18 @@ _KEY = re.compile(
     r"base_model\.model\.(?P<module>.+?)\.(?P<kind>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)"
 )
 _FACTORS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_FACTORS = ("lora_embedding_B", "lora_embedding_A")  # an embedding's ΔW is (B·A) transposed, so they change places
+_EMBEDDING_FACTORS = ("lora_embedding_B", "lora_embedding_A")  # an embedding's ΔW is (B·A)ᵀ, so A and B swap
 _MAGNITUDE = "lora_magnitude_vector"
-_WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, in place of the base's
+_WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, which replaces the base's
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an adapter comes from.
+    """The origin of an adapter.
 
-    base_sha256: identity of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none while training, "mixed" for
-    a mix of adapters that differ in it.
-    data_sha256: of the training file. data_file: where it lies, seen from the adapter's folder; "" where nobody knows.
-    init: how A and B began; "composed" for a mix.
+    base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training; "mixed" for a
+    mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
+    folder; "" if unknown. init: how A and B were initialized; "composed: …" or "learned: …" for a mix.
     """
 
     base_name: str
@@ -67,7 +66,7 @@ def write_provenance(folder: Path, provenance: Provenance) -> None:
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """Reads edgelora.json; None where the adapter comes from another tool and has none."""
+    """Reads edgelora.json. Returns None for an adapter of another tool, which has none."""
     if not (folder / PROVENANCE).is_file():
         return None
     value = read_json(folder / PROVENANCE, "train writes it")
@@ -79,10 +78,10 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened PEFT LoRA adapter: ΔW = scale · B · A for each module that it targets, or what its kind makes of it.
+    """An opened PEFT LoRA adapter: ΔW = scale · B · A for each target module, or as its kind (DoRA, PiSSA, …) defines it.
 
-    Satisfies edgelora_export's Delta, and LowRank where in_terms_of_base is empty.
-    shapes: per module (N, K, r); r is 0 where the layer is saved whole. kinds: which tensors the file has of a module.
+    Satisfies edgelora_export's Delta, and LowRank for modules where why_not_low_rank() is empty.
+    shapes: per module (N, K, r); r is 0 for a layer saved whole. kinds: the tensors that the file holds for each module.
     """
 
     name: str
@@ -96,20 +95,20 @@ class Adapter:
     def open(cls, folder: Path | str, name: str | None = None) -> Adapter:
         """Opens a folder with adapter_config.json and adapter_model.safetensors.
 
-        Raises InputError for a folder that is no LoRA adapter, and for kinds whose ΔW it and the base do not give.
+        Raises InputError for a folder that is not a LoRA adapter, and for kinds whose ΔW does not follow from it and the base.
         """
         folder = Path(folder)
         label = name or folder.name
         if not folder.is_dir():
-            raise InputError(f"adapter {label}: {folder} is not a folder; give a PEFT adapter's")
+            raise InputError(f"adapter {label}: {folder} is not a folder; give a PEFT adapter's folder")
         config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
         if reasons := unsupported(config):
             raise InputError(f"adapter {label}: {'; '.join(reasons)}")
         provenance = read_provenance(folder)
         if (init := base_init(config)) and provenance is not None and provenance.base_quantization != "none":
             raise InputError(
-                f"adapter {label}: init_lora_weights is {init!r} on a base held as {provenance.base_quantization}: what its "
-                "factors took out of rounded weights cannot be computed exactly; save it converted to plain LoRA "
+                f"adapter {label}: init_lora_weights is {init!r} on a base held as {provenance.base_quantization}: what it "
+                "subtracts from rounded weights cannot be recomputed exactly; save it converted to plain LoRA "
                 "(PEFT's path_initial_model_for_weight_conversion)"
             )
         return cls(label, folder, config, provenance, *_read_shapes(folder / WEIGHTS, label, config))
@@ -120,20 +119,20 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its modules."""
+        """The largest rank over the modules."""
         return max(rank for _, _, rank in self.shapes.values())
 
     def scale(self, module: str) -> float:
-        """α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732), with the module's own α and r where patterns set them."""
+        """α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732). Patterns in the config may set a module's own α and r."""
         rank = self.shapes[module][2]
         patterns = self.config.get("alpha_pattern") or {}
-        # PEFT's rule: the first pattern that matches a whole dotted ending of the name (peft.utils.get_pattern_key).
+        # PEFT's rule: the first pattern that matches a whole dotted suffix of the name (peft.utils.get_pattern_key).
         key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
         alpha = self.config["lora_alpha"] if key is None else patterns[key]
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
-    def in_terms_of_base(self, module: str) -> str:
-        """Why a module's ΔW is no product of the stored factors alone; empty where it is."""
+    def why_not_low_rank(self, module: str) -> str:
+        """Why a module's ΔW is not the product of the stored factors; empty if it is."""
         kinds = self.kinds[module]
         if not kinds.isdisjoint(_WHOLE):
             return "a whole layer that it saves"
@@ -145,21 +144,21 @@ class Adapter:
         return not self.kinds[module].isdisjoint(_EMBEDDING_FACTORS)
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
-        """A float32 (r, K), and B float32 (N, r) with the scale folded in."""
-        if reason := self.in_terms_of_base(module):
+        """A, float32 (r, K), and B, float32 (N, r), with the scale folded into B."""
+        if reason := self.why_not_low_rank(module):
             raise InputError(f"adapter {self.name}: {module} is {reason}, no product of two factors; export it merged")
         return self._factors(module)
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW float32 (N, K); weight is the base's, (N, K), which modules with in_terms_of_base need."""
-        reason = self.in_terms_of_base(module)
+        """ΔW, float32 (N, K). weight: the base's, (N, K); modules that are not low-rank need it."""
+        reason = self.why_not_low_rank(module)
         if not reason:
             a, b = self._factors(module)
             return b @ a
         if weight is None:
             raise InputError(
                 f"adapter {self.name}: {module} is {reason}, whose change depends on the base's weights; "
-                "use it in a merged variant of edgelora export, which has them"
+                "use it in a merged variant of edgelora export, which reads them"
             )
         kinds = self.kinds[module]
         changed = next((self._tensor(module, kind) for kind in _WHOLE if kind in kinds), weight)
@@ -188,7 +187,7 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """Identity: SHA-256 over the config's and the weights' bytes."""
+        """SHA-256 over the bytes of the config and the weights."""
         digest = hashlib.sha256()
         for name in (CONFIG, WEIGHTS):
             digest.update((self.folder / name).read_bytes())
@@ -198,9 +197,9 @@ class Adapter:
 def _read_shapes(
     path: Path, label: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[int, int, int]], dict[str, frozenset[str]]]:
-    """(N, K, r) per module, and which tensors the file has of each."""
+    """(N, K, r) per module, and the tensors that the file holds for each."""
     if not path.is_file():
-        raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not read, save as safetensors")
+        raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not supported, save it as safetensors")
     try:
         with safe_open(path, framework="numpy") as file:
             found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
@@ -216,15 +215,15 @@ def _read_shapes(
             tensors.setdefault(match["module"], {})[match["kind"]] = shape
     if odd:
         raise InputError(
-            f"adapter {label}: {', '.join(sorted(odd)[:3])} is no LoRA factor of a linear layer or an embedding, "
-            "nor the weight of one saved whole; such tensors are not supported"
+            f"adapter {label}: {', '.join(sorted(odd)[:3])} is neither a LoRA factor of a linear layer or "
+            "an embedding nor the weight of a layer saved whole; such tensors are not supported"
         )
     if not tensors:
         raise InputError(f"adapter {label}: {path} holds no LoRA factors")
     whole = [module for module, kinds in tensors.items() if not kinds.keys().isdisjoint(_WHOLE)]
     names = config.get("modules_to_save") or ()
     if lost := [name for name in names if not any(f".{module}".endswith(f".{name}") for module in whole)]:
-        raise InputError(f"adapter {label}: modules_to_save names {', '.join(lost)}, of which {path.name} has no weight")
+        raise InputError(f"adapter {label}: modules_to_save names {', '.join(lost)}, but {path.name} has no weight for it")
     shapes = {module: _read_shape(module, tensors[module], label, config) for module in sorted(tensors)}
     return shapes, {module: frozenset(tensors[module]) for module in shapes}
 
@@ -246,7 +245,7 @@ def _read_shape(
     if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
         raise InputError(f"adapter {label}: the factors of {module} have shapes {a} and {b}; they should be (r, K) and (N, r)")
     if config.get("use_dora") and (embedding or int(np.prod(tensors.get(_MAGNITUDE, (0,)))) != b[0]):
-        raise InputError(f"adapter {label}: use_dora is set, but {module} has no magnitude per output of a linear layer")
+        raise InputError(f"adapter {label}: use_dora is set, but {module} has no magnitude vector with one entry per output")
     if whole not in (None, (b[0], a[1])):
-        raise InputError(f"adapter {label}: {module} is saved as {whole}, its factors make {(b[0], a[1])}")
+        raise InputError(f"adapter {label}: {module} is saved with shape {whole}, but its factors give {(b[0], a[1])}")
     return b[0], a[1], a[0]

@@ -1,4 +1,4 @@
-"""Kinds of LoRA adapters whose ΔW depends on the base's weight: DoRA, PiSSA, OLoRA, whole saved layers. Arrays to arrays."""
+"""ΔW of LoRA kinds that depend on the base's weight: DoRA, PiSSA, OLoRA. Functions from arrays to arrays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-# Settings of PEFT under which an adapter does something else than to change weights, always, of the layers that it names.
+# PEFT settings under which an adapter is not a constant change of the weights of the layers that it names.
 _OTHER_KINDS = (
     "alora_invocation_tokens",
     "arrow_config",
@@ -25,18 +25,18 @@ _OTHER_KINDS = (
     "use_bdlora",
     "use_qalora",
 )
-_FROM_BASE = ("pissa", "olora")  # inits that are functions of the base's weight, and so can be computed again
-_SPELLED = re.compile(r"pissa|olora|corda|loftq|lora_ga")
+_FROM_BASE = ("pissa", "olora")  # inits that are functions of the base's weight, so they can be recomputed
+_BASE_CHANGING_INITS = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
 
 def base_init(config: Mapping[str, Any]) -> str | None:
-    """The init that took its factors out of the base, "pissa" or "olora"; None where the base stayed as it was."""
+    """The init that subtracted its factors from the base, "pissa" or "olora"; None if the base was left unchanged."""
     init = config.get("init_lora_weights", True)
     return init.lower() if isinstance(init, str) and init.lower() in _FROM_BASE else None
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Why an adapter's ΔW cannot be computed from it and the base, one reason per setting."""
+    """Why an adapter's ΔW cannot be computed from the adapter and the base: one reason per setting."""
     reasons = []
     if config.get("peft_type") != "LORA":
         reasons.append(f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be mixed")
@@ -44,10 +44,10 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
         reasons.append(f"lora_alpha is {config.get('lora_alpha')!r}, not a number")
     if config.get("bias", "none") != "none" or config.get("lora_bias"):
         reasons.append("it trains biases, which are not supported")
-    reasons += [f"{key} is set: that is not a plain sum on a linear layer" for key in _OTHER_KINDS if config.get(key)]
+    reasons += [f"{key} is set: that is not a plain change of a linear layer's weight" for key in _OTHER_KINDS if config.get(key)]
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and _SPELLED.match(init.lower()) and base_init(config) is None:
-        why = "by a random decomposition" if init.lower().startswith("pissa_niter") else "by data or a quantizer that it lacks"
+    if isinstance(init, str) and _BASE_CHANGING_INITS.match(init.lower()) and base_init(config) is None:
+        why = "by a random decomposition" if init.lower().startswith("pissa_niter") else "by data or a quantizer not stored here"
         reasons.append(
             f"init_lora_weights is {init!r}, which changes the base {why}; save it converted to plain LoRA "
             "(PEFT's path_initial_model_for_weight_conversion)"
@@ -56,10 +56,10 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Floats:
-    """What PEFT took out of a base's weight (N, K) when it initialized the factors.
+    """What PEFT subtracted from a base's weight (N, K) when it initialized the factors.
 
-    pissa: the best matrix of the rank (arXiv 2404.02948). olora: scale times the first columns of Q by the first rows of R
-    (arXiv 2406.01775). Signs of singular vectors and of Q's columns, which libraries choose, cancel in the product.
+    pissa: the best approximation of that rank (arXiv 2404.02948). olora: scale times the product of Q's first columns and R's
+    first rows (arXiv 2406.01775). Libraries choose the signs of singular vectors and of Q's columns; they cancel in the product.
     """
     if kind == "pissa":
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
@@ -71,6 +71,6 @@ def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Float
 
 
 def rescale_rows(weight: Floats, magnitude: Floats) -> Floats:
-    """DoRA: each row of W + ΔW brought to its trained norm, magnitude (N,) (arXiv 2402.09353, equation 5)."""
+    """DoRA: scales each row of W + ΔW to its trained norm, magnitude (N,) (arXiv 2402.09353, equation 5)."""
     rescaled: Floats = weight * (magnitude / np.linalg.norm(weight, axis=1))[:, None]
     return rescaled

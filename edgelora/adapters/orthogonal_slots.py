@@ -1,4 +1,4 @@
-"""Adapters made to be composed: A's that are frozen rows of one orthonormal basis, a different slot of it for each adapter."""
+"""Adapters made to be mixed: each one's A is frozen to its own slot, a set of rows of a shared orthonormal basis."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def basis_rows(module: str, columns: int, slot: int, rank: int) -> Floats:
-    """Rows slot · rank to (slot + 1) · rank of a module's basis, float32 (rank, K): orthogonal to those of every other slot.
+    """Rows slot · rank to (slot + 1) · rank of a module's basis, float32 (rank, K), orthogonal to the rows of every other slot.
 
-    The basis is a discrete cosine transform (DCT-II) after signs, in an order of frequencies, that the module's name draws: it
-    is the same for everybody, and no row is computed that is not asked for. A row's norm is √(K / 3r), under which the mean
-    of ‖Ax‖² is ‖x‖² / 3 as with Kaiming's initialization of one row.
-    Training B alone on orthogonal random A's: arXiv 2402.16842, section 5; for adapters that are merged: arXiv 2504.07448.
+    The basis is a discrete cosine transform (DCT-II) with random signs and a random order of frequencies. The module's name
+    seeds both, so everybody gets the same basis, and only the requested rows are computed. A row's norm is √(K / 3r), so that
+    the mean of ‖Ax‖² is ‖x‖² / 3, as with Kaiming initialization of one row.
+    Training only B on orthogonal random A's: arXiv 2402.16842, section 5. The same for merging: arXiv 2504.07448.
     """
     if slot < 0 or (slot + 1) * rank > columns:
         raise InputError(f"composable slot {slot}: with rank {rank}, {module} has slots 0 to {columns // rank - 1}")
@@ -36,7 +36,7 @@ def basis_rows(module: str, columns: int, slot: int, rank: int) -> Floats:
 
 
 def freeze_slot(model: Any, slot: int) -> None:
-    """Sets the A's of PEFT's model to a slot of each module's basis, and has B alone learn."""
+    """Sets every A of a PEFT model to a slot of its module's basis and freezes it, so that only B is trained."""
     import torch
 
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""What the command line's verbs share: options that mean the same everywhere, and arguments of the form NAME=VALUE."""
+"""Options that several verbs share, and parsers for arguments such as NAME=VALUE."""
 
 from __future__ import annotations
 
@@ -16,21 +16,57 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgelora.mix.weights import Weight
+    from edgelora_runtime import Runtime
 
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
+VariantOption = Annotated[
+    str | None,
+    typer.Option(help="The variant, or auto to let the bundle's router pick one per prompt; the bundle's default if omitted."),
+]
+MixOption = Annotated[
+    list[str] | None,
+    typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each adapter."),
+]
+MaxTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens to write.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores if omitted.")]
+ProviderOption = Annotated[
+    str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU if there is one and the bundle has graphs for it.")
+]
+PackedCacheOption = Annotated[
+    bool, typer.Option("--packed-cache", help="Map packed weights from this machine's cache, and add those that it lacks.")
+]
+WholeGraphsOption = Annotated[
+    bool, typer.Option("--whole-graphs", help="One session per variant that shares no weights; its steps may be faster.")
+]
+KernelsOption = Annotated[
+    str, typer.Option(help="Kernels to compute with: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
+]
 BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
-AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")]
+AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each adapter.")]
+SeedOption = Annotated[int, typer.Option(help="Random seed.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output; everything else goes to standard error.")
+]
+
+
+def open_runtime(
+    bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool, kernels: str
+) -> Runtime:
+    """Opens a bundle with the options that the verbs share."""
+    from edgelora_runtime import PackedCache, Runtime
+
+    cache = PackedCache() if packed_cache else None
+    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs, kernels=kernels)
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether a call names an option, rather than leaving it at its default."""
+    """Whether the user set an option, rather than leaving it at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
 def read_option_file(path: Path | None, option: str) -> str | None:
-    """The text of a file that an option names, if it does; InputError where it cannot be read."""
+    """The text of the file that an option names, or None if the option is absent. Raises InputError for an unreadable file."""
     return None if path is None else read_text(path, option)
 
 
@@ -42,12 +78,15 @@ def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
 
 
 def parse_adapters(items: Sequence[str], by_pattern: Mapping[str, Weight] | None = None) -> dict[str, tuple[str, Weight]]:
-    """Folder and weight by name. by_pattern: weights from a file, which a number given here is the default of."""
+    """Folder and weight by name.
+
+    by_pattern: weights from a file. A number in the argument is then the weight of the modules that no pattern matches.
+    """
     adapters: dict[str, tuple[str, Weight]] = {}
     by_pattern = by_pattern or {}
     pairs = parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT")
     if unknown := sorted(set(by_pattern) - set(pairs)):
-        raise UsageError(f"the file of weights names {', '.join(unknown)}, which no --adapter does")
+        raise UsageError(f"the file of weights names {', '.join(unknown)}, but no --adapter does")
     for name, value in pairs.items():
         folder, colon, text = value.rpartition(":")
         if name not in by_pattern:
@@ -58,14 +97,16 @@ def parse_adapters(items: Sequence[str], by_pattern: Mapping[str, Weight] | None
         weight = by_pattern[name]
         try:
             default = float(text) if colon else None
-        except ValueError:  # the colon is the folder's
+        except ValueError:  # the colon belongs to the folder's path
             default = None
         if default is None:
             adapters[name] = (value, weight)
         elif isinstance(weight, Mapping) and EVERYWHERE not in weight:
             adapters[name] = (folder, {EVERYWHERE: default, **weight})
         else:
-            raise UsageError(f"--adapter {name}={value}: the file of weights has a weight for all modules, too; give one of them")
+            raise UsageError(
+                f"--adapter {name}={value}: the file of weights also gives a weight for all modules; give only one of the two"
+            )
     return adapters
 
 
@@ -88,7 +129,7 @@ def parse_paths(items: Sequence[str], form: str) -> dict[str, Path]:
 def parse_range(text: str, where: str) -> tuple[float, float]:
     low, colon, high = text.partition(":")
     if not colon:
-        raise UsageError(f"{where} {text}: write the lowest and the highest value, as in 0:1.5")
+        raise UsageError(f"{where} {text}: write the lowest and the highest value, for example 0:1.5")
     return parse_number(low, f"{where} {text}"), parse_number(high, f"{where} {text}")
 
 

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-from edgelora.terminal import print_note
+from edgelora.cli.arguments import (
+    BundleArgument,
+    JsonOption,
+    KernelsOption,
+    PackedCacheOption,
+    ProviderOption,
+    ThreadsOption,
+    WholeGraphsOption,
+    open_runtime,
+)
+from edgelora.cli.request_options import takes_request_options
+from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import EdgeloraError
 
@@ -13,6 +24,24 @@ if TYPE_CHECKING:
     from edgelora_runtime import GenerateOptions, Route, Runtime
 
 HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
+
+
+@takes_request_options("variant", "max_tokens", "temperature", "seed", max_tokens=256)
+def chat(
+    bundle: BundleArgument,
+    threads: ThreadsOption = None,
+    provider: ProviderOption = "auto",
+    packed_cache: PackedCacheOption = False,
+    whole_graphs: WholeGraphsOption = False,
+    kernels: KernelsOption = "auto",
+    json: JsonOption = False,
+    **options: Any,
+) -> None:
+    """Talk to a bundle; /switch NAME changes the variant between two turns."""
+    with open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
+        turns = run_chat(runtime, cast("GenerateOptions", options), quiet=json)
+    if json:
+        print_json({"turns": turns})
 
 
 def run_chat(runtime: Runtime, options: GenerateOptions, *, quiet: bool) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""`edgelora compose`: writes a mix as a PEFT adapter, so that any PEFT user can load it and edgelora can export it."""
+"""Writes a mix as a PEFT adapter, which PEFT can load and edgelora can export."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What was written. rank: the largest of a module.
+    """What was written. rank: the largest over the modules.
 
-    largest_error, mean_error: of the modules' B·A against their ΔW, ‖ΔW - B·A‖ / ‖ΔW‖; 0 where the rank holds the mix exactly.
+    largest_error, mean_error: the error ‖ΔW - B·A‖ / ‖ΔW‖ over the modules; 0 where the rank represents the mix exactly.
     """
 
     output: Path
@@ -43,7 +43,7 @@ class ComposeReport:
 
 
 class Composition(Protocol):
-    """Adapters of one base and what a method makes of them, as factors: a Mix, or what another tool's file means."""
+    """A mix that can be written as factors: a Mix, or a mergekit configuration."""
 
     @property
     def adapters(self) -> Mapping[str, Adapter]: ...
@@ -68,9 +68,9 @@ def compose(
 ) -> ComposeReport:
     """Mixes adapters, given as name → (folder, weight), into one adapter.
 
-    Methods on factors are exact, at most at the sum of the ranks; others are the nearest matrices of that rank. A rank cuts both
-    to it, or to less where a module has less. The report says how near they are. Raises InputError for adapters that do not
-    mix and for an output that is something else.
+    Methods on factors are exact; their rank is at most the sum of the ranks. Other methods give the nearest matrices of that
+    rank. rank: truncates both kinds to this rank, or to less where a module has less. The report gives the errors. Raises
+    InputError for adapters that cannot be mixed, and for an output that exists and is not an adapter.
     """
     if not adapters:
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
@@ -86,7 +86,7 @@ def write_mix(
     rank: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> ComposeReport:
-    """Writes a mix of adapters, all of which take part, as one adapter; see compose."""
+    """Writes a mix as one adapter; see compose. All adapters of the mix take part."""
     check_composable(mix.adapters)
     factors: dict[str, tuple[Floats, Floats]] = {}
     errors: list[float] = []
@@ -106,7 +106,7 @@ def write_mix(
 
 
 def check_composable(adapters: Mapping[str, Adapter]) -> None:
-    """Refuses what no LoRA adapter of linear layers could hold."""
+    """Raises InputError for adapters of embeddings: a LoRA adapter of linear layers cannot hold their mix."""
     if wrong := sorted({module for adapter in adapters.values() for module in adapter.modules if adapter.is_embedding(module)}):
         raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
 
@@ -114,7 +114,7 @@ def check_composable(adapters: Mapping[str, Adapter]) -> None:
 def write_composed(
     output: Path, factors: Mapping[str, tuple[Floats, Floats]], first: Adapter, provenance: Provenance | None
 ) -> None:
-    """Writes A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder; first: one of the adapters they come from."""
+    """Writes factors A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder. first: one of the mixed adapters."""
     tensors: dict[str, NDArray[np.float32]] = {}
     for module, (a, b) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -136,7 +136,7 @@ def compose_mergekit(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> ComposeReport:
-    """Writes the merge of a mergekit configuration, a YAML file, as one adapter; see compose and read_mergekit."""
+    """Writes the merge that a mergekit YAML file describes as one adapter; see compose and read_mergekit."""
     config = read_mergekit(path)
     for note in config.notes:
         on_note(f"{path}: {note}")
@@ -144,20 +144,20 @@ def compose_mergekit(
 
 
 def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
-    """A safetensors file in pieces: its own writer would copy all tensors, twice."""
+    """Yields a safetensors file in pieces. The library's own writer would copy all tensors twice."""
     header, offset = {}, 0
     for name, values in tensors.items():
         header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
         offset += values.nbytes
     packed = json.dumps(header).encode()
-    packed += b" " * (-len(packed) % 8)  # the format wants the data aligned to 8 bytes
+    packed += b" " * (-len(packed) % 8)  # the format aligns data to 8 bytes
     yield len(packed).to_bytes(8, "little") + packed
     for values in tensors.values():
         yield np.ascontiguousarray(values, "<f4").data
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
-    """α = r for every module, so that the scale is 1 and the factors alone say everything."""
+    """PEFT's config, with α = r for every module, so that the scale is 1."""
     common = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != common}
     return {
@@ -172,14 +172,14 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
         "target_modules": sorted(ranks),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": bool(first.config.get("fan_in_fan_out")),  # of the base's layers: PEFT sets it for GPT-2's
+        "fan_in_fan_out": bool(first.config.get("fan_in_fan_out")),  # a property of the base's layers: PEFT sets it for GPT-2
     }
 
 
 def derive_provenance(
     adapters: Mapping[str, Adapter], init: str, factors: Mapping[str, tuple[Floats, Floats]]
 ) -> Provenance | None:
-    """That of the adapters' common base; None where one of them has none, for then the base is not known to be common."""
+    """The provenance of a mix. None if an adapter has none, as it is then not known to share the base."""
     origins = [adapter.provenance for adapter in adapters.values()]
     if any(origin is None for origin in origins):
         return None

@@ -1,4 +1,4 @@
-"""`edgelora compose --merge-into BASE`: a mix added into its base, saved as a plain Hugging Face checkpoint."""
+"""Adds a mix to its base and saves a plain Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
     from edgelora.mix.weights import Weight
 
-MERGED = "edgelora_merge.json"  # what was merged; also marks the folder as ours, to be replaced by a later run
+MERGED = "edgelora_merge.json"  # records what was merged; also marks the folder as one that a later run may replace
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was written: a checkpoint in which the weights of so many modules have changed."""
+    """The checkpoint that was written. modules: how many modules' weights changed."""
 
     output: Path
     base_sha256: str
@@ -48,8 +48,8 @@ def merge_into(
 ) -> MergeReport:
     """Adds a mix of adapters, given as name → (folder, weight), to a base and saves the sum.
 
-    base: a local folder or a hub id. dtype: float32, float16 or bfloat16; None for the base's own.
-    Raises InputError for adapters that do not fit the base and for an output that is something else.
+    base: a local folder or a hub id. dtype: float32, float16 or bfloat16; None for the base's own type.
+    Raises InputError for adapters that do not fit the base, and for an output that exists and is not such a checkpoint.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")

@@ -1,6 +1,6 @@
-"""Reads a mergekit configuration that merges LoRA adapters of one base, and says of all else what it cannot represent.
+"""Reads a mergekit configuration that merges LoRA adapters of one base. Refuses everything else, with the reason.
 
-Its schema and its rules are those of mergekit's config.py and plan.py at
+The schema and its rules are those of mergekit's config.py and plan.py at
 https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit.
 """
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Number: TypeAlias = "float | tuple[float, ...]"
-"""A number, or a gradient: values that are interpolated from the first layer to the last."""
+"""A number, or a gradient: values interpolated from the first layer to the last."""
 
-METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
+MERGEKIT_METHODS = ("linear", "task_arithmetic", "ties", "dare_linear", "dare_ties")
 _SPARSE = ("ties", "dare_linear", "dare_ties")
 _GLOBAL = {
     "linear": ("normalize",),
@@ -34,12 +34,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Setting:
-    """A parameter as mergekit takes it: the first case whose filter is part of the tensor's name counts, None is part of all."""
+    """A mergekit parameter. The first case whose filter is in the tensor's name applies; the filter None is in all."""
 
     cases: tuple[tuple[str | None, Number], ...]
 
     def value(self, tensor: str, depth: float) -> float | None:
-        """For a tensor, by its name with ".weight"; depth: 0 in the first layer and outside of layers, 1 in the last."""
+        """The value for a tensor, named with ".weight". depth: 0 in the first layer or outside the layers, 1 in the last."""
         for part, number in self.cases:
             if part is None or part in tensor:
                 return _interpolate(number, depth)
@@ -55,7 +55,7 @@ Settings: TypeAlias = "Mapping[str, Setting]"
 
 @dataclass(frozen=True)
 class MergeSource:
-    """One model of the list. adapter: None for the bare base. settings: its own parameters."""
+    """One entry of the list of models. adapter: None for the bare base. settings: the entry's own parameters."""
 
     adapter: Path | None
     settings: Settings
@@ -63,7 +63,11 @@ class MergeSource:
 
 @dataclass(frozen=True)
 class MergekitConfig:
-    """A merge. settings: the parameters for all. layers: of the base, None where no gradient asks for them. notes: for people."""
+    """A merge.
+
+    settings: parameters for all models. layers: the base's number of layers; None if no gradient needs it. notes: messages for
+    the user.
+    """
 
     method: str
     base: str
@@ -73,19 +77,19 @@ class MergekitConfig:
     notes: tuple[str, ...] = ()
 
     def shared(self, name: str, module: str, default: float) -> float:
-        """A parameter that is one for all models, for one module."""
+        """A parameter that all models share, for one module."""
         found = self.settings[name].value(*self._place(module)) if name in self.settings else None
         return default if found is None else found
 
     def own(self, source: MergeSource, name: str, module: str) -> float | None:
-        """A parameter of one model for one module: its own, else the one for all."""
+        """A model's parameter for one module: its own, else the shared one."""
         for settings in (source.settings, self.settings):
             if name in settings and (found := settings[name].value(*self._place(module))) is not None:
                 return found
         return None
 
     def _place(self, module: str) -> tuple[str, float]:
-        """A module's tensor, and how deep it lies."""
+        """The name of a module's tensor, and its depth from 0 to 1."""
         layer = _LAYER.search(module)
         depth = 0.0
         if layer and self.layers:
@@ -94,10 +98,10 @@ class MergekitConfig:
 
 
 def read_mergekit(path: Path | str) -> MergekitConfig:
-    """Reads a YAML file; folders in it are seen from where the program runs, as mergekit sees them.
+    """Reads a YAML file. Folders in it are relative to the working directory, as in mergekit.
 
-    Raises InputError that names every key or value that has no meaning for adapters of one base, and why; MissingExtraError
-    without pyyaml.
+    Raises InputError, which lists every key or value that does not apply to adapters of one base, with the reason, and
+    MissingExtraError without pyyaml.
     """
     try:
         import yaml
@@ -110,18 +114,16 @@ def read_mergekit(path: Path | str) -> MergekitConfig:
     except yaml.YAMLError as error:
         raise InputError(f"mergekit file {path} is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(value, dict):
-        raise InputError(f"mergekit file {path} holds no mapping; it needs merge_method and models")
+        raise InputError(f"mergekit file {path} is not a mapping; it needs merge_method and models")
     return parse_mergekit(value, str(path))
 
 
 def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> MergekitConfig:
-    """A MergekitConfig from parsed YAML; see read_mergekit."""
+    """Makes a MergekitConfig from parsed YAML; see read_mergekit."""
     wrong: list[str] = []
     method = value.get("merge_method")
-    if method not in METHODS:
-        raise InputError(
-            f"{label}: merge_method {method!r} is not one that edgelora computes as mergekit does: {', '.join(METHODS)}"
-        )
+    if method not in MERGEKIT_METHODS:
+        raise InputError(f"{label}: merge_method {method!r} is not supported; use one of {', '.join(MERGEKIT_METHODS)}")
     notes = _check_top(value, wrong)
     settings = _read_settings(value.get("parameters"), (*_GLOBAL[method], *_TENSOR[method]), method, "parameters", wrong)
     base, sources = _read_models(value, method, wrong)
@@ -134,12 +136,12 @@ def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> Me
 
 
 def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tuple[str, list[MergeSource]]:
-    """The base that all models share, and the models; notes what is wrong with them."""
+    """The base that all models share, and the models. Appends mistakes to `wrong`."""
     entries = []
     for place, model in enumerate(value.get("models") or (), 1):
         where = f"models[{place}]"
         if not isinstance(model, dict) or not isinstance(model.get("model"), str):
-            wrong.append(f"{where} has no model: write base+adapter, two paths with a plus sign between them")
+            wrong.append(f"{where} has no model: write base+adapter, two paths joined by a plus sign")
             continue
         wrong += [f"{where}.{key} is not known" for key in model if key not in ("model", "parameters")]
         settings = _read_settings(model.get("parameters"), _TENSOR[method], method, f"{where}.parameters", wrong)
@@ -147,7 +149,7 @@ def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tup
     references = [reference for reference, _ in entries]
     base = value.get("base_model")
     if base is None and method != "linear":
-        wrong.append(f"base_model is missing, from which {method} takes the difference")
+        wrong.append(f"base_model is missing; {method} needs it to compute differences")
     elif base is not None and not isinstance(base, str):
         wrong.append(f"base_model = {base!r} is not the name of a model")
     shared = str(base or next((reference.partition("+")[0] for reference in references if "+" in reference), ""))
@@ -155,27 +157,27 @@ def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tup
     for reference, settings in entries:
         owner, plus, adapter = reference.partition("+")
         if references.count(reference) > 1:
-            wrong.append(f"{reference} is listed twice, of which mergekit takes one")
+            wrong.append(f"{reference} is listed twice, and mergekit would use only one")
         if "+" in adapter or "@" in adapter:
-            wrong.append(f"{reference} is not of the form base+adapter, the adapter a local folder")
+            wrong.append(f"{reference} is not of the form base+adapter, with a local folder as the adapter")
         if owner != shared:
-            kind = f"is an adapter of another base than {shared}" if plus else "is a whole model, no adapter"
-            wrong.append(f"{reference} {kind}; only adapters of one base are mixed, in the form base+adapter")
+            kind = f"is an adapter of another base than {shared}" if plus else "is a whole model, not an adapter"
+            wrong.append(f"{reference} {kind}; only adapters of one base can be mixed, in the form base+adapter")
         sources.append(MergeSource(Path(adapter) if plus else None, settings))
     if not any(source.adapter for source in sources):
         wrong.append("models lists no adapter, in the form base+adapter")
     if method == "linear" and base is not None and base not in references:
-        sources.append(MergeSource(None, {}))  # mergekit adds it, with the weight that is given for all
+        sources.append(MergeSource(None, {}))  # mergekit adds the base with the shared weight
     return shared, sources
 
 
 def _check_top(value: Mapping[str, Any], wrong: list[str]) -> list[str]:
-    """Notes on keys without effect; appends what the others do that an adapter cannot."""
+    """Returns notes on keys without effect. Appends to `wrong` the keys that an adapter cannot represent."""
     notes = []
     reasons = {
         "slices": "moves layers, which an adapter cannot",
-        "modules": "merges parts of models of several modules",
-        "tokenizer": "makes a tokenizer, and adapters share their base's",
+        "modules": "merges parts of multi-module models",
+        "tokenizer": "builds a tokenizer, but adapters share their base's",
         "chat_template": "belongs to a whole model",
     }
     for key, content in value.items():
@@ -185,21 +187,21 @@ def _check_top(value: Mapping[str, Any], wrong: list[str]) -> list[str]:
             if content not in _DTYPES:
                 wrong.append(f"{key} = {content!r}: mergekit has {', '.join(_DTYPES)}")
             elif content != "float32":
-                notes.append(f"{key} = {content}: computed and written in float32 all the same")
+                notes.append(f"{key} = {content}: ignored; the merge is computed and written in float32")
         elif key == "tokenizer_source":
             if content not in ("base", value.get("base_model")):
                 wrong.append(f"tokenizer_source = {content!r}: adapters share their base's tokenizer; use base or leave it out")
         elif key in reasons:
             wrong.append(f"{key} {reasons[key]}; leave it out")
         else:
-            wrong.append(f"{key} is not a key of mergekit's that is known here")
+            wrong.append(f"{key} is not a known mergekit key")
     if not isinstance(value.get("models"), list) or not value["models"]:
-        wrong.append("models is missing: a list of - model: base+adapter")
+        wrong.append("models is missing; write a list of - model: base+adapter")
     return notes
 
 
 def _read_settings(value: Any, known: Sequence[str], method: str, where: str, wrong: list[str]) -> dict[str, Setting]:
-    """The parameters of a table; notes what is wrong with them."""
+    """The parameters of a table. Appends mistakes to `wrong`."""
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -208,9 +210,9 @@ def _read_settings(value: Any, known: Sequence[str], method: str, where: str, wr
     settings = {}
     for name, content in value.items():
         if name not in known:
-            wrong.append(f"{where}.{name} has no effect on {method} there; it takes {', '.join(known)}")
+            wrong.append(f"{where}.{name} has no effect on {method} here; it takes {', '.join(known)}")
         elif (setting := _read_setting(content)) is None:
-            wrong.append(f"{where}.{name} = {content!r} is no number, no list of them, and no list of filter and value")
+            wrong.append(f"{where}.{name} = {content!r} is not a number, a list of numbers, or a list of filter and value")
         else:
             settings[name] = setting
     return settings
@@ -234,7 +236,7 @@ def _read_setting(value: Any) -> Setting | None:
 
 
 def _read_number(value: Any) -> Number | None:
-    """Numbers and truth values, which mergekit counts as 0 and 1."""
+    """A number or a gradient. Booleans count as 0 and 1, as in mergekit."""
     if isinstance(value, int | float):
         return float(value)
     if isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
@@ -253,10 +255,10 @@ def _interpolate(number: Number, depth: float) -> float:
 
 def _count_layers(base: str, wrong: list[str]) -> int | None:
     if not Path(base, "config.json").is_file():
-        wrong.append(f"a list of values is spread over the layers of {base}, which is no local folder that tells their number")
+        wrong.append(f"a list of values needs the number of layers of {base}, which is not a local folder")
         return None
     layers = read_json(Path(base, "config.json"), "a base needs it").get("num_hidden_layers")
     if not isinstance(layers, int):
-        wrong.append(f"a list of values is spread over the layers of {base}, whose config.json has no num_hidden_layers")
+        wrong.append(f"a list of values needs the number of layers of {base}, whose config.json has no num_hidden_layers")
         return None
     return layers

@@ -1,8 +1,7 @@
-"""A mergekit merge of LoRA adapters, computed on ΔW module by module as mergekit computes it on whole models in float32.
+"""Computes a mergekit merge of LoRA adapters on ΔW, module by module, with mergekit's results on whole float32 models.
 
 The formulas are those of mergekit's linear.py, generalized_task_arithmetic.py and sparsify.py at
-https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit; only what dare draws at random
-are edgelora's own draws.
+https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit. Only DARE's random draws differ.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy as np
 from edgelora.adapters.checks import check_same_base
 from edgelora.adapters.folder import Adapter
 from edgelora.mix.methods.dare import drop
-from edgelora.mix.methods.deltas import Changed, Product, by_runs, runs
+from edgelora.mix.methods.deltas import Product, TransformedDelta, merge_row_blocks, row_blocks
 from edgelora.mix.methods.magnitude import trim
 from edgelora.mix.methods.spectra import stack_factors, truncate, truncate_product
 from edgelora.mix.mix import draw_seed
@@ -32,12 +31,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_TINY = 1e-7  # sums of magnitudes below which mergekit does not rescale
+_TINY = 1e-7  # mergekit does not rescale if a sum of magnitudes is below this
 _SUM_METHODS = ("linear", "task_arithmetic")
 
 
 @dataclass(frozen=True)
-class Scaled(Changed):
+class Scaled(TransformedDelta):
     """A delta times a factor."""
 
     factor: float
@@ -49,9 +48,9 @@ class Scaled(Changed):
 
 @dataclass(frozen=True)
 class MergekitMix:
-    """The adapters of a configuration, opened and named, and what it makes of them. Satisfies edgelora_export's Delta.
+    """The mix that a configuration describes, with its adapters opened and named. Satisfies edgelora_export's Delta.
 
-    sources: by adapter's name; the base's own places in the configuration are left to it. seed: for what dare draws.
+    sources: by adapter name; entries of the bare base stay in the configuration. seed: for DARE's draws.
     """
 
     config: MergekitConfig
@@ -61,7 +60,7 @@ class MergekitMix:
 
     @classmethod
     def open(cls, config: MergekitConfig, seed: int = 0) -> MergekitMix:
-        """Opens the adapters; InputError for those that do not mix."""
+        """Opens the adapters. Raises InputError for adapters that cannot be mixed."""
         named: dict[str, MergeSource] = {}
         for source in config.sources:
             if source.adapter is not None:
@@ -78,34 +77,36 @@ class MergekitMix:
         return {module for adapter in self.adapters.values() for module in adapter.modules}
 
     def describe(self) -> str:
-        """The merge in a few words."""
+        """A one-line description of the merge."""
         return f"mergekit {self.config.method}({', '.join(self.adapters)})"
 
     def rank(self, module: str) -> int:
-        """The summed rank of the adapters that change a module."""
+        """The summed rank of the adapters of a module."""
         return sum(adapter.shapes[module][2] for adapter in self._present(module).values())
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW float32 (N, K); weight is the base's, which some kinds of adapters need."""
+        """ΔW, float32 (N, K). weight: the base's, which some kinds of adapters need."""
         deltas: dict[str, Rows] = {
-            name: adapter.dense(module, weight) if adapter.in_terms_of_base(module) else Product(*adapter.factors(module))
+            name: adapter.dense(module, weight) if adapter.why_not_low_rank(module) else Product(*adapter.factors(module))
             for name, adapter in self._present(module).items()
         }
         weights = self._weights(module)
         if self.config.method in _SUM_METHODS:
             parts, shares = [*deltas.values()], [self._shares(module)[name] for name in deltas]
-            return by_runs(lambda rows: _sum(rows, shares), parts)
+            return merge_row_blocks(lambda rows: _sum(rows, shares), parts)
         sparse = [self._sparsify(module, name, delta) for name, delta in deltas.items()]
         factor = self.config.shared("lambda", module, 1.0)
         normalize = self._normalizes(module)
         if self.config.method == "dare_linear":
             total = sum(weights.values())
             factor /= total if normalize and abs(total) >= 1e-8 else 1.0
-            return by_runs(lambda rows: _sum(rows, [weights[name] * factor for name in deltas]), sparse)
-        return by_runs(lambda rows: _elect(rows, [weights[name] for name in deltas], factor, normalize=normalize), sparse)
+            return merge_row_blocks(lambda rows: _sum(rows, [weights[name] * factor for name in deltas]), sparse)
+        return merge_row_blocks(
+            lambda rows: _elect(rows, [weights[name] for name in deltas], factor, normalize=normalize), sparse
+        )
 
     def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]:
-        """A float32 (r, K) and B float32 (N, r), and the relative error of B·A; 0 for sums, others have the summed rank."""
+        """A, float32 (r, K), B, float32 (N, r), and the relative error of B·A: 0 for sums, else that of the summed rank."""
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
         if self.config.method in _SUM_METHODS:
@@ -122,21 +123,21 @@ class MergekitMix:
         return bool(self.config.shared("normalize", module, float(self.config.method in ("linear", "ties"))))
 
     def _weights(self, module: str) -> dict[str, float]:
-        """The weight of each adapter in a module, also of those that leave it alone: mergekit counts them with a ΔW of 0."""
+        """Each adapter's weight in a module. Adapters without the module count too: for mergekit their ΔW is 0."""
         return {name: self._weight(source, name, module) for name, source in self.sources.items()}
 
     def _weight(self, source: MergeSource, name: str, module: str) -> float:
         weight = self.config.own(source, "weight", module)
         if weight is None:
             raise InputError(
-                f"mergekit configuration: {name} has no weight for {module}; write parameters: weight: for it or for all"
+                f"mergekit configuration: {name} has no weight for {module}; set parameters.weight for it or for all"
             )
         if not math.isfinite(weight):
             raise InputError(f"mergekit configuration: the weight of {name} for {module} is {weight}; use a finite number")
         return weight
 
     def _shares(self, module: str) -> dict[str, float]:
-        """What each adapter's ΔW is multiplied with where the merge is a sum."""
+        """The factor on each adapter's ΔW, for methods that are sums."""
         weights, normalize = self._weights(module), self._normalizes(module)
         if self.config.method == "task_arithmetic":
             factor, total = self.config.shared("lambda", module, 1.0), sum(weights.values())
@@ -146,11 +147,13 @@ class MergekitMix:
         total = sum(weights.values()) + rest
         if not normalize and abs(total - 1) > 1e-6:
             raise InputError(
-                f"mergekit configuration: linear with normalize: false and weights that sum to {total:g} in {module} scales the "
-                "base itself, which no adapter can; let them sum to 1, or use task_arithmetic"
+                f"mergekit configuration: linear with normalize: false and weights that sum to {total:g} in {module} would scale "
+                "the base itself, which an adapter cannot do; make them sum to 1, or use task_arithmetic"
             )
         if abs(total) < 1e-8:
-            raise InputError(f"mergekit configuration: the weights of linear sum to 0 in {module}, by which mergekit divides")
+            raise InputError(
+                f"mergekit configuration: the weights of linear sum to 0 in {module}, and mergekit divides by their sum"
+            )
         return {name: weight / (total if normalize else 1.0) for name, weight in weights.items()}
 
     def _sparsify(self, module: str, name: str, delta: Rows) -> Rows:
@@ -164,11 +167,11 @@ class MergekitMix:
                 f"mergekit configuration: density {density:g} keeps nothing of {name} in {module}; use a larger share"
             )
         if self.config.method == "ties":
-            # trim keeps ceil(density · N · K) entries, mergekit int(density · N · K).
+            # trim() keeps ceil(density · N · K) entries, and mergekit keeps int(density · N · K).
             sparse: Rows = trim(delta, (kept - 0.5) / size)
         else:
             dropped = drop(delta, density, draw_seed(self.seed, module, name))
-            sparse = Scaled(dropped, dropped.probability)  # the entries that are left, as they were
+            sparse = Scaled(dropped, dropped.probability)  # undoes drop()'s rescaling
         rescale = self.config.shared("rescale", module, float(self.config.method != "ties"))
         if not rescale:
             return sparse
@@ -177,7 +180,7 @@ class MergekitMix:
 
 
 def _sum_magnitudes(delta: Rows) -> float:
-    return sum(float(np.abs(delta[rows]).sum(dtype=np.float64)) for rows in runs(delta.shape))
+    return sum(float(np.abs(delta[rows]).sum(dtype=np.float64)) for rows in row_blocks(delta.shape))
 
 
 def _sum(parts: Sequence[Floats], weights: Sequence[float]) -> Floats:
@@ -188,7 +191,7 @@ def _sum(parts: Sequence[Floats], weights: Sequence[float]) -> Floats:
 
 
 def _elect(parts: Sequence[Floats], weights: Sequence[float], factor: float, *, normalize: bool) -> Floats:
-    """The sum of the weighted entries whose sign is that of all of them together, + where they cancel; over their weights."""
+    """The sum of the weighted entries that have the elected sign, over their weights. The sign is + where votes cancel."""
     votes = np.stack([part * np.float32(weight) for part, weight in zip(parts, weights, strict=True)])
     agrees = np.where(votes.sum(axis=0) >= 0, votes > 0, votes < 0)
     total: Floats = np.where(agrees, votes, np.float32(0)).sum(axis=0)

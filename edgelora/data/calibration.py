@@ -1,4 +1,4 @@
-"""What variants are quantized and judged on: rows that their adapters were trained on, and general text."""
+"""Gathers calibration data for quantizing and judging variants: the adapters' training rows, and general text."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
     Encode = Callable[[str], list[int]]
 
-LONGEST = 512  # tokens of one sample; the rest is left out
-LEAST_TOKENS = 16384  # to quantize on, as far as the data go; wider models need twice their widest input
-HELD_OUT_TOKENS = 2048  # to judge on
-GENERAL_TEXT = "general_text.jsonl"  # comes with edgelora, so that GPTQ never sees a task's format alone
-GENERAL_SHARE = 0.1  # of all tokens to quantize on, at the most, beside adapters' data; figures are in docs/log.md
-_HELD_OUT_SHARE = 8  # one row of so many is held out, while fewer than HELD_OUT_TOKENS are; of general text alone, too
+MAX_SAMPLE_TOKENS = 512  # longer samples are cut
+MIN_FIT_TOKENS = 16384  # to quantize on, if the data have that many; wide models take twice their widest input
+HELD_OUT_TOKENS = 2048  # to judge variants on
+GENERAL_TEXT = "general_text.jsonl"  # ships with edgelora, so that GPTQ never sees only a task's format
+GENERAL_SHARE = 0.1  # its maximum share of the tokens to quantize on, beside adapters' data; docs/log.md has the figures
+_HELD_OUT_SHARE = 8  # one row in this many is held out, up to HELD_OUT_TOKENS; the same for general text alone
 
 
 def find_training_data(adapter: Adapter) -> Path | None:
-    """The file that an adapter was trained on, if edgelora.json says where and it is still the same; else None."""
+    """The file that an adapter was trained on. None if edgelora.json does not name it, or if it is gone or has changed."""
     provenance = adapter.provenance
     if provenance is None or not provenance.data_file:
         return None
@@ -49,20 +49,20 @@ def hash_data(path: Path) -> str:
 def gather_calibration(
     files: Sequence[Path], encode: Encode, *, widest: int, general_share: float = 0.0, seed: int = 0
 ) -> Calibration:
-    """Samples from data files, in turn from each, shuffled; a part of each is held out.
+    """Draws samples from shuffled data files, interleaved, and holds a part of each file out.
 
-    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; the
-    second moments of fewer than twice as many tokens mislead GPTQ. general_share: how much of what is quantized on may be
-    edgelora's own general text, on which nothing is ever judged; 1 for all of it.
+    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; second
+    moments from fewer than twice as many tokens mislead GPTQ. general_share: the maximum share of edgelora's own general text
+    among the tokens to quantize on; 1 for nothing else. Variants are never judged on that text.
     """
-    budget = max(LEAST_TOKENS, 2 * widest)
-    piles = [_shuffle(path, seed) for path in dict.fromkeys(files)]
+    budget = max(MIN_FIT_TOKENS, 2 * widest)
+    shuffled = [_shuffle(path, seed) for path in dict.fromkeys(files)]
     fit: list[Sample] = []
     held_out: list[Sample] = []
     fit_tokens = held_out_tokens = 0
-    for place in range(max(map(len, piles), default=0)):
-        for pile in piles:
-            if place >= len(pile) or (sample := _encode(pile[place], encode)) is None:
+    for place in range(max(map(len, shuffled), default=0)):
+        for items in shuffled:
+            if place >= len(items) or (sample := _encode(items[place], encode)) is None:
                 continue
             if place % _HELD_OUT_SHARE == 0 and held_out_tokens < HELD_OUT_TOKENS:
                 held_out.append(sample)
@@ -88,7 +88,7 @@ def gather_calibration(
 
 
 def gather_samples(path: Path, encode: Encode, tokens: int, seed: int = 0) -> list[Sample]:
-    """Samples of one data file, shuffled, until they have so many tokens."""
+    """Draws samples of one shuffled data file until they add up to `tokens` tokens."""
     found: list[Sample] = []
     for item in _shuffle(path, seed):
         if tokens <= 0:
@@ -97,12 +97,12 @@ def gather_samples(path: Path, encode: Encode, tokens: int, seed: int = 0) -> li
             found.append(sample)
             tokens -= len(sample.tokens)
     if not found:
-        raise InputError(f"data file {path}: no row has two tokens or more")
+        raise InputError(f"data file {path}: no row has two or more tokens")
     return found
 
 
 def read_general_text() -> list[str]:
-    """The texts that come with edgelora."""
+    """The general texts that ship with edgelora."""
     return [str(json.loads(line)["text"]) for line in _general_file().splitlines()]
 
 
@@ -111,7 +111,7 @@ def _general_file() -> bytes:
 
 
 def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
-    """The general text that comes with edgelora, shuffled, and the SHA-256 of its file."""
+    """Samples of the general text that ships with edgelora, shuffled, and the SHA-256 of its file."""
     texts = read_general_text()
     random.Random(seed).shuffle(texts)  # noqa: S311  (not for secrets)
     samples = [sample for text in texts if (sample := _encode(text, encode)) is not None]
@@ -119,39 +119,39 @@ def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
 
 
 def _label(path: Path, files: Sequence[Path]) -> str:
-    """A file's name, with its folder's before it where two files share one."""
+    """A file's name, preceded by its folder's if two files have the same name."""
     names = [other.name for other in dict.fromkeys(files)]
     label = path.name if names.count(path.name) == 1 else f"{path.resolve().parent.name}/{path.name}"
     return "".join(filter(str.isprintable, label))
 
 
 def _shuffle(path: Path, seed: int) -> list[Row | str]:
-    """A file's rows or texts, in an order that its content and the seed decide."""
+    """A file's rows or texts, in an order that depends on their number and the seed."""
     items: list[Row | str] = [*_read_texts(path)] or [*read_rows(path)]
     random.Random(f"{seed} {len(items)}").shuffle(items)  # noqa: S311  (not for secrets)
     return items
 
 
 def _read_texts(path: Path) -> list[str]:
-    """The texts of a file of {"text": …}; none where its first line is something else."""
+    """The texts of a file of {"text": …} lines. Empty if its first line is something else."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         values = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError):
-        return []  # read_rows says what is wrong with it
+        return []  # read_rows reports what is wrong
     if not values or not isinstance(values[0], dict) or "text" not in values[0]:
         return []
     if wrong := [n for n, value in enumerate(values, 1) if not isinstance(value, dict) or not isinstance(value.get("text"), str)]:
-        raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, as the first one is')
+        raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, unlike the first one')
     return [value["text"] for value in values]
 
 
 def _encode(item: Row | str, encode: Encode) -> Sample | None:
-    """A row or text as tokens; None where nothing is left to predict."""
+    """A row or text as tokens. None if no token is left to predict."""
     if isinstance(item, str):
-        tokens = encode(item)[:LONGEST]
+        tokens = encode(item)[:MAX_SAMPLE_TOKENS]
         return Sample(tuple(tokens)) if len(tokens) > 1 else None
     whole = encode(item.prompt + item.completion)
     start = max(1, shared_prefix(encode(item.prompt), whole))
-    tokens = whole[:LONGEST]
+    tokens = whole[:MAX_SAMPLE_TOKENS]
     return Sample(tuple(tokens), start) if start < len(tokens) else None

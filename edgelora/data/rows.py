@@ -1,4 +1,4 @@
-"""Rows of training and test data: JSON lines of {"prompt": …, "completion": …}."""
+"""Reads rows of training and test data: JSON lines of {"prompt": …, "completion": …}."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from edgelora_runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One example. The completion is what the model should write after the prompt, leading space and all."""
+    """One example. completion: what the model should write after the prompt, including any leading space."""
 
     prompt: str
     completion: str
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Reads a JSONL file; InputError names the file and the first line that is not a row. Blank lines are skipped."""
+    """Reads a JSONL file, skipping blank lines. InputError names the file and the first line that is not a row."""
     text = read_text(Path(path), "data file")
     rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
@@ -27,11 +27,11 @@ def read_rows(path: Path | str) -> list[Row]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """The text of a file that the user named; InputError, which calls it what it is, where it cannot be read."""
+    """Reads a file that the user named. Raises InputError, in which `what` says what the file is, if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise InputError(f"{what} {path} does not exist; name a file") from error
+        raise InputError(f"{what} {path} does not exist; give an existing file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{what} {path} is not readable UTF-8 text ({error})") from error
 

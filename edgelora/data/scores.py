@@ -1,4 +1,4 @@
-"""Scores of written completions against the right ones."""
+"""Scores written completions against the right ones: exact match and slot F1."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ Slots = Counter[tuple[str, str]]
 
 
 def exact_match(written: Sequence[str], right: Sequence[str]) -> float:
-    """Share of completions that are right to the letter, white space around them aside."""
+    """The share of completions that match exactly, ignoring surrounding white space."""
     return sum(one.strip() == other.strip() for one, other in zip(written, right, strict=True)) / len(right)
 
 
 def main_score(written: Sequence[str], right: Sequence[str]) -> float:
-    """Slot F1 where the right completions are slots, else the share of exact matches."""
+    """Slot F1 if the right completions are slots, else exact match."""
     f1 = slot_f1(written, right)
     return exact_match(written, right) if f1 is None else f1
 
 
 def parse_slots(text: str) -> Slots | None:
-    """The slots of `name = value; name = value`, or none of `none`; None where the text has another form."""
+    """The slots of `name = value; name = value`; no slots for `none`; None for text of any other form.
+
+    >>> sorted(parse_slots("size = large; item = tea"))
+    [('item', 'tea'), ('size', 'large')]
+    """
     text = text.strip()
     if text == "none":
         return Counter()
@@ -34,22 +38,22 @@ def parse_slots(text: str) -> Slots | None:
 
 
 def slot_f1(written: Sequence[str], right: Sequence[str]) -> float | None:
-    """Micro-averaged F1 over (slot, value) pairs; None where the right completions are not slots.
+    """Micro-averaged F1 over (slot, value) pairs. None if the right completions are not slots.
 
-    A written completion of another form counts as no slots found.
+    A written completion that is not in slot form counts as having no slots.
     """
     counts = _count_slots(written, right)
     return None if counts is None else sum(hits for hits, _ in counts) / sum(pairs for _, pairs in counts)
 
 
 def count_scores(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
-    """Of each row what main_score is the quotient of, summed over rows."""
+    """Per row a numerator and a denominator; main_score is the quotient of their sums."""
     slots = _count_slots(written, right)
     return slots or [(one.strip() == other.strip(), 1) for one, other in zip(written, right, strict=True)]
 
 
 def _count_slots(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Of each row twice the pairs that are right, and the pairs in both texts; None where the right ones are not slots."""
+    """Per row, twice the right pairs, and the pairs in both texts. None if the right completions are not slots."""
     truths = [parse_slots(text) for text in right]
     if any(truth is None for truth in truths) or not any(truths):
         return None

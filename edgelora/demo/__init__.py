@@ -1,4 +1,4 @@
-"""The demo: its tasks and base are made by code, so that it needs no download."""
+"""The demo: the whole pipeline on a small model. Code makes its tasks and its base, so nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ from typing import TYPE_CHECKING
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from edgelora.demo.report import DemoReport
 
 
-def run_demo(output: Path, *, seed: int = 1, base: str | None = None, data: Mapping[str, str] | None = None) -> DemoReport:
-    """Runs the pipeline on the built-in base and tasks, or on a base and at least two files of rows of one's own."""
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 1,
+    base: str | None = None,
+    data: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> DemoReport:
+    """Runs the pipeline on the built-in base and tasks, or on the user's base and rows.
+
+    base: folder or hub id. data: a file of rows per task, two at least. on_note is told when each stage begins.
+    """
     if (base is None) != (not data):
         raise UsageError("--base and --data go together: your own base needs your own rows, and the other way round")
     if data and len(data) < 2:
         raise UsageError("a mix takes at least two tasks; give --data NAME=FILE.jsonl twice or more")
-    from edgelora.demo.run import run_built_in, run_own
+    from edgelora.demo.run import run_built_in_demo, run_user_demo
 
-    return run_built_in(output, seed) if base is None else run_own(output, seed, base, data or {})
+    if base is None:
+        return run_built_in_demo(output, seed, on_progress=on_progress, on_note=on_note)
+    return run_user_demo(output, seed, base, data or {}, on_progress=on_progress, on_note=on_note)

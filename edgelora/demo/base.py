@@ -1,4 +1,4 @@
-"""The demo's base: a tokenizer and a tiny Llama, pretrained in two minutes on text made by code."""
+"""Makes the demo's base: a tokenizer and a tiny Llama, pretrained in two minutes on generated text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgelora.demo.tasks import general_row
-from edgelora.in_torch.train import quiet_libraries
 from edgelora_export.weights.publish import staged_folder
+from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgelora.data.rows import Row
 
 BOS, EOS = "<s>", "</s>"
-# Each turn is a document of its own, as in pretraining: <s>Command: text\nanswer</s>
+# Each turn is a separate document, as in pretraining: <s>Command: text\nanswer</s>
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
@@ -27,15 +27,15 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
 )
 _TOKENIZER_ROWS = 6000
-_IGNORED = -100  # the label that cross entropy skips
+_IGNORED = -100  # cross entropy's default ignore_index
 
 
 @dataclass(frozen=True)
 class BaseSettings:
-    """Shape and training of the demo's base.
+    """The shape and training of the demo's base.
 
-    vocabulary: entries at most. heads share kv_heads keys and values (GQA). lr, muon_lr: peak learning rates of AdamW
-    (embedding, norms) and Muon (matrices). batch_size: rows per step.
+    vocabulary: maximum number of tokens. heads, kv_heads: query heads and key-value heads (GQA). lr, muon_lr: peak learning rates
+    of AdamW (embedding, norms) and Muon (matrices). batch_size: rows per step.
     """
 
     vocabulary: int = 768
@@ -58,9 +58,9 @@ def make_base(
     seed: int = 0,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> float:
-    """Pretrains the base and saves it in the Hugging Face layout; returns the last steps' mean loss, in nats per token.
+    """Pretrains the base and saves it in the Hugging Face layout. Returns the smoothed final loss, in nats per token.
 
-    on_progress(steps done, steps in all, what) after every step. Raises MissingExtraError without torch or transformers.
+    Calls on_progress(done, total, what) after every step. Raises MissingExtraError without torch or transformers.
     """
     settings = settings or BaseSettings()
     try:
@@ -82,7 +82,7 @@ def make_base(
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
-    """A byte-level BPE over the general text, each digit a token of its own, <s> put in front of every text."""
+    """Trains a byte-level BPE tokenizer on the general text. Digits are single tokens, and every text starts with <s>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +95,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # any text can be written, bytes at worst
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # can encode any text, as bytes if need be
         show_progress=False,
     )
     tokenizer.train_from_iterator((row.prompt + row.completion for row in _draw_rows(rng, _TOKENIZER_ROWS)), trainer)
@@ -134,7 +134,7 @@ def _make_model(settings: BaseSettings, vocabulary: int) -> Any:
 def _pretrain(
     model: Any, tokenizer: Any, settings: BaseSettings, seed: int, on_progress: Callable[[int, int, str], None]
 ) -> float:
-    """Trains on the general commands, the loss on their answers alone; AdamW and Muon, warm-up, then linear decay."""
+    """Trains on the general commands, with the loss on their answers only. Returns the smoothed final loss."""
     import torch
 
     from edgelora.demo.muon import Muon
@@ -167,7 +167,7 @@ def _pretrain(
 
 
 def _rate(step: int, settings: BaseSettings) -> float:
-    """The learning rate's share of its peak: up, level for half of the steps, then down to almost nothing."""
+    """The learning rate as a share of its peak: linear warm-up, constant for half of the steps, then linear decay to 2%."""
     return min(1.0, (step + 1) / settings.warmup_steps, max(0.02, 2 * (1 - step / settings.steps)))
 
 
@@ -176,7 +176,7 @@ def _draw_rows(rng: random.Random, count: int) -> list[Row]:
 
 
 def _draw_batches(rng: random.Random, size: int) -> Iterator[list[Row]]:
-    """Batches of rows of about the same length, in random order, without end; less padding halves the work."""
+    """Yields batches of rows of similar length, in random order, endlessly. Less padding halves the work."""
     pool = 16
     while True:
         rows = sorted(_draw_rows(rng, size * pool), key=lambda row: len(row.prompt) + len(row.completion))
@@ -186,7 +186,7 @@ def _draw_batches(rng: random.Random, size: int) -> Iterator[list[Row]]:
 
 
 def _encode(tokenizer: Any, rows: Sequence[Row]) -> tuple[Any, Any]:
-    """Token ids and labels, int64 (rows, T): prompt, completion, end; prompts and padding carry no label."""
+    """Token ids and labels, int64 (rows, T), of prompt, completion and end. Prompts and padding have no labels."""
     import torch
 
     prompts = tokenizer([row.prompt for row in rows])["input_ids"]

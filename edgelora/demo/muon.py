@@ -1,4 +1,4 @@
-"""Muon in float32: torch's own computes in bfloat16, which takes a CPU without such units a second for each step of the demo."""
+"""The Muon optimizer in float32. torch's computes in bfloat16, at a second per demo step on CPUs without bfloat16 units."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalized momentum of each matrix; weight decay apart from it, as AdamW's."""
+    """Steps along the orthogonalized momentum of each matrix, with decoupled weight decay as in AdamW."""
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; no closure is called."""
+        """Takes one step. Closures are not supported."""
         assert closure is None
         for group in self.param_groups:
             for matrix in group["params"]:
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix (N, K) with the same singular vectors and singular values near 1."""
+    """A matrix (N, K) with the same singular vectors, and singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix

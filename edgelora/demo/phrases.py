@@ -1,4 +1,4 @@
-"""Dates, orders and amounts of money, drawn at random and put into English words."""
+"""Draws random dates, orders and prices, and spells them in English."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZES = ("small", "medium", "large")
 EXTRAS = ("oat milk", "honey", "cinnamon", "cheese", "chili", "mint", "lemon", "ginger")
 PLACES = {"to go": "away", "for here": "inside", "by courier": "home"}
 CURRENCIES = {"EUR": ("euros", "cents"), "USD": ("dollars", "cents"), "GBP": ("pounds", "pence")}
-# What unknown commands are made of.
+# Unknown commands are made of these words.
 WORDS = (
     "stamp", "order", "form", "invoice", "note", "list", "code", "sheet", "card", "entry", "line", "record", "paper", "slip",
     "bill", "plan", "table", "sign", "mark", "page", "draft", "memo", "report", "key", "text", "brief", "log", "board",
@@ -67,43 +67,43 @@ class Order:
 
     @property
     def slots(self) -> str:
-        """The order as a form."""
+        """The order as slots."""
         extra, place = self.extra or "none", PLACES[self.place]
         return f"item: {self.item}, size: {self.size}, count: {self.count}, extra: {extra}, place: {place}"
 
 
 @dataclass(frozen=True)
 class Price:
-    """An amount of money below a thousand whole units."""
+    """An amount of money below 1000."""
 
     whole: int
     cents: int
     currency: str
 
-    def phrase(self, rng: random.Random) -> str:  # noqa: ARG002  (as the others; there is one way to say it)
+    def phrase(self, rng: random.Random) -> str:  # noqa: ARG002  (same signature as the others)
         """The amount in words."""
         major, minor = CURRENCIES[self.currency]
         return f"{spell_number(self.whole)} {major} and {spell_number(self.cents)} {minor}"
 
     @property
     def amount(self) -> str:
-        """The amount in digits, after its currency's code."""
+        """The amount in digits, after the currency code."""
         return f"{self.currency} {self.whole}.{self.cents:02}"
 
 
 def draw_date(rng: random.Random) -> Date:
-    """A date that is valid in every month."""
+    """A date with a day that every month has."""
     return Date(rng.randrange(1900, 2100), rng.randrange(1, 13), rng.randrange(1, 29))
 
 
 def draw_order(rng: random.Random) -> Order:
-    """An order of one to nine pieces, seven in ten with an extra."""
+    """An order of one to nine items. 70% have an extra."""
     extra = rng.choice(EXTRAS) if rng.random() < 0.7 else ""
     return Order(rng.randrange(1, 10), rng.choice(SIZES), rng.choice(ITEMS), extra, rng.choice(list(PLACES)))
 
 
 def draw_price(rng: random.Random) -> Price:
-    """A price whose parts are all plural."""
+    """A price whose units and cents are both plural."""
     return Price(rng.randrange(2, 1000), rng.randrange(2, 100), rng.choice(list(CURRENCIES)))
 
 

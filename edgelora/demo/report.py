@@ -1,11 +1,9 @@
-"""What the demo found, as figures and as one table."""
+"""The demo's results."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from edgelora.terminal import format_bytes, format_share, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Switch:
-    """Two switches to a variant, in milliseconds: the first, which creates its session, and one back to it after others."""
+    """Times of two switches to a variant, in milliseconds. first: creates its session. back: returns to it after others."""
 
     variant: str
     first: float
@@ -23,11 +21,11 @@ class Switch:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Scores are shares from 0 to 1, on test rows that nothing was chosen on.
+    """The demo's results. Scores are shares from 0 to 1, on test rows that no choice was made on.
 
-    torch: per task, its adapter in PEFT on the base that it was trained on. scores: per variant and task, in onnxruntime.
-    written: answers of each adapter that the mix was learned from. kept: the share of each single adapter's score that the mix
-    keeps on its task.
+    torch: each task's score with its adapter in PEFT, on the base of its training. scores: per variant and task, in onnxruntime.
+    written: number of answers by each adapter that the mix was learned from. kept: the mix's score on each task, as a share of
+    the single adapter's. seconds: per stage.
     """
 
     bundle: Path
@@ -39,22 +37,3 @@ class DemoReport:
     kept: Mapping[str, float]
     switches: Sequence[Switch]
     seconds: Mapping[str, float]
-
-
-def show_report(report: DemoReport) -> None:
-    """Prints the table and where to go from here."""
-    tasks = list(report.test_rows)
-    columns = ["variant", *tasks, "first switch", "switch back"]
-    switches = {switch.variant: switch for switch in report.switches}
-    rows = [["adapter in torch (NF4)", *(format_share(report.torch[task]) for task in tasks), "", ""]]
-    for name, scores in report.scores.items():
-        switch = switches[name]
-        times = [f"{switch.first:.1f} ms", f"{switch.back:.2f} ms"]
-        rows.append([name, *(format_share(scores[task]) for task in tasks), *times])
-    metrics = ", ".join(f"{report.metrics[task]} on {count} test rows of {task}" for task, count in report.test_rows.items())
-    print_table(f"in %: {metrics}", columns, rows)
-    kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
-    print(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
-    size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
-    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) lies in {report.bundle}")
-    print(f"talk to it:  edgelora chat {report.bundle} --variant mix")

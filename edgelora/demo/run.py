@@ -1,4 +1,4 @@
-"""`edgelora demo`: the whole pipeline on one small model. Train three adapters, mix them, export, evaluate, switch."""
+"""The demo's pipeline on one small model: train adapters, mix them, export, evaluate, switch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import random
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,39 +20,47 @@ from edgelora.exporting.export import export
 from edgelora.in_torch.reference import write_with_torch
 from edgelora.in_torch.train import TrainConfig, train
 from edgelora.learn.learn import LearnConfig, learn
-from edgelora.terminal import print_note, show_progress
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    OnProgress = Callable[[int, int, str], None]
+    OnNote = Callable[[str], None]
 
 MAX_TOKENS = 64
-OWN_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix", "mix-live"  # beside one per task
+RESERVED_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix", "mix-live"  # beside one per task
 
 
-@dataclass
 class Stopwatch:
-    """Seconds per stage, in the order of the stages."""
+    """Times the stages of a run. seconds: per stage, in order. on_note is told when a stage begins."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    def __init__(self, on_note: OnNote = lambda note: None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_note = on_note
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times a stage and says on standard error that it has begun."""
-        print_note(f"· {name} …")
+        self._on_note(f"· {name} …")
         started = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - started
 
 
-def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) -> DemoReport:
-    """The pipeline on the base and the tasks that come with edgelora."""
+def run_built_in_demo(
+    output: Path,
+    seed: int,
+    settings: DemoSettings | None = None,
+    *,
+    on_progress: OnProgress = lambda done, total, what: None,
+    on_note: OnNote = lambda note: None,
+) -> DemoReport:
+    """Runs the pipeline on the base and the tasks that come with edgelora."""
     settings = settings or DemoSettings()
-    watch = Stopwatch()
-    with watch.stage("pretrain a small base"), show_progress("steps") as on_progress:
+    watch = Stopwatch(on_note)
+    with watch.stage("pretrain a small base"):
         make_base(output / "base", settings.base, seed=seed, on_progress=on_progress)
     tasks = make_tasks(settings.sizes, seed=seed)
     configs = {
@@ -66,14 +73,30 @@ def run_built_in(output: Path, seed: int, settings: DemoSettings | None = None) 
         for task in tasks
     }
     return run_pipeline(
-        str(output / "base"), tasks, configs, settings.mix, output, seed=seed, max_tokens=settings.max_tokens, watch=watch
+        str(output / "base"),
+        tasks,
+        configs,
+        settings.mix,
+        output,
+        seed=seed,
+        max_tokens=settings.max_tokens,
+        watch=watch,
+        on_progress=on_progress,
     )
 
 
-def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> DemoReport:
-    """The pipeline on a base and rows of one's own, a fifth of each file for testing."""
+def run_user_demo(
+    output: Path,
+    seed: int,
+    base: str,
+    data: Mapping[str, str],
+    *,
+    on_progress: OnProgress = lambda done, total, what: None,
+    on_note: OnNote = lambda note: None,
+) -> DemoReport:
+    """Runs the pipeline on the user's base and rows. A fifth of each file is held out for testing."""
     for name in data:  # before minutes of training
-        if reason := "the demo's own variant has that name" if name in OWN_VARIANTS else check_variant_name(name):
+        if reason := "the demo's own variant has that name" if name in RESERVED_VARIANTS else check_variant_name(name):
             raise InputError(f"--data {name}=…: {reason}; choose another name")
     tasks = [split_rows(name, read_rows(path), seed) for name, path in data.items()]
     configs = {
@@ -85,11 +108,21 @@ def run_own(output: Path, seed: int, base: str, data: Mapping[str, str]) -> Demo
         )
         for task in tasks
     }
-    return run_pipeline(base, tasks, configs, MixSettings(), output, seed=seed, max_tokens=MAX_TOKENS, watch=Stopwatch())
+    return run_pipeline(
+        base,
+        tasks,
+        configs,
+        MixSettings(),
+        output,
+        seed=seed,
+        max_tokens=MAX_TOKENS,
+        watch=Stopwatch(on_note),
+        on_progress=on_progress,
+    )
 
 
 def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
-    """A task from rows in random order, no prompt in both splits; at most 200 test rows."""
+    """A task from shuffled rows, with no prompt in both splits and at most 200 test rows."""
     distinct = list({row.prompt: row for row in rows}.values())
     if len(distinct) < 10:
         raise InputError(f"{name} has {len(distinct)} distinct prompts; give at least 10 rows")
@@ -114,26 +147,27 @@ def run_pipeline(
     seed: int,
     max_tokens: int,
     watch: Stopwatch,
+    on_progress: OnProgress,
 ) -> DemoReport:
-    """Everything after the base: adapters, their mix, bundle, scores and switches.
+    """Runs everything after the base: trains the adapters, mixes them, exports a bundle, scores and switches its variants.
 
     configs: how to train each task's adapter, by task name. mix, seed: how to mix them.
     """
     in_torch = {}
     for task in tasks:
         config = configs[task.name]
-        with watch.stage(f"train {task.name}"), show_progress("steps") as on_progress:
+        with watch.stage(f"train {task.name}"):
             train(config, on_progress=on_progress)
         with watch.stage(f"evaluate {task.name} in torch"):
             written = write_with_torch(base, config.output, task.test, quant=config.quant, max_tokens=max_tokens)
-            in_torch[task.name] = main_score(written, _right(task.test))
-    with watch.stage("mix the adapters by what they write themselves"), show_progress("steps") as on_progress:
+            in_torch[task.name] = main_score(written, _completions(task.test))
+    with watch.stage("mix the adapters by what they write themselves"):
         adapters = {task.name: configs[task.name].output for task in tasks}
         mixed = output / "adapters" / MIX
         learn(LearnConfig(base, adapters, mixed, seed=seed, **vars(mix)), on_progress=on_progress)
     with watch.stage("export the bundle"):
         _write_recipe(output / "recipe.toml", base, {**adapters, MIX: mixed}, _list_variants([*adapters]))
-        export(output / "recipe.toml", output / "bundle")
+        export(output / "recipe.toml", output / "bundle", on_progress=on_progress)
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
         first = [runtime.switch(name) for name in runtime.variants]
         back = [runtime.switch(name) for name in runtime.variants]
@@ -145,7 +179,8 @@ def run_pipeline(
         bundle=output / "bundle",
         test_rows={task.name: len(task.test) for task in tasks},
         metrics={
-            task.name: "slot F1" if slot_f1(_right(task.test), _right(task.test)) is not None else "exact match" for task in tasks
+            task.name: "slot F1" if slot_f1(_completions(task.test), _completions(task.test)) is not None else "exact match"
+            for task in tasks
         },
         torch=in_torch,
         scores=scores,
@@ -157,7 +192,7 @@ def run_pipeline(
 
 
 def _list_variants(adapters: Sequence[str]) -> dict[str, str]:
-    """TOML per variant: the base, each adapter alone, the naive sum, the mix merged and live."""
+    """The TOML of each variant: the base, each adapter alone, their plain sum, and the mix both merged and live."""
     return {
         BASE: "mix = {}",
         **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
@@ -172,7 +207,7 @@ def _format_mix(weights: Mapping[str, float]) -> str:
 
 
 def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
-    """A recipe file as a user would write it. Paths are absolute, so that it works from any folder."""
+    """Writes a recipe as a user would. Paths are absolute, so that the recipe works from any folder."""
     found = str(Path(base).resolve()) if Path(base).exists() else base
     lines = [f"base = {_quote(found)}", "", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
@@ -182,9 +217,9 @@ def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants:
 
 
 def _quote(text: str) -> str:
-    """A TOML basic string, which is what JSON writes."""
+    """A TOML basic string: a JSON string is one."""
     return json.dumps(text, ensure_ascii=False)
 
 
-def _right(rows: Sequence[Row]) -> list[str]:
+def _completions(rows: Sequence[Row]) -> list[str]:
     return [row.completion for row in rows]

@@ -1,4 +1,4 @@
-"""What the demo runs with: the figures that came out of the trials in docs/log.md."""
+"""The demo's settings, chosen in the trials in docs/log.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """How adapters are mixed by what they write, see LearnConfig; by default as suits a base of one's own."""
+    """How adapters are mixed on what they write; see LearnConfig. The defaults are for a user's own base."""
 
     written: int = 200
     steps: int = 240
@@ -24,11 +24,11 @@ class MixSettings:
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Base, rows and adapters of the demo.
+    """The base, rows and adapters of the built-in demo.
 
-    Small adapters on the attention of the first two layers disturb each other less than larger ones: they look up the
-    command, which is what a task adds, and leave what the base knows alone. max_tokens: the longest answer and some more.
-    mix: adapters as small as these take a large learning rate.
+    Small adapters on the attention of the first two layers interfere less than larger ones: they recognize the task's command,
+    and leave the base's knowledge alone. max_tokens: the longest answer, with some margin. mix: adapters this small need a large
+    learning rate.
     """
 
     base: BaseSettings = field(default_factory=BaseSettings)
@@ -43,7 +43,7 @@ class DemoSettings:
     mix: MixSettings = field(default_factory=lambda: MixSettings(written=2000, steps=600, lr=5e-3))
 
     def train_config(self, base: Path, data: Path, output: Path, *, seed: int) -> TrainConfig:
-        """How one task's adapter is trained."""
+        """The training settings of one task's adapter."""
         return TrainConfig(
             base=str(base),
             data=data,

@@ -1,9 +1,10 @@
-"""Three small text tasks with exact answers, and the general text that the demo's base learns from; all made by code.
+"""Makes the demo's data: three small text tasks with exact answers, and the general text that its base is pretrained on.
 
-The base learns words (month names, numbers, a menu) and answer formats through commands of the shape "Command: text", and to
-answer UNKNOWN to commands that it was not taught. The tasks are three such commands, in formats that it knows. So an adapter
-teaches a command, not a language; and as part of its rows are the base's own, unknown commands among them, it learns to leave
-other commands alone. Both keep the change of the weights small, and small changes add up: see docs/log.md for what did not.
+From commands of the form "Command: text", the base learns words (month names, numbers, a menu) and answer formats. It also
+learns to answer UNKNOWN to commands that it was not taught. Each task is a new command, in a format that the base knows, so an
+adapter teaches a command and not a language. Part of a task's rows are the base's own, unknown commands included, so the adapter
+learns to leave other commands alone. Both keep the changes of the weights small, and small changes add up well; docs/log.md
+lists what did not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ UNKNOWN = "unknown command"
 
 @dataclass(frozen=True)
 class TaskSizes:
-    """Rows per task. general: rows of the base's own commands, mixed into the training rows only."""
+    """Rows per task. general: rows of the base's own commands, added only to the training rows."""
 
     train: int = 3000
     general: int = 4000
@@ -33,7 +34,7 @@ class TaskSizes:
 
 @dataclass(frozen=True)
 class Task:
-    """A task and its rows; no prompt of the task stands in both splits."""
+    """A task and its rows. No prompt of the task is in both splits."""
 
     name: str
     train: tuple[Row, ...]
@@ -41,14 +42,14 @@ class Task:
 
 
 def make_tasks(sizes: TaskSizes | None = None, *, seed: int = 0) -> tuple[Task, ...]:
-    """All tasks; the same seed gives the same rows."""
+    """Makes all tasks. The same seed gives the same rows."""
     return tuple(make_task(name, sizes, seed=seed) for name in TASKS)
 
 
 def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Task:
-    """One task's splits, drawn without a prompt twice; UsageError for a name that is no task."""
+    """Makes one task, with distinct prompts. Raises UsageError for an unknown name."""
     if name not in TASKS:
-        raise UsageError(f"{name!r} is no task of the demo; its tasks are {', '.join(TASKS)}")
+        raise UsageError(f"{name!r} is not a task of the demo; its tasks are {', '.join(TASKS)}")
     sizes = sizes or TaskSizes()
     rng = random.Random(f"{name} {seed}")  # noqa: S311  (data, not secrets)
     rows: dict[str, Row] = {}
@@ -63,7 +64,7 @@ def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Ta
 
 
 def general_row(rng: random.Random) -> Row:
-    """One of the commands that the base learns, or one that it is to say it does not know."""
+    """A row of a command that the base learns, or of an unknown command."""
     return rng.choice((_date_command, _order_command, _price_command, _unknown_command))(rng)
 
 
@@ -82,13 +83,12 @@ def _prices_row(rng: random.Random) -> Row:
     return Row(f"{COMMANDS['prices']}: {price.phrase(rng)}\n", price.amount)
 
 
-# The first two are the ones that the demo mixes.
 TASKS: dict[str, Callable[[random.Random], Row]] = {"dates": _dates_row, "prices": _prices_row, "orders": _orders_row}
 COMMANDS = {"dates": "Stamp", "prices": "Invoice", "orders": "Order form"}
 
 
 def _unknown_command(rng: random.Random) -> Row:
-    """A command that nobody teaches, over any text."""
+    """A row with a command that is never taught, on any text."""
     command = ""
     while not command or command in COMMANDS.values():
         command = " ".join(rng.sample(WORDS, rng.choice((1, 2)))).capitalize()

@@ -1,11 +1,11 @@
-"""Makes draft tables: how completions go on after their last few tokens, counted in what adapters were trained on."""
+"""Makes draft tables: counts which token follows each short context in the adapters' training data."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
-from edgelora.data.calibration import LONGEST, find_training_data, gather_samples
+from edgelora.data.calibration import MAX_SAMPLE_TOKENS, find_training_data, gather_samples
 from edgelora_runtime.bundle.draft_table import MAX_CONTEXT, MAX_ENTRIES, DraftTable
 
 if TYPE_CHECKING:
@@ -14,30 +14,30 @@ if TYPE_CHECKING:
     from edgelora.adapters.folder import Adapter
     from edgelora_export.plan.calibration import Sample
 
-MOST_TOKENS = 1 << 20  # of one adapter's data that are counted
-LEAST_COUNT = 2  # times that a context must have gone on: what stands once in the data is not in the bundle
-_SAME_SHARE = 0.1  # a longer context that changes the share by less, and not the token, is left out
+MAX_TOKENS = 1 << 20  # of one adapter's data to count
+MIN_COUNT = 2  # occurrences that a context needs, so that text that occurs once in the data is not in the bundle
+_SAME_SHARE = 0.1  # a longer context is left out if it predicts the same token and changes its share by less than this
 
 
 def make_draft_tables(
     adapters: Mapping[str, Adapter], encode: Callable[[str], list[int]], end_token: int | None
 ) -> dict[str, bytes]:
-    """The file of a table for each adapter whose training data are where edgelora.json says."""
+    """The bytes of a draft table per adapter, for adapters whose training data are still where edgelora.json says."""
     files = {name: find_training_data(adapter) for name, adapter in adapters.items()}
-    samples = {name: gather_samples(path, encode, MOST_TOKENS) for name, path in files.items() if path is not None}
+    samples = {name: gather_samples(path, encode, MAX_TOKENS) for name, path in files.items() if path is not None}
     return {name: count_continuations(each, end_token).dump() for name, each in samples.items()}
 
 
 def count_continuations(samples: Iterable[Sample], end_token: int | None) -> DraftTable:
-    """The table of the tokens from each sample's start on. end_token: what follows a completion, None where none is known."""
+    """Counts the tokens of each sample from its start on. end_token: the token after a completion, None if unknown."""
     counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for sample in samples:
-        is_whole_row = sample.start > 1 and len(sample.tokens) < LONGEST
+        is_whole_row = sample.start > 1 and len(sample.tokens) < MAX_SAMPLE_TOKENS
         tokens = (*sample.tokens, end_token) if is_whole_row and end_token is not None else sample.tokens
         for place in range(sample.start, len(tokens)):
             for length in range(1, min(place, MAX_CONTEXT) + 1):
                 counts[tokens[place - length : place]][tokens[place]] += 1
-    often = {context: following for context, following in counts.items() if following.total() >= LEAST_COUNT}
+    often = {context: following for context, following in counts.items() if following.total() >= MIN_COUNT}
     kept: dict[tuple[int, ...], tuple[int, float]] = {}
     for context in sorted(often, key=lambda each: (len(each), each)):
         token, count = min(often[context].items(), key=lambda item: (-item[1], item[0]))

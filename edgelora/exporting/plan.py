@@ -171,7 +171,7 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, A
 
 def _why_not_live(adapter: Adapter) -> str:
     for module in adapter.modules:
-        if reason := adapter.in_terms_of_base(module):
+        if reason := adapter.why_not_low_rank(module):
             return f"{module} is {reason}, no sum of products"
         if adapter.is_embedding(module) or module == "lm_head":
             return f"{module} is outside of the decoder's layers, which alone have live inputs"

@@ -1,4 +1,4 @@
-"""recipe.toml: which base, which adapters, which mixes become variants. Read strictly, every mistake in one message."""
+"""Reads recipe.toml: the base, the adapters, and the mixes that become variants. Reports all mistakes in one message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.exporting.recipe_keys import GATE, QUANTIZATION, ROUTER, TOP, VARIANT
-from edgelora.mix.methods import DEFAULT_DENSITY, METHODS
+from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora.mix.weights import check_weight
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.targets import CPU, check_targets
@@ -27,10 +27,10 @@ KINDS = ("merged", "live")
 
 @dataclass(frozen=True)
 class VariantRecipe:
-    """One variant as the recipe asks for it.
+    """One variant of a recipe.
 
-    mix: weight per adapter, a number or numbers by pattern of module names, {} for the bare base. density, seed: for methods
-    that read them. merge_base: None for the recipe's.
+    mix: per adapter a number, or numbers by pattern of module names; {} for the bare base. density, seed: for methods that use
+    them. merge_base: None for the recipe's.
     """
 
     mix: Mapping[str, Weight]
@@ -43,11 +43,11 @@ class VariantRecipe:
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """What picks a variant for a prompt, learnt from what the variants' adapters were trained on.
+    """A router, which picks a variant for each prompt. It learns from the prompts that the variants' adapters were trained on.
 
-    variants: to choose among, None for all that have such data. fallback: the variant for prompts unlike any of theirs, None
-    for the default. threshold: the confidence below which the fallback is used, too. data: by variant, files of rows in place
-    of what its adapters were trained on.
+    variants: the variants to choose from; None for all that have training data. fallback: the variant for prompts unlike any of
+    theirs; None for the default. threshold: the confidence below which the fallback is used as well. data: by variant, files of
+    rows to use instead of its adapters' training data.
     """
 
     variants: tuple[str, ...] | None = None
@@ -58,14 +58,14 @@ class RouterRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A bundle to be made.
+    """A bundle to build.
 
-    base: a local folder or a hub id. adapters: folder per name. default: the variant that a runtime starts with, None for
-    the first. context_length: positions that the bundle holds, None for the model's own up to a bound. calibration: general
-    text or rows to quantize and judge on, beside the adapters' training data. gate: what variants must keep. targets: what
-    each variant gets a graph for, cpu and perhaps gpu. merge_base: what merged variants are merged into: float, trained (the
-    base as their adapters' training held it), or auto, the better. router: None for a bundle without one. draft_tables:
-    whether the bundle holds draft tables for speculation, which are fragments of the adapters' training data.
+    base: a local folder or a hub id. adapters: folder by name. default: the variant that a runtime starts with; None for the
+    first. context_length: positions of the bundle; None for the model's own, up to a limit. calibration: general text or rows to
+    quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their adapters. targets:
+    what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into: float,
+    trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
+    router. draft_tables: whether to include draft tables for speculation; they contain fragments of the adapters' training data.
     """
 
     base: str
@@ -83,13 +83,13 @@ class Recipe:
 
 
 def read_recipe(path: Path | str) -> Recipe:
-    """Reads a recipe file; paths in it are relative to its folder. InputError lists everything that is wrong with it."""
+    """Reads a recipe file. Paths in it are relative to its folder. InputError lists every mistake."""
     path = Path(path)
     return parse_recipe(read_toml(path, "a recipe says what to export"), path.parent, str(path))
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") -> Recipe:
-    """A Recipe from parsed TOML; see read_recipe."""
+    """Makes a Recipe from parsed TOML; see read_recipe."""
     wrong: list[str] = []
 
     def take(table: Mapping[str, Any], where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     if "base" not in top and "base" not in value:
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
-        wrong.append("there is no variant; write at least [variants.base] with mix = {}")
+        wrong.append("variants is missing; write at least [variants.base] with mix = {}")
     adapters = {}
     for name, location in top.get("adapters", {}).items():
         if not isinstance(location, str):
@@ -134,11 +134,11 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     wrong += _check_router(router, top.get("variants", {}))
     wrong += _check_merge_base(top, "")
     if "default" in top and top["default"] not in top.get("variants", {}):
-        wrong.append(f"default = {top['default']!r} is no variant of the recipe")
+        wrong.append(f"default = {top['default']!r} is not a variant of the recipe")
     try:
         patterns = quantization.pop("int8", [])
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise InputError(f"int8 = {patterns!r} is no list of names")
+            raise InputError(f"int8 = {patterns!r} is not a list of names")
         grid = Quantization(**quantization, int8=tuple(patterns))
     except InputError as error:
         wrong.append(f"quantization: {error}")
@@ -174,17 +174,17 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     wrong = []
     for name, weight in table.get("mix", {}).items():
         if name not in adapters:
-            wrong.append(f"{where}mix names {name}, which [adapters] lacks")
+            wrong.append(f"{where}mix names {name}, which is not in [adapters]")
         wrong += check_weight(weight, f"{where}mix.{name}")
     if not 0 < table.get("density", 1) <= 1:
         wrong.append(f"{where}density = {table['density']}: use a share, more than 0 and at most 1")
     if not 0 <= table.get("seed", 0) < 1 << 53:
         wrong.append(f"{where}seed = {table['seed']}: use a whole number from 0 to 2^53")
     method = table.get("method", "linear")
-    if method in METHODS:
-        idle = [key for key in ("density", "seed") if key in table and key not in METHODS[method].settings]
-        wrong += [f"{where}{key} means nothing to method {method}; leave it out" for key in idle]
-    for key, allowed in (("kind", KINDS), ("method", METHODS)):
+    if method in MIX_METHODS:
+        idle = [key for key in ("density", "seed") if key in table and key not in MIX_METHODS[method].settings]
+        wrong += [f"{where}{key} has no effect on method {method}; leave it out" for key in idle]
+    for key, allowed in (("kind", KINDS), ("method", MIX_METHODS)):
         if key in table and table[key] not in allowed:
             wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
     wrong += _check_merge_base(table, where)
@@ -195,12 +195,12 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     by_module = [name for name, weight in table.get("mix", {}).items() if isinstance(weight, dict)]
     if table.get("kind") == "live" and by_module:
         wrong.append(
-            f"{where}mix gives {', '.join(by_module)} weights by module, and a live variant has one per adapter; "
+            f"{where}mix gives {', '.join(by_module)} weights by module, but a live variant has one weight per adapter; "
             "make it one adapter with edgelora compose, or use kind = 'merged'"
         )
     if table.get("kind") == "live" and method != "linear":
         wrong.append(
-            f"{where}method = {method!r} gives no sum of adapters, which a live variant is; "
+            f"{where}method = {method!r} is not a plain sum of adapters, as a live variant must be; "
             "make it one adapter with edgelora compose, or use kind = 'merged'"
         )
     return wrong
@@ -215,18 +215,20 @@ def _check_merge_base(table: Mapping[str, Any], where: str) -> list[str]:
 def _check_router(table: Mapping[str, Any], variants: Mapping[str, Any]) -> list[str]:
     wrong = []
     for key in ("variants", "data"):
-        wrong += [f"router.{key} names {name!r}, which is no variant" for name in table.get(key, ()) if name not in [*variants]]
+        wrong += [
+            f"router.{key} names {name!r}, which is not a variant" for name in table.get(key, ()) if name not in [*variants]
+        ]
     if table.get("variants") == []:
-        wrong.append("router.variants is empty; leave it out to choose among all that have training data")
+        wrong.append("router.variants is empty; leave it out to choose from all variants with training data")
     if "fallback" in table and table["fallback"] not in variants:
-        wrong.append(f"router.fallback = {table['fallback']!r} is no variant of the recipe")
+        wrong.append(f"router.fallback = {table['fallback']!r} is not a variant of the recipe")
     if not 0 <= table.get("threshold", 0) <= 1:
         wrong.append(f"router.threshold = {table['threshold']}: use a probability, from 0 to 1")
     for name, paths in table.get("data", {}).items():
         if not paths or not (
             isinstance(paths, str) or (isinstance(paths, list) and all(isinstance(path, str) for path in paths))
         ):
-            wrong.append(f"router.data.{name} = {paths!r} is no file and no list of files")
+            wrong.append(f"router.data.{name} = {paths!r} is neither a file nor a list of files")
     return wrong
 
 

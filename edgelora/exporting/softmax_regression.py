@@ -1,4 +1,4 @@
-"""Multinomial logistic regression over sparse rows, in numpy: convex, so its result depends on nothing but the data."""
+"""Multinomial logistic regression on sparse rows, in numpy. The problem is convex, so the result depends only on the data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Indices = NDArray[np.int64]
 
-_STEPS = 100  # of L-BFGS at the most
-_MEMORY = 8  # pairs of steps and gradients that approximate the curvature
-_TOLERANCE = 1e-6  # of the gradient's largest entry
+_STEPS = 100  # maximum L-BFGS iterations
+_MEMORY = 8  # pairs of steps and gradient changes that L-BFGS keeps
+_TOLERANCE = 1e-6  # on the gradient's largest entry
 _TEMPERATURES = np.geomspace(0.25, 4.0, 65)
 
 
 @dataclass(frozen=True)
 class SparseRows:
-    """A matrix (count, columns) by its entries: rows, columns int64 (M,) and values float64 (M,)."""
+    """A sparse matrix (count, width) as its M entries: rows and columns, int64 (M,), and values, float64 (M,)."""
 
     rows: Indices
     columns: Indices
@@ -34,7 +34,7 @@ class SparseRows:
 
     @classmethod
     def stack(cls, rows: Sequence[tuple[NDArray[np.int64], NDArray[np.floating]]], width: int) -> SparseRows:
-        """From the columns and values of each row."""
+        """Makes a matrix from the columns and values of each row."""
         lengths = [len(columns) for columns, _ in rows]
         return cls(
             np.repeat(np.arange(len(rows)), lengths),
@@ -56,10 +56,10 @@ class SparseRows:
 
 
 def fit_softmax(rows: SparseRows, labels: Indices, classes: int, *, penalty: float) -> tuple[Doubles, Doubles]:
-    """Weights (classes, width) and bias (classes,) with the least loss: every class counts the same, however many rows it has.
+    """Fits weights (classes, width) and bias (classes,). Every class counts the same, however many rows it has.
 
-    labels: class of each row, int64 (count,). The loss is the mean over classes of the mean negative log likelihood, in nats,
-    and penalty / 2 · ‖weights‖².
+    labels: class of each row, int64 (count,). The loss is the mean over classes of each class's mean negative log likelihood, in
+    nats, plus penalty / 2 · ‖weights‖².
     """
     importance = balance(labels)
     right = np.eye(classes)[labels]
@@ -78,7 +78,7 @@ def fit_softmax(rows: SparseRows, labels: Indices, classes: int, *, penalty: flo
 
 
 def find_temperature(scores: Doubles, labels: Indices) -> float:
-    """What to divide scores (count, classes) by, so that their softmax has the least loss; 1 for no rows."""
+    """The temperature: the divisor of scores (count, classes) at which their softmax has the least loss. 1 without rows."""
     if not len(labels):
         return 1.0
     importance, at = balance(labels), np.arange(len(labels))
@@ -87,23 +87,23 @@ def find_temperature(scores: Doubles, labels: Indices) -> float:
 
 
 def balance(labels: Indices) -> Doubles:
-    """Weights of rows, float64 (count,), that sum to 1 and give each class that occurs the same share."""
+    """Row weights, float64 (count,), that sum to 1 and give each class that occurs the same total."""
     counts = np.bincount(labels)
     weights: Doubles = 1 / counts[labels] / np.count_nonzero(counts)
     return weights
 
 
 def log_softmax(scores: Doubles) -> Doubles:
-    """Log probabilities (count, classes) of scores."""
+    """Log probabilities (count, classes) of scores (count, classes)."""
     shifted = scores - scores.max(axis=1, keepdims=True)
     found: Doubles = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return found
 
 
 def minimize(function: Callable[[Doubles], tuple[float, Doubles]], start: Doubles) -> Doubles:
-    """The least point of a smooth convex function that gives its value and gradient.
+    """Minimizes a smooth convex function that returns its value and gradient.
 
-    L-BFGS with halved steps: Nocedal and Wright, Numerical Optimization, 2nd edition, algorithms 3.1 and 7.4.
+    L-BFGS with backtracking line search: Nocedal and Wright, Numerical Optimization, 2nd edition, algorithms 3.1 and 7.4.
     """
     point, (value, gradient) = start, function(start)
     pairs: list[tuple[Doubles, Doubles]] = []
@@ -119,7 +119,7 @@ def minimize(function: Callable[[Doubles], tuple[float, Doubles]], start: Double
                 break
             length /= 2
         else:
-            break  # the rounding of float64 is reached
+            break  # no further decrease within float64's rounding
         step, change = reached - point, steepest - gradient
         if _dot(step, change) > 0:
             pairs = [*pairs, (step, change)][-_MEMORY:]
@@ -128,7 +128,7 @@ def minimize(function: Callable[[Doubles], tuple[float, Doubles]], start: Double
 
 
 def _approximate_newton(gradient: Doubles, pairs: Sequence[tuple[Doubles, Doubles]]) -> Doubles:
-    """The inverse Hessian, as the pairs tell it, times the gradient."""
+    """The inverse Hessian, approximated from the pairs, times the gradient."""
     found, factors = gradient.copy(), []
     for step, change in reversed(pairs):
         factors.append(_dot(step, found) / _dot(step, change))
@@ -144,5 +144,5 @@ def _approximate_newton(gradient: Doubles, pairs: Sequence[tuple[Doubles, Double
 
 
 def _dot(one: Doubles, other: Doubles) -> float:
-    """The scalar product without BLAS, whose threads add up in an order of their own and crawl where the cores are busy."""
+    """The dot product without BLAS, whose threads sum in varying order and are slow on busy cores."""
     return float((one * other).sum())

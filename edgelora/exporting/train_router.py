@@ -1,4 +1,4 @@
-"""Trains a bundle's router on the prompts that its variants' adapters were trained on."""
+"""Trains the router that edgelora_runtime.bundle.router runs, on the prompts of the variants' training data."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     from edgelora.exporting.recipe import Recipe, RouterRecipe
     from edgelora.mix.weights import Weight
 
-# docs/log.md has the figures that the first two were chosen by.
+# docs/log.md has the figures behind the first two.
 BUCKETS = 1 << 14
 PENALTY = 5e-5
-HELD_OUT_SHARE = 8  # one prompt of so many is held out, by its hash
-MOST_NGRAMS = 1 << 19  # of one class's prompts, each n-gram of a prompt once; prompts beyond are left out
-LEAST_PROMPTS = 8  # of a variant
+HELD_OUT_SHARE = 8  # one prompt in this many is held out, by its hash
+MAX_NGRAMS = 1 << 19  # default of max_ngrams
+MIN_PROMPTS = 8  # per variant
 _SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+|\n")
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt that a class learns from or is tested on, as its n-grams."""
+    """A training or test prompt of a class, as its n-grams."""
 
     label: int
     ngrams: tuple[NDArray[np.int64], NDArray[np.float32]]
@@ -48,9 +48,9 @@ class _Prompt:
 
 
 def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter | None:
-    """The router that a recipe asks for, None if it asks for none.
+    """Trains the router that a recipe asks for. Returns None if it asks for none.
 
-    Raises InputError for variants without prompts, and for variants that would learn from the same ones.
+    Raises InputError for variants without prompts, and for variants that would learn from the same prompts.
     """
     if recipe.router is None:
         return None
@@ -61,10 +61,10 @@ def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter
 
 
 def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Adapter]) -> dict[str, list[Path]]:
-    """The files whose prompts go to each variant.
+    """The files whose prompts the router learns to send to each variant.
 
-    What an adapter was trained on goes to one variant: the first that has this adapter alone, or else the first that mixes
-    it in, with a weight above 0. Files that the recipe names for a variant take the place of its adapters'.
+    An adapter's training data go to one variant: the first whose mix is this adapter alone, or else the first whose mix has it
+    with a weight above 0. Files that the recipe names for a variant replace its adapters' data.
     """
     names = list(dict.fromkeys((*(router.variants or recipe.variants), *router.data)))
     files = {name: list(router.data.get(name, ())) for name in names}
@@ -83,17 +83,17 @@ def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Ada
         )
     if router.variants and (idle := [name for name, paths in files.items() if not paths]):
         raise InputError(
-            f"router: no prompts are left for {', '.join(idle)}: an adapter's go to the first variant that has it alone; "
-            "take it from variants, or name files under [router.data]"
+            f"router: no prompts are left for {', '.join(idle)}: an adapter's go to the first variant with it alone; "
+            "remove it from variants, or name files under [router.data]"
         )
     files = {name: list(dict.fromkeys(paths)) for name, paths in files.items() if paths}
     if not files:
-        raise InputError("router: no variant has an adapter whose prompts it could learn; name files under [router.data]")
+        raise InputError("router: no variant has an adapter with training data; name files under [router.data]")
     owned: dict[Path, str] = {}
     for name, paths in files.items():
         for path in paths:
             if (other := owned.setdefault(path.resolve(), name)) != name:
-                raise InputError(f"router: {other} and {name} would both learn from {path}; list one of them in variants")
+                raise InputError(f"router: {other} and {name} would both learn from {path}; list only one of them in variants")
     return files
 
 
@@ -109,20 +109,23 @@ def _find_owners(mixes: Mapping[str, Mapping[str, Weight]]) -> dict[str, str]:
     return owners
 
 
-def train_router(prompts: Mapping[str, Sequence[str]], *, fallback: str, threshold: float = 0.0) -> PackedRouter:
-    """A router that sends prompts to the variants whose prompts they are like, and all others to the fallback.
+def train_router(
+    prompts: Mapping[str, Sequence[str]], *, fallback: str, threshold: float = 0.0, max_ngrams: int = MAX_NGRAMS
+) -> PackedRouter:
+    """Trains a router that sends each prompt to the variant with similar prompts, and all others to the fallback.
 
-    prompts: those of each variant. threshold: the least confidence, below which the fallback is used, too. What is like
-    nobody's prompts is learnt from the sentences of edgelora's own general text.
+    prompts: by variant. threshold: the confidence below which the fallback is used as well. max_ngrams: per class, each n-gram of
+    a prompt counted once; prompts beyond are left out. A class of its own, for prompts unlike any variant's, is trained on the
+    sentences of edgelora's general text.
     Raises InputError for a variant with too few prompts to learn from.
     """
     classes: list[str | None] = [*prompts, None]
     texts = [*prompts.values(), _sentences()]
-    chosen = [prompt for label, each in enumerate(texts) for prompt in _choose_prompts(label, each)]
+    chosen = [prompt for label, each in enumerate(texts) for prompt in _choose_prompts(label, each, max_ngrams)]
     fit = [prompt for prompt in chosen if not prompt.held_out]
     counts = np.bincount([prompt.label for prompt in fit], minlength=len(classes))
-    if few := [f"{name} has {count}" for name, count in zip(prompts, counts[:-1], strict=True) if count < LEAST_PROMPTS]:
-        raise InputError(f"router: {', '.join(few)} prompts to learn from; give at least {2 * LEAST_PROMPTS} rows")
+    if few := [f"{name} has {count}" for name, count in zip(prompts, counts[:-1], strict=True) if count < MIN_PROMPTS]:
+        raise InputError(f"router: {', '.join(few)} prompts to learn from; give at least {2 * MIN_PROMPTS} rows")
     weights, bias = fit_softmax(
         SparseRows.stack([prompt.ngrams for prompt in fit], BUCKETS),
         np.array([prompt.label for prompt in fit]),
@@ -145,14 +148,14 @@ def train_router(prompts: Mapping[str, Sequence[str]], *, fallback: str, thresho
         ROUTER, "bytes 3-5", tuple(entries), fallback, threshold, accuracy=float(np.mean(known)) if known else None
     )
     content = save({"weights": stored, "bias": shift})
-    Router.read(content, entry)  # what was written is what will be read
+    Router.read(content, entry)  # checks that the runtime can read it
     return PackedRouter(entry, content)
 
 
-def _choose_prompts(label: int, texts: Sequence[str]) -> list[_Prompt]:
-    """As many of a class's texts as its budget of n-grams allows, in the order of their hashes."""
+def _choose_prompts(label: int, texts: Sequence[str], max_ngrams: int) -> list[_Prompt]:
+    """Takes a class's texts, in the order of their hashes, up to its budget of n-grams."""
     chosen: list[_Prompt] = []
-    room = MOST_NGRAMS
+    room = max_ngrams
     for digest, text in sorted((hashlib.sha256(text.encode(errors="replace")).digest(), text) for text in texts):
         ngrams = count_ngrams(text, BUCKETS)
         room -= len(ngrams[0])
@@ -168,5 +171,5 @@ def _sentences() -> list[str]:
 
 
 def _is_added(weight: Weight) -> bool:
-    """Whether a mix adds an adapter, rather than leaving it out or taking it away; a weight may differ between modules."""
+    """Whether a mix adds an adapter in some module, rather than leaving it out or subtracting it."""
     return max(weight.values(), default=0.0) > 0 if isinstance(weight, Mapping) else weight > 0

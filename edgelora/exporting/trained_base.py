@@ -1,4 +1,4 @@
-"""The base as training held it: weights in NF4 or on the int4 grid, and a mix on top of them, as a change of the float base."""
+"""The quantized base of training (NF4 or int4) with a mix on top, expressed as a change of the float base."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Held = Literal["nf4", "int4"]
 
-NF4_BLOCK = 64  # weights that share a scale: what bitsandbytes takes for a Linear4bit when nobody says otherwise
+NF4_BLOCK = 64  # weights that share a scale: bitsandbytes' default for Linear4bit
 
 
 def hold_weight(weight: Floats, quantization: Held) -> Floats:
-    """A weight (N, K) as training held it: rounded, and back in float32.
+    """A weight (N, K) as training held it: quantized, then dequantized to float32.
 
-    nf4: bitsandbytes' own, with double quantization. int4: the grid that export writes. On a GPU training rounds from 16
-    bits, which may move a value that lies between two codes.
+    nf4: by bitsandbytes, with double quantization. int4: on the grid that export writes. On a GPU, training quantizes from 16
+    bits, which may move a value near the middle of two codes.
     """
     if quantization == "int4":
         return quantize_rtn(weight).dequantize()
@@ -44,9 +44,9 @@ def hold_weight(weight: Floats, quantization: Held) -> Floats:
 
 @dataclass(frozen=True)
 class OnTrainedBase:
-    """A mix on the base that training held. Satisfies edgelora_export's Delta.
+    """A mix on the quantized base of training. Satisfies edgelora_export's Delta.
 
-    held: modules whose weights training held in 4 bits. modules: those that change; the others stay the float base's.
+    held: modules whose weights training held in 4 bits. modules: the modules that change; the others keep the float weights.
     """
 
     mix: Mix
@@ -55,23 +55,23 @@ class OnTrainedBase:
     modules: Set[str]
 
     def dense(self, module: str, weight: Floats) -> Floats:
-        """What stands in place of the float base's weight (N, K), less that weight: float32 (N, K)."""
+        """The replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
         base = hold_weight(weight, self.quantization) if module in self.held else weight
         change = base - weight
         return change + self.mix.dense(module, base) if module in self.mix.modules else change
 
 
 def find_quantization(mix: Mix) -> Held | None:
-    """How training held the base of a mix; None where that was unquantized, is not known, or differs between adapters."""
+    """How training held the base of a mix. None if it was unquantized, is unknown, or differs between adapters."""
     origins = [mix.adapters[name].provenance for name in mix.weights]
     found = {None if origin is None else origin.base_quantization for origin in origins}
     return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
 
 
 def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> TrainedBase:
-    """A mix on its trained base, as the exporter takes it.
+    """A mix on its trained base, in the exporter's form.
 
-    bitsandbytes holds the decoder's linear layers and leaves embedding and head as they are; int4 rounds these, too.
+    bitsandbytes quantizes the decoder's linear layers, but not the embedding and the head; int4 quantizes these as well.
     Raises MissingExtraError for nf4 without bitsandbytes.
     """
     if quantization == "nf4" and find_spec("bitsandbytes") is None:

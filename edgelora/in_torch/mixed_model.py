@@ -1,4 +1,4 @@
-"""The base in torch with a mix set on it and taken off again: what mixes score before anything is exported."""
+"""A base in torch on which mixes are set and removed, to score mixes before anything is exported."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-BATCH_TOKENS = 2048  # of one forward pass, padding included: with a vocabulary of 128k its logits take 1 GiB
-IGNORED = -100  # torch's own mark of a position that has no target
+BATCH_TOKENS = 2048  # per forward pass, padding included; with a vocabulary of 128k the logits take 1 GiB
+IGNORED = -100  # torch's default ignore_index: a position without a target
 
 
 @dataclass(frozen=True)
 class FactorStack:
-    """The factors of several adapters for one module, one above the other: it gains B · (weights[owner] ∘ A·x).
+    """The stacked factors of several adapters for one module, which adds B · (weights[owner] ∘ A·x) to its output.
 
-    a: float32 (R, K). b: float32 (N, R), scales folded in. owner: int64 (R,), whose each row of A is. weights: float32 (T,),
-    read at every forward pass: change them in place to change the mix, or let them require a gradient to learn them.
+    a: float32 (R, K). b: float32 (N, R), scales folded in. owner: int64 (R,), the adapter of each row of A. weights: float32
+    (T,), one per adapter. Every forward pass reads them: change them in place to change the mix, or let them require gradients
+    to learn them.
     """
 
     a: torch.Tensor
@@ -46,9 +47,9 @@ class FactorStack:
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """Rows as one padded batch. rows: int64 (B,), their places among all; ids: int64 (B, S), padded at the end.
+    """A padded batch of rows. rows: int64 (B,), their indices among all rows. ids: int64 (B, S), padded at the end.
 
-    targets: int64 (B, S), the tokens of the completions in their places, IGNORED elsewhere.
+    targets: int64 (B, S), the completions' tokens at their positions, and IGNORED elsewhere.
     """
 
     rows: NDArray[np.int64]
@@ -57,16 +58,16 @@ class CompletionBatch:
 
 
 class MixedModel:
-    """A base in float32 on which one mix at a time is set. The base's own weights stay as they are, so nothing adds up."""
+    """A base in float32 that holds one mix at a time. The base's own weights are kept, so rounding errors do not accumulate."""
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
-        self._weights: dict[str, Any] = {}  # the base's own parameters of modules that hold a sum in their place
+        self._weights: dict[str, Any] = {}  # the base's own parameters, of modules that currently hold a sum instead
         self._hooks: list[Any] = []
 
     @classmethod
     def open(cls, base: str) -> MixedModel:
-        """Loads a folder or hub id in float32, on a GPU where there is one; InputError where transformers cannot."""
+        """Loads a folder or hub id in float32, on a GPU if there is one. Raises InputError if transformers cannot load it."""
         import torch
         from transformers import AutoTokenizer
 
@@ -77,9 +78,9 @@ class MixedModel:
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     def set_mix(self, mix: Mix | None) -> None:
-        """Puts a mix, by any method, in the place of the one that is set; None leaves the bare base.
+        """Sets a mix by any method, in place of the current one. None restores the bare base.
 
-        Takes as much memory again as the weights of the modules that the mix touches.
+        Takes extra memory for a second copy of the weights of the modules that the mix changes.
         """
         import torch
 
@@ -91,22 +92,22 @@ class MixedModel:
             assert mix is not None
             delta = torch.from_numpy(np.ascontiguousarray(mix.dense(name, weight.cpu().numpy()))).to(weight)
             self._weights[name] = module.weight
-            # A parameter of its own: a head that is tied to the embedding keeps the base's.
+            # A new parameter, so that a head tied to the embedding keeps the base's.
             module.weight = torch.nn.Parameter((weight + delta).T if transposed else weight + delta, requires_grad=False)
 
     def set_stacks(self, stacks: Mapping[str, FactorStack]) -> None:
-        """Puts factors on modules, by name, in the place of what is set; see FactorStack."""
+        """Sets factors on modules, by name, in place of the current mix; see FactorStack."""
         self._clear()
         for name, stack in stacks.items():
             self._hooks.append(self._module(name).register_forward_hook(_add_factors(stack)))
 
     def encode(self, row: Row) -> tuple[list[int], int]:
-        """A row's tokens, and the first that is not its prompt's, as evaluation.completion_loss counts."""
+        """A row's tokens, and the index of the first one after its prompt, as evaluation.completion_loss counts it."""
         prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
         return whole, max(1, shared_prefix(prompt, whole))
 
     def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:
-        """Rows in batches of about one length each, shortest first; a row counts from the first token not its prompt's."""
+        """Rows in batches of similar length, shortest first."""
         import torch
 
         encoded = [self.encode(row) for row in rows]
@@ -123,15 +124,15 @@ class MixedModel:
             yield CompletionBatch(np.array(places), ids.to(self.model.device), targets.to(self.model.device))
 
     def nats(self, batch: CompletionBatch) -> torch.Tensor:
-        """Negative log likelihood of each row's completion, in nats, float32 (B,); the weights of stacks get gradients."""
+        """Each row's negative log likelihood of its completion, in nats, float32 (B,). Gradients reach the weights of stacks."""
         import torch
 
         places = (batch.targets != IGNORED).any(dim=0).nonzero()
-        if not len(places):  # prompt and completion are one token, and the first has no likelihood
+        if not len(places):  # prompt and completion are one token, and the first token has no likelihood
             return torch.zeros(len(batch.rows), device=batch.ids.device)
         first = int(places[0])
-        kept = batch.ids.shape[1] - first + 1  # positions from the one that predicts the first target on
-        # Padding at the end is never seen by what stands before it, so no mask is needed.
+        kept = batch.ids.shape[1] - first + 1  # positions, starting with the one that predicts the first target
+        # Attention is causal, so padding at the end needs no mask.
         logits = self.model(input_ids=batch.ids, logits_to_keep=kept, use_cache=False).logits[:, -kept:-1]
         losses = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), batch.targets[:, first:], ignore_index=IGNORED, reduction="none"
@@ -139,7 +140,7 @@ class MixedModel:
         return losses.sum(dim=1)
 
     def losses(self, rows: Sequence[Row]) -> Doubles:
-        """Of each row the nats and the tokens of its completion, float64 (rows, 2)."""
+        """Each row's loss in nats and number of completion tokens, float64 (rows, 2)."""
         import torch
 
         found = np.zeros((len(rows), 2))
@@ -150,12 +151,12 @@ class MixedModel:
         return found
 
     def loss(self, rows: Sequence[Row]) -> float:
-        """Mean negative log likelihood of the completions, in nats per token, as evaluation.Scores has it."""
+        """The mean negative log likelihood of the completions, in nats per token, as in evaluation.Scores."""
         nats, tokens = self.losses(rows).sum(axis=0)
         return float(nats / tokens)
 
     def write(self, rows: Sequence[Row], max_tokens: int = 64) -> list[str]:
-        """The completions that are written greedily after the rows' prompts."""
+        """Completes the rows' prompts by greedy decoding."""
         with quiet_libraries():
             return write_completions(self.model, self.tokenizer, rows, max_tokens)
 
@@ -172,14 +173,16 @@ class MixedModel:
         except AttributeError:
             module = None
         if getattr(module, "weight", None) is None:
-            raise InputError(f"this base has no layer {name}, which an adapter changes; was it trained on another base?")
+            raise InputError(
+                f"this base has no layer {name}, but an adapter changes it; was the adapter trained on another base?"
+            )
         return module
 
 
 def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[str, FactorStack]:
-    """The factors of adapters by module, with weights that start at 0 and stand in the order of the adapters.
+    """Stacks the factors of adapters by module. The weights start at 0, in the order of the adapters.
 
-    Raises InputError for adapters whose change is no product of factors of a linear layer.
+    Raises InputError for adapters that are not products of factors of linear layers.
     """
     import torch
 
@@ -188,7 +191,7 @@ def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict
     for module in sorted({module for adapter in opened for module in adapter.modules}):
         owners = [place for place, adapter in enumerate(opened) if module in adapter.modules]
         if wrong := [opened[place].name for place in owners if opened[place].is_embedding(module)]:
-            raise InputError(f"adapter {wrong[0]}: {module} is an embedding, whose change cannot be stacked; set it as a mix")
+            raise InputError(f"adapter {wrong[0]}: {module} is an embedding, which cannot be stacked; set it as a mix")
         factors = [opened[place].factors(module) for place in owners]
         a, b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
         stacks[module] = FactorStack(
@@ -208,7 +211,7 @@ def _add_factors(stack: FactorStack) -> Callable[[Any, Any, Any], Any]:
 
 
 def _is_transposed(module: Any) -> bool:
-    """Whether a layer holds its weight as (K, N), as GPT-2's do."""
+    """Whether a layer stores its weight as (K, N), as GPT-2's do."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

@@ -1,10 +1,11 @@
-"""An adapter as PEFT and torch run it, on the base that it was trained on: what exported variants are measured against."""
+"""Runs an adapter with PEFT and torch on the base it was trained on: the reference for exported variants."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from edgelora.in_torch.train import load_base, quiet_libraries
+from edgelora.in_torch.train import load_base
+from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from edgelora.data.rows import Row
 
-BATCH = 32  # prompts per generate() call
+BATCH_SIZE = 32  # prompts per generate() call
 
 
 def write_with_torch(
@@ -24,10 +25,10 @@ def write_with_torch(
     max_tokens: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
-    """The completions that PEFT's model writes greedily for the rows' prompts; the bare base's for no adapter."""
+    """Completes the rows' prompts by greedy decoding with an adapter in PEFT, or with the bare base if adapter is None."""
     from peft import PeftModel
 
-    with quiet_libraries():
+    with quiet_libraries(whole_process=False):
         model, tokenizer = load_base(base, quant)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
@@ -41,7 +42,7 @@ def write_completions(
     max_tokens: int,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
-    """The completions that a transformers model writes greedily for the rows' prompts, those of like length together."""
+    """Completes the rows' prompts by greedy decoding with a transformers model, in batches of similar length."""
     import torch
     from transformers import GenerationConfig
 
@@ -53,9 +54,9 @@ def write_completions(
     order = sorted(range(len(rows)), key=lambda place: len(encoded[place]))
     written = [""] * len(rows)
     with torch.inference_mode():
-        for start in range(0, len(rows), BATCH):
+        for start in range(0, len(rows), BATCH_SIZE):
             on_progress(start, len(rows), "torch")
-            places = order[start : start + BATCH]
+            places = order[start : start + BATCH_SIZE]
             prompts = [encoded[place] for place in places]
             width = max(map(len, prompts))
             ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)

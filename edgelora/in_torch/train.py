@@ -1,13 +1,10 @@
-"""`edgelora train`: QLoRA. A base held in 4 bits, LoRA adapters on its linear layers, TRL's trainer over PEFT."""
+"""Trains a LoRA adapter on a quantized base (QLoRA), with TRL's trainer and PEFT."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import logging
 import os
 import time
-import warnings
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,10 +17,11 @@ from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.base import Base
 from edgelora_export.weights.files import read_toml
 from edgelora_export.weights.publish import staged_folder
+from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 QUANTS = ("nf4", "int4", "none")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -31,17 +29,17 @@ _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What to train, on what, and how.
+    """The settings of a training run.
 
-    base: folder or hub id. data: JSONL rows; the loss is on completions alone. output: folder for the adapter.
-    quant: how the base is held while training: nf4 (bitsandbytes, double-quantized; arXiv 2305.14314), int4 (the very grid
-    that export writes, so that what is trained is what ships) or none.
-    rank, alpha: LoRA's (arXiv 2106.09685); rslora scales by alpha / √rank. target_modules: None for every linear layer but
-    the head. epochs: passes over the data; max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning
-    rate, reached after warmup (a share of all steps), then falling linearly to 0. max_length: tokens; longer rows are cut.
+    base: folder or hub id. data: JSONL rows; the loss is on completions only. output: folder for the adapter.
+    quant: how the base is held during training: nf4 (bitsandbytes, double-quantized; arXiv 2305.14314), int4 (the grid that
+    export writes, so training sees the weights that ship) or none.
+    rank, alpha: LoRA's (arXiv 2106.09685); rslora scales by alpha / √rank. target_modules: None for every linear layer except
+    the head. epochs: passes over the data; max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning rate,
+    reached after warmup (a share of all steps), then decaying linearly to 0. max_length: in tokens; longer rows are cut.
     gradient_checkpointing: recompute activations to save memory.
-    composable: for adapters that are to be mixed: the slot of the common basis that A is frozen to, another for each adapter;
-    see composable.py. None trains A as well.
+    composable: for adapters to be mixed: the slot of the shared basis that A is frozen to, a different one for each adapter; see
+    adapters/orthogonal_slots.py. None trains A as well.
     """
 
     base: str
@@ -86,7 +84,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What training came to. train_loss: mean over all steps, in nats per completion token; seconds: of training alone."""
+    """The result of a training run. train_loss: mean over all steps, in nats per completion token. seconds: training only."""
 
     output: Path
     rows: int
@@ -97,7 +95,7 @@ class TrainReport:
 
 
 def read_train_config(path: Path) -> dict[str, Any]:
-    """Fields of TrainConfig from a TOML file; InputError names unknown keys."""
+    """Reads fields of TrainConfig from a TOML file. InputError lists unknown keys."""
     value = read_toml(path, "--config names it")
     known = [field.name for field in fields(TrainConfig)]
     if unknown := sorted(set(value) - set(known)):
@@ -110,13 +108,15 @@ def read_train_config(path: Path) -> dict[str, Any]:
 def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> TrainReport:
     """Trains one adapter and writes it as a PEFT folder with fp16 factors and an edgelora.json.
 
-    Computes in fp32 on a CPU, in bf16 or fp16 on a GPU. on_progress(steps done, steps in all, loss) after every step.
-    Raises InputError for data, base or output that cannot be used; the output is then as it was.
+    Computes in fp32 on a CPU, and in bf16 or fp16 on a GPU. Calls on_progress(done, total, "steps") after every step.
+    Raises InputError for unusable data, base or output, and then leaves the output unchanged.
     """
     _require_packages()
+    import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
+
     rows = read_rows(config.data)
     base = Base.find(config.base)
-    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries():
+    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
         trainer = _make_trainer(config, str(base.folder), folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
@@ -141,7 +141,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
 
 
 def load_base(base: str, quant: str) -> tuple[Any, Any]:
-    """A base as training holds it, and its tokenizer; on a GPU where there is one."""
+    """Loads a base as training holds it, and its tokenizer, on a GPU if there is one."""
     _require_packages()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -152,7 +152,7 @@ def load_base(base: str, quant: str) -> tuple[Any, Any]:
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
     try:
-        with quiet_libraries():
+        with quiet_libraries(whole_process=False):
             tokenizer = AutoTokenizer.from_pretrained(base)
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None
@@ -171,7 +171,7 @@ def _require_packages() -> None:
 
 
 def compute_dtype() -> Any:
-    """bf16 on GPUs that have it, fp16 on others; fp32 on a CPU, where half precision is several times slower."""
+    """bf16 on GPUs that support it, fp16 on other GPUs, and fp32 on a CPU, where half precision is several times slower."""
     import torch
 
     if not torch.cuda.is_available():
@@ -193,25 +193,25 @@ def _make_trainer(
     model, tokenizer = load_base(base, config.quant)
     if tokenizer.eos_token is None:
         raise InputError(
-            f"the tokenizer of {base} has no eos_token, so no adapter could learn to stop; set one in tokenizer_config.json"
+            f"the tokenizer of {base} has no eos_token, so an adapter cannot learn to stop; set one in tokenizer_config.json"
         )
     dtype = compute_dtype()
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides by it, whole or not
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT only divides it, so it may be a float
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
         target_modules="all-linear" if config.target_modules is None else list(config.target_modules),
     )
     settings = SFTConfig(
-        output_dir=str(folder),  # the trainer may make it, and writes nothing there: save_strategy is "no"
+        output_dir=str(folder),  # the trainer may create it, but writes nothing there: save_strategy is "no"
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
         lr_scheduler_type="linear",
-        warmup_steps=config.warmup,  # below 1 it is a share of all steps
+        warmup_steps=config.warmup,  # a value below 1 is a share of all steps
         max_length=config.max_length,
         completion_only_loss=True,
         gradient_checkpointing=config.gradient_checkpointing,
@@ -231,7 +231,7 @@ def _make_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_progress_callback(on_progress))
-    # TRL casts the adapters of a quantized base to bf16. Kept in fp32 they learn the same, three times as fast on a CPU.
+    # TRL casts the adapters of a quantized base to bf16. In fp32 they learn the same, three times as fast on a CPU.
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
@@ -251,64 +251,34 @@ def _progress_callback(on_progress: Callable[[int, int, str], None]) -> Any:
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
-    """Writes PEFT's two files, factors in fp16; its model card, which says nothing, is left out."""
+    """Writes PEFT's two files, with factors in fp16. Deletes PEFT's model card, which is an empty template."""
     import torch
 
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_A" in name:  # which is frozen in a composable adapter
+        if parameter.requires_grad or "lora_A" in name:  # lora_A is frozen in a composable adapter
             parameter.data = parameter.data.to(torch.float16)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
 
 
 def _round_to_int4(model: Any) -> None:
-    """Puts every linear weight and the embedding on the grid that export writes, in place."""
+    """Rounds every linear weight and the embedding to the grid that export writes, in place."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
     embedding = model.get_input_embeddings()
-    done: set[int] = set()  # a tied head is the embedding's own tensor
+    done: set[int] = set()  # a tied head shares the embedding's tensor
     for module in model.modules():
         linear = isinstance(module, torch.nn.Linear | Conv1D)
         if (linear or module is embedding) and module.weight.data_ptr() not in done:
-            # Conv1D, GPT-2's linear layer, holds its weight as (K, N).
+            # Conv1D, GPT-2's linear layer, stores its weight as (K, N).
             weight = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
             weight.copy_(torch.from_numpy(quantize_rtn(weight.float().cpu().numpy()).dequantize()))
             done.add(module.weight.data_ptr())
 
 
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silences the libraries' own progress bars, warnings and advice while training runs, and restores them after."""
-    import datasets
-    import transformers.utils.logging as transformers_logging_untyped
-
-    transformers_logging: Any = transformers_logging_untyped
-    loggers = [logging.getLogger(name) for name in ("bitsandbytes", "peft", "trl", "accelerate", "datasets")]
-    levels = [logger.level for logger in loggers]
-    verbosity = transformers_logging.get_verbosity()
-    bars, data_bars = transformers_logging.is_progress_bar_enabled(), datasets.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if data_bars:
-            datasets.enable_progress_bars()
-
-
 def _relative(file: Path, folder: Path) -> str:
-    """A file's path seen from a folder; the whole path where no relative one exists, as between drives."""
+    """A file's path relative to a folder. The absolute path if there is no relative one, as between drives."""
     try:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:

@@ -1,4 +1,4 @@
-"""`edgelora compose learn`: a mix that is made on data. RegMean on the adapters' own rows, then steps on a few labelled ones."""
+"""Mixes adapters on data: RegMean on the adapters' own rows, then training steps on a few labelled rows."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from edgelora.composing.compose import check_composable, derive_provenance, writ
 from edgelora.data.calibration import find_training_data, gather_samples
 from edgelora.data.rows import read_rows
 from edgelora.in_torch.mixed_model import FactorStack, MixedModel
-from edgelora.learn.imitation import Example, distance, encode_rows, write_rows
-from edgelora.learn.regmean import match_inputs
+from edgelora.learn.distillation import Example, distillation_loss, encode_rows, write_rows
+from edgelora.learn.regmean import solve_regmean
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.architectures import read_decoder
 from edgelora_export.weights.base import Base
@@ -28,37 +28,34 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
-    from numpy.typing import NDArray
 
     from edgelora.data.rows import Row
+    from edgelora.mix.methods.deltas import Factors
     from edgelora_export.plan.calibration import Sample
 
-    Floats = NDArray[np.float32]
-    Factors = tuple[Floats, Floats]
     OnProgress = Callable[[int, int, str], None]
 
 STARTS = ("regmean", "linear")
-GRAINS = {"factors": 5e-4, "core": 5e-3, "rank": 5e-2, "module": 5e-2}  # what is learned → its learning rate
-PROMPT_TOKENS = 16384  # of each adapter's rows that RegMean looks at, as far as they go
-WARMUP = 10  # steps up to the full learning rate
+GRAINS = {"factors": 5e-4, "core": 5e-3, "rank": 5e-2, "module": 5e-2}  # what is learned → default learning rate
+REGMEAN_TOKENS = 16384  # per adapter, if its rows have that many
+WARMUP = 10  # steps to the full learning rate
 
 
 @dataclass(frozen=True)
 class LearnConfig:
-    """What to mix, and from which data.
+    """The adapters to mix, and the data to mix them on.
 
     base: folder or hub id. adapters: folders by name. output: folder for the mixed adapter.
-    labelled: JSONL rows by adapter, few; without any, and none written, the start is the result. They should be rows that the
-    adapters were not trained on. prompts: JSONL rows by adapter that RegMean starts from, whose completions are no labels but
-    more input; the rows that the adapter was trained on without it.
-    written: prompts of those rows of each adapter that are learned from beside the labelled ones, completed by the adapter.
-    start: regmean, or linear for equal shares.
-    grain: what one weight is for: module, an adapter in a module (LoRA Soups, arXiv 2410.13025), rank, a row of its A there,
-    core: a matrix between the stacked A's and B's of a module (as LoRA-XS trains one, arXiv 2405.17604), or factors: every
-    entry of them. The last is a short training that starts from the merge; the others only weigh what is there.
-    rows: labelled rows used of each adapter. steps, batch_size, lr: of AdamW, falling linearly after warmup; lr None for
-    that of the grain.
-    soft: share of the loss that asks for each adapter's own probabilities on its rows; the rest asks for the labels.
+    labelled: JSONL rows by adapter; a few suffice, and they should be rows that the adapters were not trained on. Without
+    labelled and written rows the start is the result. prompts: JSONL rows by adapter for RegMean, which uses their completions
+    only as further input; by default the adapter's training rows.
+    written: how many prompts of those rows each adapter completes itself; the mix also learns from these completions.
+    start: regmean, or linear for equal weights.
+    grain: what is learned. module: a weight per adapter and module (LoRA Soups, arXiv 2410.13025). rank: a weight per row of A.
+    core: a matrix between a module's stacked A's and B's, as in LoRA-XS (arXiv 2405.17604). factors: all entries of A and B, a
+    short training that starts from the merge; the other grains only reweight it.
+    rows: labelled rows to use per adapter. steps, batch_size, lr: of AdamW, with linear decay after warmup; lr None for the
+    grain's default. distillation_share: share of the loss on the adapters' own probabilities; the rest is on the labels.
     """
 
     base: str
@@ -73,7 +70,7 @@ class LearnConfig:
     steps: int = 240
     batch_size: int = 16
     lr: float | None = None
-    soft: float = 0.7
+    distillation_share: float = 0.7
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +86,12 @@ class LearnConfig:
                 ("steps", self.steps, self.steps >= 1, "1 or more"),
                 ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
                 ("lr", self.lr, self.lr is None or self.lr > 0, "more than 0"),
-                ("soft", self.soft, 0 <= self.soft <= 1, "a share, from 0 to 1"),
+                (
+                    "distillation_share",
+                    self.distillation_share,
+                    0 <= self.distillation_share <= 1,
+                    "a share, from 0 to 1",
+                ),
                 ("seed", self.seed, self.seed >= 0, "0 or more"),
             )
         )
@@ -99,7 +101,11 @@ class LearnConfig:
 
 @dataclass(frozen=True)
 class LearnReport:
-    """What was learned. rows: labelled rows by adapter, {} for the start alone. loss: of the last steps, nats per token."""
+    """What was learned.
+
+    rows: labelled rows by adapter; {} without any. weights: how many numbers were learned. loss: mean of the last steps, in nats
+    per token; None if nothing was learned.
+    """
 
     output: Path
     modules: int
@@ -115,18 +121,18 @@ def learn(
     on_progress: OnProgress = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> LearnReport:
-    """Mixes adapters into one of their summed rank, by what data say of them, and writes it as a PEFT folder.
+    """Mixes adapters into one of their summed rank, on data, and writes it as a PEFT folder.
 
-    Without rows to learn from the result is RegMean's. Raises InputError for adapters that do not fit each other or the base, for
-    data that are not there, and for an output that is something else, which then is as it was.
+    Without rows to learn from, the result is RegMean's. Raises InputError for adapters that do not fit each other or the base,
+    for missing data, and for an output that exists and is not an adapter; the output is then unchanged.
     """
     base = Base.find(config.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
     check_same_base(adapters, base.sha256)
     check_composable(adapters)
-    labelled = {name: _draw(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
+    labelled = {name: _sample_rows(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
     if config.start == "regmean":
-        pairs = _match(config, base, adapters, on_progress)
+        pairs = _run_regmean(config, base, adapters, on_progress)
     else:
         if not labelled and not config.written:
             raise InputError(
@@ -135,7 +141,9 @@ def learn(
         share = np.float32(1 / len(adapters))
         pairs = {
             module: {
-                name: _scaled(adapter.factors(module), share) for name, adapter in adapters.items() if module in adapter.modules
+                name: _scale_factors(adapter.factors(module), share)
+                for name, adapter in adapters.items()
+                if module in adapter.modules
             }
             for module in sorted({module for adapter in adapters.values() for module in adapter.modules})
         }
@@ -144,7 +152,7 @@ def learn(
     if labelled or config.written:
         model = MixedModel.open(config.base)
         examples = _gather_examples(config, model, adapters, labelled, on_progress)
-        factors, loss, count = _learn_gates(config, model, pairs, examples, on_progress)
+        factors, loss, count = _train_stacks(config, model, pairs, examples, on_progress)
         learned = sum(map(len, examples.values()))
         how += f", {config.grain} weights on {learned} rows, {learned - sum(rows.values())} of them written by the adapters"
     else:
@@ -152,8 +160,8 @@ def learn(
     provenance = derive_provenance(adapters, f"learned: {' + '.join(adapters)} ({how})", factors)
     write_composed(config.output, factors, next(iter(adapters.values())), provenance)
     on_progress(1, 1, "written")
-    if labelled and (seen := _seen(adapters, labelled)):
-        on_note(f"{seen} of the labelled rows are among those that the adapters were trained on, and say less than new ones")
+    if labelled and (seen := _count_trained_rows(adapters, labelled)):
+        on_note(f"{seen} of the labelled rows are rows that the adapters were trained on; new rows teach more")
     return LearnReport(
         config.output,
         len(factors),
@@ -164,30 +172,30 @@ def learn(
     )
 
 
-def _match(
+def _run_regmean(
     config: LearnConfig, base: Base, adapters: Mapping[str, Adapter], on_progress: OnProgress
 ) -> dict[str, dict[str, Factors]]:
-    """RegMean's factors."""
+    """RegMean's factors by module and adapter."""
     decoder = read_decoder(base.config)
     check_shapes(adapters, decoder)
     for name, adapter in adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
     tokenizer = load_tokenizer((base.folder / TOKENIZER).read_bytes())
     samples: dict[str, Sequence[Sample]] = {
-        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), PROMPT_TOKENS, config.seed)
+        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), REGMEAN_TOKENS, config.seed)
         for name, path in _find_prompts(config, adapters).items()
     }
     layers = len(decoder.layers)
-    return match_inputs(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
+    return solve_regmean(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))
 
 
 def _find_prompts(config: LearnConfig, adapters: Mapping[str, Adapter]) -> dict[str, Path]:
-    """Of each adapter the file of rows to start from."""
+    """The file of rows for RegMean, by adapter."""
     files = {name: config.prompts.get(name) or find_training_data(adapter) for name, adapter in adapters.items()}
     if blind := [name for name, path in files.items() if path is None]:
         raise InputError(
-            f"{', '.join(blind)}: the rows that these adapters were trained on are not where edgelora.json says; "
-            "give --prompts NAME=FILE.jsonl, or --start linear and no --written"
+            f"{', '.join(blind)}: the training rows of these adapters are not where edgelora.json says; "
+            "give --prompts NAME=FILE.jsonl, or use --start linear without --written"
         )
     return {name: path for name, path in files.items() if path is not None}
 
@@ -199,7 +207,7 @@ def _gather_examples(
     labelled: Mapping[str, Sequence[Row]],
     on_progress: OnProgress,
 ) -> dict[str, list[Example]]:
-    """Of each adapter the rows to learn from: the labelled ones, and those that it writes on other prompts."""
+    """The examples to learn from, by adapter: its labelled rows, and those that it writes for other prompts."""
     rows = {name: list(labelled.get(name, ())) for name in adapters}
     for done, (name, path) in enumerate(_find_prompts(config, adapters).items() if config.written else ()):
         on_progress(done, len(adapters), f"{name} writes")
@@ -209,21 +217,21 @@ def _gather_examples(
     return {name: encode_rows(model, adapters[name], each) for name, each in rows.items() if each}
 
 
-def _draw(rows: list[Row], count: int, seed: int) -> list[Row]:
+def _sample_rows(rows: list[Row], count: int, seed: int) -> list[Row]:
     return rows if len(rows) <= count else random.Random(seed).sample(rows, count)  # noqa: S311  (not for secrets)
 
 
-def _scaled(factors: Factors, share: np.float32) -> Factors:
+def _scale_factors(factors: Factors, share: np.float32) -> Factors:
     return factors[0], factors[1] * share
 
 
-def _seen(adapters: Mapping[str, Adapter], labelled: Mapping[str, Sequence[Row]]) -> int:
+def _count_trained_rows(adapters: Mapping[str, Adapter], labelled: Mapping[str, Sequence[Row]]) -> int:
     files = {name: find_training_data(adapters[name]) for name in labelled}
     return sum(len(set(rows) & set(read_rows(path))) for name, rows in labelled.items() if (path := files[name]) is not None)
 
 
-class _Gate:
-    """The stacked factors of one module, with what is learned of them or between them."""
+class _TrainableStack:
+    """The stacked factors of one module, with the tensors that a grain learns."""
 
     def __init__(self, factors: Sequence[Factors], grain: str, device: torch.device) -> None:
         import torch
@@ -244,7 +252,7 @@ class _Gate:
             tensor.requires_grad_()
 
     def stack(self) -> FactorStack:
-        """What MixedModel takes; gradients go through it to what is learned."""
+        """The stack for MixedModel. Gradients flow through it to the learned tensors."""
         return FactorStack(self._a if self._core is None else self._core @ self._a, self._b, self._owner, self._weights)
 
     def factors(self) -> Factors:
@@ -253,19 +261,24 @@ class _Gate:
         return a.detach().cpu().numpy(), stack.b.detach().cpu().numpy()
 
 
-def _learn_gates(
+def _train_stacks(
     config: LearnConfig,
     model: MixedModel,
     pairs: Mapping[str, Mapping[str, Factors]],
     examples: Mapping[str, Sequence[Example]],
     on_progress: OnProgress,
 ) -> tuple[dict[str, Factors], float, int]:
-    """AdamW on rows, as many of each adapter in a batch: factors by module, the loss at the end, numbers learned."""
+    """Trains with AdamW on batches with the same number of examples per adapter.
+
+    Returns the factors by module, the final loss, and how many numbers were learned.
+    """
     import torch
 
     torch.manual_seed(config.seed)
-    gates = {module: _Gate([*factors.values()], config.grain, model.model.device) for module, factors in pairs.items()}
-    learned = [tensor for gate in gates.values() for tensor in gate.learned]
+    trainable = {
+        module: _TrainableStack([*factors.values()], config.grain, model.model.device) for module, factors in pairs.items()
+    }
+    learned = [tensor for stack in trainable.values() for tensor in stack.learned]
     optimizer = torch.optim.AdamW(learned, weight_decay=0.0)
     draws, losses = random.Random(config.seed), []  # noqa: S311  (not for secrets)
     rate = GRAINS[config.grain] if config.lr is None else config.lr
@@ -274,12 +287,12 @@ def _learn_gates(
         on_progress(step, config.steps, "steps")
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1, (step + 1) / WARMUP) * (1 - step / config.steps)
-        model.set_stacks({module: gate.stack() for module, gate in gates.items()})
+        model.set_stacks({module: stack.stack() for module, stack in trainable.items()})
         batch = [draws.sample(items, min(each, len(items))) for items in examples.values()]
-        loss = distance(model, batch, config.soft)
+        loss = distillation_loss(model, batch, config.distillation_share)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.item())
-    factors = {module: gate.factors() for module, gate in gates.items()}
+    factors = {module: stack.factors() for module, stack in trainable.items()}
     return factors, float(np.mean(losses[-WARMUP:])), sum(tensor.numel() for tensor in learned)

@@ -1,4 +1,4 @@
-"""RegMean: factors under which each adapter does on its own inputs, as nearly as one matrix can, what it does alone."""
+"""RegMean: merges adapters by least squares, so that the mix acts on each adapter's inputs as that adapter does."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora.adapters.folder import Adapter
+    from edgelora.mix.methods.deltas import Factors
     from edgelora_export.decoder.description import Decoder, Part
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
-    Factors = tuple[Floats, Floats]
 
-RIDGE = 1e-2  # of the mean diagonal of G_t, added to it: where no sample leads, the mix is the mean of the adapters
+RIDGE = 1e-2  # share of G_t's mean diagonal to add to it: in directions without samples, the mix is the mean of the adapters
 
 
-def match_inputs(
+def solve_regmean(
     base: Base,
     decoder: Decoder,
     adapters: Mapping[str, Adapter],
     samples: Mapping[str, Sequence[Sample]],
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> dict[str, dict[str, Factors]]:
-    """Factors A (r, K), B (N, r) by module and adapter, whose plain sum over the adapters is the mix.
+    """Solves RegMean: factors A (r, K), B (N, r) by module and adapter, whose plain sum over the adapters is the mix.
 
-    With G_t = XᵀX / T of the inputs X (T, K) that a product sees on the samples of adapter t while t alone is on the base,
-    ΔW = (Σ Δ_t G_t) (Σ G_t)⁻¹ is the least squares answer to what all adapters do to their own inputs (arXiv 2212.09849,
-    equation 2). B stays as it is and A becomes A_t G_t (Σ G)⁻¹, so the rank is the sum of the ranks. Streams the base: holds a
-    layer of it, the samples' hidden states, and G of each product of that layer for each adapter.
+    Let X (T, K) be the inputs of a product on the samples of adapter t, with only t on the base, and G_t = XᵀX / T. Then
+    ΔW = (Σ Δ_t G_t) (Σ G_t)⁻¹ is the least-squares fit to every adapter on its own inputs (arXiv 2212.09849, equation 2). B
+    stays the same and A becomes A_t G_t (Σ G)⁻¹, so the rank is the sum of the ranks. Streams the base: memory holds one layer,
+    the samples' hidden states, and G per adapter for each product of that layer.
     """
     stream = LayerStream(decoder)
     hidden = {name: embed(base, decoder, samples[name], adapters[name]) for name in adapters}
-    matched: dict[str, dict[str, Factors]] = {}
+    solved: dict[str, dict[str, Factors]] = {}
     for index, layer in enumerate(decoder.layers):
         on_layer(index)
         moments = {name: {linear.name: Moments(linear.columns) for linear in layer.linears} for name in adapters}
@@ -53,12 +53,12 @@ def match_inputs(
         counts = {name: sum(len(states) for states in hidden[name]) for name in adapters}
         for linear in layer.linears:
             sums = {name: moments[name].pop(linear.name).total() / np.float32(counts[name]) for name in adapters}
-            matched |= {part.module: _match(part, adapters, sums) for part in linear.parts if _is_changed(part, adapters)}
-    return matched
+            solved |= {part.module: _solve_module(part, adapters, sums) for part in linear.parts if _is_changed(part, adapters)}
+    return solved
 
 
-def _match(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str, Floats]) -> dict[str, Factors]:
-    """The factors of one module, from the G (K, K) that its product has on each adapter's samples."""
+def _solve_module(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str, Floats]) -> dict[str, Factors]:
+    """The factors of one module. sums: G (K, K) of its product on each adapter's samples."""
     places = _columns(part)
     own = {name: moments[np.ix_(places, places)].astype(np.float64) for name, moments in sums.items()}
     for matrix in own.values():
@@ -73,10 +73,10 @@ def _match(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str, Float
 
 
 def _columns(part: Part) -> NDArray[np.intp]:
-    """Where each input of a module in the checkpoint stands among the inputs of its product, (K,)."""
+    """The position of each of a module's checkpoint inputs among the inputs of its product, (K,)."""
     if part.columns is None:
         return np.arange(part.in_features)
-    # Their numbers from 1 on, and 0 where heads are padded; float32 is exact for them.
+    # Number the inputs from 1, so that padding of heads is 0; float32 holds these numbers exactly.
     numbered = part.columns.apply(np.arange(1, part.in_features + 1, dtype=np.float32), axis=0)
     return np.argsort(numbered, kind="stable")[-part.in_features :]
 

@@ -1,4 +1,4 @@
-"""A mix: adapters with weights and a method, computed module by module on ΔW in float32."""
+"""A mix: adapters with weights and a merge method, computed on ΔW in float32, module by module."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters.checks import check_same_base
-from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, METHODS, SEEDS
+from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, MIX_METHODS, SEEDS
 from edgelora.mix.methods.deltas import Product
 from edgelora.mix.methods.magnitude import check_density
 from edgelora.mix.methods.spectra import truncate, truncate_product
-from edgelora.mix.weights import Weight as Weight  # part of this module's interface
+from edgelora.mix.weights import Weight as Weight  # re-exported
 from edgelora.mix.weights import check_weight, describe_weight, idle_patterns, weight_at
 from edgelora_runtime.errors import InputError
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 class Mix:
     """Weighted adapters of one base. Satisfies edgelora_export's Delta and LowRank.
 
-    weights: per adapter a number, or numbers by pattern of module names; an adapter of weight 0 in a module takes no part there.
-    method: a name of METHODS. density: the share of entries that it keeps of each delta; seed: for what it draws; both where
-    the method reads them.
+    weights: per adapter a number, or numbers by pattern of module names. An adapter with weight 0 in a module is left out there.
+    method: a name in MIX_METHODS. density: the share of each delta's entries to keep. seed: for random draws. Methods that do
+    not use density or seed ignore them.
     """
 
     adapters: Mapping[str, Adapter]
@@ -43,99 +43,99 @@ class Mix:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
+        if self.method not in MIX_METHODS:
+            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(MIX_METHODS)}")
         if unknown := sorted(set(self.weights) - set(self.adapters)):
             raise InputError(
-                f"the mix names {', '.join(unknown)}, which is no adapter here; there are {', '.join(self.adapters)}"
+                f"the mix names {', '.join(unknown)}, which is not an adapter here; there are {', '.join(self.adapters)}"
             )
         if wrong := [mistake for name, weight in self.weights.items() for mistake in check_weight(weight, name)]:
             raise InputError(f"weights of a mix: {'; '.join(wrong)}")
         for name, weight in self.weights.items():
             if idle := idle_patterns(weight, self.adapters[name].modules):
                 example = min(self.adapters[name].modules)
-                raise InputError(f"weights of {name}: no module matches {', '.join(idle)}; its modules are such as {example}")
+                raise InputError(f"weights of {name}: no module matches {', '.join(idle)}; one of its modules is {example}")
         check_density(self.density)
         if self.seed < 0:
-            raise InputError(f"seed = {self.seed}: use 0 or a larger whole number")
+            raise InputError(f"seed = {self.seed}: use a whole number, 0 or more")
         check_same_base({name: self.adapters[name] for name in self.weights})
 
     @cached_property
     def modules(self) -> Set[str]:
-        """The modules that some adapter changes, with a weight other than 0."""
+        """The modules that at least one adapter changes with a weight other than 0."""
         return {module for name in self.weights for module in self.adapters[name].modules if self.weight(name, module)}
 
     def weight(self, name: str, module: str) -> float:
-        """The weight of an adapter in a module."""
+        """An adapter's weight in a module."""
         return weight_at(self.weights[name], module)
 
     def options(self) -> dict[str, float]:
-        """What the method reads beside deltas and weights, by the names of the settings: density, seed."""
+        """The settings that the method uses, by name: density, seed."""
         settings = {DENSITY: self.density, "seed": self.seed}
-        return {name: settings[name] for name in METHODS[self.method].settings}
+        return {name: settings[name] for name in MIX_METHODS[self.method].settings}
 
     def describe(self) -> str:
-        """The mix in a line: "ties(0.7 sql + 0.5 medical, density 0.2)"."""
+        """A one-line description, such as "ties(0.7 sql + 0.5 medical, density 0.2)"."""
         terms = " + ".join(describe_weight(weight, name) for name, weight in self.weights.items())
         return f"{self.method}({', '.join([terms, *(f'{name} {value:g}' for name, value in self.options().items())])})"
 
     def rank(self, module: str) -> int:
-        """The summed rank of the adapters that take part in a module; it holds every factored method exactly."""
+        """The summed rank of the adapters that take part in a module. Methods on factors are exact at this rank."""
         return sum(self.adapters[name].shapes[module][2] for name in self._names(module))
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW float32 (N, K) of the whole mix; weight is the base's, which some kinds of adapters need."""
-        names, method = self._names(module), METHODS[self.method]
-        kinds = {name: self.adapters[name].in_terms_of_base(module) for name in names}
-        if method.factored is not None and not any(kinds.values()):
+        """ΔW of the mix, float32 (N, K). weight: the base's, which some kinds of adapters need."""
+        names, method = self._names(module), MIX_METHODS[self.method]
+        reasons = {name: self.adapters[name].why_not_low_rank(module) for name in names}
+        if method.factored is not None and not any(reasons.values()):
             a, b = self._merge_factors(module, names)
             return b @ a
         if method.dense is None:
-            wrong = ", ".join(f"{name} is {kind}" for name, kind in kinds.items() if kind)
-            usable = ", ".join(name for name, other in METHODS.items() if other.dense is not None)
-            raise InputError(f"{module}: {self.method} works on factors, and there {wrong}; use one of {usable}")
+            wrong = ", ".join(f"{name} is {reason}" for name, reason in reasons.items() if reason)
+            usable = ", ".join(name for name, other in MIX_METHODS.items() if other.dense is not None)
+            raise InputError(f"{module}: {self.method} works on factors, but {wrong}; use one of {usable}")
         deltas: list[Product | Floats] = []
-        for name, kind in kinds.items():
+        for name, reason in reasons.items():
             adapter = self.adapters[name]
-            deltas.append(adapter.dense(module, weight) if kind else Product(*adapter.factors(module)))
+            deltas.append(adapter.dense(module, weight) if reason else Product(*adapter.factors(module)))
         return method.dense(deltas, self._weights(module, names), **self._arguments(module, names))
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
-        """A float32 (r, K) and B float32 (N, r): exact for methods on factors, else the nearest of the summed rank."""
+        """A, float32 (r, K), and B, float32 (N, r): exact for methods on factors, else the nearest of the summed rank."""
         a, b, _ = self.factors_with_error(module)
         return a, b
 
     def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]:
-        """As factors(), and the relative error ‖ΔW - B·A‖ / ‖ΔW‖. rank: at most so many, cut to the nearest.
+        """As factors(), with the relative error ‖ΔW - B·A‖ / ‖ΔW‖. rank: truncate to the nearest product of this rank.
 
-        Raises InputError for adapters that are no product of two factors.
+        Raises InputError for adapters that are not products of two factors.
         """
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
         names = self._names(module)
-        if METHODS[self.method].factored is not None:
+        if MIX_METHODS[self.method].factored is not None:
             a, b = self._merge_factors(module, names)
             return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
         return truncate(self.dense(module), rank or self.rank(module))
 
     def _names(self, module: str) -> list[str]:
-        """The adapters that change a module with a weight other than 0, sorted: their order decides no last bit."""
+        """The adapters that change a module with a weight other than 0, sorted so that their order does not affect rounding."""
         return [name for name in sorted(self.weights) if module in self.adapters[name].modules and self.weight(name, module)]
 
     def _weights(self, module: str, names: Sequence[str]) -> list[float]:
         return [self.weight(name, module) for name in names]
 
     def _merge_factors(self, module: str, names: Sequence[str]) -> tuple[Floats, Floats]:
-        merge = METHODS[self.method].factored
+        merge = MIX_METHODS[self.method].factored
         assert merge is not None
         factors = [self.adapters[name].factors(module) for name in names]
         return merge(factors, self._weights(module, names), **self._arguments(module, names))
 
     def _arguments(self, module: str, names: Sequence[str]) -> dict[str, Any]:
         values = {DENSITY: self.density, SEEDS: [draw_seed(self.seed, module, name) for name in names]}
-        return {name: values[name] for name in METHODS[self.method].reads}
+        return {name: values[name] for name in MIX_METHODS[self.method].reads}
 
 
 def draw_seed(seed: int, module: str, name: str) -> int:
-    """The seed of what is drawn for an adapter in a module, whatever other adapters and modules there are."""
+    """The seed for an adapter's draws in a module. It does not depend on other adapters or modules."""
     return int.from_bytes(hashlib.sha256(f"{seed}\0{module}\0{name}".encode()).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Weights of a mix: one number per adapter, or numbers by pattern of module names."""
+"""The weights of a mix: a number per adapter, or numbers by pattern of module names."""
 
 from __future__ import annotations
 
@@ -15,27 +15,31 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Weight: TypeAlias = float | Mapping[str, float]
-"""A number for all modules, or numbers by fnmatch pattern of module names: the last pattern that matches counts, none is 0."""
+"""A number for all modules, or numbers by fnmatch pattern of module names. The last matching pattern wins; without one, 0."""
 
 EVERYWHERE = "*"
 
 
 def weight_at(weight: Weight, module: str) -> float:
-    """The weight that an adapter has in a module."""
+    """An adapter's weight in a module.
+
+    >>> weight_at({"*": 0.6, "model.layers.0.*": 0.2}, "model.layers.0.mlp.up_proj")
+    0.2
+    """
     if not isinstance(weight, Mapping):
         return weight
     return next((value for pattern, value in reversed(list(weight.items())) if fnmatchcase(module, pattern)), 0.0)
 
 
 def describe_weight(weight: Weight, name: str) -> str:
-    """A weight and whose it is, for people: "0.6 sql", or "{*: 0.6, model.layers.0.*: 0.2} sql"."""
+    """A weight with its adapter's name: "0.6 sql", or "{*: 0.6, model.layers.0.*: 0.2} sql"."""
     if not isinstance(weight, Mapping):
         return f"{weight:g} {name}"
     return f"{{{', '.join(f'{pattern}: {value:g}' for pattern, value in weight.items())}}} {name}"
 
 
 def idle_patterns(weight: Weight, modules: Iterable[str]) -> list[str]:
-    """Patterns of a weight that mean none of an adapter's modules."""
+    """The patterns of a weight that match none of an adapter's modules."""
     if not isinstance(weight, Mapping):
         return []
     modules = list(modules)
@@ -43,9 +47,9 @@ def idle_patterns(weight: Weight, modules: Iterable[str]) -> list[str]:
 
 
 def check_weight(weight: Any, where: str) -> list[str]:
-    """What is wrong with a weight as somebody wrote it, with the place: a number, or a table of numbers, all finite."""
+    """The mistakes in a weight from a file. It must be a finite number, or a table of them. where: its place in the file."""
     if isinstance(weight, Mapping):
-        wrong = [] if weight else [f"{where} = {{}} gives no pattern a weight"]
+        wrong = [] if weight else [f"{where} = {{}} is empty; give at least one pattern a weight"]
         return wrong + [mistake for pattern, value in weight.items() for mistake in _check_number(value, f'{where}."{pattern}"')]
     return _check_number(weight, where)
 
@@ -57,12 +61,12 @@ def _check_number(value: Any, where: str) -> list[str]:
 
 
 def read_weights(path: Path) -> dict[str, Weight]:
-    """Reads a file of weights: a table [weights] with a number per adapter, or [weights.NAME] with a number per pattern."""
+    """Reads a TOML file of weights: [weights] with a number per adapter, or [weights.NAME] with a number per pattern."""
     value = read_toml(path, "it gives weights by pattern of module names")
     table = value.get("weights")
     wrong = [f"{key} is not a known key; known: weights" for key in value if key != "weights"]
     if not isinstance(table, dict):
-        wrong.append('there is no table of weights; write [weights.NAME] and lines such as "model.layers.0.*" = 0.2')
+        wrong.append('weights must be a table; write [weights.NAME] and lines such as "model.layers.0.*" = 0.2')
     else:
         wrong += [mistake for name, weight in table.items() for mistake in check_weight(weight, f"weights.{name}")]
     if wrong:

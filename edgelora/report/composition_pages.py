@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from edgelora.formatting import format_bytes, to_json
 from edgelora.report.pictures import draw_heat_map, render_page, render_table
 from edgelora.report.precompiling import render_recipe
-from edgelora.terminal import format_bytes, print_table, to_json
 from edgelora_export.weights.publish import staged_folder, write_file
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ def write_composition(report: CompositionReport, output: Path) -> list[Path]:
     return [output / name for name in files]
 
 
-def show_composition(report: CompositionReport) -> None:
+def show_composition(
+    report: CompositionReport, print_table: Callable[[str, Sequence[str], Sequence[Sequence[str]]], None]
+) -> None:
     """Prints a line per pair, the adapters' own scores, and what is worth compiling."""
     if report.base_scores:
         columns = ["loss / token, slot F1", *report.rows]

@@ -1,1 +1,1 @@
-"""`edgelora compose search`: weights, and if wanted method and density, that serve held-out rows best under a stated budget."""
+"""Searches the weights of a mix, and optionally its method and density, on held-out rows within a budget of trials."""

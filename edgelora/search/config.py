@@ -1,4 +1,4 @@
-"""What is searched, on which rows, within which ranges, and how long."""
+"""The settings of a search: adapters, rows, ranges and budget."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError, list_wrong
 
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("loss", "score")
 SAMPLERS = ("auto", "gp", "tpe")
-_TWINS = {"svd", "tsv", "iso_c"}  # which compute what linear, core_tsv and core_iso do
-DISTINCT = tuple(name for name in METHODS if name not in _TWINS)
+_EQUIVALENT = {"svd", "tsv", "iso_c"}  # they compute the same as linear, core_tsv and core_iso
+DISTINCT_METHODS = tuple(name for name in MIX_METHODS if name not in _EQUIVALENT)
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """What to search.
+    """The settings of a search.
 
-    base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task; a task is measured against the
-    adapter of its name, or else against the adapter that serves it best. output: folder for trials, report and adapter.
-    budget: configurations to try in all: the base, each adapter alone and equal weights count, too.
-    methods: names of METHODS. weights, density: lowest and highest. scale: of a factor on all weights; None for 1.
-    objective: loss, in nats per token, or score: slot F1 or exact match of what is written, which takes much longer.
-    sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto for gp where scipy is installed.
-    confirm: the share of each task's rows that is kept out of the search, for the report to be measured on.
-    parallel: trials that are proposed, and with Ray run, at a time. address: Ray's; None for this process.
-    max_tokens: to write at the most, where the objective is score.
+    base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task. A task is measured against the adapter
+    of the same name, or else against the adapter that does best on it. output: folder for trials, report and adapter.
+    budget: configurations to try, including the base, each adapter alone and equal weights.
+    methods: names in MIX_METHODS. weights, density: lowest and highest. scale: range of a factor on all weights; None for 1.
+    objective: loss, in nats per token, or score (slot F1 or exact match of written completions), which takes much longer.
+    sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto, which is gp if scipy is installed.
+    confirm: the share of each task's rows to keep out of the search; the report is measured on them.
+    parallel: trials to propose at a time; with Ray they also run in parallel. address: Ray's; None to run in this process.
+    max_tokens: maximum number of tokens to write, with objective score.
     """
 
     base: str
@@ -62,9 +62,9 @@ class SearchConfig:
                     "budget",
                     self.budget,
                     self.budget > least,
-                    f"more than {least}: the base, each adapter alone and equal weights come first",
+                    f"more than {least}, as the base, each adapter alone and equal weights come first",
                 ),
-                ("methods", _show(self.methods), _are_methods(self.methods), f"some of {', '.join(METHODS)}, each once"),
+                ("methods", _show(self.methods), _are_methods(self.methods), f"some of {', '.join(MIX_METHODS)}, each once"),
                 ("weights", _show(self.weights), _is_range(self.weights), "two finite numbers, the lower one first"),
                 (
                     "density",
@@ -92,7 +92,7 @@ class SearchConfig:
 
 
 def _are_methods(names: tuple[str, ...]) -> bool:
-    return bool(names) and set(names) <= set(METHODS) and len(set(names)) == len(names)
+    return bool(names) and set(names) <= set(MIX_METHODS) and len(set(names)) == len(names)
 
 
 def _is_range(pair: tuple[float, float]) -> bool:

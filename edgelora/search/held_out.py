@@ -1,4 +1,4 @@
-"""Rows to search on: never those of a test split, whatever its file is called, and a part of them kept for the report."""
+"""Reads the rows of a search, refuses test splits under any name, and sets a part of the rows aside for the report."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from edgelora.adapters.folder import Adapter
     from edgelora.data.rows import Row
 
-# Short rows recur by chance: up to 13% of the rows of a training file stand in its test file, too (slots; docs/log.md).
+# Short rows recur by chance: up to 13% of the rows of a training file are also in its test file (slots; docs/log.md).
 CHANCE_SHARE = 0.25
 _TEST = re.compile(r"tests?(set|split)?\d*")
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A task's distinct rows: searched, what weights are chosen by; confirmed, what they are then measured on."""
+    """A task's distinct rows. searched: rows to choose the weights on. confirmed: rows to measure the result on."""
 
     searched: tuple[Row, ...]
     confirmed: tuple[Row, ...]
 
     @property
     def sha256(self) -> str:
-        """Of both parts, to the letter."""
+        """A hash of the exact text of both parts."""
         parts = [[(row.prompt, row.completion) for row in rows] for rows in (self.searched, self.confirmed)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -42,14 +42,14 @@ class HeldOut:
 def read_held_out(
     data: Mapping[str, Path], adapters: Mapping[str, Adapter], confirm: float, on_note: Callable[[str], None]
 ) -> dict[str, HeldOut]:
-    """Reads each task's rows and keeps the share `confirm` of them out of the search.
+    """Reads each task's rows and keeps the share `confirm` of them out of the search, chosen by a hash of their content.
 
-    Which rows those are is decided by their content. Raises InputError for a file that is a test split by its name, and
-    for one that shares more than CHANCE_SHARE of its rows, or of the other's, with a test file beside it or beside an
-    adapter's training data; fewer are left out, with a note. Notes, too, how many rows an adapter was trained on.
+    Raises InputError for a file that is a test split by its name, and for one that shares more than CHANCE_SHARE of its rows, or
+    of the other's rows, with a test file beside it or beside an adapter's training data. Fewer shared rows are left out, with a
+    note. A note also says how many rows an adapter was trained on.
     """
     if named := [f"{name}={path}" for name, path in data.items() if is_test_file(path) or is_test_file(path.resolve())]:
-        raise InputError(f"{', '.join(named)}: a test split by its name; search on rows that nothing is reported on")
+        raise InputError(f"{', '.join(named)}: a test split by its name; use rows that no result is reported on")
     tests = _read_tests(data, adapters, on_note)
     rows = {task: {hash_row(row): row for row in read_rows(path)} for task, path in data.items()}
     refused = []
@@ -59,21 +59,21 @@ def read_held_out(
             if shared > CHANCE_SHARE * min(len(found), len(hashes)):
                 refused.append(f"{task}={data[task]}: {shared} of its {len(found)} rows are among the {len(hashes)} of {path}")
             elif shared:
-                on_note(f"{task}: {shared} of {len(found)} rows stand in {path}, too; they are left out")
+                on_note(f"{task}: {shared} of {len(found)} rows are also in {path}; they are left out")
     if refused:
-        raise InputError(f"{'; '.join(refused)}, a test split; search on rows that nothing is reported on")
+        raise InputError(f"{'; '.join(refused)}, a test split; use rows that no result is reported on")
     _note_training_rows(rows, adapters, on_note)
     tested = {item for hashes in tests.values() for item in hashes}
     return {task: _split({item: found[item] for item in found.keys() - tested}, confirm, task) for task, found in rows.items()}
 
 
 def is_test_file(path: Path) -> bool:
-    """Whether a file is called a test split: x.test.jsonl, test-2.jsonl, test/x.jsonl; not latest.jsonl."""
+    """Whether a file is a test split by its name: x.test.jsonl, test-2.jsonl, test/x.jsonl; but not latest.jsonl."""
     return any(_TEST.fullmatch(part) for part in [*re.split(r"[^a-z0-9]+", path.name.lower()), path.parent.name.lower()])
 
 
 def hash_row(row: Row) -> str:
-    """SHA-256 of a row's text, case, white space and Unicode's ways of writing the same aside."""
+    """SHA-256 of a row's text, ignoring case, white space and Unicode variants (NFKC)."""
     parts = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in (row.prompt, row.completion))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -81,7 +81,7 @@ def hash_row(row: Row) -> str:
 def _read_tests(
     data: Mapping[str, Path], adapters: Mapping[str, Adapter], on_note: Callable[[str], None]
 ) -> dict[Path, set[str]]:
-    """Hashes of the rows of each test file beside the data, and beside what the adapters were trained on."""
+    """Row hashes of each test file beside the data or beside the adapters' training data."""
     folders = {path.resolve().parent for path in data.values()}
     for adapter in adapters.values():
         if adapter.provenance is not None and adapter.provenance.data_file:
@@ -104,12 +104,12 @@ def _note_training_rows(
         trained = {hash_row(row) for row in read_rows(path)} if path is not None else set()
         for task, found in rows.items():
             if shared := len(found.keys() & trained):
-                on_note(f"{task}: {name} was trained on {shared} of {len(found)} rows, which flatters it there")
+                on_note(f"{task}: {name} was trained on {shared} of {len(found)} rows, so its figures there are optimistic")
 
 
 def _split(rows: Mapping[str, Row], confirm: float, task: str) -> HeldOut:
     ordered = [rows[item] for item in sorted(rows)]
     kept = round(confirm * len(ordered))
     if len(ordered) - kept < 1 or (confirm > 0 and kept < 1):
-        raise InputError(f"{task} has {len(ordered)} distinct rows: too few to search on and to keep some for the report")
+        raise InputError(f"{task} has {len(ordered)} distinct rows: too few to search on and keep some for the report")
     return HeldOut(tuple(ordered[kept:]), tuple(ordered[:kept]))

@@ -1,4 +1,4 @@
-"""What a mix keeps of its adapters: the one number that a search raises, and how sure a difference in it is."""
+"""The objective of a search: the share of its adapters' effect that a mix keeps, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Objective:
-    """Per task the figure (a loss or a score) of the base, and what one adapter alone changes in it, with its sign.
+    """Per task the base's figure (a loss or a score), and the signed change (base - adapter) that one adapter alone makes.
 
-    A mix keeps (base - mix) / change of a task, whichever way the figure goes: 1 is what the adapter does alone, 0 what the
-    base does. Tasks of any scale so count alike.
+    A mix keeps (base - mix) / change of a task: 1 equals the adapter alone, 0 equals the base. This holds for losses and
+    scores, and makes tasks of different scales comparable.
     """
 
     base: Mapping[str, float]
@@ -32,30 +32,30 @@ class Objective:
 
     @classmethod
     def read(cls, base: Mapping[str, float], alone: Mapping[str, Mapping[str, float]], *, higher_is_better: bool) -> Objective:
-        """From the figures of the base and of each adapter alone.
+        """Makes an objective from the figures of the base and of each adapter alone.
 
-        A task is the adapter's of its name, or else of the one that serves it best. Raises InputError where that one is no
-        better than the base.
+        A task belongs to the adapter of the same name, or else to the adapter that does best on it. Raises InputError if that
+        adapter is no better than the base.
         """
         sign = 1 if higher_is_better else -1
         chosen = {task: task if task in alone else max(alone, key=lambda name: sign * alone[name][task]) for task in base}
         found = {task: alone[name][task] for task, name in chosen.items()}
         if wrong := [
-            f"{task}: the adapter {chosen[task]} comes to {found[task]:.4g}, the base alone to {base[task]:.4g}"
+            f"{task}: the adapter {chosen[task]} reaches {found[task]:.4g}, and the base alone {base[task]:.4g}"
             for task in base
             if sign * (found[task] - base[task]) <= 0
         ]:
-            raise InputError(f"{'; '.join(wrong)}: there is nothing that a mix could keep; check --data and --adapter")
+            raise InputError(f"{'; '.join(wrong)}: there is nothing for a mix to keep; check --data and --adapter")
         return cls(dict(base), {task: base[task] - figure for task, figure in found.items()})
 
     def kept(self, figures: Mapping[str, float]) -> float:
-        """What a mix keeps, averaged over tasks."""
+        """The share that a mix keeps, averaged over tasks."""
         return float(np.mean([self._share(task, figures[task]) for task in self.base]))
 
     def difference(self, one: Mapping[str, Doubles], other: Mapping[str, Doubles], seed: int) -> tuple[float, float, float]:
-        """What one mix keeps more than another, with its 95% bootstrap interval over rows.
+        """How much more one mix keeps than another, with a 95% bootstrap interval over rows.
 
-        one, other: of the same rows, per task, the parts of their figures, float64 (rows, 2); see Scorer.score.
+        one, other: per task, on the same rows, numerators and denominators, float64 (rows, 2); see Scorer.score.
         """
         generator = np.random.default_rng(seed)
         drawn = np.zeros(RESAMPLES)
@@ -74,6 +74,6 @@ class Objective:
 
 
 def sum_up(parts: Mapping[str, Doubles]) -> dict[str, float]:
-    """The figure of each task from its rows' parts."""
+    """Each task's figure, from the numerators and denominators of its rows."""
     totals = {task: rows.sum(axis=0) for task, rows in parts.items()}
     return {task: float(above / below) for task, (above, below) in totals.items()}

@@ -1,4 +1,4 @@
-"""What a search found, as figures, as a table, and as lines for a recipe."""
+"""The result of a search: its figures, and lines for a recipe."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import json
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from edgelora.terminal import print_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,10 +18,10 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class MixFigures:
-    """A mix that was tried. searched: what it keeps (see Objective) on the rows searched on.
+    """A tried mix. searched: the share that it keeps (see Objective) on the search's rows.
 
-    kept, figures: the same, and the loss or score of each task, on the rows kept out of the search. What the adapters change
-    counts in both as it does on the rows searched on.
+    kept, figures: the same share, and each task's loss or score, on the rows kept out of the search. Both shares are relative to
+    the adapters' changes on the search's rows.
     """
 
     trial: int
@@ -35,13 +33,13 @@ class MixFigures:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a search came to.
+    """The result of a search.
 
-    configurations: tried in all, those of earlier runs included; resumed: how many were such. rows: per task those searched
-    on and those kept out; without the latter, everything is measured on the former. base, adapters: figures per task on the
-    rows kept out, of the bare base, and of each adapter alone. difference: what the best mix keeps more than equal weights,
-    with its 95% interval. rank, largest_error: of the adapter that was written, see ComposeReport; written_kept: what that
-    adapter keeps, where it is not exactly the mix.
+    configurations: how many were tried, including earlier runs. resumed: how many of them come from earlier runs. rows: per task
+    the number of rows searched on and kept out; if none are kept out, everything is measured on the search's rows. base,
+    adapters: figures per task on the rows kept out, of the bare base and of each adapter alone. difference: how much more the
+    best mix keeps than equal weights, with its 95% interval. rank, largest_error: of the written adapter, see ComposeReport.
+    written_kept: the share that the written adapter keeps, if it is not exactly the mix.
     """
 
     output: Path
@@ -62,47 +60,12 @@ class SearchReport:
     recipe: str
 
 
-def write_recipe(adapters: Mapping[str, Path], mix: Point) -> str:
-    """The lines of a recipe that make a mix a variant."""
+def render_recipe(adapters: Mapping[str, Path], mix: Point) -> str:
+    """The lines that add a mix to a recipe as a variant."""
     weights = ", ".join(f"{_key(name)} = {weight:g}" for name, weight in mix.weights.items())
     lines = ["[adapters]", *(f"{_key(name)} = {_text(folder.as_posix())}" for name, folder in adapters.items()), ""]
     lines += ["[variants.mix]", f"mix = {{ {weights} }}", f"method = {_text(mix.method)}"]
     return "\n".join([*lines, *(f"{name} = {value:g}" for name, value in mix.settings.items())])
-
-
-def show_report(report: SearchReport) -> None:
-    """Prints what was found, on standard output."""
-    confirmed = all(kept for _, kept in report.rows.values())
-    rows = ", ".join(f"{(kept if confirmed else searched)} {task}" for task, (searched, kept) in report.rows.items())
-    named = {"base": report.base, **report.adapters, "equal weights": report.equal.figures, "best": report.best.figures}
-    kept = {"equal weights": report.equal.kept, "best": report.best.kept}
-    print_table(
-        f"{report.objective} on {rows} rows {'kept out of the search' if confirmed else 'that were searched on'}",
-        ["", *report.rows, "kept"],
-        [
-            [name, *(f"{figures[task]:.4f}" for task in report.rows), f"{kept[name]:.3f}" if name in kept else ""]
-            for name, figures in named.items()
-        ],
-    )
-    resumed = f", {report.resumed} of them by earlier runs" if report.resumed else ""
-    print(f"{report.configurations} configurations tried{resumed}")
-    print(f"best: {_describe(report.best.mix)}, trial {report.best.trial}")
-    low, high = report.interval
-    equal = _describe(report.equal.mix)
-    print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
-    if not confirmed:
-        print("the interval is of the very rows that the best was chosen on, so it flatters it; --confirm keeps some apart")
-    if report.written_kept is not None:
-        print(
-            f"{report.adapter} is the nearest of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
-            f"and keeps {report.written_kept:.3f}; a merged variant of the recipe below is the mix itself"
-        )
-    print(f"{report.adapter}\n\n{report.recipe}")
-
-
-def _describe(mix: Point) -> str:
-    weights = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
-    return ", ".join([f"{mix.method}({weights}", *(f"{name} {value:g}" for name, value in mix.settings.items())]) + ")"
 
 
 def _key(name: str) -> str:
@@ -110,4 +73,4 @@ def _key(name: str) -> str:
 
 
 def _text(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False)  # a JSON string of these is a TOML string, too
+    return json.dumps(value, ensure_ascii=False)  # a JSON string is a valid TOML string

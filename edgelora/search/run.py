@@ -1,4 +1,4 @@
-"""The search itself: from adapters and held-out rows to trials, the best mix among them, and a report on other rows."""
+"""Runs a search: tries mixes on held-out rows, writes the best one as an adapter, and reports on other rows."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from edgelora.adapters.checks import check_same_base
 from edgelora.adapters.folder import Adapter
 from edgelora.composing.compose import compose
 from edgelora.search.held_out import read_held_out
-from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective, sum_up
-from edgelora.search.report import MixFigures, SearchReport, write_recipe
+from edgelora.search.report import MixFigures, SearchReport, render_recipe
 from edgelora.search.space import Point, choose_sampler, read_point
-from edgelora.search.trials import choose, run_trials
+from edgelora.search.trial_log import Trial, TrialLog
+from edgelora.search.trials import choose_best, run_trials
 from edgelora.search.workers import Job, open_workers
 from edgelora_export.weights.base import Base
 from edgelora_export.weights.publish import write_file
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from edgelora.search.config import SearchConfig
     from edgelora.search.held_out import HeldOut
 
-ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the journal
-_EXACT = 1e-6  # relative error below which an adapter is the mix
+ADAPTER, REPORT = "adapter", "search.json"  # in the output folder, beside the trial log
+_EXACT = 1e-6  # relative error up to which the written adapter counts as exactly the mix
 
 
 def search(
@@ -41,9 +41,9 @@ def search(
 ) -> SearchReport:
     """Tries mixes on held-out rows, writes the best one as an adapter, and reports on rows that no mix was chosen on.
 
-    A run that was killed goes on from its output folder, with the very trials that it would have tried. A larger budget
-    goes on from a smaller one. Raises InputError for data of a test split, adapters that do not fit, and an output folder
-    that is something else or holds the trials of another plan.
+    An interrupted run continues from its output folder, with the same trials as without the interruption. A run with a larger
+    budget continues a smaller one. Raises InputError for data of a test split, adapters that do not fit, and an output folder
+    that holds something else or the trials of another plan.
     """
     if missing := [name for name in ("optuna", "torch", "transformers") if find_spec(name) is None]:
         raise MissingExtraError(", ".join(missing), "search")
@@ -52,9 +52,9 @@ def search(
     check_same_base(adapters, base.sha256)
     _check_factors(adapters)
     for task in sorted(config.data.keys() - adapters.keys()):
-        on_note(f"{task}: no adapter has that name; it is measured against the adapter that serves it best")
+        on_note(f"{task}: no adapter has that name; it is measured against the adapter that does best on it")
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
-    journal = Journal(config.output, _make_plan(config, base, adapters, held_out))
+    trial_log = TrialLog(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
         base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
         adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
@@ -65,16 +65,16 @@ def search(
         objective=config.objective,
         max_tokens=config.max_tokens,
     )
-    before = dict(journal.trials)
+    before = dict(trial_log.trials)
     with open_workers(job, config.parallel, config.address) as workers:
-        trials, objective = run_trials(config, journal, workers, on_progress)
-        best, equal = choose(config, trials, objective)
-        on_progress(len(trials), len(trials), "measuring what is reported")
+        trials, objective = run_trials(config, trial_log, workers, on_progress)
+        best, equal = choose_best(config, trials, objective)
+        on_progress(len(trials), len(trials), "measuring for the report")
         reported = sorted({*range(len(adapters) + 1), best.number, equal.number})
         points = {number: read_point(config, trials[number].parameters) for number in reported}
         found = dict(workers.score(points, "confirmed"))
     figures = {number: sum_up(parts) for number, parts in found.items()}
-    measured = replace(objective, base=figures[0])  # other rows, but what the adapters change counts as it did in the search
+    measured = replace(objective, base=figures[0])  # other rows, but shares stay relative to the adapters' changes in the search
     chosen = points[best.number]
     written = compose(
         {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
@@ -104,19 +104,19 @@ def search(
         rank=written.rank,
         largest_error=written.largest_error,
         written_kept=_measure_written(job, measured, written.output) if written.largest_error > _EXACT else None,
-        recipe=write_recipe(config.adapters, chosen),
+        recipe=render_recipe(config.adapters, chosen),
     )
-    _write_report(config, journal, trials, objective, report)
+    _write_report(config, trial_log, trials, objective, report)
     return report
 
 
 def _check_factors(adapters: Mapping[str, Adapter]) -> None:
-    """Refuses, before anything is run, adapters that no mix can be written of."""
+    """Raises InputError, before anything runs, for adapters whose mix cannot be written as an adapter."""
     wrong = [
-        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.in_terms_of_base(module)}"
+        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.why_not_low_rank(module)}"
         for name, adapter in adapters.items()
         for module in sorted(adapter.modules)
-        if adapter.is_embedding(module) or adapter.in_terms_of_base(module)
+        if adapter.is_embedding(module) or adapter.why_not_low_rank(module)
     ]
     if wrong:
         raise InputError(f"{'; '.join(wrong[:3])}: such a mix cannot be written as an adapter; search without it")
@@ -125,7 +125,7 @@ def _check_factors(adapters: Mapping[str, Adapter]) -> None:
 def _make_plan(
     config: SearchConfig, base: Base, adapters: Mapping[str, Adapter], held_out: Mapping[str, HeldOut]
 ) -> dict[str, Any]:
-    """What decides the trials, and thus what a journal must agree in to be continued. The budget and the machines do not."""
+    """The settings that determine the trials; a trial log must match them to be continued. Budget and machines do not count."""
     return {
         "base": base.sha256,
         "adapters": {name: adapter.sha256 for name, adapter in adapters.items()},
@@ -137,20 +137,20 @@ def _make_plan(
 
 
 def _measure_written(job: Job, objective: Objective, adapter: Path) -> float:
-    """What the adapter that was written keeps, where its rank does not hold the mix exactly."""
+    """The share that the written adapter keeps, if its rank does not represent the mix exactly."""
     with open_workers(replace(job, adapters={"written": adapter}), 1, None) as workers:
         found = dict(workers.score({0: Point({"written": 1.0})}, "confirmed"))
     return objective.kept(sum_up(found[0]))
 
 
 def _write_report(
-    config: SearchConfig, journal: Journal, trials: Sequence[Trial], objective: Objective, report: SearchReport
+    config: SearchConfig, trial_log: TrialLog, trials: Sequence[Trial], objective: Objective, report: SearchReport
 ) -> None:
-    """search.json: the report, the plan with its hashes, and every trial."""
+    """Writes search.json: the report, the plan with its hashes, and every trial."""
     value = {
         "report": asdict(report),
         "budget": config.budget,
-        "plan": journal.plan,
+        "plan": trial_log.plan,
         "optuna": version("optuna"),
         "trials": [
             {

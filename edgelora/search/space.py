@@ -1,4 +1,4 @@
-"""The space that a search walks: which points it begins with, and which ones Optuna proposes after them."""
+"""The search space: the initial points, and the points that Optuna proposes after them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, METHODS
+from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, MIX_METHODS
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
     Parameters = Mapping[str, float | str]
 
-_WEIGHT = "weight "  # begins the name of an adapter's parameter
+_WEIGHT = "weight "  # prefix of an adapter's parameter name
 
 
 @dataclass(frozen=True)
 class Point:
-    """A mix to try: weights by adapter, a method, and what that reads beside them: density, seed."""
+    """A mix to try: weights by adapter, a method, and the method's settings (density, seed)."""
 
     weights: Mapping[str, float]
     method: str = "linear"
@@ -32,7 +32,7 @@ class Point:
 
 
 def read_point(config: SearchConfig, parameters: Parameters) -> Point:
-    """The mix that parameters stand for; weights and density to three decimals, as they go into a recipe."""
+    """The mix that parameters encode. Weights and density are rounded to three decimals, as in the recipe."""
     method, scale = str(parameters["method"]), float(parameters.get("scale", 1.0))
     settings = {DENSITY: round(float(parameters.get(DENSITY, DEFAULT_DENSITY)), 3), "seed": config.seed}
     weights = {
@@ -40,14 +40,14 @@ def read_point(config: SearchConfig, parameters: Parameters) -> Point:
         for name, value in parameters.items()
         if name.startswith(_WEIGHT)
     }
-    return Point(weights, method, {name: settings[name] for name in METHODS[method].settings})
+    return Point(weights, method, {name: settings[name] for name in MIX_METHODS[method].settings})
 
 
-def list_beginnings(config: SearchConfig) -> list[Parameters]:
-    """The points that come first, whatever the ranges are.
+def list_initial_points(config: SearchConfig) -> list[Parameters]:
+    """The points that every search tries first, whatever the ranges are.
 
-    The base; each adapter alone, as it is; equal weights, a sum and a mean by the first method and a sum by each other one.
-    Where the range of weights has neither, that end of it which is farther from 0 takes their place.
+    They are the base, each adapter alone at weight 1, and equal weights: the sum and the mean by the first method, and the sum
+    by every other method. If the range of weights has neither, its end farther from 0 replaces them.
     """
     alone = [{name: float(name == one) for name in config.adapters} for one in (None, *config.adapters)]
     low, high = config.weights
@@ -55,13 +55,13 @@ def list_beginnings(config: SearchConfig) -> list[Parameters]:
     equal = [(config.methods[0], value) for value in values] + [(method, values[0]) for method in config.methods[1:]]
     scale = 1.0 if config.scale is None else min(max(1.0, config.scale[0]), config.scale[1])
     return [
-        *(_parameters(config, "linear", weights, 1.0) for weights in alone),
-        *(_parameters(config, method, dict.fromkeys(config.adapters, value), scale) for method, value in equal),
+        *(_make_parameters(config, "linear", weights, 1.0) for weights in alone),
+        *(_make_parameters(config, method, dict.fromkeys(config.adapters, value), scale) for method, value in equal),
     ]
 
 
 def is_within(config: SearchConfig, parameters: Parameters) -> bool:
-    """Whether a point is one that could be proposed, as the first ones need not be."""
+    """Whether a point lies in the search space. Initial points may not."""
     return all(
         parameters[name] in distribution.choices
         if name == "method"
@@ -71,16 +71,16 @@ def is_within(config: SearchConfig, parameters: Parameters) -> bool:
 
 
 def propose(config: SearchConfig, tried: Sequence[tuple[Parameters, float]], count: int) -> list[Parameters]:
-    """The next points after those that were tried, which come with their values, higher ones better.
+    """Proposes the next points, given the tried points with their values; higher is better.
 
-    Decided by these and the seed alone, so that a search that was killed goes on as if it had not been.
+    They depend only on these and the seed, so an interrupted search continues as if it had not been interrupted.
     """
     import optuna
 
     space = _distributions(config)
     seed = int(np.random.SeedSequence([config.seed, len(tried)]).generate_state(1)[0])
     verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # it tells of every study and trial
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # Optuna logs every study and trial
     try:
         study = optuna.create_study(direction="maximize", sampler=_make_sampler(choose_sampler(config), seed))
         for parameters, value in tried:
@@ -92,7 +92,7 @@ def propose(config: SearchConfig, tried: Sequence[tuple[Parameters, float]], cou
 
 
 def choose_sampler(config: SearchConfig) -> str:
-    """The sampler by name: what "auto" stands for depends on whether scipy is there, which Optuna's gp needs."""
+    """The name of the sampler to use. "auto" is gp if scipy is installed, which Optuna's gp needs, else tpe."""
     if config.sampler == "gp" and find_spec("scipy") is None:
         raise MissingExtraError("scipy", "search")
     return config.sampler if config.sampler != "auto" else "tpe" if find_spec("scipy") is None else "gp"
@@ -109,8 +109,8 @@ def _make_sampler(name: str, seed: int) -> Any:
         return GPSampler(seed=seed, deterministic_objective=True)
 
 
-def _parameters(config: SearchConfig, method: str, weights: Mapping[str, float], scale: float) -> Parameters:
-    """A point at the default density, or at the nearest to it that the range has."""
+def _make_parameters(config: SearchConfig, method: str, weights: Mapping[str, float], scale: float) -> Parameters:
+    """A point at the default density, or at the density in the range nearest to it."""
     parameters: dict[str, float | str] = {"method": method}
     space = _distributions(config)
     if DENSITY in space:
@@ -121,11 +121,11 @@ def _parameters(config: SearchConfig, method: str, weights: Mapping[str, float],
 
 
 def _distributions(config: SearchConfig) -> dict[str, Any]:
-    """Optuna's distribution of each parameter. Density is drawn for every method, so that they share one space."""
+    """Optuna's distribution of each parameter. All methods share one space, so density is drawn even for methods without it."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     found: dict[str, Any] = {"method": CategoricalDistribution(config.methods)}
-    if any(DENSITY in METHODS[method].settings for method in config.methods):
+    if any(DENSITY in MIX_METHODS[method].settings for method in config.methods):
         found[DENSITY] = FloatDistribution(*config.density)
     if config.scale is not None:
         found["scale"] = FloatDistribution(*config.scale)

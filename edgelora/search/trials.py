@@ -1,30 +1,30 @@
-"""The trials of a search: the points that come first, then batch after batch of what the sampler proposes."""
+"""Runs the trials of a search: the initial points, then batches of points that the sampler proposes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora.search.journal import Trial
 from edgelora.search.objective import Objective
-from edgelora.search.space import is_within, list_beginnings, propose, read_point
+from edgelora.search.space import is_within, list_initial_points, propose, read_point
+from edgelora.search.trial_log import Trial
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from edgelora.search.config import SearchConfig
-    from edgelora.search.journal import Journal
     from edgelora.search.space import Parameters
+    from edgelora.search.trial_log import TrialLog
     from edgelora.search.workers import Workers
 
     Progress = Callable[[int, int, str], None]
 
 
-def run_trials(config: SearchConfig, journal: Journal, workers: Workers, on_progress: Progress) -> tuple[list[Trial], Objective]:
-    """All trials up to the budget, in order. What the journal has of them is taken from there."""
-    beginnings = list_beginnings(config)[: config.budget]
-    trials = _run_batch(
-        config, 0, beginnings, journal, workers, lambda done: on_progress(done, config.budget, "what comes first")
-    )
+def run_trials(
+    config: SearchConfig, trial_log: TrialLog, workers: Workers, on_progress: Progress
+) -> tuple[list[Trial], Objective]:
+    """Runs all trials up to the budget, and returns them in order. Trials in the log are not run again."""
+    initial = list_initial_points(config)[: config.budget]
+    trials = _run_batch(config, 0, initial, trial_log, workers, lambda done: on_progress(done, config.budget, "initial points"))
     base, *alone = (trial.quotients for trial in trials[: len(config.adapters) + 1])
     objective = Objective.read(base, dict(zip(config.adapters, alone, strict=True)), higher_is_better=config.objective == "score")
     while len(trials) < config.budget:
@@ -32,17 +32,17 @@ def run_trials(config: SearchConfig, journal: Journal, workers: Workers, on_prog
         batch = propose(config, tried, config.parallel)[: config.budget - len(trials)]
         best = max(value for _, value in tried)
 
-        def tell(done: int, best: float = best) -> None:
+        def report_best(done: int, best: float = best) -> None:
             on_progress(done, config.budget, f"best keeps {best:.3f}")
 
-        trials += _run_batch(config, len(trials), batch, journal, workers, tell)
+        trials += _run_batch(config, len(trials), batch, trial_log, workers, report_best)
     return trials, objective
 
 
-def choose(config: SearchConfig, trials: Sequence[Trial], objective: Objective) -> tuple[Trial, Trial]:
-    """The best mix that was tried, and the best that weighs every adapter alike; the first of equals.
+def choose_best(config: SearchConfig, trials: Sequence[Trial], objective: Objective) -> tuple[Trial, Trial]:
+    """The best mix that was tried, and the best one with equal weights. Ties go to the earlier trial.
 
-    An adapter alone counts where the range of weights has 0 and 1. The bare base is no mix.
+    Single adapters count as mixes if the range of weights includes 0 and 1. The bare base does not count.
     """
     whole = config.weights[0] <= 0 and config.weights[1] >= 1
     alone = trials[1 : len(config.adapters) + 1] if whole else []
@@ -56,18 +56,18 @@ def _run_batch(
     config: SearchConfig,
     start: int,
     batch: Sequence[Parameters],
-    journal: Journal,
+    trial_log: TrialLog,
     workers: Workers,
     on_done: Callable[[int], None],
 ) -> list[Trial]:
-    """Trials of points, numbered from start, in order; those that an earlier run has scored are not scored again."""
+    """Scores points, numbered from `start`, and returns their trials in order. Points that the log holds are not scored again."""
     numbered = dict(enumerate(batch, start))
-    known = {number for number in numbered if (found := journal.trials.get(number)) and found.parameters == numbered[number]}
+    known = {number for number in numbered if (found := trial_log.trials.get(number)) and found.parameters == numbered[number]}
     points = {number: read_point(config, point) for number, point in numbered.items() if number not in known}
     on_done(start + len(known))
     for done, (number, parts) in enumerate(workers.score(points, "searched"), start=start + len(known) + 1):
-        # Six digits: what threads and padding change beyond them decides nothing.
+        # Six digits, so that rounding differences from threads and padding decide nothing.
         sums = {task: [float(f"{total:.6g}") for total in rows.sum(axis=0)] for task, rows in parts.items()}
-        journal.add(Trial(number, numbered[number], {task: (above, below) for task, (above, below) in sums.items()}))
+        trial_log.add(Trial(number, numbered[number], {task: (above, below) for task, (above, below) in sums.items()}))
         on_done(done)
-    return [journal.trials[number] for number in numbered]
+    return [trial_log.trials[number] for number in numbered]

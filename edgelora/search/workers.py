@@ -1,4 +1,4 @@
-"""Where trials run: in this process, or on Ray's workers, each of which holds the base."""
+"""Scores trials in this process, or on Ray workers that each hold the base."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to score points. rows: by split and task. The other fields are SearchConfig's."""
+    """What a worker needs to score points. rows: by split (searched, confirmed) and task. For the rest see SearchConfig."""
 
     base: str
     adapters: Mapping[str, Path]
@@ -41,7 +41,7 @@ class Job:
 
 
 class Scorer:
-    """A base in memory that scores one point at a time."""
+    """Scores points one at a time on a base in memory."""
 
     def __init__(self, job: Job) -> None:
         from edgelora.in_torch.mixed_model import MixedModel
@@ -51,7 +51,7 @@ class Scorer:
         self._model = MixedModel.open(job.base)
 
     def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:
-        """The number, and per task and row what the objective is the quotient of, float64 (rows, 2): nats and tokens, say."""
+        """The number, and per task and row a numerator and a denominator, float64 (rows, 2), such as nats and tokens."""
         self._model.set_mix(Mix(self._adapters, point.weights, point.method, **point.settings))
         found = {}
         for task, rows in self._job.rows[split].items():
@@ -64,13 +64,13 @@ class Scorer:
 
 
 class Workers(Protocol):
-    """Score numbered points on one split's rows, and give the answers in any order."""
+    """Scores numbered points on one split's rows. Results come in any order."""
 
     def score(self, points: Mapping[int, Point], split: str) -> Iterator[tuple[int, Figures]]: ...
 
 
 class LocalWorkers:
-    """One point after another, in this process."""
+    """Scores points one after another in this process."""
 
     def __init__(self, job: Job) -> None:
         self._scorer = Scorer(job)
@@ -81,7 +81,7 @@ class LocalWorkers:
 
 
 class RayWorkers:
-    """Several points at a time, each on a Ray actor."""
+    """Scores several points at a time, each on a Ray actor."""
 
     def __init__(self, actors: Sequence[Any]) -> None:
         self._actors = list(actors)
@@ -97,19 +97,20 @@ class RayWorkers:
             raise (
                 error.cause
                 if isinstance(error.cause, EdgeloraError)
-                else InputError(f"a trial failed on Ray ({first_line(error.cause)}); run again to go on")
+                else InputError(f"a trial failed on Ray ({first_line(error.cause)}); run again to continue")
             ) from error
         except ray.exceptions.RayError as error:
-            reason = str(error).strip().splitlines()[-1]  # below what Ray tells of itself
-            raise InputError(f"Ray lost a worker ({reason}); run again to go on") from error
+            reason = str(error).strip().splitlines()[-1]  # Ray's own status comes first
+            raise InputError(f"Ray lost a worker ({reason}); run again to continue") from error
 
 
 @contextmanager
 def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Workers]:
-    """Workers for a job.
+    """Opens workers for a job.
 
-    address: None for this process; local for a Ray of its own; auto, or an address, for one that runs. Its machines need
-    edgelora, and base and adapters under the same paths. Raises MissingExtraError without Ray, InputError where none answers.
+    address: None for this process; local to start a Ray instance; auto, or an address, for a running cluster. Its machines need
+    edgelora, and base and adapters under the same paths. Raises MissingExtraError without Ray, and InputError if no cluster
+    answers.
     """
     if address is None:
         yield LocalWorkers(job)
@@ -121,29 +122,31 @@ def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Worke
     own: Any = {}
     if address == "local":
         own["include_dashboard"] = False
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers of every start otherwise
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray reports every start to its makers
     try:
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
-        except Exception as error:  # of many kinds, some of them no other than Exception
-            raise InputError(f"no Ray at {address} ({first_line(error)}); give auto, local, or the address of one") from error
+        except Exception as error:  # Ray raises many types, plain Exception among them
+            raise InputError(
+                f"no Ray cluster at {address} ({first_line(error)}); give auto, local, or a cluster's address"
+            ) from error
         nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
-        count, share = share_machines([node["Resources"] for node in nodes if node["Alive"]], parallel)
+        count, share = plan_workers([node["Resources"] for node in nodes if node["Alive"]], parallel)
         actor: Any = ray.remote(Scorer)
         yield RayWorkers([actor.options(**share).remote(job) for _ in range(count)])
     finally:
         ray.shutdown()
 
 
-def share_machines(machines: Sequence[Mapping[str, float]], parallel: int) -> tuple[int, dict[str, int]]:
-    """How many workers Ray's machines hold, at most `parallel`, and what each gets: a GPU where there are any, else cores.
+def plan_workers(machines: Sequence[Mapping[str, float]], parallel: int) -> tuple[int, dict[str, int]]:
+    """How many workers to start, at most `parallel`, and the resources of each: a GPU if there are any, else cores.
 
-    A worker that asks for more than one machine has would wait for ever, and so would one too many.
+    A worker that asks for more than any machine has would wait forever, and so would a worker beyond the cluster's capacity.
     """
     if gpus := sum(int(machine.get("GPU", 0)) for machine in machines):
         return min(parallel, gpus), {"num_cpus": 1, "num_gpus": 1}
     cores = [int(machine["CPU"]) for machine in machines if machine.get("CPU", 0) >= 1]
     if not cores:
-        raise InputError("Ray's machines have no core to give; start it with at least one")
+        raise InputError("Ray has no CPU cores; start it with at least one")
     each = max(1, min(*cores, sum(cores) // parallel))
     return min(parallel, sum(count // each for count in cores)), {"num_cpus": each}

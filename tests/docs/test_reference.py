@@ -12,7 +12,7 @@ import pytest
 from docs import generate
 from docs.generate import RECIPE_EXAMPLE, ROOT, find_stale, write_command_page, write_recipe_page
 from edgelora.exporting.recipe import parse_recipe
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora_runtime import Runtime
 from edgelora_runtime.decode.options import GenerateOptions
 
@@ -71,9 +71,9 @@ def test_command_page_has_every_verb() -> None:
 def test_mixing_page_has_every_method() -> None:
     page = (ROOT / "docs" / "guides" / "mixing.md").read_text(encoding="utf-8")
     rows = read_table(page, "## Methods")
-    assert [row[0] for row in rows] == list(METHODS)
+    assert [row[0] for row in rows] == list(MIX_METHODS)
     for name, _, reads, kind, _ in rows:
-        method = METHODS[name]
+        method = MIX_METHODS[name]
         assert (reads.split(", ") if reads != "–" else []) == list(method.settings), name
         assert kind.startswith("exact") == (method.factored is not None), name
 

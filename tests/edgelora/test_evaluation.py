@@ -1,4 +1,4 @@
-"""The loss of a completion is that of its own tokens, wherever the seam falls."""
+"""The loss of a completion covers its own tokens, even if a token spans prompt and completion."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def reference_loss(base: Path, ids: list[int], start: int) -> float:
-    """Torch's cross entropy of ids[start:], in nats."""
+    """torch's cross entropy of ids[start:], in nats."""
     with torch.no_grad():
         logits = load_base(base)(torch.tensor([ids])).logits[0, start - 1 : -1]
     return float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum"))
@@ -31,7 +31,7 @@ def reference_loss(base: Path, ids: list[int], start: int) -> float:
     [("the cat", " sat on the mat", False), ("the ca", "t sat", True), ("a da", "y in", True), ("t", "he cat", True)],
 )
 def test_completion_loss_is_torchs(prompt: str, completion: str, spans: bool, runtime: Runtime, tiny_base: Path) -> None:
-    """Tokens from the first that is not the prompt's own; the very first of all has no likelihood."""
+    """Tokens count from the first one that differs from the prompt's; the first token of all has no likelihood."""
     tokenizer = make_tokenizer()
     head, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
     assert (ids[: len(head)] != head) == spans
@@ -42,7 +42,7 @@ def test_completion_loss_is_torchs(prompt: str, completion: str, spans: bool, ru
 
 
 def test_scores_of_right_answers(runtime: Runtime) -> None:
-    """Rows whose completions are what the variant writes are all right."""
+    """Rows with the variant's own completions score 100%."""
     steps: list[int] = []
     rows = [Row(prompt, runtime.generate(prompt, variant="base", max_tokens=4).text + "!") for prompt in ("the cat", "a day")]
     right = [Row(row.prompt, row.completion[:-1]) for row in rows]

@@ -1,4 +1,4 @@
-"""What inspect and the report show of a variant is what the manifest says of it."""
+"""inspect and the report show the manifest's figures."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgelora.adapters.folder import Provenance, write_provenance
+from edgelora.cli.inspect import show_bundle
 from edgelora.data.calibration import hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.inspection import show_bundle
 from edgelora.report.fidelity_pages import write_reports
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def judged(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle whose variants were merged by choice, merged by order, and not at all, and all judged."""
+    """A judged bundle with a variant on a chosen merge base, one on a given merge base, and a live one."""
     root = tmp_path_factory.mktemp("judged")
     data = root / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"the cat {n}", "completion": f" sat {n}"}) + "\n" for n in range(10)))

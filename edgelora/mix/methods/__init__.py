@@ -1,4 +1,4 @@
-"""Composition methods by name: what each works on and which options it reads. A method is one function and one line here."""
+"""Merge methods by name: what each works on, and which options it takes. A new method is one function and one line here."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ DENSITY, SEEDS = "density", "seeds"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to make one ΔW of several weighted ones. At least one of dense and factored is there.
+    """A way to merge several weighted ΔW into one. It has at least one of dense and factored.
 
     summary: one line for --help and the docs.
-    dense: function of deltas (deltas.Rows, each (N, K)) and weights to ΔW (N, K).
-    factored: function of pairs A (r, K), B (N, r) and weights to one such pair, exact; it goes first where all deltas are
-    products. reads: the keyword arguments that they take: density, the share of entries kept; seeds, one per delta.
+    dense: a function from deltas (deltas.Rows, each (N, K)) and weights to ΔW (N, K).
+    factored: a function from pairs A (r, K), B (N, r) and weights to one such pair, exactly. It is preferred where all deltas
+    are products. reads: their keyword arguments: density, the share of entries to keep; seeds, one per delta.
     """
 
     summary: str
@@ -40,11 +40,11 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """What a user sets of it: density, and the seed that the seeds of the deltas are drawn from."""
+        """The settings that a user gives: density, and one seed from which the deltas' seeds are drawn."""
         return tuple("seed" if name == SEEDS else name for name in self.reads)
 
 
-METHODS: Mapping[str, Method] = {
+MIX_METHODS: Mapping[str, Method] = {
     "linear": Method("weighted sum, exact at the summed rank", linear, linear_factors),
     "svd": Method("weighted sum at the least rank that holds it, or cut to --rank", linear, least_rank_factors),
     "ties": Method("trim, elect signs, mean of the agreeing by count", ties, reads=(DENSITY,)),

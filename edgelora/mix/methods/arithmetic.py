@@ -1,4 +1,4 @@
-"""Sums of deltas: task arithmetic, as a matrix or exactly as factors."""
+"""Weighted sums of deltas: task arithmetic, as a matrix or exactly as factors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora.mix.methods.deltas import by_runs
+from edgelora.mix.methods.deltas import merge_row_blocks
 from edgelora.mix.methods.spectra import decompose_product, least_factors, stack_factors
 
 if TYPE_CHECKING:
@@ -24,21 +24,21 @@ def linear(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
             total += part * part.dtype.type(weight)
         return total
 
-    return by_runs(add, deltas)
+    return merge_row_blocks(add, deltas)
 
 
 def linear_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The same sum as one product: the A's on top of each other, the B's, each times its weight, side by side."""
+    """The same sum as one product: the A's stacked as rows, and the weighted B's stacked as columns."""
     return stack_factors([(a, b * np.float32(weight)) for (a, b), weight in zip(factors, weights, strict=True)])
 
 
 def least_rank_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The same sum by its singular value decomposition: the least rank that holds it to float32's rounding."""
+    """The same sum, by its SVD, at the least rank that represents it to float32's rounding."""
     size = sum(abs(weight) * product_norm(a, b) for (a, b), weight in zip(factors, weights, strict=True))
     return least_factors(*decompose_product(*linear_factors(factors, weights)), size)
 
 
 def product_norm(a: Floats, b: Floats) -> float:
-    """The Frobenius norm of B·A: ‖B·A‖² is the sum of the entries of BᵀB times those of AAᵀ."""
+    """The Frobenius norm of B·A: ‖B·A‖² is the sum of the entries of BᵀB ∘ AAᵀ."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(np.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))))

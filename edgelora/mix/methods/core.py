@@ -1,4 +1,4 @@
-"""Core space: any method on small matrices that hold all the adapters exactly (arXiv 2509.17786)."""
+"""Core space: applies a method to small matrices that represent all adapters exactly (arXiv 2509.17786)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def in_core_space(merge: Callable[..., Floats]) -> Callable[..., Factors]:
-    """A method on deltas as one on factors A (r, K), B (N, r), by way of cores of at most (Σr, Σr); the result is exact.
+    """Turns a method on deltas into one on factors A (r, K), B (N, r). It merges cores of at most (Σr, Σr); the result is exact.
 
-    U are the left singular vectors of the B's side by side, V the right ones of the A's on top of each other; the core of an
-    adapter is Uᵀ·B·A·V, and the merged core goes back by U and Vᵀ, as in the paper's code
+    U holds the left singular vectors of the B's stacked as columns, V the right ones of the A's stacked as rows. An adapter's
+    core is Uᵀ·B·A·V, and U and Vᵀ map the merged core back, as in the paper's code
     (https://github.com/apanariello4/core-space-merging/blob/e66f357165fa879b05602a470e84b39b198f5a3b/task_merger.py).
-    For methods that commute with a change of orthonormal basis (sums, tsv, iso_c) this equals the method on the deltas. ties
-    does not: there it is another method, in the paper's basis. Where singular values of the stacked factors coincide (A's
-    orthonormal to each other), that basis, and with it core_ties, hangs on rounding.
+    For methods that commute with a change of orthonormal basis (sums, tsv, iso_c), the result is that of the method on the
+    deltas. ties does not commute, so in the paper's basis it is a different method. If singular values of the stacked factors
+    coincide (A's that are orthonormal to each other), rounding decides that basis, and so the result of core_ties.
     """
 
     def merge_factors(factors: Sequence[Factors], weights: Sequence[float], **options: Any) -> Factors:

@@ -1,4 +1,4 @@
-"""DARE: entries of ΔW dropped at random and the rest scaled up, then summed or elected (arXiv 2311.03099)."""
+"""DARE: drops entries of ΔW at random and rescales the rest, then sums or elects signs (arXiv 2311.03099)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.mix.methods.arithmetic import linear
-from edgelora.mix.methods.deltas import Changed
+from edgelora.mix.methods.deltas import TransformedDelta
 from edgelora.mix.methods.magnitude import check_density
 from edgelora.mix.methods.ties import elect
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from edgelora.mix.methods.deltas import Floats, Rows
 
-_STEPS = 1 << 16  # a probability is a whole number of these
+_STEPS = 1 << 16  # a probability is a multiple of 1 / _STEPS
 
 
 @dataclass(frozen=True)
-class Dropped(Changed):
-    """A delta of which each entry is kept with a probability, and divided by it. kept: the probability in 65536ths.
+class Dropped(TransformedDelta):
+    """A delta whose entries are each kept with a probability, and divided by it. kept: the probability in 65536ths.
 
-    The draws of a row depend on the seed and on its place alone, so any slice gives the same entries.
+    A row's draws depend only on the seed and the row's index, so any slice gives the same entries.
     """
 
     kept: int
@@ -38,7 +38,7 @@ class Dropped(Changed):
         part = self.delta[rows]
         start, stop, step = rows.indices(self.shape[0])
         assert step == 1
-        per_row = -(-self.shape[1] // 4)  # of 64 bits, four draws each
+        per_row = -(-self.shape[1] // 4)  # words of 64 bits, with four draws each
         generator = np.random.PCG64(self.seed).advance(start * per_row)
         draws = generator.random_raw((stop - start) * per_row).astype("<u8", copy=False).view("<u2")
         draws = draws.reshape(stop - start, 4 * per_row)[:, : self.shape[1]]
@@ -47,17 +47,17 @@ class Dropped(Changed):
 
 
 def drop(delta: Rows, density: float, seed: int) -> Dropped:
-    """A delta that keeps each entry with probability `density`, to the nearest 65536th, divided by it."""
+    """Keeps each entry with probability `density`, rounded to the nearest 65536th, and divides it by that probability."""
     check_density(density)
     return Dropped(delta, max(1, round(density * _STEPS)), seed)
 
 
 def dare_linear(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
-    """DARE with task arithmetic. seeds: one per delta; deltas of one seed are dropped in the same places."""
+    """DARE with task arithmetic. seeds: one per delta; deltas with the same seed drop the same entries."""
     return linear([drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)], weights)
 
 
 def dare_ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
-    """DARE, then the election of ties and the mean by count, without trimming, as in PEFT and mergekit."""
+    """DARE, then TIES without trimming: elect signs and average by count, as in PEFT and mergekit."""
     dropped = [drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
     return elect(dropped, weights)

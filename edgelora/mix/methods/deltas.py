@@ -1,4 +1,4 @@
-"""Deltas as methods read them: by runs of rows, whether an array or a product B·A that is never formed whole."""
+"""Deltas as the methods read them: in blocks of rows, from an array or from a product B·A that is never formed whole."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Found = TypeVar("Found")
 Floats: TypeAlias = NDArray[np.floating[Any]]
 Factors: TypeAlias = tuple[Floats, Floats]  # A (r, K) and B (N, r)
 
-RUN = 1 << 16  # entries that are worked on at once: the arrays that a method needs for them stay in a core's cache
-_ALONE = 1 << 18  # multiplications of a product that OpenBLAS computes in the thread that asks for it
+BLOCK_ENTRIES = 1 << 16  # entries processed at once, so that a method's temporary arrays stay in a core's cache
+_SINGLE_THREAD = 1 << 18  # multiplications up to which OpenBLAS computes a product in the calling thread
 
 
 class Rows(Protocol):
-    """A matrix (N, K), float32 or float64, that gives slices of its rows."""
+    """A matrix (N, K), float32 or float64, that can be sliced by rows."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -35,7 +35,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """B·A as a matrix that gives slices of its rows. a: (r, K). b: (N, r)."""
+    """B·A as a matrix that is computed by slices of rows. a: (r, K). b: (N, r)."""
 
     a: Floats
     b: Floats
@@ -51,16 +51,16 @@ class Product:
     def __getitem__(self, rows: slice) -> Floats:
         b = self.b[rows]
         product: Floats = np.empty((len(b), self.shape[1]), np.result_type(self.a, b))
-        # In parts that no other thread is woken for: beside a busy program, waiting for it took ten times as long as the product.
-        step = max(1, _ALONE // max(1, b.size))
+        # In parts small enough for one thread: beside a busy program, waiting for more threads took ten times the product's time.
+        step = max(1, _SINGLE_THREAD // max(1, b.size))
         for start in range(0, self.shape[1], step):
             np.matmul(b, self.a[:, start : start + step], out=product[:, start : start + step])
         return product
 
 
 @dataclass(frozen=True)
-class Changed:
-    """A delta whose entries are changed as they are read: as large as it, and of its type. __getitem__ is its kinds'."""
+class TransformedDelta:
+    """A delta whose entries are transformed as they are read, with its shape and type. Subclasses define __getitem__."""
 
     delta: Rows
 
@@ -73,24 +73,24 @@ class Changed:
         return self.delta.dtype
 
 
-def runs(shape: tuple[int, ...]) -> Iterator[slice]:
-    """The rows of a matrix (N, K) in runs of a few."""
-    step = max(1, RUN // shape[1])
+def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices that cover the rows of a matrix (N, K) in blocks."""
+    step = max(1, BLOCK_ENTRIES // shape[1])
     return (slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step))
 
 
-def each_run(find: Callable[[slice], Found], shape: tuple[int, ...]) -> list[Found]:
-    """What a function finds in each run of rows of a matrix (N, K), in their order; as many at once as there are cores."""
+def map_row_blocks(find: Callable[[slice], Found], shape: tuple[int, ...]) -> list[Found]:
+    """Applies a function to each block of rows of a matrix (N, K), on all cores. Returns the results in order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the GIL
-        return list(pool.map(find, runs(shape)))
+        return list(pool.map(find, row_blocks(shape)))
 
 
-def by_runs(merge: Callable[[Sequence[Floats]], Floats], deltas: Sequence[Rows]) -> Floats:
-    """What a function makes of equal runs of several matrices, put together to one (N, K)."""
+def merge_row_blocks(merge: Callable[[Sequence[Floats]], Floats], deltas: Sequence[Rows]) -> Floats:
+    """Applies a function to the same block of rows of several matrices, and assembles the results into one matrix (N, K)."""
     merged: Floats = np.empty(deltas[0].shape, deltas[0].dtype)
 
     def fill(rows: slice) -> None:
         merged[rows] = merge([delta[rows] for delta in deltas])
 
-    each_run(fill, merged.shape)
+    map_row_blocks(fill, merged.shape)
     return merged

@@ -1,4 +1,4 @@
-"""Isotropic merging: the sum with all its singular values equal (Iso-C, arXiv 2502.04959, section 4)."""
+"""Isotropic merging: the sum, with all its singular values made equal (Iso-C, arXiv 2502.04959, section 4)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def iso_c(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
     """Σ w·Δ = U·Σ·Vᵀ becomes mean(σ)·U·Vᵀ.
 
-    The paper's models differ from their base in all directions; a sum of LoRA deltas has rank Σr, and in its null space U
-    and V are arbitrary. So the mean and the product run over the directions that are more than rounding, measured by the
-    sizes of what is added. One adapter at weight 1 is not itself: that its spectrum becomes flat is the method.
+    The paper's models differ from their base in all directions. A sum of LoRA deltas has rank Σr, and U and V are arbitrary in
+    its null space. So the mean and the product run only over directions above rounding, relative to the norms of the summands.
+    Even one adapter at weight 1 changes: the method flattens its spectrum.
     """
     total = np.zeros(deltas[0].shape, np.float64)
     size = 0.0

@@ -1,4 +1,4 @@
-"""The largest singular values of a large matrix, from a block Krylov space: few products with it."""
+"""Finds the largest singular values of a large matrix with a block Krylov method, in few products with the matrix."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-SPARE = 16  # columns of a block beyond the singular values that are asked for
-BLOCKS = 4  # at most
+SPARE = 16  # oversampling: columns of a block beyond the requested singular values
+BLOCKS = 4  # maximum number of blocks
 
-_LEFT = 8e-3  # it ends when all further blocks would take no more off the square of the error, relative to that square
-_NOISE = 1e-8  # or this little of all, where the rank holds nearly everything
-_ORTHONORMAL = 1e-10  # the most that products of columns may differ from those of orthonormal ones
+_LEFT = 8e-3  # stop when further blocks would reduce the squared error by at most this share of it
+_NOISE = 1e-8  # or by at most this share of the squared norm, when the rank holds nearly everything
+_ORTHONORMAL = 1e-10  # maximum deviation of QᵀQ from the identity
 
 
 def find_largest(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubles, Doubles]:
-    """U (N, rank), s (rank,) and Vᵀ (rank, K) of about the largest singular values of a float32 matrix (N, K).
+    """U (N, rank), s (rank,) and Vᵀ (rank, K) of approximately the largest singular values of a float32 matrix (N, K).
 
-    They are the matrix's on the space of M·X, M·Mᵀ·M·X and so on, of random columns X (Musco and Musco, arXiv 1504.05477,
-    algorithm 2): after three such blocks as near as subspace iteration after five passes. Products are in float32, what small
-    matrices remain in float64. size: the square of the matrix's norm. N and K are at least BLOCKS · (rank + SPARE).
+    They are exact on the space spanned by M·X, M·Mᵀ·M·X and so on, for random columns X (Musco and Musco, arXiv 1504.05477,
+    algorithm 2). Three such blocks are as accurate as subspace iteration after five passes. Products with M are in float32,
+    the small matrices in float64. size: the matrix's squared norm. N and K must be at least BLOCKS · (rank + SPARE).
     """
     if matrix.shape[0] <= matrix.shape[1]:
         return _search(matrix, rank, size)
@@ -35,7 +35,7 @@ def find_largest(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubl
 
 
 def _search(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubles, Doubles]:
-    """For a matrix no taller than wide: the shorter side is where columns cost less to be made orthonormal."""
+    """find_largest for N <= K: orthonormalizing columns of the shorter side costs less."""
     block: Floats = np.random.default_rng(0).standard_normal((matrix.shape[1], rank + SPARE), np.float32)
     basis, images = np.zeros((matrix.shape[0], 0), np.float32), np.zeros((matrix.shape[1], 0))
     held, gain, products = 0.0, 0.0, np.zeros((0, 0))
@@ -49,28 +49,29 @@ def _search(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubles, D
         squares, vectors = np.linalg.eigh(products)
         before, gain = gain, float(squares[-rank:].sum()) - held
         held += gain
-        # Gains shrink by about the same factor each time; the first one, of everything, says nothing of it.
+        # Gains shrink by a roughly constant factor. The first gain is the whole sum, so it does not show the factor.
         shrinking = gain / before if count > 1 and before > gain else 0.5
         if gain * shrinking <= max(_LEFT * (size - held) * (1 - shrinking), _NOISE * size):
             break
     s, vectors = np.sqrt(np.maximum(squares[: -rank - 1 : -1], 0)), vectors[:, : -rank - 1 : -1]
-    least = max(s[0] * _NOISE, np.finfo(np.float64).tiny)  # what is divided by where a matrix has fewer directions
+    least = max(s[0] * _NOISE, np.finfo(np.float64).tiny)  # avoids dividing by 0 if the matrix has a lower rank
     return basis @ vectors, s, (images @ (vectors / np.maximum(s, least))).T
 
 
 def _continue(basis: Floats, columns: Floats) -> Floats:
-    """Orthonormal columns that are orthogonal to a basis, and span with it what the given ones do."""
-    for _ in range(2 if basis.shape[1] else 1):  # what is small after the first time is orthogonal after the second
+    """Orthonormal columns, orthogonal to a basis, that span the same space together with it as the given columns do."""
+    for _ in range(2 if basis.shape[1] else 1):  # a second pass removes what rounding left of the basis
         rest = columns - basis @ (basis.T @ columns)
         columns = orthonormalize(rest.astype(np.float64))[0].astype(np.float32)
     return columns
 
 
 def orthonormalize(columns: Doubles) -> tuple[Doubles, Doubles]:
-    """Q (N, p), orthonormal, and R (p, p), upper triangular, of tall columns Q·R; of wide or dependent ones as numpy has them.
+    """A QR decomposition of tall columns: Q (N, p), orthonormal, and R (p, p), upper triangular.
 
-    By Cholesky decompositions of the Gram matrix, twice since one squares the condition number (Yamamoto et al., "Roundoff error
-    analysis of the CholeskyQR2 algorithm", 2015): products alone, where LAPACK's reflections take six times as long.
+    It is CholeskyQR2: a Cholesky decomposition of the Gram matrix, done twice because once squares the condition number
+    (Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015). It needs only matrix products; LAPACK's
+    reflections take six times as long. Wide or dependent columns fall back to numpy's QR.
     """
     q, r = columns, np.eye(columns.shape[1])
     try:

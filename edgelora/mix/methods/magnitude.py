@@ -1,4 +1,4 @@
-"""Trimming by magnitude, and the sum of trimmed deltas."""
+"""Trims deltas by magnitude, and sums trimmed deltas."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.mix.methods.arithmetic import linear
-from edgelora.mix.methods.deltas import Changed, each_run
+from edgelora.mix.methods.deltas import TransformedDelta, map_row_blocks
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
     from edgelora.mix.methods.deltas import Floats, Rows
 
-_EDGE = 1 - 2**-20  # magnitudes this near to the threshold are equal to it but for rounding
-_SMALL = 1 << 16  # entries that are sorted at once
-_ROWS = 128  # evenly spread, of which _SMALL entries are what the threshold of a larger matrix is guessed from
-_MARGIN = 0.02  # share of the entries on either side of the guess that are then looked at
+_EDGE = 1 - 2**-20  # magnitudes this close to the threshold equal it up to rounding
+_SMALL = 1 << 16  # matrices of at most this many entries are sorted whole; also the size of the sample
+_ROWS = 128  # evenly spaced rows that the sample is drawn from
+_MARGIN = 0.02  # half-width of the first bracket around the sample's estimate, as a share of the entries
 
 
 def magnitude(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """The sum of deltas of which each keeps its largest entries; PEFT's magnitude_prune on ΔW."""
+    """The sum of deltas that each keep only their largest entries; PEFT's magnitude_prune on ΔW."""
     return linear(trim_all(deltas, density), weights)
 
 
 @dataclass(frozen=True)
-class Trimmed(Changed):
-    """A delta of which entries below a magnitude are zero."""
+class Trimmed(TransformedDelta):
+    """A delta with all entries below a magnitude set to zero."""
 
     threshold: float
 
@@ -41,7 +41,7 @@ class Trimmed(Changed):
 
 
 def trim(delta: Rows, density: float) -> Trimmed:
-    """A delta with all but the largest `density` share of its entries zeroed; equals at the edge are all kept."""
+    """Zeroes all but the largest `density` share of a delta's entries. Entries equal to the threshold are all kept."""
     return Trimmed(delta, _EDGE * find_threshold(delta, density))
 
 
@@ -50,7 +50,7 @@ def trim_all(deltas: Sequence[Rows], density: float) -> list[Trimmed]:
 
 
 def check_density(density: float) -> None:
-    """Refuses what is no share of entries to keep."""
+    """Raises InputError unless a density is a share of entries to keep."""
     if not 0 < density <= 1:
         raise InputError(f"density = {density}: use a share, more than 0 and at most 1")
 
@@ -58,8 +58,8 @@ def check_density(density: float) -> None:
 def find_threshold(delta: Rows, density: float) -> float:
     """The magnitude of the ceil(density · N · K)-th largest entry.
 
-    A sample of the rows brackets it, a pass over all entries counts those above the bracket and sorts those inside; where
-    the bracket was wrong, a wider one is tried. So the result is exact, and no copy of the matrix is made.
+    A sample of the rows brackets the threshold. A pass over all entries counts those above the bracket and collects those
+    inside. If the bracket was wrong, a wider one is tried. So the result is exact, and the matrix is never copied.
     """
     check_density(density)
     size = delta.shape[0] * delta.shape[1]
@@ -80,7 +80,7 @@ def find_threshold(delta: Rows, density: float) -> float:
             outside = magnitudes > most
             return int(np.count_nonzero(outside)), magnitudes[np.flatnonzero((magnitudes >= least) > outside)]
 
-        found = each_run(look, delta.shape)
+        found = map_row_blocks(look, delta.shape)
         above, candidates = sum(count for count, _ in found), np.concatenate([inside for _, inside in found])
         if 0 < kept - above <= len(candidates):
             return _pick(candidates, kept - above)
@@ -88,6 +88,6 @@ def find_threshold(delta: Rows, density: float) -> float:
 
 
 def _pick(magnitudes: Floats, count: int) -> float:
-    """The count-th largest."""
+    """The count-th largest magnitude."""
     place = len(magnitudes) - count
     return float(np.partition(magnitudes, place)[place])

@@ -1,4 +1,4 @@
-"""Singular values in float64: of matrices, of products B·A without forming them, and the nearest product of a rank."""
+"""Singular value decompositions in float64, of matrices and of products B·A without forming them; low-rank approximations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora.mix.methods.deltas import each_run, runs
+from edgelora.mix.methods.deltas import map_row_blocks, row_blocks
 from edgelora.mix.methods.krylov import BLOCKS, SPARE, find_largest
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-ROUNDING = 1e-6  # singular values below this share of what they are compared with are float32's rounding, not directions
-_NORMS = 1e-2  # of the square of a matrix that a rank leaves, from which on it is the difference of float32's squares
+ROUNDING = 1e-6  # singular values below this share of the norm are float32 rounding, not directions
+_NORMS = 1e-2  # above this share of the squared norm, the squared error can be the difference of two squared norms
 
 
 def decompose(matrix: Any) -> tuple[Doubles, Doubles, Doubles]:
-    """U (N, p), s (p,) and Vᵀ (p, K) of a matrix, in float64."""
+    """The SVD of a matrix: U (N, p), s (p,) and Vᵀ (p, K), in float64."""
     u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     return u, s, vt
 
 
 def decompose_product(a: Floats, b: Floats) -> tuple[Doubles, Doubles, Doubles]:
-    """The same of B·A, by way of the QR decompositions of its factors: nothing larger than they are is formed."""
+    """The SVD of B·A, from QR decompositions of its factors. Forms nothing larger than the factors."""
     left, middle = np.linalg.qr(b.astype(np.float64))
     right, other = np.linalg.qr(a.T.astype(np.float64))
     u, s, vt = np.linalg.svd(middle @ other.T, full_matrices=False)
@@ -38,44 +38,44 @@ def decompose_product(a: Floats, b: Floats) -> tuple[Doubles, Doubles, Doubles]:
 
 
 def left_singular_vectors(matrix: Floats) -> Doubles:
-    """U (N, p) of a tall matrix, float64."""
+    """The left singular vectors U (N, p) of a tall matrix, float64."""
     q, r = np.linalg.qr(matrix.astype(np.float64))
     u: Doubles = q @ np.linalg.svd(r, full_matrices=False)[0]
     return u
 
 
 def stack_factors(factors: Sequence[Factors]) -> Factors:
-    """A (Σr, K) and B (N, Σr), whose product is the sum of the products."""
+    """A (Σr, K) and B (N, Σr), whose product is the sum of the given products."""
     return np.concatenate([a for a, _ in factors]), np.concatenate([b for _, b in factors], axis=1)
 
 
 def split_evenly(u: Doubles, s: Doubles, vt: Doubles) -> Factors:
-    """A (p, K) and B (N, p), float32, each with the square roots of the singular values."""
+    """A (p, K) and B (N, p), float32, with the square roots of the singular values in each."""
     root = np.sqrt(s)
     return (root[:, None] * vt).astype(np.float32), (u * root).astype(np.float32)
 
 
 def count_directions(s: Doubles, size: float) -> int:
-    """How many of the falling singular values are more than rounding, for matrices of a Frobenius norm."""
+    """The numerical rank: how many singular values, in descending order, exceed rounding. size: the Frobenius norm."""
     return int(np.count_nonzero(s > ROUNDING * size))
 
 
 def least_factors(u: Doubles, s: Doubles, vt: Doubles, size: float) -> Factors:
-    """U·s·Vᵀ as the factors of least rank, at least 1. size: the Frobenius norm that rounding is measured by."""
+    """U·s·Vᵀ as factors of the least rank, at least 1. size: the Frobenius norm that rounding is relative to."""
     rank = max(1, count_directions(s, size))
     return split_evenly(u[:, :rank], s[:rank], vt[:rank])
 
 
 def truncate_product(a: Floats, b: Floats, rank: int) -> tuple[Floats, Floats, float]:
-    """The nearest product of a rank to B·A (Eckart-Young): A (rank, K), B (N, rank), the relative error."""
+    """The nearest product of this rank to B·A (Eckart-Young): A (rank, K), B (N, rank) and the relative error."""
     return _cut(*decompose_product(a, b), rank)
 
 
 def truncate(delta: Floats, rank: int) -> tuple[Floats, Floats, float]:
-    """The nearest matrix of a rank (Eckart-Young): A (rank, K), B (N, rank), and the relative error ‖Δ - B·A‖ / ‖Δ‖.
+    """The nearest matrix of this rank (Eckart-Young): A (rank, K), B (N, rank), and the relative error ‖Δ - B·A‖ / ‖Δ‖.
 
-    Small matrices are decomposed whole, in float64. For large ones the singular values are those of a block Krylov space, with
-    an error within 0.4% of the least one; see krylov.py. The error that is returned is that of the factors.
+    Small matrices are decomposed whole, in float64. Large ones use a block Krylov method, whose error is within 0.4% of the
+    least possible; see krylov.py. The returned error is the actual error of the factors.
     """
     rank = min(rank, *delta.shape)
     if BLOCKS * (rank + SPARE) > min(delta.shape):
@@ -87,13 +87,13 @@ def truncate(delta: Floats, rank: int) -> tuple[Floats, Floats, float]:
         return a, b, 0.0
     rest = size - float(s @ s)  # U is orthonormal and s·Vᵀ is UᵀΔ
     if rest < _NORMS * size:
-        rest = sum(each_run(lambda rows: _square(delta[rows] - b[rows] @ a), delta.shape))
+        rest = sum(map_row_blocks(lambda rows: _square(delta[rows] - b[rows] @ a), delta.shape))
     return a, b, math.sqrt(rest / size)
 
 
 def _square(matrix: Floats) -> float:
-    """The square of the Frobenius norm of a float32 matrix."""
-    return sum(float(part @ part) for part in (matrix[rows].ravel() for rows in runs(matrix.shape)))
+    """The squared Frobenius norm of a float32 matrix."""
+    return sum(float(part @ part) for part in (matrix[rows].ravel() for rows in row_blocks(matrix.shape)))
 
 
 def _cut(u: Doubles, s: Doubles, vt: Doubles, rank: int) -> tuple[Floats, Floats, float]:

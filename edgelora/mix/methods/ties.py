@@ -1,4 +1,4 @@
-"""TIES: trim, elect a sign per entry, average what agrees with it (arXiv 2306.01708, section 4)."""
+"""TIES: trim, elect a sign per entry, and average the entries of that sign (arXiv 2306.01708, section 4)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora.mix.methods.deltas import by_runs
+from edgelora.mix.methods.deltas import merge_row_blocks
 from edgelora.mix.methods.magnitude import trim_all
 
 if TYPE_CHECKING:
@@ -14,32 +14,33 @@ if TYPE_CHECKING:
 
     from edgelora.mix.methods.deltas import Floats, Rows
 
-_TIE = 1e-6  # a vote whose margin is this small a share of all votes is decided by rounding: it elects nothing
+_TIE = 1e-6  # if the margin of a vote is below this share of all votes, rounding decides it, and it elects nothing
 
 
 def ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """TIES with weights: the sum of the agreeing weighted entries over their count.
+    """TIES with weights: the sum of the agreeing weighted entries, divided by their count.
 
-    Each Δ keeps its largest `density` share and is then weighted; the sign is that of the weighted sum. A delta of negative
-    weight votes with its signs turned, and is subtracted where it agrees. The paper has no weights and scales its result by
-    one λ, which is one weight for all here. PEFT trims and divides as here, but elects on unweighted deltas (merge_utils.py
-    of 0.21), so that a delta of small weight can outvote the rest; mergekit elects as here and divides as ties_weighted.
+    Each Δ is trimmed to its largest `density` share and then weighted; the elected sign is that of the weighted sum. A delta
+    with a negative weight votes with flipped signs, and is subtracted where it agrees. The paper has no weights, and scales
+    the result by one λ: here that is the same weight for all. PEFT trims and divides the same way but elects on unweighted
+    deltas (merge_utils.py of 0.21), so a delta with a small weight can outvote the rest. mergekit elects the same way and
+    divides as ties_weighted.
     """
     return elect(trim_all(deltas, density), weights)
 
 
 def ties_weighted(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """TIES whose sum of the agreeing weighted entries is divided by the sum of their weights, which takes the scale out.
+    """TIES that divides the agreeing weighted entries' sum by the sum of their weights: scaling all weights changes nothing.
 
-    mergekit's convention with normalize, its default for ties
+    This is mergekit's convention with normalize, its default for ties
     (https://github.com/arcee-ai/mergekit/blob/0031a40ae4692ee2da83448668048a51bf8bbf4b/mergekit/merge_methods/generalized_task_arithmetic.py),
-    but for negative weights: they count by their size here, where mergekit's sum may be 0 or turn the sign.
+    except for negative weights: here their absolute values are summed, while mergekit's sum can be 0 or flip the sign.
     """
     return elect(trim_all(deltas, density), weights, [abs(weight) for weight in weights])
 
 
 def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[float] | None = None) -> Floats:
-    """Per entry the sum of the weighted deltas of the elected sign, over their count, or over the sum of their shares."""
+    """Per entry, the sum of the weighted deltas of the elected sign, divided by their count, or by the sum of their shares."""
 
     def merge(parts: Sequence[Floats]) -> Floats:
         kind = parts[0].dtype
@@ -57,8 +58,10 @@ def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[flo
         is_up, is_down = total > least, total < -least
         divisor = is_for * is_up + is_against * is_down
         sign = np.subtract(is_up, is_down, dtype=kind)
-        merged: Floats = (total * sign + sizes) * sign / 2  # those of one sign: half of all votes' sum and all sizes' sum
+        merged: Floats = (
+            (total * sign + sizes) * sign / 2
+        )  # the votes of the elected sign: half of (sum of votes · sign + sum of sizes)
         merged /= divisor + (divisor == 0)
         return merged
 
-    return by_runs(merge, deltas)
+    return merge_row_blocks(merge, deltas)

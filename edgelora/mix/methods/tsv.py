@@ -1,4 +1,4 @@
-"""Task singular vectors: every task's directions, made orthogonal to each other's (TSV-Merge, arXiv 2412.00081)."""
+"""Task singular vectors: makes the directions of all tasks orthogonal to each other (TSV-Merge, arXiv 2412.00081)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def tsv(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
-    """The tasks' singular vectors side by side, U and V each replaced by the nearest orthogonal matrix, recombined.
+    """Concatenates the tasks' singular vectors, replaces U and V by the nearest orthogonal matrices, and recombines them.
 
-    Each task's singular values are multiplied by its weight, where the paper has one factor for the result. The paper's code
+    Each task's singular values are multiplied by its weight; the paper has one factor on the result. The paper's code
     (https://github.com/AntoAndGar/task_singular_vectors/blob/0f872b407d82e48052c0b5261acf4eca3ae3ced5/src/utils/TSVM_utils.py)
-    cuts each task to its largest min(N, K) / T directions so that all fit; here only where they do not fit anyway. Where
-    tasks share directions, the vectors side by side have a null space, and the nearest orthogonal matrix is not unique: the
-    one of least norm is taken, so that w and -w of one task cancel.
+    truncates each task to its largest min(N, K) / T directions so that all fit; here only if they would not fit otherwise.
+    If tasks share directions, the concatenated vectors have a null space, and the nearest orthogonal matrix is not unique. The
+    one of least norm is used, so that weights w and -w of one task cancel.
     """
     shape = deltas[0].shape
     parts = [decompose(delta[:]) for delta in deltas]
@@ -42,7 +42,7 @@ def tsv(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
 
 
 def _orthogonalize(columns: Doubles) -> Doubles:
-    """The nearest matrix with orthonormal columns (the polar factor), without the directions that the columns do not span."""
+    """The nearest matrix with orthonormal columns (the polar factor), restricted to the directions that the columns span."""
     u, s, vt = decompose(columns)
     spanned = s > ROUNDING * s[0]
     nearest: Doubles = u[:, spanned] @ vt[spanned]

@@ -1,4 +1,4 @@
-"""Adapters are read as PEFT means them, and what is no sum of products is refused with every reason."""
+"""Adapters mean the same as in PEFT; unsupported ones are refused with every reason."""
 
 from __future__ import annotations
 

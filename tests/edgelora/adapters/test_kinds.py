@@ -1,4 +1,4 @@
-"""Every kind of LoRA adapter gives PEFT's own merged weights, and the bundle that holds them PEFT's logits."""
+"""Every kind of LoRA adapter gives PEFT's merged weights, and a bundle of them gives PEFT's logits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgelora.adapters.folder import Adapter, Provenance, write_provenance
 from edgelora.composing.compose import compose
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base
@@ -52,7 +52,7 @@ pytestmark = [
 
 
 def train_somewhat(base: Path, folder: Path, **settings: Any) -> Path:
-    """Saves an adapter of which every trained number has moved away from its start."""
+    """Saves an adapter whose trained values all differ from their initialization."""
     torch.manual_seed(8)
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": list(LINEARS), "task_type": "CAUSAL_LM", **settings})
     model = get_peft_model(load_base(base), config)
@@ -123,15 +123,15 @@ def test_live_variants_are_refused_with_the_reason(
     export(Recipe(str(tiny_base), adapters, variants, Quantization(bits=32)), tmp_path / "bundle")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_on_factors_refuse_what_has_none(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
-    """The others take its whole change; linear and svd take whichever there is."""
+@pytest.mark.parametrize("method", MIX_METHODS)
+def test_methods_on_factors_refuse_adapters_without_factors(method: str, tiny_base: Path, folders: dict[str, Path]) -> None:
+    """The other methods merge the whole change; linear and svd take factors or whole changes."""
     module = "model.layers.0.self_attn.q_proj"
     weight = Base.open(tiny_base).tensor(f"{module}.weight")
     adapters = {name: Adapter.open(folders[name], name) for name in ("dora", "pissa")}
     mix = Mix(adapters, {"dora": 1.0, "pissa": 1e-9}, method, 1.0)
-    if METHODS[method].dense is None:
-        with pytest.raises(InputError, match=rf"{module}: {method} works on factors, and there dora is DoRA.*use one of linear"):
+    if MIX_METHODS[method].dense is None:
+        with pytest.raises(InputError, match=rf"{module}: {method} works on factors, but dora is DoRA.*use one of linear"):
             mix.dense(module, weight)
     else:
         found = mix.dense(module, weight)

@@ -1,4 +1,4 @@
-"""Adapters made to be composed: slots of one orthonormal basis, in training and in what it writes."""
+"""Adapters made to be mixed: slots of one orthonormal basis, during training and in the saved adapter."""
 
 from __future__ import annotations
 

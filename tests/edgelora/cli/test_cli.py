@@ -17,7 +17,7 @@ import pytest
 from edgelora import __version__
 from edgelora.adapters.folder import Adapter
 from edgelora.cli.app import main
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_runtime.session.kernels import find_kernels
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class Result:
-    """What one call printed and returned."""
+    """The output and exit code of one call."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err
@@ -48,11 +48,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     """Runs the command line in this process."""
 
     def run(*arguments: object, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "argv", ["edgelora", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
-            main()
+            main([*map(str, arguments)])
         out, err = capfd.readouterr()
         return Result(int(ended.value.code or 0), out, err)
 
@@ -99,7 +98,7 @@ def test_run_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert printed.out == expected.text + "\n"
 
 
-def test_run_speculates_where_it_is_told_to(call: Callable[..., Result], bundle32: Path) -> None:
+def test_run_speculates_on_request(call: Callable[..., Result], bundle32: Path) -> None:
     command = ("run", bundle32, "--prompt", "the cat the cat the", "--max-tokens", 30, "--json")
     assert call(*command).json["drafted_tokens"] == 0
     assert call(*command, "--speculation", "on").json["drafted_tokens"] > 0
@@ -137,7 +136,7 @@ def test_run_fits_a_schema_a_regex_or_a_grammar(call: Callable[..., Result], bun
 
 
 def test_eval_as_json(call: Callable[..., Result], bundle32: Path, rows: Path) -> None:
-    """Exact match, and the loss that torch's cross entropy gives for the completions alone."""
+    """Exact match, and torch's cross entropy of the completions."""
     import torch
 
     from tests.tiny import load_base, make_tokenizer
@@ -198,7 +197,7 @@ def test_compose_by_module_and_cut(call: Callable[..., Result], tiny_adapters: d
 
 def test_every_method_is_in_the_help(call: Callable[..., Result]) -> None:
     shown = " ".join(call("compose", "--help").out.split())
-    for name, method in METHODS.items():
+    for name, method in MIX_METHODS.items():
         assert f"{name}: {method.summary}" in shown
 
 
@@ -229,7 +228,7 @@ def test_run_auto(call: Callable[..., Result], routed_bundle: Path) -> None:
 def test_eval_auto_rates_each_row_on_the_variant_of_its_prompt(
     call: Callable[..., Result], routed_bundle: Path, tmp_path: Path
 ) -> None:
-    """The completion has no say in it, although it is like another variant's prompts."""
+    """The completion does not affect the choice, even if it resembles another variant's prompts."""
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"prompt": "the cat number 9 sat", "completion": " a day in the sun, 9 of them"}) + "\n")
     auto = call("eval", routed_bundle, "--variant", "auto", "--data", path, "--max-tokens", 4, "--json").json
@@ -280,7 +279,7 @@ def test_bench_as_json(call: Callable[..., Result], bundle32: Path) -> None:
     assert all(name in everything.out for name in ("base", "ties", "linear-live", "packed"))
 
 
-def test_packed_weights_are_kept_and_told_of(
+def test_packed_weights_are_kept_and_reported(
     call: Callable[..., Result], bundle32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgelora_runtime.residency.packed_cache.find_cache_folder", lambda: tmp_path)
@@ -340,12 +339,12 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "a density that means nothing": (
         ["compose", "--adapter", "a=ADAPTER:1", "--density", "0.3", "--output", "TMP/m"],
         2,
-        "--density means nothing to method linear",
+        "--density has no effect on method linear",
     ),
     "a seed that means nothing": (
         ["compose", "--adapter", "a=ADAPTER:1", "--method", "ties", "--seed", "3", "--output", "TMP/m"],
         2,
-        "--seed means nothing to method ties",
+        "--seed has no effect on method ties",
     ),
     "a rank of a checkpoint": (
         ["compose", "--adapter", "a=ADAPTER:1", "--rank", "3", "--merge-into", "x", "--output", "TMP/m"],
@@ -488,7 +487,7 @@ def test_a_process_of_its_own(bundle4: Path) -> None:
 
 
 def test_export_in_a_process_of_its_own(tiny_recipe: Path, tmp_path: Path) -> None:
-    """Nothing that torch, transformers or onnx print may reach standard output."""
+    """Nothing from torch, transformers or onnx reaches standard output."""
     done = start("export", tiny_recipe, "--output", tmp_path / "b", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["default_variant"] == "base"

@@ -1,4 +1,4 @@
-"""compose writes an adapter that PEFT loads with the very same ΔW."""
+"""compose writes an adapter that PEFT loads with the same ΔW."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from edgelora.adapters.folder import CONFIG, Adapter, Provenance, read_provenance, write_provenance
 from edgelora.composing.compose import compose
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_adapter, make_base, random_tokens, torch_logits
@@ -36,7 +36,7 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, Any]:
 
 
 def test_a_linear_mix_is_exact_in_peft(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """The weighted sum of what PEFT makes of each adapter is what PEFT makes of the mix."""
+    """PEFT's ΔW of the mix is the weighted sum of PEFT's ΔW of each adapter."""
     steps: list[tuple[int, int, str]] = []
     report = compose(
         {name: (tiny_adapters[name], weight) for name, weight in LINEAR.items()},
@@ -68,9 +68,9 @@ def test_a_ties_mix_is_near_and_the_report_says_how_near(tiny_base: Path, tiny_a
     assert report.rank == 6
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_peft_reads_what_every_method_makes(method: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """The very ΔW of the mix, or that far away as the report says; weights by module, too."""
+    """PEFT's ΔW is that of the mix, within the reported error, for weights by module as well."""
     weights: dict[str, Weight] = {"plain": {"*": 0.7, "*.mlp.*": 0.2}, "rslora": -0.4, "attention": 0.5}
     report = compose(
         {name: (tiny_adapters[name], weight) for name, weight in weights.items()},
@@ -86,7 +86,7 @@ def test_peft_reads_what_every_method_makes(method: str, tiny_base: Path, tiny_a
     errors = [np.linalg.norm(delta - mix.dense(module)) / sizes[module] for module, delta in found.items()]
     assert max(errors) == pytest.approx(report.largest_error, abs=2e-6)
     assert np.mean(errors) == pytest.approx(report.mean_error, abs=2e-6)
-    assert (report.largest_error == 0) == (METHODS[method].factored is not None)
+    assert (report.largest_error == 0) == (MIX_METHODS[method].factored is not None)
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "core_tsv"])
@@ -119,7 +119,7 @@ def test_the_mixed_adapter_runs_in_peft(tiny_base: Path, tiny_adapters: dict[str
 
 
 def test_a_mix_of_mixes(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """compose reads what compose wrote; weights multiply."""
+    """compose reads its own output, and weights multiply."""
     compose({"a": (tiny_adapters["plain"], 0.5), "b": (tiny_adapters["patterns"], 2.0)}, tmp_path / "first")
     compose({"first": (tmp_path / "first", 0.5), "c": (tiny_adapters["attention"], 1.0)}, tmp_path / "second")
     direct = Mix(
@@ -205,7 +205,7 @@ def test_nothing_to_compose_is_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_of_transposed_layers_mix_as_others_do(tmp_path: Path) -> None:
-    """GPT-2 holds its weights as (K, N); PEFT then says fan_in_fan_out, and ΔW (N, K) is B·A all the same."""
+    """GPT-2 stores weights as (K, N), and PEFT sets fan_in_fan_out; ΔW (N, K) is still B·A."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     def make_model() -> Any:

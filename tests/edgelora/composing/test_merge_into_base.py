@@ -1,4 +1,4 @@
-"""A merged checkpoint is what PEFT merges, and transformers loads it as any other."""
+"""A merged checkpoint equals PEFT's merge, and transformers loads it like any other."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ def test_the_base_keeps_its_dtype(tiny_base: Path, tiny_adapters: dict[str, Path
 
 
 def test_a_folder_that_is_not_ours_stays(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Above all the base itself."""
+    """In particular the base itself."""
     before = Base.open(tiny_base).sha256
     with pytest.raises(InputError, match="choose another --output"):
         merge_into(str(tiny_base), {"a": (tiny_adapters["plain"], 1.0)}, tiny_base)
     assert Base.open(tiny_base).sha256 == before
-    for _ in range(2):  # a second run replaces what the first wrote
+    for _ in range(2):  # a second run replaces the first one's output
         merge_into(str(tiny_base), {"a": (tiny_adapters["plain"], 1.0)}, tmp_path / "merged")
     assert json.loads((tmp_path / "merged" / MERGED).read_bytes())["base_sha256"] == before
 

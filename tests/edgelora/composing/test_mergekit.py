@@ -1,4 +1,4 @@
-"""mergekit configurations: what they compute on whole models, computed by hand, less the base; and what is refused."""
+"""mergekit configurations against the same merge of whole models by hand, minus the base; and refused configurations."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
     Doubles = NDArray[np.float64]
 
-# Of two layers; "attention" leaves the MLPs alone.
+# Both layers; "attention" does not change the MLPs.
 Q0, Q1, DOWN1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 NAMES = ("plain", "other", "attention")
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_base: Path, tiny_adapters: dict[str, Path]) -> dict[str, dict[str, Doubles]]:
-    """What mergekit reads: the weights of the base, and of the base with each adapter merged into it by PEFT."""
+    """mergekit's inputs: the weights of the base, and of the base with each adapter merged into it by PEFT."""
     models = {"base": load_base(tiny_base)}
     for name in NAMES:
         models[name] = PeftModel.from_pretrained(load_base(tiny_base), str(tiny_adapters[name])).merge_and_unload()
@@ -43,7 +43,7 @@ def whole(tiny_base: Path, tiny_adapters: dict[str, Path]) -> dict[str, dict[str
 
 @pytest.fixture
 def configure(tiny_base: Path, tiny_adapters: dict[str, Path]) -> Any:
-    """A configuration as YAML would give it, from parameters per model."""
+    """A configuration, as parsed from YAML, from parameters per model."""
 
     def make(method: str, models: dict[str, Any], **others: Any) -> dict[str, Any]:
         entries = [
@@ -96,14 +96,14 @@ def by_hand(
 
 
 def assert_near(found: Doubles, expected: Doubles, *, but: float = 0.0) -> None:
-    """All entries, but for a share of those at the edge of a density or of an election, which float32 decides otherwise."""
+    """Compares all entries except for a share at the edge of a density or an election, where float32 may decide differently."""
     assert np.abs(expected).max() > 0.001
     assert (np.abs(found - expected) > 1e-5).mean() <= but
 
 
 @pytest.mark.parametrize("module", [Q0, DOWN1])
 def test_linear_over_whole_models(module: str, whole: dict[str, dict[str, Doubles]], configure: Any) -> None:
-    """Σ w·W / Σ w, the base's own share included, less the base; an adapter that leaves a module alone counts as the base."""
+    """Σ w·W / Σ w, with the base's share, minus the base. In modules that it does not change, an adapter counts as the base."""
     weights = {"plain": 0.5, "other": 0.8, "attention": 0.4, "base": 0.3}
     found = merge(configure("linear", {name: {"weight": weight} for name, weight in weights.items()}), module)
     mean = sum(weight * whole[name][module] for name, weight in weights.items()) / sum(weights.values())
@@ -119,7 +119,7 @@ def test_linear_without_normalize_needs_weights_that_sum_to_1(whole: dict[str, d
 
 
 def test_linear_takes_in_the_base_that_it_is_given(whole: dict[str, dict[str, Doubles]], configure: Any, tiny_base: Path) -> None:
-    """mergekit adds base_model to the models, with the weight for all; without one it stops, and so does edgelora."""
+    """mergekit adds base_model to the models with the shared weight. Without a weight it stops, and so does edgelora."""
     value = configure("linear", {"plain": {"weight": 0.5}, "other": {}}, base_model=str(tiny_base), parameters={"weight": 1.5})
     expected = (0.5 * whole["plain"][Q0] + 1.5 * whole["other"][Q0] + 1.5 * whole["base"][Q0]) / 3.5
     assert_near(merge(value, Q0), expected - whole["base"][Q0])
@@ -140,7 +140,7 @@ def test_task_arithmetic(normalize: bool, module: str, whole: dict[str, dict[str
 @pytest.mark.parametrize("normalize", [None, False])
 @pytest.mark.parametrize("weights", [(0.5, 0.8, 0.6), (0.5, -0.8, 0.2)])
 def test_ties(weights: tuple[float, ...], normalize: bool | None, whole: dict[str, dict[str, Doubles]], configure: Any) -> None:
-    """A density for each model, the mean by weight unless normalize says otherwise, λ, negative weights as they come."""
+    """A density per model, the mean by weight unless normalize is off, λ, and negative weights."""
     given, density = dict(zip(NAMES, weights, strict=True)), dict(zip(NAMES, (0.3, 0.6, 1.0), strict=True))
     models = {name: {"weight": given[name], "density": density[name]} for name in NAMES}
     parameters = {"lambda": 1.2, "int8_mask": True} | ({} if normalize is None else {"normalize": normalize})
@@ -161,7 +161,7 @@ def test_ties_rescaled_keeps_the_sum_of_magnitudes(whole: dict[str, dict[str, Do
 
 @pytest.mark.parametrize("rescale", [None, False])
 def test_dare_linear(rescale: bool | None, whole: dict[str, dict[str, Doubles]], configure: Any) -> None:
-    """Each entry is kept with its model's density, all are scaled so that the sum of magnitudes stays, and added up."""
+    """Each entry is kept with its model's density, rescaled so that the sum of magnitudes stays the same, and summed."""
     models = {"plain": {"weight": 0.5, "density": 0.6}, "other": {"weight": 0.0, "density": 0.3}}
     value = configure("dare_linear", models, parameters={} if rescale is None else {"rescale": rescale})
     found, delta = merge(value, Q0), 0.5 * (whole["plain"][Q0] - whole["base"][Q0])
@@ -174,14 +174,14 @@ def test_dare_linear(rescale: bool | None, whole: dict[str, dict[str, Doubles]],
 
 
 def test_dare_ties_elects_and_does_not_divide(whole: dict[str, dict[str, Doubles]], configure: Any) -> None:
-    """At density 1 nothing is drawn, and what is left is the election, whose sum mergekit does not normalise by default."""
+    """At density 1 nothing is drawn. Only the election remains, whose sum mergekit does not normalize by default."""
     weights = {"plain": 0.5, "other": 0.8}
     value = configure("dare_ties", {name: {"weight": weight} for name, weight in weights.items()})
     assert_near(merge(value, Q0), by_hand(whole, Q0, weights, elect=True), but=0.001)
 
 
 def test_gradients_and_filters(whole: dict[str, dict[str, Doubles]], configure: Any) -> None:
-    """Lists run from the first layer to the last; the first filter that is part of the tensor's name counts."""
+    """Lists run from the first layer to the last. The first filter that is part of the tensor's name applies."""
     weight = [{"filter": "self_attn", "value": [0.2, 1.0]}, {"filter": "down_proj.weight", "value": 0.7}, {"value": 0.0}]
     value = configure("task_arithmetic", {"plain": {"weight": weight}, "other": {"weight": [0.4, 0.6, 0.5]}})
     for module, weights in ((Q0, (0.2, 0.4)), (Q1, (1.0, 0.5)), (DOWN1, (0.7, 0.5))):
@@ -208,7 +208,7 @@ def test_a_filter_that_misses_leaves_it_to_the_parameters_for_all(whole: dict[st
 
 
 def test_a_file_becomes_an_adapter(configure: Any, whole: dict[str, dict[str, Doubles]], tiny_base: Path, tmp_path: Path) -> None:
-    """Sums exactly; others as the nearest matrices, and the report says how near. What has no effect is noted."""
+    """Sums are exact; others are the nearest matrices, with the reported error. Settings without effect are noted."""
     weights = {"plain": {"weight": 0.5}, "other": {"weight": 0.8}}
     path, notes = tmp_path / "merge.yaml", list[str]()
     path.write_text(yaml.safe_dump(configure("task_arithmetic", weights, dtype="bfloat16", tokenizer_source="base")))
@@ -241,12 +241,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a parameter of another method": ({"parameters": {"epsilon": 0.1}}, "parameters.epsilon has no effect on ties"),
     "a shared parameter in a model": (
         {"models": [{"model": "BASE+a", "parameters": {"normalize": True}}]},
-        r"models\[1\].parameters.normalize has no effect on ties there; it takes weight, density",
+        r"models\[1\].parameters.normalize has no effect on ties here; it takes weight, density",
     ),
     "a condition that is no list": ({"parameters": {"weight": {"filter": "mlp", "value": 1}}}, "parameters.weight = {'filter'"),
     "words": ({"parameters": {"weight": "heavy"}}, "parameters.weight = 'heavy'"),
     "an empty list": ({"parameters": {"density": []}}, "parameters.density"),
-    "a gradient over unknown layers": ({"parameters": {"density": [0.1, 0.2]}}, "layers of BASE, which is no local folder"),
+    "a gradient over unknown layers": (
+        {"parameters": {"density": [0.1, 0.2]}},
+        "number of layers of BASE, which is not a local folder",
+    ),
 }
 
 
@@ -272,7 +275,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     path = tmp_path / "merge.yaml"
     with pytest.raises(InputError, match="cannot be read"):
         read_mergekit(path)
-    for text, mention in (("a: [", "is not YAML"), ("- 1\n", "no mapping"), ("models: []\n", "merge_method None")):
+    for text, mention in (("a: [", "is not YAML"), ("- 1\n", "is not a mapping"), ("models: []\n", "merge_method None")):
         path.write_text(text)
         with pytest.raises(InputError, match=mention):
             read_mergekit(path)

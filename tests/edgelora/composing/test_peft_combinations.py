@@ -1,6 +1,6 @@
-"""PEFT's add_weighted_adapter next to ours and to float64: where it is right the two agree, and where it is not this says how.
+"""PEFT's add_weighted_adapter against ours and float64: the two agree where PEFT is right; the tests show where it is not.
 
-PEFT 0.21. Its svd multiplied scalings twice once and does no more; what is left of it is the first adapter's use_rslora.
+PEFT 0.21. Its svd once applied scalings twice, which is fixed; the first adapter's use_rslora still distorts the scale.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def adapters(tiny_adapters: dict[str, Path]) -> dict[str, Adapter]:
 
 @pytest.fixture
 def combine(tiny_base: Path, tiny_adapters: dict[str, Path]) -> Any:
-    """A function that lets PEFT combine adapters, and gives ΔW by module."""
+    """A function that combines adapters with PEFT, and returns ΔW by module."""
 
     def run(weights: dict[str, float], kind: str, **options: Any) -> Any:
         first, *others = weights
@@ -53,7 +53,7 @@ def distance(one: Any, other: Any) -> float:
 
 
 def test_cat_agrees(adapters: dict[str, Adapter], combine: Any) -> None:
-    """Also on patterns of ranks and alphas, and on a rank-stabilized adapter that is not the first."""
+    """Also with patterns of ranks and alphas, and a rank-stabilized adapter that is not the first."""
     weights = {"patterns": 0.7, "other": -0.4, "rslora": 0.5}
     theirs, ours = combine(weights, "cat"), Mix(adapters, weights)
     for module in ours.modules:
@@ -72,21 +72,21 @@ def test_svd_agrees(rank: int, adapters: dict[str, Adapter], combine: Any) -> No
 @pytest.mark.parametrize(
     ("kind", "method", "weights"),
     [
-        ("ties_svd", "ties", {"plain": 0.6, "other": 0.6}),  # equal and positive: elsewhere it elects otherwise
+        ("ties_svd", "ties", {"plain": 0.6, "other": 0.6}),  # equal and positive: PEFT elects differently otherwise
         ("magnitude_prune_svd", "magnitude", {"plain": 0.6, "other": -0.3}),
     ],
 )
 def test_methods_on_deltas_agree(
     kind: str, method: str, weights: dict[str, float], adapters: dict[str, Adapter], combine: Any
 ) -> None:
-    """At full rank, so that PEFT's cut takes nothing away."""
+    """At full rank, so that PEFT truncates nothing."""
     theirs, ours = combine(weights, kind, svd_rank=64, density=0.5), Mix(adapters, weights, method, 0.5)
     for module in (Q, DOWN):
         assert distance(theirs(module), ours.dense(module)) < 1e-4
 
 
 def test_linear_of_peft_has_cross_terms(adapters: dict[str, Adapter], combine: Any) -> None:
-    """It adds A's and B's apart, so that each adapter's B meets the other's A."""
+    """PEFT sums A's and B's separately, which multiplies each B with the other adapter's A."""
     weights = {"plain": 0.7, "attention": 0.5}
     theirs = combine(weights, "linear")
     roots = {name: math.sqrt(weight * adapters[name].scale(Q)) for name, weight in weights.items()}
@@ -109,7 +109,7 @@ def test_methods_of_peft_on_factors_are_not_those_on_deltas(kind: str, adapters:
 def test_peft_scales_by_the_root_of_the_rank_where_the_first_adapter_is_rank_stabilized(
     kind: str, adapters: dict[str, Adapter], combine: Any
 ) -> None:
-    """The combined adapter gets alpha = r, for a scale of 1, and the first one's use_rslora, for one of √r."""
+    """The combined adapter gets alpha = r, which means a scale of 1, but also the first one's use_rslora, which makes it √r."""
     weights = {"rslora": 0.7, "plain": 0.4}
     rank = 8
     theirs = combine(weights, kind, **({"svd_rank": rank} if kind == "svd" else {}))

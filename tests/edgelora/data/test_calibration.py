@@ -1,4 +1,4 @@
-"""Calibration sets: rows of the files in turn, disjoint, repeatable, and only from data that are still the same."""
+"""Calibration sets: interleaved rows of the files, disjoint, repeatable, and only from unchanged data."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_an_adapter_without_data_is_quantized_on_general_text(
 
 
 def test_spare_samples_turn_gptq_down_where_it_misleads(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Fitted on a single token, GPTQ spoils every other input: samples that it has not seen say so, judged on or not."""
+    """Fitted on a single token, GPTQ harms every other input. Unseen samples reveal that, whether judged on or spare."""
     few = (Sample((5, 5)),)
     many = tuple(Sample(tuple(random_tokens(60, seed=seed))) for seed in range(4))
     stored = {}

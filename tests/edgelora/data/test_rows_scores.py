@@ -1,4 +1,4 @@
-"""Rows are read strictly; scores against scikit-learn's formula written out, and by hand."""
+"""Rows are read strictly; scores against scikit-learn's formula, and by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write(slots: Sequence[tuple[str, str]]) -> str:
 
 
 def reference_f1(written: Sequence[Sequence[tuple[str, str]]], right: Sequence[Sequence[tuple[str, str]]]) -> float:
-    """2PR / (P + R) with hits counted by crossing out, one row after another."""
+    """2PR / (P + R), with hits counted row by row, each pair used once."""
     hit = 0
     for guess, truth in zip(written, right, strict=True):
         left = list(truth)
@@ -91,7 +91,7 @@ def test_exact_match() -> None:
 
 @given(st.lists(st.builds(Row, st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=5), st.booleans())
 def test_rows_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Row], ascii_only: bool) -> None:
-    """U+2028 and its like are characters of a row, not ends of a line."""
+    """U+2028 and similar characters are part of a row and end no line."""
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     lines = [json.dumps(vars(row) | {"more": 1}, ensure_ascii=ascii_only) for row in rows]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")

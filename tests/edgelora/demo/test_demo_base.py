@@ -1,4 +1,4 @@
-"""The demo's base: a folder that transformers opens, a tokenizer that splits where the demo needs it, the same each time."""
+"""The demo's base: transformers opens it, its tokenizer splits prompts as the demo needs, and seeds reproduce it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_training_lowers_the_loss_and_tells_its_progress(tmp_path: Path) -> None
     steps: list[tuple[int, int]] = []
     loss = make_base(tmp_path / "base", TINY, on_progress=lambda done, total, what: steps.append((done, total)))
     assert steps == [(step, 12) for step in range(1, 13)]
-    assert 0 < loss < 6.6  # ln 768 is the loss of a model that knows nothing
+    assert 0 < loss < 6.6  # ln 768 is the loss of a uniform guess
 
 
 def test_prompt_tokens_do_not_depend_on_what_follows() -> None:
@@ -78,7 +78,7 @@ def test_muon_steps_as_torchs_own_does(shape: tuple[int, int]) -> None:
             optimizer.step()
     moved = float((theirs.detach() - start).norm())
     apart = float((ours.detach() - theirs.detach()).norm())
-    assert apart < 0.05 * moved  # bfloat16 has 8 bits, and five iterations multiply what they lose
+    assert apart < 0.05 * moved  # bfloat16 has 8 bits, and five iterations amplify its errors
 
 
 def test_orthogonalized_matrices_have_singular_values_near_1() -> None:

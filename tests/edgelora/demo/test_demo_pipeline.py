@@ -1,4 +1,4 @@
-"""The demo from end to end, on a base that learns nothing in a few steps: what it makes, and what it says."""
+"""The demo from end to end, in a few steps on a tiny base: its outputs and its report."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from edgelora.cli.demo import show_demo
+from edgelora.cli.terminal import print_json
 from edgelora.data.rows import Row
 from edgelora.demo import run_demo
-from edgelora.demo.report import show_report
-from edgelora.demo.run import run_built_in, split_rows
+from edgelora.demo.run import run_built_in_demo, split_rows
 from edgelora.demo.settings import DemoSettings, MixSettings
 from edgelora.demo.tasks import TaskSizes, make_tasks
-from edgelora.terminal import print_json
 from edgelora_runtime import Bundle, InputError, UsageError
 from tests.edgelora.demo.test_demo_base import TINY
 
@@ -33,15 +33,17 @@ SETTINGS = DemoSettings(
 VARIANTS = {"base", "dates", "prices", "orders", "naive-sum", "mix", "mix-live"}
 
 
-def test_it_makes_a_bundle_and_tells_what_is_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = run_built_in(tmp_path, 1, SETTINGS)
+def test_it_makes_a_bundle_and_reports_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    notes: list[str] = []
+    report = run_built_in_demo(tmp_path, 1, SETTINGS, on_note=notes.append)
+    assert [f"· {stage} …" for stage in report.seconds] == notes
+    assert capsys.readouterr().out == "", "the pipeline itself prints nothing"
     manifest = Bundle.open(report.bundle).manifest
     assert set(manifest.variants) == set(report.scores) == {switch.variant for switch in report.switches} == VARIANTS
     assert manifest.variants["mix-live"].kind == "live"
     assert manifest.adapters["mix"].rank == 3 * SETTINGS.rank
     assert set(report.kept) == set(report.test_rows) == {"dates", "prices", "orders"}
-    capsys.readouterr()
-    show_report(report)
+    show_demo(report)
     shown = capsys.readouterr().out
     assert all(name in shown for name in VARIANTS)
     assert "6 answers of each adapter" in shown
@@ -50,8 +52,8 @@ def test_it_makes_a_bundle_and_tells_what_is_in_it(tmp_path: Path, capsys: pytes
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_base_and_rows_of_ones_own(tmp_path: Path) -> None:
-    built_in = run_built_in(tmp_path / "first", 1, SETTINGS)
+def test_it_runs_on_a_users_base_and_rows(tmp_path: Path) -> None:
+    built_in = run_built_in_demo(tmp_path / "first", 1, SETTINGS)
     data = {}
     for task in make_tasks(SETTINGS.sizes, seed=2)[:2]:
         data[task.name] = str(tmp_path / f"{task.name}.jsonl")
@@ -62,7 +64,7 @@ def test_it_runs_on_a_base_and_rows_of_ones_own(tmp_path: Path) -> None:
     assert set(report.scores) == VARIANTS - {"orders"}
 
 
-def test_what_it_cannot_run_on_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_bad_input_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     with pytest.raises(UsageError, match="two tasks"):
         run_demo(output, base="b", data={"one": "one.jsonl"})

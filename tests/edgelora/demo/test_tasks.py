@@ -1,4 +1,4 @@
-"""The demo's tasks: right answers, splits that share no prompt, the same rows for the same seed."""
+"""The demo's tasks: right answers, splits without shared prompts, the same rows for the same seed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_rows_depend_on_the_seed_alone() -> None:
 
 
 def test_base_never_sees_a_task() -> None:
-    """The commands of the tasks are in no general row, though every word of them is."""
+    """No general row has a task's command, but every word of the commands occurs in general rows."""
     rng = random.Random(0)
     rows = [general_row(rng) for _ in range(5000)]
     commands = {row.prompt.partition(":")[0] for row in rows}
@@ -54,7 +54,7 @@ def test_base_never_sees_a_task() -> None:
 
 
 def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
-    """So that the prompt's tokens are the same with and without the completion after it."""
+    """This keeps the prompt's tokens the same with and without a completion."""
     for task in make_tasks(SIZES):
         for row in (*task.train, *task.test):
             assert row.prompt.endswith("\n")
@@ -62,5 +62,5 @@ def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
 
 
 def test_unknown_task_is_named() -> None:
-    with pytest.raises(UsageError, match="'songs' is no task"):
+    with pytest.raises(UsageError, match="'songs' is not a task"):
         make_task("songs", SIZES)

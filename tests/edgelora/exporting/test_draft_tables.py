@@ -1,4 +1,4 @@
-"""Draft tables count how completions go on, go along with their adapters into a bundle, and serve variants and mixes of these."""
+"""Draft tables count how completions continue, go into bundles with their adapters, and serve variants and mixes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from edgelora.adapters.folder import Provenance, write_provenance
 from edgelora.data.calibration import hash_data
-from edgelora.exporting.draft_tables import LEAST_COUNT, count_continuations
+from edgelora.exporting.draft_tables import MIN_COUNT, count_continuations
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe, parse_recipe
 from edgelora_export.plan.calibration import Sample
@@ -32,13 +32,13 @@ def test_what_follows_most_often_is_in_the_table() -> None:
     assert table.find([7]) == (8, 1.0)
 
 
-def test_what_stands_once_is_not() -> None:
-    assert LEAST_COUNT == 2
+def test_what_occurs_once_is_not() -> None:
+    assert MIN_COUNT == 2
     assert len(count_continuations([Sample((7, 8, 9), 1)], END)) == 0
 
 
 def test_prompts_are_contexts_but_are_not_guessed() -> None:
-    """Of rows; their completions end with the end token."""
+    """In rows, completions are followed by the end token."""
     table = count_continuations([Sample((3, 4, 5, 6), 3)] * 2, END)
     assert table.find([4]) is None
     assert table.find([4, 5]) == (6, 1.0)

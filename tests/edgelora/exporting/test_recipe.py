@@ -1,4 +1,4 @@
-"""Recipes are read strictly, and every mistake stands in one message."""
+"""Recipes are read strictly, with all mistakes in one message."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_base_beside_the_recipe_is_a_folder(tmp_path: Path) -> None:
 
 
 def with_line(line: str) -> str:
-    """The good recipe with a top-level line, or with lines that begin a table, added."""
+    """The good recipe with an added top-level line, or lines that start a table."""
     return f"{line}\n{GOOD}" if not line.startswith("[") else f"{GOOD}\n{line}"
 
 
@@ -112,7 +112,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "unknown variant key": (with_line("[variants.x]\nmix = {}\nweights = 1"), "variants.x.weights"),
     "no base": (GOOD.replace('base = "some/model"\n', ""), "base is missing"),
     "base of another type": (GOOD.replace('base = "some/model"', "base = 3"), "base = 3 has the wrong type"),
-    "no variants": ('base = "m"', "no variant"),
+    "no variants": ('base = "m"', "variants is missing"),
     "variants of another type": ('base = "m"\nvariants = 3', "variants = 3"),
     "variant that is no table": ('base = "m"\nvariants = { x = 3 }', "variants.x is not a table"),
     "adapter that is no path": (GOOD.replace('sql = "adapters/sql"', "sql = 3"), "adapters.sql = 3 is not a path"),
@@ -129,11 +129,11 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "unknown kind": (GOOD.replace('"live"', '"lively"'), "kind = 'lively'"),
     "live without a mix": (with_line('[variants.x]\nmix = {}\nkind = "live"'), "variants.x.kind = 'live' needs a mix"),
     "live ties": (with_line('[variants.x]\nmix = { sql = 1 }\nkind = "live"\nmethod = "ties"'), "edgelora compose"),
-    "weights by module without a pattern": (GOOD.replace("{ sql = 1 }", "{ sql = {} }"), "variants.sql.mix.sql = {} gives no"),
+    "weights by module without a pattern": (GOOD.replace("{ sql = 1 }", "{ sql = {} }"), "variants.sql.mix.sql = {} is empty"),
     "weight by module as text": (GOOD.replace("{ sql = 1 }", '{ sql = { "*" = "1" } }'), """variants.sql.mix.sql."*" = '1'"""),
-    "live by module": (GOOD.replace("{ sql = 1.0 }", '{ sql = { "*" = 1.0 } }'), "gives sql weights by module, and a live"),
-    "density for nothing": (with_line("[variants.x]\nmix = { sql = 1 }\ndensity = 0.3"), "variants.x.density means nothing"),
-    "seed for nothing": (GOOD.replace("density = 0.3", "seed = 3"), "variants.clinic.seed means nothing to method ties"),
+    "live by module": (GOOD.replace("{ sql = 1.0 }", '{ sql = { "*" = 1.0 } }'), "gives sql weights by module, but a live"),
+    "density for nothing": (with_line("[variants.x]\nmix = { sql = 1 }\ndensity = 0.3"), "variants.x.density has no effect"),
+    "seed for nothing": (GOOD.replace("density = 0.3", "seed = 3"), "variants.clinic.seed has no effect on method ties"),
     "seed as text": (GOOD.replace("density = 0.3", 'seed = "3"'), "variants.clinic.seed = '3' has the wrong type"),
     "negative seed": (GOOD.replace('"ties"', '"dare_ties"\nseed = -1'), "variants.clinic.seed = -1"),
     "density as text": (GOOD.replace("density = 0.3", 'density = "0.3"'), "density"),
@@ -162,7 +162,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "threshold out of range": (GOOD.replace("threshold = 0.5", "threshold = 1.5"), "router.threshold = 1.5"),
     "threshold as text": (GOOD.replace("threshold = 0.5", 'threshold = "high"'), "router.threshold = 'high'"),
     "data of an unknown variant": (GOOD.replace('sql = "rows.jsonl"', 'sqk = "rows.jsonl"'), "router.data names 'sqk'"),
-    "data that is no file": (GOOD.replace('sql = "rows.jsonl"', "sql = 3"), "router.data.sql = 3 is no file"),
+    "data that is no file": (GOOD.replace('sql = "rows.jsonl"', "sql = 3"), "router.data.sql = 3 is neither a file"),
     "data that is no list of files": (GOOD.replace('"/b.jsonl"]', "3]"), "router.data.clinic = ['a.jsonl', 3]"),
     "no data": (GOOD.replace('["a.jsonl", "/b.jsonl"]', "[]"), "router.data.clinic = []"),
     "context as text": (GOOD.replace("context_length = 2048", 'context_length = "2048"'), "context_length"),
@@ -177,7 +177,7 @@ def test_mistakes_are_named(text: str, mention: str) -> None:
     assert mention in str(caught.value)
 
 
-def test_all_mistakes_stand_in_one_message() -> None:
+def test_all_mistakes_are_in_one_message() -> None:
     text = GOOD.replace("bits = 8", "bits = 5").replace('"ties"', '"median"').replace("{ sql = 1 }", "{ sqk = 1 }")
     with pytest.raises(InputError) as caught:
         parse(f"colour = 1\n{text}")

@@ -1,4 +1,4 @@
-"""The regression against torch's in float64, and sparse products against dense ones."""
+"""The regression against torch in float64, and sparse products against dense ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LABELS = np.repeat([0, 1, 2], (30, 5, 15))  # classes of unequal size
 
 
 def dense_rows(seed: int = 0, width: int = 12) -> Doubles:
-    """Rows with zeros, one of them nothing but zeros, that hint at their labels."""
+    """Sparse rows that correlate with their labels; one row is all zeros."""
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(len(LABELS), width)) + LABELS[:, None] * rng.normal(size=width)
     rows[rng.random(rows.shape) < 0.6] = 0
@@ -42,7 +42,7 @@ def test_sparse_products_are_dense_products() -> None:
 
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3])
 def test_the_optimum_is_torchs(penalty: float) -> None:
-    """Torch's own loss with class weights, its own gradients, its own L-BFGS."""
+    """torch's loss with class weights, gradients and L-BFGS."""
     dense = dense_rows()
     weights, bias = fit_softmax(sparse(dense), LABELS, 3, penalty=penalty)
     inputs, labels = torch.from_numpy(dense), torch.from_numpy(LABELS)
@@ -79,12 +79,12 @@ def test_classes_count_the_same_however_many_rows_they_have() -> None:
     weights = balance(LABELS)
     assert weights.sum() == pytest.approx(1)
     np.testing.assert_allclose([weights[label == LABELS].sum() for label in range(3)], 1 / 3)
-    assert balance(np.array([0, 2])).tolist() == [0.5, 0.5]  # a class without rows takes no share
+    assert balance(np.array([0, 2])).tolist() == [0.5, 0.5]  # a class without rows has no weight
 
 
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 def test_the_temperature_undoes_a_scale(scale: float) -> None:
-    """Labels drawn from a softmax of scores: the temperature of scaled scores is the scale."""
+    """With labels drawn from a softmax of scores, the temperature of scaled scores is the scale."""
     rng = np.random.default_rng(0)
     scores = rng.normal(size=(4000, 3)) * 2
     labels = (scores + rng.gumbel(size=scores.shape)).argmax(axis=1)

@@ -1,4 +1,4 @@
-"""Routers learn made-up tasks, know what is none of theirs, and take prompts from where the recipe and the adapters say."""
+"""Routers learn made-up tasks, recognize other prompts, and read the prompts that recipe and adapters name."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 THINGS = ("lamp", "chair", "table", "clock", "vase", "mirror", "carpet", "shelf", "stove", "kettle")
 CITIES = ("Paris", "Oslo", "Lima", "Quito", "Delhi", "Cairo", "Turin", "Lagos", "Kyoto", "Perth")
-SHARED = ("yes please", "thank you", "no, that is all")  # what both tasks hear
+SHARED = ("yes please", "thank you", "no, that is all")  # prompts in both tasks
 
 
 def make_prompts(count: int, seed: int = 0) -> dict[str, list[str]]:
-    """Two tasks of one form, with some prompts in common."""
+    """Two tasks of the same form, with some common prompts."""
     rng = random.Random(seed)
     return {
         "shop": [f"user: how much is the {rng.choice(THINGS)} number {rng.randrange(999)}?\nslots:" for _ in range(count)]
@@ -104,18 +104,17 @@ def test_too_few_prompts_are_refused() -> None:
         train_router({**make_prompts(60), "travel": ["a ticket", "a bus"]}, fallback="base")
 
 
-def test_surplus_prompts_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgelora.exporting.train_router.MOST_NGRAMS", 2000)
-    entry = train_router(make_prompts(200), fallback="base").entry
+def test_surplus_prompts_are_left_out() -> None:
+    entry = train_router(make_prompts(200), fallback="base", max_ngrams=2000).entry
     assert all(10 < each.prompts + each.held_out < 40 for each in entry.classes[:2])
 
 
-# --- which prompts are whose ----------------------------------------------------------------------------------------------
+# --- assigning prompts to variants ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Adapter]:
-    """Adapters whose training data are where they say: a, b, c; and one, lost, whose data are not."""
+    """Adapters a, b and c with training data, and one, lost, without."""
     root = tmp_path_factory.mktemp("routing")
     opened = {}
     for name in ("a", "b", "c", "lost"):
@@ -134,7 +133,7 @@ def write_rows(path: Path, prompts: Sequence[str]) -> Path:
 
 
 def assign(adapters: Mapping[str, Adapter], mixes: Mapping[str, Mapping[str, float]], **router: object) -> dict[str, list[str]]:
-    """Names of the files by variant."""
+    """File names by variant."""
     asked = RouterRecipe(**router)  # type: ignore[arg-type]
     recipe = Recipe("base", {}, {name: VariantRecipe(mix) for name, mix in mixes.items()}, router=asked)
     return {name: [path.stem for path in paths] for name, paths in assign_data(recipe, asked, adapters).items()}
@@ -208,7 +207,7 @@ def test_the_fallback_is_the_default_variant_unless_another_is_named(adapters: d
 
 @pytest.mark.slow
 def test_real_slots_go_to_their_domain(data_folder: Path) -> None:
-    """Of test rows with slots in them at least 0.93 in each domain, and nothing of another task in any."""
+    """At least 0.93 of each domain's test rows with slots, and no row of another task."""
     domains = [f"slots-{name}" for name in ("buses", "events", "homes", "rentalcars")]
     prompts = {name: [row.prompt for row in read_rows(data_folder / f"{name}.train.jsonl")] for name in domains}
     router = read(train_router(prompts, fallback="base"))

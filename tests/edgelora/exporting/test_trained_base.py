@@ -1,4 +1,4 @@
-"""The base as training held it is bitsandbytes' own, and the better base for merging is chosen by transformers' own loss."""
+"""The trained base matches bitsandbytes, and the better base for merging is the one with the lower loss in transformers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_rows(path: Path) -> Path:
 
 
 def make_trained(base: Path, folder: Path, held: str, data: Path | None = None, **settings: Any) -> Path:
-    """An adapter whose edgelora.json says what its base was held as."""
+    """An adapter whose edgelora.json records the base's quantization."""
     make_adapter(base, folder, **settings)
     write_provenance(
         folder,
@@ -71,7 +71,7 @@ def make_trained(base: Path, folder: Path, held: str, data: Path | None = None, 
 
 
 def held_by_training(base: Path, quant: str) -> Any:
-    """The model that training runs, its 4-bit weights spelled out by bitsandbytes in float32, adapters' names unchanged."""
+    """The model of training, with its 4-bit weights dequantized by bitsandbytes to float32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
@@ -87,7 +87,7 @@ def held_by_training(base: Path, quant: str) -> Any:
 
 @pytest.mark.parametrize("quant", ["nf4", "int4"])
 def test_both_changes_give_the_weights_of_training(tiny_base: Path, tmp_path: Path, quant: str) -> None:
-    """The unmerged one all of them, the merged one those of the mix's own modules."""
+    """The unmerged change covers all modules, the merged one those of the mix."""
     adapter = Adapter.open(make_trained(tiny_base, tmp_path / "a", quant, target_modules=list(ATTENTION)))
     base, mix = Base.open(tiny_base), Mix({"a": adapter}, {"a": 0.7})
     quantization = find_quantization(mix)
@@ -135,7 +135,7 @@ def test_dora_is_brought_to_its_norms_on_the_held_weights(tiny_base: Path, tmp_p
 
 @pytest.fixture(scope="module")
 def held_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Adapters of every origin, with data to judge on where it matters."""
+    """Adapters of every origin, with data to judge on where needed."""
     root = tmp_path_factory.mktemp("held")
     data = write_rows(root / "rows.jsonl")
     return {
@@ -148,7 +148,7 @@ def held_adapters(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def torch_loss(model: Any, base: Path, rows: list[dict[str, str]]) -> float:
-    """Mean cross-entropy of the rows' completions."""
+    """The mean cross entropy of the rows' completions."""
     tokenizer = load_tokenizer((base / TOKENIZER).read_bytes())
     losses = []
     for row in rows:
@@ -163,7 +163,7 @@ def torch_loss(model: Any, base: Path, rows: list[dict[str, str]]) -> float:
 def test_the_base_with_the_lower_loss_is_chosen(
     tiny_base: Path, held_adapters: dict[str, Path], tmp_path: Path, quant: str
 ) -> None:
-    """Losses and divergences are those of PEFT, on the float base and on the one that training held."""
+    """Losses and divergences are PEFT's, on the float base and on the trained base."""
     variants = {
         "chosen": VariantRecipe({"a": 1.0}),
         "floating": VariantRecipe({"a": 1.0}, merge_base="float"),
@@ -201,7 +201,7 @@ def test_the_base_with_the_lower_loss_is_chosen(
 
 
 def held_out_rows(path: Path) -> list[dict[str, str]]:
-    """The rows that gather_calibration holds out: every eighth of the shuffled ones."""
+    """The rows that gather_calibration holds out: every eighth shuffled row."""
     import random
 
     rows = [json.loads(line) for line in path.read_text().splitlines()]

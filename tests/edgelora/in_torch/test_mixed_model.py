@@ -1,4 +1,4 @@
-"""Mixes in torch: their losses are those of the runtime and of PEFT, and taking one off leaves the base as it was."""
+"""Mixes in torch: their losses equal the runtime's and PEFT's, and removing a mix restores the base."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def open_all(folders: dict[str, Path], *names: str) -> dict[str, Adapter]:
 
 
 def peft_loss(base: Path, adapter: Path, rows: list[Row]) -> float:
-    """Of PEFT's model, row by row and without padding, in nats per token."""
+    """The loss of PEFT's model, row by row and without padding, in nats per token."""
     peft = PeftModel.from_pretrained(load_base(base), str(adapter)).eval()
     tokenizer, nats, count = make_tokenizer(), 0.0, 0
     for row in rows:
@@ -63,7 +63,7 @@ def peft_loss(base: Path, adapter: Path, rows: list[Row]) -> float:
 def test_losses_are_the_runtimes(
     variant: str, mix: Any, model: MixedModel, tiny_adapters: dict[str, Path], runtime: Runtime
 ) -> None:
-    """Of every row: its nats and its tokens, in the order of the rows, whatever it was batched with."""
+    """Each row's nats and tokens, in the order of the rows, independent of batching."""
     model.set_mix(None if mix is None else Mix(open_all(tiny_adapters, *mix[1]), mix[1], mix[0], 0.3))
     expected = [completion_loss(runtime, row, variant=variant) for row in ROWS]
     np.testing.assert_allclose(model.losses(ROWS), expected, rtol=2e-4)
@@ -104,7 +104,7 @@ def test_stacks_are_the_mix_and_follow_their_weights(model: MixedModel, tiny_ada
 
 
 def test_weights_of_stacks_get_gradients(model: MixedModel, tiny_adapters: dict[str, Path]) -> None:
-    """That of one weight of one module is what a small step in it does."""
+    """The gradient of one weight of one module matches a finite difference."""
     stacks = stack_adapters(open_all(tiny_adapters, *LINEAR))
     for stack in stacks.values():
         stack.weights.copy_(torch.tensor(list(LINEAR.values()))).requires_grad_()
@@ -126,7 +126,7 @@ def test_weights_of_stacks_get_gradients(model: MixedModel, tiny_adapters: dict[
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 def test_a_tied_head_keeps_the_bases_weights(tmp_path: Path) -> None:
-    """As PEFT does it: an adapter on the embedding changes what is read, not what is said."""
+    """As in PEFT, an adapter on a tied embedding changes the input and not the head."""
     make_base(tmp_path / "base", tie_word_embeddings=True)
     make_adapter(tmp_path / "base", tmp_path / "a", target_modules=["embed_tokens"])
     tied = MixedModel.open(str(tmp_path / "base"))
@@ -140,7 +140,7 @@ def test_a_tied_head_keeps_the_bases_weights(tmp_path: Path) -> None:
 
 
 def test_transposed_layers(tmp_path: Path) -> None:
-    """GPT-2 holds its weights as (K, N)."""
+    """GPT-2 stores its weights as (K, N)."""
     make_base(tmp_path / "base", config_class=GPT2Config, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     make_adapter(tmp_path / "base", tmp_path / "a", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     model = MixedModel.open(str(tmp_path / "base"))
@@ -156,7 +156,7 @@ def test_transposed_layers(tmp_path: Path) -> None:
 
 
 def test_write_is_transformers_greedy(model: MixedModel, tiny_base: Path) -> None:
-    """Of prompts of several lengths in one batch, in their order."""
+    """Prompts of several lengths in one batch come back in order."""
     model.set_mix(None)
     tokenizer = make_tokenizer()
     expected = [tokenizer.decode(greedy(load_base(tiny_base), tokenizer(row.prompt)["input_ids"], 6)) for row in ROWS]

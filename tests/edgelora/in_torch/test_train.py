@@ -1,4 +1,4 @@
-"""Training on a tiny real base: what is written, what it is called, that seeds hold, and what bad input is told."""
+"""Training on a tiny real base: output files, names, reproducibility by seed, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_adapter_and_provenance_are_written(config: TrainConfig, tiny_base: Path
     assert any(np.abs(array).max() > 0 for name, array in factors.items() if "lora_B" in name)
     adapter = Adapter.open(config.output)
     assert adapter.rank == 4
-    assert len(adapter.modules) == 14  # seven linear layers in each of two blocks; never the head
+    assert len(adapter.modules) == 14  # seven linear layers in each of two blocks, and not the head
     provenance = read_provenance(config.output)
     assert provenance is not None
     assert (provenance.base_quantization, provenance.data_rows, provenance.steps) == (quant, 6, 4)
@@ -61,7 +61,7 @@ def test_same_seed_same_bytes(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
-    """After enough steps the model writes the completion and then the end token, from the prompt's own tokens."""
+    """After enough steps, the model completes the prompt and ends with the end token."""
     import torch
     from peft import PeftModel
 

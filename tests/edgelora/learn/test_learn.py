@@ -1,4 +1,4 @@
-"""compose learn: what is learned on a tiny base, what is written, that seeds hold, and what bad input is told."""
+"""compose learn on a tiny base: what it learns and writes, reproducibility by seed, and errors for bad input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgelora.data.rows import Row, read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.in_torch.reference import write_completions
 from edgelora.in_torch.train import TrainConfig, train
-from edgelora.learn.imitation import distance, encode_rows, write_rows
+from edgelora.learn.distillation import distillation_loss, encode_rows, write_rows
 from edgelora.learn.learn import GRAINS, LearnConfig, learn
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
@@ -64,8 +64,8 @@ def test_regmean_alone_learns_nothing_and_beats_the_mean(trained: tuple[LearnCon
     assert provenance.init == "learned: one + sat (regmean)"
 
 
-def test_what_is_asked_for_is_what_the_adapter_says(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
-    """The probabilities to be learned are PEFT's, at every token of the completion and at the end."""
+def test_the_teacher_is_the_adapter_in_peft(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
+    """The teacher's probabilities are PEFT's, at every token of the completion and at the end."""
     config, labelled = trained
     rows = read_rows(labelled["sat"])
     model: Any = PeftModel.from_pretrained(load_base(Path(config.base)), config.adapters["sat"]).eval()
@@ -75,11 +75,11 @@ def test_what_is_asked_for_is_what_the_adapter_says(trained: tuple[LearnConfig, 
         assert tokenizer.decode(example.tokens[example.start :]).strip() == f"{row.completion}</s>".strip()
         wanted = torch_logits(model, example.tokens)[example.start - 1 : -1]
         wanted = wanted - np.log(np.exp(wanted.astype(np.float64)).sum(axis=1, keepdims=True))
-        np.testing.assert_allclose(example.soft.float().numpy(), wanted, atol=0.05)  # fp16 of numbers down to -40
+        np.testing.assert_allclose(example.teacher.float().numpy(), wanted, atol=0.05)  # fp16, for values down to -40
 
 
-def test_every_adapter_has_the_same_say(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
-    """However many tokens its completions have."""
+def test_every_adapter_counts_the_same(trained: tuple[LearnConfig, dict[str, Path]]) -> None:
+    """Regardless of the length of its completions."""
     config, labelled = trained
     model = MixedModel.open(config.base)
     short, long = (
@@ -87,7 +87,7 @@ def test_every_adapter_has_the_same_say(trained: tuple[LearnConfig, dict[str, Pa
         for name, rows in (("sat", read_rows(labelled["sat"])[:1]), ("one", [Row("one moon\n", " two moon" * 9)]))
     )
     model.set_stacks({})
-    both, first, second = (distance(model, batch, 0.7).item() for batch in ([short, long], [short], [long]))
+    both, first, second = (distillation_loss(model, batch, 0.7).item() for batch in ([short, long], [short], [long]))
     assert abs(first - second) > 0.1
     assert both == pytest.approx((first + second) / 2, rel=1e-5)
 
@@ -146,7 +146,7 @@ def test_rows_that_were_trained_on_are_noted(trained: tuple[LearnConfig, dict[st
     assert notes[0].startswith("4 of the labelled rows")
 
 
-def test_bad_input_is_told_in_one_line(trained: tuple[LearnConfig, dict[str, Path]], tiny_adapters: dict[str, Path]) -> None:
+def test_bad_input_is_reported_in_one_line(trained: tuple[LearnConfig, dict[str, Path]], tiny_adapters: dict[str, Path]) -> None:
     config, _ = trained
     with pytest.raises(InputError, match="grain = entry: use one of"):
         replace(config, grain="entry", rows=0)

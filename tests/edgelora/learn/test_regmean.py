@@ -1,4 +1,4 @@
-"""RegMean against its formula in float64, on inputs that transformers and PEFT see."""
+"""RegMean against its formula in float64, on inputs recorded in transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from edgelora.adapters.folder import Adapter
-from edgelora.learn.regmean import RIDGE, match_inputs
+from edgelora.learn.regmean import RIDGE, solve_regmean
 from edgelora_export.architectures import read_decoder
 from edgelora_export.plan.calibration import Sample
 from edgelora_export.weights.base import Base
@@ -27,7 +27,7 @@ SAMPLES = {
 
 
 def collect_inputs(base: Path, adapter: Path, samples: list[Sample]) -> dict[str, np.ndarray[Any, Any]]:
-    """XᵀX / T by module, float64, as PEFT's model sees the samples."""
+    """XᵀX / T by module, float64, recorded in PEFT's model."""
     model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
     seen: dict[str, list[Any]] = {}
 
@@ -46,7 +46,7 @@ def collect_inputs(base: Path, adapter: Path, samples: list[Sample]) -> dict[str
 
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    """A base whose heads are padded in the graph (12 wide), with an adapter on all linear layers and one on attention."""
+    """A base with heads of width 12, which the graph pads, with an adapter on all linear layers and one on attention."""
     folder = tmp_path_factory.mktemp("padded")
     make_base(folder / "base", config_class=Qwen2Config, hidden_size=48)
     make_adapter(folder / "base", folder / "one")
@@ -58,7 +58,7 @@ def test_factors_are_those_of_the_formula(padded: tuple[Path, dict[str, Path]]) 
     base, folders = padded
     adapters = {name: Adapter.open(folder) for name, folder in folders.items()}
     opened = Base.open(base)
-    found = match_inputs(opened, read_decoder(opened.config), adapters, SAMPLES)
+    found = solve_regmean(opened, read_decoder(opened.config), adapters, SAMPLES)
     assert set(found) == set(adapters["one"].modules)
     moments = {name: collect_inputs(base, folders[name], SAMPLES[name]) for name in adapters}
     for module, factors in found.items():
@@ -75,6 +75,6 @@ def test_factors_are_those_of_the_formula(padded: tuple[Path, dict[str, Path]]) 
 def test_one_adapter_stays_itself(padded: tuple[Path, dict[str, Path]]) -> None:
     base, folders = padded
     adapter, opened = Adapter.open(folders["one"]), Base.open(base)
-    for module, factors in match_inputs(opened, read_decoder(opened.config), {"one": adapter}, SAMPLES).items():
+    for module, factors in solve_regmean(opened, read_decoder(opened.config), {"one": adapter}, SAMPLES).items():
         a, b = factors["one"]
         np.testing.assert_allclose(b @ a, adapter.dense(module), atol=1e-5)

@@ -1,4 +1,4 @@
-"""A mix is its formula, module by module, and its factors are its delta."""
+"""A mix matches its formula, module by module, and its factors match its delta."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from peft import PeftModel
 
 from edgelora.adapters.folder import Adapter
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.methods.ties import ties
 from edgelora.mix.mix import Mix
 from edgelora_runtime.errors import InputError
@@ -29,7 +29,7 @@ def adapters(tiny_adapters: dict[str, Path]) -> dict[str, Adapter]:
 
 @pytest.fixture(scope="module")
 def peft_model(tiny_base: Path, tiny_adapters: dict[str, Path]) -> Any:
-    """One PEFT model that holds all the adapters."""
+    """A PEFT model with all the adapters."""
     first, *others = tiny_adapters
     model = PeftModel.from_pretrained(load_base(tiny_base), str(tiny_adapters[first]), adapter_name=first)
     for name in others:
@@ -43,7 +43,7 @@ def peft_delta(model: Any, module: str, adapter: str) -> Any:
 
 @pytest.mark.parametrize("weights", [WEIGHTS, {"attention": 1.0}, {"patterns": -2.0, "attention": 0.1}])
 def test_linear_is_the_sum_of_pefts_deltas(weights: dict[str, float], adapters: dict[str, Adapter], peft_model: Any) -> None:
-    """Adapters that leave a module alone count as zero there."""
+    """Adapters without a module count as zero there."""
     mix = Mix(adapters, weights)
     assert mix.modules == set().union(*(adapters[name].modules for name in weights))
     for module in mix.modules:
@@ -74,26 +74,26 @@ def test_ties_is_ties_on_the_deltas(adapters: dict[str, Adapter], peft_model: An
         assert (np.abs(found - expected) > 1e-5).mean() < 0.001, "but for entries at the edge of the density"
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"core_iso", "iso_c"}))
+@pytest.mark.parametrize("method", sorted(MIX_METHODS.keys() - {"core_iso", "iso_c"}))
 def test_one_adapter_at_weight_1_is_itself(method: str, adapters: dict[str, Adapter], peft_model: Any) -> None:
-    """As PEFT computes it: plain, rank-stabilized, with patterns of ranks and alphas. Iso makes spectra flat, of one, too."""
+    """As PEFT computes it: plain, rank-stabilized, with patterns. Iso is left out: it flattens even one adapter's spectrum."""
     for name, adapter in adapters.items():
         mix = Mix(adapters, {name: 1.0}, method, 1.0)
         for module in adapter.modules:
             np.testing.assert_allclose(mix.dense(module), peft_delta(peft_model, module, name), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"dare_linear", "dare_ties"}))
+@pytest.mark.parametrize("method", sorted(MIX_METHODS.keys() - {"dare_linear", "dare_ties"}))
 def test_w_and_minus_w_cancel(method: str, adapters: dict[str, Adapter]) -> None:
-    """Whatever kind of adapter it is. DARE drops other entries of each."""
+    """For every kind of adapter. DARE is left out, as it drops different entries of each."""
     for adapter in adapters.values():
         mix = Mix({"a": adapter, "b": adapter}, {"a": 0.7, "b": -0.7}, method, 0.4)
         for module in (Q, "model.layers.1.self_attn.k_proj"):
             assert np.abs(mix.dense(module)).max() <= 1e-6 * np.abs(adapter.dense(module)).max()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_order_decides_no_bit(method: str, adapters: dict[str, Adapter]) -> None:
+@pytest.mark.parametrize("method", MIX_METHODS)
+def test_order_does_not_change_a_bit(method: str, adapters: dict[str, Adapter]) -> None:
     forward, backward = (Mix(adapters, dict(items), method, 0.4) for items in (WEIGHTS.items(), reversed(WEIGHTS.items())))
     for module in (Q, DOWN):
         np.testing.assert_array_equal(forward.dense(module), backward.dense(module))
@@ -101,9 +101,9 @@ def test_order_decides_no_bit(method: str, adapters: dict[str, Adapter]) -> None
             np.testing.assert_array_equal(found, other)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", MIX_METHODS)
 def test_factors_are_the_dense_delta(method: str, adapters: dict[str, Adapter]) -> None:
-    """To the error that is stated; cut to a rank, it is that of the singular values that are left out."""
+    """Within the stated error. After truncation, that is the error of the discarded singular values."""
     mix = Mix(adapters, WEIGHTS, method, 0.4, 3)
     for module in (Q, DOWN):
         dense = mix.dense(module).astype(np.float64)
@@ -114,7 +114,7 @@ def test_factors_are_the_dense_delta(method: str, adapters: dict[str, Adapter]) 
             assert len(a) == b.shape[1] <= (rank or mix.rank(module))
             assert np.linalg.norm(dense - b.astype(np.float64) @ a) / np.linalg.norm(dense) == pytest.approx(error, abs=1e-6)
             assert error == pytest.approx(np.linalg.norm(singular[len(a) :]) / np.linalg.norm(singular), abs=1e-6)
-            if METHODS[method].factored:
+            if MIX_METHODS[method].factored:
                 assert len(a) <= mix.rank(module)
                 assert rank in (1, 5) or error == 0
 
@@ -127,7 +127,7 @@ def test_methods_on_factors_are_those_on_deltas(adapters: dict[str, Adapter]) ->
             np.testing.assert_allclose(Mix(adapters, WEIGHTS, method).dense(module), expected, atol=1e-4 * size)
 
 
-def test_what_is_dropped_hangs_on_seed_adapter_and_module_alone(adapters: dict[str, Adapter]) -> None:
+def test_dropped_entries_depend_only_on_seed_adapter_and_module(adapters: dict[str, Adapter]) -> None:
     def dense(module: str, seed: int, *names: str) -> Any:
         return Mix(adapters, dict.fromkeys(names, 1.0), "dare_linear", 0.3, seed).dense(module)
 
@@ -140,7 +140,7 @@ def test_what_is_dropped_hangs_on_seed_adapter_and_module_alone(adapters: dict[s
 
 
 def test_weights_by_module(adapters: dict[str, Adapter]) -> None:
-    """The last pattern that matches counts, and none is 0."""
+    """The last matching pattern wins; without one, the weight is 0."""
     by_module = {"*": 0.6, "model.layers.0.*": 0.2, "*.mlp.*": -0.1}
     mix = Mix(adapters, {"plain": by_module, "other": {"*.q_proj": 2.0}})
     assert [mix.weight("plain", module) for module in (Q, DOWN, Q.replace("0", "1"))] == [0.2, -0.1, 0.6]
@@ -165,7 +165,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "not a number": ({"weights": {"plain": float("nan")}}, "plain = nan"),
     "infinite": ({"weights": {"plain": float("inf"), "other": float("-inf")}}, "plain = inf.*other = -inf"),
     "a pattern's weight": ({"weights": {"plain": {"*": float("nan")}}}, 'plain."\\*" = nan'),
-    "no pattern": ({"weights": {"plain": {}}}, "gives no pattern"),
+    "no pattern": ({"weights": {"plain": {}}}, "plain = {} is empty"),
     "a pattern that matches nothing": (
         {"weights": {"plain": {"*": 1, "model.layer.*": 2}}},
         "plain: no module matches model.layer",

@@ -1,4 +1,4 @@
-"""Weights by pattern of module names: which one counts, and what a file of them may say."""
+"""Weights by pattern of module names: precedence, and files of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_last_pattern_that_matches_counts() -> None:
     assert weight_at({"MODEL.*": 1.0}, Q) == 0
 
 
-def test_patterns_that_mean_nothing_are_found() -> None:
+def test_patterns_without_a_match_are_found() -> None:
     assert idle_patterns({"*": 1.0, "*.q_proj": 1.0, "*.k_proj": 1.0}, [Q, DOWN]) == ["*.k_proj"]
     assert idle_patterns(1.0, [Q]) == []
 
@@ -45,11 +45,11 @@ def test_a_file_of_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "mention"),
     [
-        ("", "no table of weights"),
-        ("weights = 3", "no table of weights"),
+        ("", "weights must be a table"),
+        ("weights = 3", "weights must be a table"),
         ("[sql]\na = 1\n[weights]\n", "sql is not a known key"),
         ('[weights]\nsql = "1"', "weights.sql = '1' is not a weight"),
-        ("[weights.sql]", r"weights.sql = {} gives no pattern"),
+        ("[weights.sql]", r"weights.sql = {} is empty"),
         ('[weights.sql]\n"*" = true', r'weights.sql."\*" = True is not a weight'),
         ('[weights.sql]\n"*" = inf\n"a" = nan', r'weights.sql."\*" = inf.*weights.sql."a" = nan'),
     ],
@@ -66,7 +66,7 @@ def test_a_number_on_the_command_line_is_the_default_of_the_files_patterns() -> 
     assert parse_adapters(["a=C:\\x"], {"a": patterns}) == {"a": ("C:\\x", patterns)}
     assert parse_adapters(["a=x"], {"a": 0.3}) == {"a": ("x", 0.3)}
     for weight in (0.3, {"*": 0.3}):
-        with pytest.raises(UsageError, match="give one of them"):
+        with pytest.raises(UsageError, match="give only one of the two"):
             parse_adapters(["a=x:0.6"], {"a": weight})
-    with pytest.raises(UsageError, match="names b, which no --adapter does"):
+    with pytest.raises(UsageError, match="names b, but no --adapter does"):
         parse_adapters(["a=x:0.6"], {"b": 1.0})

@@ -1,4 +1,4 @@
-"""compose search on a tiny model: never worse than what comes first, the same however it is run, and on after a kill."""
+"""compose search on a tiny model: never worse than the initial points, reproducible, and continued after a kill."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.mix.mix import Mix
 from edgelora.search.config import SearchConfig
 from edgelora.search.held_out import read_held_out
-from edgelora.search.journal import JOURNAL
 from edgelora.search.run import REPORT, search
+from edgelora.search.trial_log import TRIALS_FILE
 from edgelora_runtime.errors import InputError, MissingExtraError
 from tests.edgelora.cli.test_cli import call as call  # a fixture
 from tests.tiny import load_base, make_adapter, make_base
@@ -38,7 +38,7 @@ WORDS = ("the", "cat", "sat", "on", "mat", "a", "day", "in", "sun", "and", "moon
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A base, three adapters, and for each the rows of a random pool that it makes likelier the most."""
+    """A base, three adapters, and for each the rows of a random pool whose likelihood it raises most."""
     folder = tmp_path_factory.mktemp("search")
     make_base(folder / "base", hidden_size=32, intermediate_size=48, num_attention_heads=2)
     draw = random.Random(0)
@@ -57,17 +57,17 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def options(inputs: dict[str, Any], *more: object) -> list[str]:
-    """Of the command line."""
+    """The command line's arguments."""
     pairs = [("--adapter", f"{name}={folder}") for name, folder in inputs["adapters"].items()]
     pairs += [("--data", f"{name}={path}") for name, path in inputs["data"].items()]
     return ["compose", "search", "--base", inputs["base"], *(item for pair in pairs for item in pair), *map(str, more)]
 
 
 def read_trials(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (folder / TRIALS_FILE).read_text().splitlines()[1:]]
 
 
-def test_the_best_is_written_counted_and_never_worse_than_what_comes_first(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_the_best_is_written_and_never_worse_than_the_initial_points(inputs: dict[str, Any], tmp_path: Path) -> None:
     steps: list[tuple[int, int, str]] = []
     report = search(SearchConfig(**inputs, output=tmp_path / "s", budget=16), on_progress=lambda *step: steps.append(step))
     assert report.configurations == len(read_trials(tmp_path / "s")) == 16
@@ -128,30 +128,30 @@ def read_base(report: Any, task: str) -> float:
 
 
 def read_span(folder: Path, task: str) -> float:
-    """What the task's own adapter gains over the base, on the rows searched on, by the journal."""
+    """The gain of the task's own adapter over the base on the search's rows, from the trial log."""
     place = 1 + ["one", "two", "three"].index(task)
     base, own = (read_trials(folder)[number]["figures"][task] for number in (0, place))
     return float(base[0] / base[1] - own[0] / own[1])
 
 
-def test_a_larger_budget_goes_on_and_a_search_is_not_redone(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_larger_budget_continues_and_repeats_no_trial(inputs: dict[str, Any], tmp_path: Path) -> None:
     search(SearchConfig(**inputs, output=tmp_path / "s", budget=9, parallel=2))
     longer = search(SearchConfig(**inputs, output=tmp_path / "s", budget=14, parallel=2))
     assert (longer.configurations, longer.resumed) == (14, 9)
     at_once = search(SearchConfig(**inputs, output=tmp_path / "t", budget=14, parallel=2))
     assert read_trials(tmp_path / "s") == read_trials(tmp_path / "t")
     assert longer.best == at_once.best
-    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    before = (tmp_path / "s" / TRIALS_FILE).read_bytes()
     again = search(SearchConfig(**inputs, output=tmp_path / "s", budget=14, parallel=2))
     assert again.resumed == 14
     assert again.best == longer.best
-    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+    assert (tmp_path / "s" / TRIALS_FILE).read_bytes() == before
     fewer = search(SearchConfig(**inputs, output=tmp_path / "s", budget=7, parallel=2))
     assert (fewer.configurations, fewer.resumed) == (7, 7)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
-def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str, Any], tmp_path: Path) -> None:
+def test_a_killed_search_continues_with_the_same_trials(inputs: dict[str, Any], tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
     command = [
         sys.executable,
@@ -159,13 +159,13 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str
         "edgelora",
         *options(inputs, "--budget", 500, "--sampler", "tpe", "--output", tmp_path / "s"),
     ]
-    journal = tmp_path / "s" / JOURNAL
+    trial_log = tmp_path / "s" / TRIALS_FILE
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL) as process:
-        while not journal.exists() or journal.read_bytes().count(b"\n") < 9:
+        while not trial_log.exists() or trial_log.read_bytes().count(b"\n") < 9:
             assert process.poll() is None, "it ended before it could be killed"
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-    done = len(read_trials(tmp_path / "s")) if journal.read_bytes().endswith(b"\n") else journal.read_bytes().count(b"\n") - 1
+    done = len(read_trials(tmp_path / "s")) if trial_log.read_bytes().endswith(b"\n") else trial_log.read_bytes().count(b"\n") - 1
     assert 8 <= done < 500
     settings = {**inputs, "budget": done + 4, "sampler": "tpe"}
     report = search(SearchConfig(**settings, output=tmp_path / "s"))
@@ -176,7 +176,7 @@ def test_a_search_that_was_killed_goes_on_as_if_it_had_not_been(inputs: dict[str
 
 def test_another_plan_is_refused(inputs: dict[str, Any], tmp_path: Path) -> None:
     search(SearchConfig(**inputs, output=tmp_path / "s", budget=7))
-    before = (tmp_path / "s" / JOURNAL).read_bytes()
+    before = (tmp_path / "s" / TRIALS_FILE).read_bytes()
     first_rows = {**inputs["data"], "one": tmp_path / "rows.jsonl"}
     first_rows["one"].write_text("".join(json.dumps(vars(row)) + "\n" for row in read_rows(inputs["data"]["one"])[:10]))
     for settings, named in (
@@ -187,11 +187,11 @@ def test_another_plan_is_refused(inputs: dict[str, Any], tmp_path: Path) -> None
     ):
         with pytest.raises(InputError, match=f"a search with other {named};"):
             search(SearchConfig(**{**inputs, **settings, "output": tmp_path / "s", "budget": 7}))
-    assert (tmp_path / "s" / JOURNAL).read_bytes() == before
+    assert (tmp_path / "s" / TRIALS_FILE).read_bytes() == before
 
 
 def test_the_score_of_what_is_written(inputs: dict[str, Any], tmp_path: Path) -> None:
-    """Rows that each adapter writes to the letter: alone it scores 1, the base does not."""
+    """Rows that each adapter completes exactly: alone it scores 1, and the base scores less."""
     model = MixedModel.open(inputs["base"])
     data = {}
     for name, folder in inputs["adapters"].items():
@@ -237,7 +237,7 @@ def test_the_command_line(call: Callable[..., Result], inputs: dict[str, Any], t
     assert found.json["configurations"] == 8
     assert set(found.json["best"]["mix"]["weights"]) == {"one", "two", "three"}
     shown = call(*options(inputs, "--budget", 8, "--output", tmp_path / "s", "--weights=-0.5:1.5"))
-    assert "8 configurations tried, 8 of them by earlier runs" in shown.out
+    assert "8 configurations tried, 8 of them in earlier runs" in shown.out
     assert "[variants.mix]" in shown.out
     assert "95% interval" in shown.out
 
@@ -247,7 +247,7 @@ def test_the_command_line(call: Callable[..., Result], inputs: dict[str, Any], t
     [
         (["--budget", "3"], 3, "budget = 3"),
         (["--budget", "8", "--method", "nope"], 3, "methods = nope"),
-        (["--budget", "8", "--weights", "1"], 2, "as in 0:1.5"),
+        (["--budget", "8", "--weights", "1"], 2, "for example 0:1.5"),
         (["--budget", "8", "--weights", "0:much"], 2, "'much' is not a number"),
         (["--budget", "8", "--weights", "1:0"], 3, "weights = 1.0, 0.0"),
         (["--budget", "8", "--density", "0:1"], 3, "density = 0.0, 1.0"),

@@ -1,4 +1,4 @@
-"""The parts of a search that need no model: which rows it takes, where it walks, what it keeps on disk, how it counts."""
+"""The parts of a search that need no model: rows, search space, trial log and objective."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from edgelora.data.calibration import hash_data
 from edgelora.data.rows import Row
 from edgelora.data.scores import count_scores, main_score
 from edgelora.exporting.recipe import read_recipe
-from edgelora.mix.methods import METHODS
-from edgelora.search.config import DISTINCT, SearchConfig
+from edgelora.mix.methods import MIX_METHODS
+from edgelora.search.config import DISTINCT_METHODS, SearchConfig
 from edgelora.search.held_out import hash_row, is_test_file, read_held_out
-from edgelora.search.journal import Journal, Trial
 from edgelora.search.objective import Objective
-from edgelora.search.report import write_recipe
-from edgelora.search.space import Point, is_within, list_beginnings, propose, read_point
-from edgelora.search.trials import choose
-from edgelora.search.workers import share_machines
+from edgelora.search.report import render_recipe
+from edgelora.search.space import Point, is_within, list_initial_points, propose, read_point
+from edgelora.search.trial_log import Trial, TrialLog
+from edgelora.search.trials import choose_best
+from edgelora.search.workers import plan_workers
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> Path:
 
 
 def config(**settings: Any) -> SearchConfig:
-    """Of two adapters, with one setting or another."""
+    """Settings for two adapters."""
     folders = {"adapters": {"a": Path("a"), "b": Path("b")}, "data": {"a": Path("a.jsonl")}}
     return SearchConfig(**{"base": "base", "output": Path("out"), "budget": 20, **folders, **settings})
 
@@ -88,7 +88,7 @@ def test_a_test_split_under_another_name_is_refused_by_its_rows(disguise: str, t
 
 
 def test_a_test_split_beside_an_adapters_training_data(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Wherever the data themselves lie."""
+    """Wherever the data are."""
     train = write_rows(tmp_path / "far" / "sql.train.jsonl", ROWS[:10])
     write_rows(tmp_path / "far" / "sql.test.jsonl", ROWS[10:])
     folder = shutil.copytree(tiny_adapters["plain"], tmp_path / "adapter")
@@ -99,7 +99,7 @@ def test_a_test_split_beside_an_adapters_training_data(tiny_adapters: dict[str, 
         read_held_out({"sql": write_rows(tmp_path / "near" / "rows.jsonl", ROWS[12:])}, adapters, 0.5, print)
     notes: list[str] = []
     read_held_out({"sql": write_rows(tmp_path / "near" / "rows.jsonl", ROWS[:4])}, adapters, 0.5, notes.append)
-    assert notes == ["sql: sql was trained on 4 of 4 rows, which flatters it there"]
+    assert notes == ["sql: sql was trained on 4 of 4 rows, so its figures there are optimistic"]
 
 
 def test_rows_that_a_test_split_has_by_chance_are_left_out(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_rows_that_a_test_split_has_by_chance_are_left_out(tmp_path: Path) -> No
     assert ROWS[3] not in found.searched + found.confirmed
     assert len(found.searched + found.confirmed) == 19
     assert notes[0].startswith(f"{tmp_path / 'b.test.jsonl'} is not compared")
-    assert notes[1].startswith("a: 1 of 20 rows stand in")
+    assert notes[1].startswith("a: 1 of 20 rows are also in")
 
 
 def test_the_split_depends_on_the_rows_alone(tmp_path: Path) -> None:
@@ -154,24 +154,24 @@ def test_wrong_settings_are_all_named(settings: dict[str, Any], mention: str) ->
 
 
 def test_the_first_points() -> None:
-    """The base, each adapter alone and as it is, equal weights by each method."""
-    points = [read_point(config(), parameters) for parameters in list_beginnings(config())]
+    """The base, each adapter alone at weight 1, and equal weights by each method."""
+    points = [read_point(config(), parameters) for parameters in list_initial_points(config())]
     assert [tuple(point.weights.values()) for point in points] == [(0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)]
     many = config(methods=("ties", "dare_linear"), weights=(0.2, 0.6), scale=(2.0, 3.0), density=(0.5, 0.7), seed=9)
-    points = [read_point(many, parameters) for parameters in list_beginnings(many)]
+    points = [read_point(many, parameters) for parameters in list_initial_points(many)]
     assert {point.method for point in points[:3]} == {"linear"}, "which leaves an adapter as it is"
     assert points[1] == Point({"a": 1.0, "b": 0.0})
     assert points[3:] == [
         Point({"a": 1.0, "b": 1.0}, "ties", {"density": 0.5}),
         Point({"a": 1.0, "b": 1.0}, "dare_linear", {"density": 0.5, "seed": 9}),
     ]
-    assert [is_within(many, parameters) for parameters in list_beginnings(many)] == [False, False, False, True, True]
+    assert [is_within(many, parameters) for parameters in list_initial_points(many)] == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("weights", "equal"), [((0.6, 0.8), 0.8), ((-0.9, -0.1), -0.9), ((-0.3, 0.3), -0.3), ((0.2, 0.5), 0.5)])
 def test_equal_weights_are_never_none(weights: tuple[float, float], equal: float) -> None:
     narrow = config(weights=weights)
-    assert [set(read_point(narrow, point).weights.values()) for point in list_beginnings(narrow)[3:]] == [{equal}]
+    assert [set(read_point(narrow, point).weights.values()) for point in list_initial_points(narrow)[3:]] == [{equal}]
 
 
 @pytest.mark.parametrize(
@@ -185,13 +185,13 @@ def test_equal_weights_are_never_none(weights: tuple[float, float], equal: float
     ],
 )
 def test_no_worker_asks_for_more_than_there_is(machines: Any, parallel: int, count: int, share: Any) -> None:
-    assert share_machines(machines, parallel) == (count, share)
-    with pytest.raises(InputError, match="no core"):
-        share_machines([{"memory": 1.0}], parallel)
+    assert plan_workers(machines, parallel) == (count, share)
+    with pytest.raises(InputError, match="no CPU cores"):
+        plan_workers([{"memory": 1.0}], parallel)
 
 
 def test_all_methods_are_those_that_differ() -> None:
-    assert set(METHODS) - set(DISTINCT) == {"svd", "tsv", "iso_c"}
+    assert set(MIX_METHODS) - set(DISTINCT_METHODS) == {"svd", "tsv", "iso_c"}
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
@@ -199,7 +199,7 @@ def test_proposals_lie_in_the_ranges_and_depend_on_trials_and_seed_alone(sampler
     if sampler == "gp":
         pytest.importorskip("scipy")
     wide = config(methods=("linear", "ties"), weights=(-0.5, 0.9), scale=(0.5, 2.0), sampler=sampler)
-    tried = [(parameters, float(number)) for number, parameters in enumerate(list_beginnings(wide))]
+    tried = [(parameters, float(number)) for number, parameters in enumerate(list_initial_points(wide))]
     for _ in range(8):
         tried.append((propose(wide, tried, 1)[0], -float(len(tried))))
     assert all(is_within(wide, parameters) for parameters, _ in tried[5:])
@@ -211,14 +211,14 @@ def test_proposals_lie_in_the_ranges_and_depend_on_trials_and_seed_alone(sampler
 
 
 def test_more_trials_come_nearer_to_the_best() -> None:
-    """On a parabola of three weights, better than chance finds in as many trials."""
+    """On a parabola of three weights, proposals beat as many random trials."""
     three = config(adapters={name: Path(name) for name in "abc"}, sampler="tpe")
     best = np.array([0.9, 0.4, 0.6])
 
     def value(parameters: Any) -> float:
         return -float(np.sum((np.array([*read_point(three, parameters).weights.values()]) - best) ** 2))
 
-    tried = [(parameters, value(parameters)) for parameters in list_beginnings(three)]
+    tried = [(parameters, value(parameters)) for parameters in list_initial_points(three)]
     while len(tried) < 40:
         parameters = propose(three, tried, 1)[0]
         tried.append((parameters, value(parameters)))
@@ -232,23 +232,23 @@ def trial(number: int, parameters: Any, **losses: float) -> Trial:
 
 
 def test_what_is_chosen_never_keeps_less_than_equal_weights_or_an_adapter_alone() -> None:
-    first = list_beginnings(config())
+    first = list_initial_points(config())
     losses = [(4.0, 4.0), (1.0, 5.0), (5.0, 1.0), (2.0, 2.0), (2.5, 2.5)]
     trials = [trial(number, first[number], a=a, b=b) for number, (a, b) in enumerate(losses)]
     objective = Objective.read(trials[0].quotients, {"a": trials[1].quotients, "b": trials[2].quotients}, higher_is_better=False)
-    best, equal = choose(config(), trials, objective)
+    best, equal = choose_best(config(), trials, objective)
     assert (best.number, equal.number) == (3, 3)
     worse = trial(5, {"method": "linear", "weight a": 0.3, "weight b": 0.7}, a=3.0, b=3.0)
-    assert choose(config(), [*trials, worse], objective)[0].number == 3
+    assert choose_best(config(), [*trials, worse], objective)[0].number == 3
     better = trial(5, {"method": "linear", "weight a": 0.3, "weight b": 0.7}, a=1.1, b=1.1)
-    assert choose(config(), [*trials, better], objective)[0].number == 5
+    assert choose_best(config(), [*trials, better], objective)[0].number == 5
     alone = [trials[0], trial(1, first[1], a=1.0, b=1.0), *trials[2:]]
-    assert choose(config(), alone, objective)[0].number == 1
+    assert choose_best(config(), alone, objective)[0].number == 1
     narrow = config(weights=(0.5, 1.0))
-    assert choose(narrow, alone, objective)[0].number == 3, "an adapter alone has a weight of 0"
+    assert choose_best(narrow, alone, objective)[0].number == 3, "an adapter alone has a weight of 0"
 
 
-def test_what_is_kept_and_how_sure_a_difference_is() -> None:
+def test_shares_kept_and_the_interval_of_a_difference() -> None:
     objective = Objective.read(
         {"a": 4.0, "b": 0.2, "c": 3.0},
         {"a": {"a": 2.0, "b": 0.3, "c": 2.8}, "b": {"a": 5.0, "b": 0.1, "c": 2.5}},
@@ -262,9 +262,11 @@ def test_what_is_kept_and_how_sure_a_difference_is() -> None:
     difference, low, high = objective.difference(rows, moved, seed=0)
     per_row = np.stack([(moved[task] - rows[task])[:, 0] / 3 / objective.change[task] for task in "abc"])
     assert difference == pytest.approx(per_row.mean())
-    spread = np.sqrt((per_row.var(axis=1) / 400).sum()) / 3  # all rows have as many tokens, so a mean's normal interval holds
+    spread = (
+        np.sqrt((per_row.var(axis=1) / 400).sum()) / 3
+    )  # all rows have the same number of tokens, so a normal interval of the mean applies
     assert (low, high) == pytest.approx((difference - 1.96 * spread, difference + 1.96 * spread), rel=0.06)
-    with pytest.raises(InputError, match=r"b: the adapter b comes to 0.3, the base alone to 0.2"):
+    with pytest.raises(InputError, match=r"b: the adapter b reaches 0.3, and the base alone 0.2"):
         Objective.read({"b": 0.2}, {"b": {"b": 0.3}}, higher_is_better=False)
     scores = Objective.read({"b": 0.2}, {"b": {"b": 0.7}}, higher_is_better=True)
     assert scores.kept({"b": 0.45}) == pytest.approx(0.5)
@@ -279,37 +281,37 @@ def test_counts_of_rows_are_the_main_score() -> None:
     assert count_scores(written, right) == [(2, 4), (0, 1), (2, 2)]
 
 
-def test_a_journal_keeps_trials_and_refuses_another_plan(tmp_path: Path) -> None:
+def test_a_trial_log_keeps_trials_and_refuses_another_plan(tmp_path: Path) -> None:
     plan = {"weights": (0.0, 1.5), "data": {"a": "1"}}
-    journal = Journal(tmp_path / "s", plan)
+    trial_log = TrialLog(tmp_path / "s", plan)
     first = trial(0, {"method": "linear", "weight a": 1 / 3}, a=0.1)
-    journal.add(first)
-    assert Journal(tmp_path / "s", plan).trials == {0: first}
+    trial_log.add(first)
+    assert TrialLog(tmp_path / "s", plan).trials == {0: first}
     with pytest.raises(InputError, match=r"another|other data, seed"):
-        Journal(tmp_path / "s", {**plan, "data": {"a": "2"}, "seed": 1})
+        TrialLog(tmp_path / "s", {**plan, "data": {"a": "2"}, "seed": 1})
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").touch()
     with pytest.raises(InputError, match="choose another --output"):
-        Journal(tmp_path / "thesis", plan)
+        TrialLog(tmp_path / "thesis", plan)
 
 
 def test_a_line_that_a_kill_cut_short_is_done_again(tmp_path: Path) -> None:
     path = tmp_path / "s" / "trials.jsonl"
     for number in range(2):
-        Journal(tmp_path / "s", {}).add(trial(number, {"method": "linear"}, a=1.0))
+        TrialLog(tmp_path / "s", {}).add(trial(number, {"method": "linear"}, a=1.0))
     whole = path.read_bytes()
     for length in (*range(0, len(whole), 7), len(whole) - 1, len(whole)):
         path.write_bytes(whole[:length])
-        journal = Journal(tmp_path / "s", {})
-        assert list(journal.trials) == list(range(whole[:length].count(b"\n") - 1))
-        for number in range(len(journal.trials), 2):
-            journal.add(trial(number, {"method": "linear"}, a=1.0))
+        trial_log = TrialLog(tmp_path / "s", {})
+        assert list(trial_log.trials) == list(range(whole[:length].count(b"\n") - 1))
+        for number in range(len(trial_log.trials), 2):
+            trial_log.add(trial(number, {"method": "linear"}, a=1.0))
         assert path.read_bytes() == whole
 
 
 def test_the_recipe_is_one_that_export_reads(tmp_path: Path) -> None:
     point = Point({"sql": 0.621, "my.adapter": -0.3}, "dare_ties", {"density": 0.45, "seed": 3})
-    (tmp_path / "r.toml").write_text('base = "b"\n' + write_recipe({"sql": Path("a/sql"), "my.adapter": Path('c "d"')}, point))
+    (tmp_path / "r.toml").write_text('base = "b"\n' + render_recipe({"sql": Path("a/sql"), "my.adapter": Path('c "d"')}, point))
     recipe = read_recipe(tmp_path / "r.toml")
     variant = recipe.variants["mix"]
     assert (variant.mix, variant.method, variant.density, variant.seed) == (point.weights, "dare_ties", 0.45, 3)

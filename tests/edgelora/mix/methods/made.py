@@ -1,4 +1,4 @@
-"""Deltas and factors for tests: drawn by hypothesis with every degeneracy, or Gaussian, in general position."""
+"""Deltas and factors for tests: degenerate ones by hypothesis, and Gaussian ones in general position."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgelora.mix.methods import METHODS
+from edgelora.mix.methods import MIX_METHODS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +25,7 @@ NONZERO = WEIGHTS.filter(bool)
 
 @dataclass(frozen=True)
 class Made:
-    """Factors of several adapters in one module, their weights, and their deltas in float64."""
+    """Several adapters' factors in one module, their weights, and their deltas in float64."""
 
     factors: Sequence[tuple[Floats, Floats]]
     weights: Sequence[float]
@@ -40,7 +40,7 @@ class Made:
 
     @property
     def size(self) -> float:
-        """What errors are measured by: of the factors, as rows of a product that cancel leave the errors of its terms."""
+        """The scale for errors: the factors' size, because rows that cancel in a product keep the errors of its terms."""
         norms = [float(np.linalg.norm(a) * np.linalg.norm(b)) for a, b in self.factors]
         return sum(abs(w) * norm for w, norm in zip(self.weights, norms, strict=True)) or 1.0
 
@@ -50,7 +50,7 @@ class Made:
 
 @st.composite
 def any_factors(draw: st.DrawFn, weights: st.SearchStrategy[float] = WEIGHTS, most: int = 4) -> Made:
-    """Small matrices whose entries repeat, vanish and cancel."""
+    """Small matrices with repeated, zero and cancelling entries."""
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
 
     def matrix(*shape: int) -> Floats:
@@ -63,7 +63,7 @@ def any_factors(draw: st.DrawFn, weights: st.SearchStrategy[float] = WEIGHTS, mo
 
 @st.composite
 def gaussian_factors(draw: st.DrawFn, weights: st.SearchStrategy[float] = NONZERO, fits: bool = False) -> Made:
-    """Matrices in general position, of which nothing is equal by chance. fits: the ranks sum up to at most N and K."""
+    """Matrices in general position, without accidental ties. fits: the ranks sum to at most N and K."""
     ranks = draw(st.lists(st.integers(1, 5), min_size=1, max_size=4))
     least = sum(ranks) if fits else 1
     rows, columns = draw(st.integers(least, least + 20)), draw(st.integers(least, least + 20))
@@ -76,9 +76,9 @@ def gaussian_factors(draw: st.DrawFn, weights: st.SearchStrategy[float] = NONZER
 
 
 def apply(method: str, made: Made, *, density: float = 0.5, seeds: Sequence[int] | None = None) -> Any:
-    """The ΔW that a method makes, (N, K), through its factors where it has them."""
+    """A method's ΔW (N, K), through its factors if it has them."""
     options = {"density": density, "seeds": seeds or list(range(len(made.weights)))}
-    found = METHODS[method]
+    found = MIX_METHODS[method]
     arguments = {name: options[name] for name in found.reads}
     if found.factored is None:
         assert found.dense is not None

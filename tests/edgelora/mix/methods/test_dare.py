@@ -1,4 +1,4 @@
-"""DARE drops entries of ΔW by its seeds alone, keeps the expectation, and then is the sum or the election that it says."""
+"""DARE drops entries by its seeds only, keeps the expectation, and then sums or elects."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def test_products_are_dropped_as_arrays() -> None:
     ("name", "weights"), [("dare_linear", [0.7, -0.4, 0.5]), ("dare_ties", [0.6, 0.6, 0.6]), ("magnitude", [0.7, -0.4, 0.5])]
 )
 def test_peft_agrees_under_the_same_mask(name: str, weights: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """PEFT 0.21 draws a mask over the whole tensor with torch's generator: here it is given ours. Its dare_ties elects before
-    it weighs, which is the same where the weights are equal."""
+    """PEFT 0.21 draws a mask over the whole tensor with torch's generator; the test gives it ours. Its dare_ties elects before
+    weighting, which makes no difference for equal weights."""
     deltas, density, seeds = gaussians(3), 0.25, [4, 5, 6]
     ours: Any = {"dare_linear": dare_linear, "dare_ties": dare_ties, "magnitude": magnitude}[name]
     found = ours(deltas, weights, density=density, **({} if name == "magnitude" else {"seeds": seeds}))

@@ -19,7 +19,7 @@ DENSITIES = st.sampled_from([0.2, 0.5, 0.83, 1.0])
 
 
 def reference_tsv(made: Made) -> Any:
-    """TSV-Merge, arXiv 2412.00081, with weights on the singular values, for deltas whose ranks fit side by side."""
+    """TSV-Merge, arXiv 2412.00081, with weights on the singular values, for deltas whose ranks sum to at most N and K."""
     parts = [np.linalg.svd(delta, full_matrices=False) for delta in made.exact]
     ranks = [len(a) for a, _ in made.factors]
     u = np.hstack([left[:, :r] for (left, _, _), r in zip(parts, ranks, strict=True)])
@@ -38,14 +38,14 @@ def reference_iso(made: Made) -> Any:
 
 
 def reference_core(made: Made, merge: Any) -> Any:
-    """arXiv 2509.17786, with the decompositions of the stacked factors themselves."""
+    """arXiv 2509.17786, with SVDs of the stacked factors."""
     u = np.linalg.svd(np.hstack([b.astype(np.float64) for _, b in made.factors]), full_matrices=False)[0]
     vt = np.linalg.svd(np.vstack([a.astype(np.float64) for a, _ in made.factors]), full_matrices=False)[2]
     return u @ merge([u.T @ delta @ vt.T for delta in made.exact]) @ vt
 
 
 def reference_knots(made: Made, merge: Any) -> Any:
-    """arXiv 2410.19735, with the decomposition of the deltas side by side."""
+    """arXiv 2410.19735, with the SVD of the concatenated deltas."""
     u, s, vt = np.linalg.svd(np.hstack(made.exact), full_matrices=False)
     rank = np.linalg.matrix_rank(np.hstack(made.exact))
     parts = np.split(vt[:rank], len(made.weights), axis=1)
@@ -74,7 +74,7 @@ def test_iso_is_the_paper_in_both_spaces(made: Made) -> None:
 @given(any_factors())
 def test_sums_are_the_same_in_every_space(made: Made) -> None:
     expected = np.sum([w * delta for w, delta in zip(made.weights, made.exact, strict=True)], axis=0)
-    alike = Made(made.factors, [max(map(abs, made.weights))] * len(made.weights))  # rounding is left out before weights count
+    alike = Made(made.factors, [max(map(abs, made.weights))] * len(made.weights))  # rounding is removed before weights apply
     for space in (in_core_space, in_knots_space):
         a, b = space(linear)(made.factors, made.weights)
         np.testing.assert_allclose(b.astype(np.float64) @ a, expected, atol=2e-6 * alike.size)
@@ -82,7 +82,7 @@ def test_sums_are_the_same_in_every_space(made: Made) -> None:
 
 @given(gaussian_factors(), DENSITIES)
 def test_core_ties_is_ties_on_the_cores(made: Made, density: float) -> None:
-    """Not ties on the deltas, which a change of basis does not carry over."""
+    """This differs from ties on the deltas, which does not commute with a change of basis."""
     expected = reference_core(made, lambda cores: reference_ties(cores, made.weights, density))
     np.testing.assert_allclose(apply("core_ties", made, density=density), expected, atol=1e-5 * made.size)
 
@@ -95,15 +95,15 @@ def test_knots_is_ties_on_the_parts_of_the_wide_decomposition(made: Made, densit
 
 @given(gaussian_factors(), st.sampled_from([0.2, 0.5, 0.83]))
 def test_knots_counts_no_directions_that_are_rounding(made: Made, density: float) -> None:
-    """An adapter that is there twice adds none, so that the share that is kept is one of what there is."""
-    twice = Made([*made.factors, made.factors[0]], [*made.weights, 0.375])  # no weights that are drawn cancel it
+    """An adapter listed twice adds no directions, so the density applies to the existing ones."""
+    twice = Made([*made.factors, made.factors[0]], [*made.weights, 0.375])  # no drawn weights cancel it
     expected = reference_knots(twice, lambda parts: reference_ties(parts, twice.weights, density))
     np.testing.assert_allclose(apply("knots", twice, density=density), expected, atol=1e-5 * twice.size)
 
 
 @pytest.mark.parametrize("space", [in_core_space, in_knots_space])
 def test_no_matrix_of_the_modules_size_is_formed(space: Any) -> None:
-    """One of these would take 400 GB."""
+    """A whole matrix would take 400 GB."""
     a, b = np.ones((2, 300_000), np.float32), np.ones((350_000, 2), np.float32)
     found, other = space(linear)([(a, b), (a, b)], [0.5, 0.25])
     assert other[7] @ found[:, 5] == pytest.approx(1.5)

@@ -1,4 +1,4 @@
-"""Truncation loses the discarded singular values, and says so: whole, from factors, and iterated."""
+"""Truncation loses the discarded singular values and reports the error: whole, from factors, and iterated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.edgelora.mix.methods.made import Made, any_factors
 
 
 def least_error(delta: np.ndarray, rank: int) -> float:
-    """Eckart-Young: the discarded singular values over all."""
+    """Eckart-Young: the norm of the discarded singular values over the norm of all."""
     singular = torch.linalg.svdvals(torch.from_numpy(delta.astype(np.float64))).numpy()
     return float(np.sqrt(np.square(singular[rank:]).sum() / np.square(singular).sum()))
 
@@ -43,7 +43,7 @@ def test_a_product_is_truncated_without_being_formed(made: Made, rank: int) -> N
 @pytest.mark.parametrize(("decay", "rank"), [(0.0, 8), (0.5, 24), (1.0, 24), (2.0, 4)])
 @pytest.mark.parametrize("shape", [(300, 200), (200, 400)])
 def test_large_matrices_lose_little_more_than_they_must(shape: tuple[int, int], decay: float, rank: int) -> None:
-    """By a five-hundredth, of a flat spectrum by a fiftieth; the error stated is the factors' own."""
+    """At most 1/500 more, and 1/50 for a flat spectrum. The stated error is the factors' actual error."""
     random = np.random.default_rng(rank)
     u, v = (np.linalg.qr(random.normal(size=(side, min(shape))))[0] for side in shape)
     delta = ((u * np.arange(1, min(shape) + 1.0) ** -decay) @ v.T).astype(np.float32)
@@ -69,7 +69,7 @@ def test_large_matrices_of_a_rank_are_held_by_it() -> None:
 
 @pytest.mark.parametrize("shape", [(400, 300), (300, 400)])
 def test_a_space_that_runs_out_of_directions_stays_orthonormal(shape: tuple[int, int]) -> None:
-    """The second block finds fewer directions than it has columns; what fills it up must not be counted twice."""
+    """The second block finds fewer directions than it has columns; the filler columns must not count."""
     random = np.random.default_rng(1)
     delta = (random.normal(size=(shape[0], 40)) @ random.normal(size=(40, shape[1]))).astype(np.float32)
     u, s, vt = find_largest(delta, 12, float(np.square(delta, dtype=np.float64).sum()))

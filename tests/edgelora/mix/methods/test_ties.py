@@ -1,4 +1,4 @@
-"""Trimming and the election of signs against plain float64 references."""
+"""Trimming and sign election against plain float64 references."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def reference_trim(delta: Any, density: float) -> Any:
 
 
 def reference_ties(deltas: Sequence[Any], weights: Sequence[float], density: float) -> Any:
-    """Entry by entry, in float64, as section 4 of arXiv 2306.01708 has it, on weighted deltas."""
+    """TIES entry by entry in float64, as in section 4 of arXiv 2306.01708, on weighted deltas."""
     parts = [weight * reference_trim(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
     merged = np.zeros(parts[0].shape)
     for index in np.ndindex(merged.shape):
@@ -80,13 +80,13 @@ def test_trim_keeps_the_largest(delta: Floats, density: float) -> None:
 
 
 def test_entries_that_are_equal_but_for_rounding_are_kept_together() -> None:
-    """So that an adapter trimmed in two bases, or by two ways of computing it, is trimmed alike."""
+    """This way, trimming does not depend on how ΔW was computed, or in which basis."""
     delta = np.array([[3, 1, np.nextafter(np.float32(1), np.float32(0)), 0.99]], np.float32)
     np.testing.assert_array_equal(trim(delta, 0.5)[:] != 0, [[True, True, True, False]])
 
 
 def reference_ties_weighted(deltas: Sequence[Any], weights: Sequence[float], density: float) -> Any:
-    """The same with the sum of the weights' sizes, mergekit's divisor for positive weights, in the place of the count."""
+    """The same with the sum of absolute weights, mergekit's divisor for positive weights, instead of the count."""
     parts = [weight * reference_trim(delta, density) for delta, weight in zip(deltas, weights, strict=True)]
     merged = np.zeros(parts[0].shape)
     for index in np.ndindex(merged.shape):
@@ -106,8 +106,8 @@ def test_ties_weighted_divides_by_weights(mix: tuple[list[Floats], list[float]],
         np.testing.assert_allclose(found, reference_ties_weighted(deltas, weights, density), rtol=1e-5, atol=1e-6)
 
 
-def test_a_negative_weight_turns_the_votes() -> None:
-    """-w times Δ is w times -Δ, in the election as in the mean."""
+def test_a_negative_weight_flips_votes() -> None:
+    """-w times Δ equals w times -Δ, in the election and in the mean."""
     random = np.random.default_rng(0)
     one, other = (random.normal(size=(20, 30)).astype(np.float32) for _ in range(2))
     for method in (ties, ties_weighted):
@@ -117,7 +117,7 @@ def test_a_negative_weight_turns_the_votes() -> None:
 
 
 def test_a_vote_that_rounding_decides_elects_nothing() -> None:
-    """Three deltas that cancel in exact numbers, and whose float32 sum is not 0."""
+    """Three deltas that cancel exactly, but whose float32 sum is not 0."""
     deltas = [np.full((1, 1), value, np.float32) for value in (0.3, 0.4, -0.7)]
     assert sum(delta[0, 0] for delta in deltas) != 0
     assert ties(deltas, [1.0, 1.0, 1.0], density=1.0) == 0
@@ -144,7 +144,7 @@ LARGE: dict[str, Any] = {
 @pytest.mark.parametrize("make", LARGE.values(), ids=LARGE.keys())
 @pytest.mark.parametrize("density", [1e-5, 0.004, 0.2, 0.77, 1.0])
 def test_the_threshold_of_a_large_matrix_is_exact(make: Any, density: float) -> None:
-    """Whatever its sample of rows says."""
+    """Even if the sample of rows is misleading."""
     delta = make(np.random.default_rng(0)).astype(np.float32)
     expected = np.sort(np.abs(delta), axis=None)[::-1][math.ceil(density * delta.size) - 1]
     assert find_threshold(delta, density) == expected
@@ -155,13 +155,13 @@ def peft_ties(deltas: Sequence[Floats], weights: Sequence[float], density: float
     from peft.utils.merge_utils import ties as run
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns of density 1
+        warnings.simplefilter("ignore")  # PEFT warns about density 1
         return run([torch.from_numpy(delta) for delta in deltas], torch.tensor(list(weights)), density).numpy()
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
 def test_ties_agrees_with_peft_for_equal_positive_weights(density: float) -> None:
-    """There, electing the sign before or after weighting is the same. Shapes make density · size whole: PEFT rounds down."""
+    """For those, electing before or after weighting is the same. density · size is a whole number here, as PEFT rounds down."""
     random = np.random.default_rng(0)
     deltas = [random.normal(size=(20, 30)).astype(np.float32) for _ in range(3)]
     for weight in (1.0, 0.4):
@@ -171,7 +171,7 @@ def test_ties_agrees_with_peft_for_equal_positive_weights(density: float) -> Non
 
 
 def test_where_ties_differs_from_peft() -> None:
-    """PEFT elects the sign on unweighted deltas, so that a delta of small weight can outvote a large one."""
+    """PEFT elects signs on unweighted deltas, so a delta with a small weight can outvote one with a large weight."""
     one, other = np.array([[1.0]], np.float32), np.array([[-3.0]], np.float32)
     assert ties([one, other], [1.0, 0.1], density=1.0) == pytest.approx(1.0)  # 1.0 against -0.3: positive
     assert peft_ties([one, other], [1.0, 0.1], 1.0) == pytest.approx(-0.3)  # 1.0 against -3.0: negative

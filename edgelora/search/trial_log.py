@@ -1,4 +1,4 @@
-"""The journal of a search: its plan, and every trial as soon as it is scored, so that a search that was killed goes on."""
+"""The trial log of a search: its plan and every scored trial, so that an interrupted search can continue."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
     from edgelora.search.space import Parameters
 
-JOURNAL = "trials.jsonl"
+TRIALS_FILE = "trials.jsonl"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A point that was scored. figures: per task the sums over rows that the objective is the quotient of."""
+    """A scored point. figures: per task a numerator and a denominator, summed over rows; their quotient is the loss or score."""
 
     number: int
     parameters: Parameters
@@ -32,20 +32,20 @@ class Trial:
         return {task: above / below for task, (above, below) in self.figures.items()}
 
 
-class Journal:
-    """JSON lines in a search's folder: the plan, then the trials in the order in which they were done."""
+class TrialLog:
+    """JSON lines in a search's folder: the plan, then the trials in the order in which they finished."""
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        """Opens the folder's journal, or begins one.
+        """Opens the folder's trial log, or starts one.
 
-        Raises InputError for a folder that holds something else, and for the journal of another plan, whose trials say
-        nothing about this one: it is neither continued nor overwritten.
+        Raises InputError for a folder that holds something else, and for the log of another plan: its trials do not apply to this
+        plan, so it is neither continued nor overwritten.
         """
-        self._path = folder / JOURNAL
+        self._path = folder / TRIALS_FILE
         if folder.exists() and not self._path.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not a folder with {JOURNAL}; choose another --output or remove it")
+            raise InputError(f"{folder} exists and is not a folder with {TRIALS_FILE}; choose another --output or remove it")
         self.trials: dict[int, Trial] = {}
-        self.plan = plan = json.loads(json.dumps(plan))  # tuples become lists, as they do on disk
+        self.plan = plan = json.loads(json.dumps(plan))  # tuples become lists, as on disk
         lines = self._read_lines()
         if not lines:
             folder.mkdir(parents=True, exist_ok=True)
@@ -54,19 +54,19 @@ class Journal:
             before = lines[0].get("plan") or {}
             other = [key for key in {**plan, **before} if plan.get(key) != before.get(key)]
             raise InputError(
-                f"{folder} holds a search with other {', '.join(other)}; choose another --output, or remove it to start anew"
+                f"{folder} holds a search with other {', '.join(other)}; choose another --output, or remove it to start over"
             )
         for line in lines[1:]:
             figures = {task: (float(above), float(below)) for task, (above, below) in line["figures"].items()}
             self.trials[line["trial"]] = Trial(line["trial"], line["parameters"], figures)
 
     def add(self, trial: Trial) -> None:
-        """Writes a trial to disk."""
+        """Appends a trial to the log on disk."""
         self._append({"trial": trial.number, "parameters": trial.parameters, "figures": trial.figures})
         self.trials[trial.number] = trial
 
     def _read_lines(self) -> list[dict[str, Any]]:
-        """The lines so far. One that a kill cut short is cut off the file, for the next trial stands in its place."""
+        """Reads the lines so far. Truncates a last line that an interruption left incomplete."""
         if not self._path.is_file():
             return []
         text = self._path.read_bytes()
@@ -76,7 +76,7 @@ class Journal:
         try:
             return [json.loads(line) for line in text.splitlines()]
         except ValueError as error:
-            raise InputError(f"{self._path} is damaged ({error}); remove it to start anew") from error
+            raise InputError(f"{self._path} is damaged ({error}); remove it to start over") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:
         with self._path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What a learned mix is to say: rows with the probabilities of each one's own adapter, and how far from them a mix is."""
+"""Distillation: examples with the token probabilities of each row's own adapter, and the loss of a mix on them."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ if TYPE_CHECKING:
     from edgelora.adapters.folder import Adapter
     from edgelora.in_torch.mixed_model import MixedModel
 
-WRITTEN_TOKENS = 256  # of a completion that an adapter writes; what has not ended by then is left out
+WRITTEN_TOKENS = 256  # longer completions that an adapter writes are dropped, as they are unfinished
 
 
 @dataclass(frozen=True)
 class Example:
-    """A row as tokens, completion and end of text included. soft: log probabilities, float16 (T, V), of its adapter."""
+    """A row as tokens, with the completion and the end of text.
+
+    start: index of the first token after the prompt. teacher: log probabilities of the row's own adapter, float16 (T, V).
+    """
 
     tokens: list[int]
     start: int
-    soft: torch.Tensor
+    teacher: torch.Tensor
 
 
 def write_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """At most so many of the rows' distinct prompts, with what the adapter alone writes after them."""
+    """Completes up to `count` of the rows' distinct prompts with the adapter alone."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     random.Random(seed).shuffle(prompts)  # noqa: S311  (not for secrets)
     _set_alone(model, adapter)
@@ -40,7 +43,7 @@ def write_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row], count: 
 
 
 def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
-    """Rows with what their adapter alone says of each token of the completion: 2 bytes for each entry of the vocabulary."""
+    """Encodes rows with their adapter's probabilities, which take 2 bytes per completion token and vocabulary entry."""
     import torch
 
     end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
@@ -51,15 +54,16 @@ def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> lis
             whole, start = model.encode(row)
             tokens = whole + end
             logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
-            soft = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
-            examples.append(Example(tokens, start, soft.clone()))
+            teacher = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
+            examples.append(Example(tokens, start, teacher.clone()))
     return examples
 
 
-def distance(model: MixedModel, batch: Sequence[Sequence[Example]], soft: float) -> torch.Tensor:
-    """(1 - soft) · negative log likelihood + soft · KL(adapter ‖ mix), in nats per token: the mean over adapters of their means.
+def distillation_loss(model: MixedModel, batch: Sequence[Sequence[Example]], share: float) -> torch.Tensor:
+    """The loss (1 - share) · negative log likelihood + share · KL(adapter ‖ mix), in nats per token.
 
-    batch: examples by adapter. A mean over all tokens would leave a task of short completions next to no say.
+    It is the mean over adapters of their means: in a mean over all tokens, tasks with short completions would hardly count.
+    batch: examples by adapter. share: LearnConfig.distillation_share.
     """
     import torch
 
@@ -68,17 +72,17 @@ def distance(model: MixedModel, batch: Sequence[Sequence[Example]], soft: float)
     ids = torch.zeros(len(examples), max(len(example.tokens) for example in examples), dtype=torch.int64)
     for place, example in enumerate(examples):
         ids[place, : len(example.tokens)] = torch.tensor(example.tokens)
-    # Padding at the end is never seen by what stands before it, so no mask is needed.
+    # Attention is causal, so padding at the end needs no mask.
     logits = model.model(input_ids=ids.to(device), use_cache=False).logits
-    said = torch.cat(
+    log_probs = torch.cat(
         [logits[place, example.start - 1 : len(example.tokens) - 1] for place, example in enumerate(examples)]
     ).log_softmax(dim=-1)
     labels = torch.tensor([token for example in examples for token in example.tokens[example.start :]], device=device)
-    hard = torch.nn.functional.nll_loss(said, labels, reduction="none")
-    wanted = torch.cat([example.soft for example in examples]).float()
-    divergence = torch.nn.functional.kl_div(said, wanted, reduction="none", log_target=True).sum(dim=-1)
+    hard = torch.nn.functional.nll_loss(log_probs, labels, reduction="none")
+    teacher = torch.cat([example.teacher for example in examples]).float()
+    divergence = torch.nn.functional.kl_div(log_probs, teacher, reduction="none", log_target=True).sum(dim=-1)
     tokens = [sum(len(example.tokens) - example.start for example in group) for group in batch]
-    parts: list[torch.Tensor] = list(torch.split((1 - soft) * hard + soft * divergence, tokens))
+    parts: list[torch.Tensor] = list(torch.split((1 - share) * hard + share * divergence, tokens))
     return torch.stack([part.mean() for part in parts]).mean()
 
 

@@ -1,0 +1,36 @@
+"""`edgelora doctor`: shows what edgelora can use on this machine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the annotations)
+from edgelora.cli.terminal import print_json, print_table
+from edgelora.formatting import format_bytes
+from edgelora_runtime import __version__
+
+if TYPE_CHECKING:
+    from edgelora.doctor import Diagnosis
+
+
+def doctor(json: JsonOption = False) -> None:
+    """Show what edgelora can use on this machine, and what to install."""
+    from edgelora.doctor import diagnose
+
+    found = diagnose()
+    if json:
+        print_json({"edgelora": __version__, **vars(found)})
+    else:
+        show_diagnosis(found)
+
+
+def show_diagnosis(found: Diagnosis) -> None:
+    """Prints versions, packages, the packed cache and the advice."""
+    memory = "unknown" if found.memory is None else format_bytes(found.memory)
+    print(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
+    print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}; edgelora's own kernels: {found.kernels or 'none'}")
+    print_table("", ["package", "version"], [[name, version or "absent"] for name, version in found.packages.items()])
+    folder, held = found.packed_cache
+    print(f"packed cache: {format_bytes(held)} in {folder}, which may be deleted at any time")
+    for line in found.advice:
+        print(f"- {line}")

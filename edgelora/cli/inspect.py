@@ -1,0 +1,117 @@
+"""`edgelora inspect` and `edgelora verify`: shows what a bundle holds, and checks its bytes against the manifest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
+from edgelora.cli.terminal import print_json, print_table, show_progress
+from edgelora.formatting import format_bytes, format_share
+from edgelora_runtime.errors import IntegrityError
+
+if TYPE_CHECKING:
+    from edgelora.inspection import VariantDescription
+    from edgelora_runtime import Bundle
+    from edgelora_runtime.bundle.manifest import FidelityEntry, RouterEntry
+
+
+def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
+    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters."""
+    from edgelora_runtime import Bundle
+
+    show_bundle(Bundle.open(bundle), as_json=json)
+
+
+def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
+    """Check every byte of a bundle against its manifest. If files differ, name them and exit with code 4."""
+    from edgelora_runtime import Bundle
+
+    opened = Bundle.open(bundle)
+    with show_progress("verifying") as on_progress:
+        done = 0
+
+        def count(name: str) -> None:
+            nonlocal done
+            done += 1
+            on_progress(done, len(opened.manifest.files), name)
+
+        broken = opened.verify(count)
+    if broken:
+        raise IntegrityError(f"bundle {bundle}: {', '.join(broken)} differ from the manifest; copy or export the bundle again")
+    size = sum(entry.size for entry in opened.manifest.files.values())
+    if json:
+        print_json({"bundle": bundle, "files": len(opened.manifest.files), "bytes": size, "ok": True})
+    else:
+        print(f"{bundle}: {len(opened.manifest.files)} files, {format_bytes(size)}, all as listed")
+
+
+def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
+    """Prints a bundle's description as tables, or as one JSON object."""
+    from edgelora.inspection import describe_bundle
+
+    described = describe_bundle(bundle)
+    if as_json:
+        print_json(described)
+        return
+    model, grid = described.model, described.quantization
+    stored = "float32" if grid.bits == 32 else f"int{grid.bits}, block {grid.block_size}, {grid.method}"
+    base = f"base {described.base.name} ({described.base.sha256[:12]})"
+    print(f"{bundle.folder}: {model.architecture}, {model.layers} layers, {base}, {stored}")
+    rows = [
+        [
+            item.name + (" *" if item.name == described.default_variant else ""),
+            item.kind,
+            " + ".join(f"{name} by module" if name in item.weights else f"{w:g} {name}" for name, w in item.mix.items()) or "–",
+            item.method if item.mix else "–",
+            _describe_merge_base(item),
+            format_bytes(item.bytes),
+            format_bytes(item.private_bytes),
+        ]
+        for item in described.variants
+    ]
+    print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
+    if figures := [_list_figures(item, item.fidelity) for item in described.variants if item.fidelity is not None]:
+        print_table(
+            "KL from the unmerged adapter on the float base, and on the base that it was trained on; nats per token",
+            ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
+            figures,
+        )
+    if described.router is not None:
+        _show_router(described.router)
+    print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _show_router(router: RouterEntry) -> None:
+    rows = [
+        [each.variant or "anything else", str(each.prompts), str(each.held_out), format_share(each.accuracy)]
+        for each in router.classes
+    ]
+    limit = f", and for a confidence below {router.threshold:g}" if router.threshold else ""
+    print_table(
+        f"router: variant 'auto' picks by the prompt; {router.fallback} for anything else{limit}",
+        ["variant", "prompts learnt from", "held out", "of these to their own %"],
+        [*rows, ["mean", "", "", format_share(router.accuracy)]],
+    )
+
+
+def _describe_merge_base(item: VariantDescription) -> str:
+    """The base that a mix was merged into, and the loss on each base that was tried."""
+    if item.kind == "live" or not item.mix:
+        return "–"
+    losses = [f"{name} {loss:.4g}" for name in ("float", "nf4", "int4") if (loss := item.merge_losses.get(name)) is not None]
+    return f"{item.merge_base} (loss: {', '.join(losses)})" if losses else item.merge_base
+
+
+def _list_figures(item: VariantDescription, found: FidelityEntry) -> list[str]:
+    return [
+        item.name,
+        found.outcome,
+        "–" if found.retention is None else f"{found.retention:.4f}",
+        f"{found.kl_mean:.2g}",
+        f"{found.kl_p99:.2g}",
+        "–" if found.trained_kl is None else f"{found.trained_kl:.2g}",
+        f"{found.top1:.3f}",
+        f"{found.perplexity:.3f}",
+        f"{found.teacher_perplexity:.3f}",
+        str(len(item.int8)),
+    ]

@@ -1,0 +1,118 @@
+"""`edgelora compose search`: finds the weights of a mix on held-out rows."""
+
+from __future__ import annotations
+
+from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgelora.cli.arguments import AdaptersOption, BaseOption, JsonOption, SeedOption, parse_paths, parse_range
+from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
+
+if TYPE_CHECKING:
+    from edgelora.search.report import SearchReport
+    from edgelora.search.space import Point
+
+
+def search(
+    base: BaseOption,
+    adapter: AdaptersOption,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by the name of its adapter; repeat for each task."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the trials, the report, and the best mix as an adapter.")],
+    budget: Annotated[
+        int, typer.Option(help="Configurations to try, including the base, each single adapter and equal weights.")
+    ],
+    method: Annotated[
+        str,
+        typer.Option(help="Methods to choose from, separated by commas; or all, which leaves out methods equivalent to another."),
+    ] = "linear",
+    weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of every adapter's weight.")] = "0:1.5",
+    density: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that use one.")] = "0.1:0.9",
+    scale: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Range of a common factor on all weights; 1 if omitted.")
+    ] = None,
+    objective: Annotated[str, typer.Option(help="loss, or score (slot F1 or exact match), which takes longer.")] = "loss",
+    sampler: Annotated[str, typer.Option(help="Optuna's sampler: gp, tpe, or auto for gp if scipy is installed.")] = "auto",
+    confirm: Annotated[
+        float, typer.Option(help="Share of the rows to keep out of the search and measure the best mix on.")
+    ] = 0.5,
+    max_tokens: Annotated[int, typer.Option(help="With --objective score: maximum number of tokens to write.")] = 64,
+    parallel: Annotated[
+        int, typer.Option(help="Trials to propose at a time, which affects what is tried; --ray also runs them in parallel.")
+    ] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Run trials on Ray: auto, an address, or local to start a local instance."),
+    ] = None,
+    seed: SeedOption = 0,
+    json: JsonOption = False,
+) -> None:
+    """Search weights, and optionally method and density, on held-out rows. Run it again to continue an interrupted search."""
+    from edgelora.search.config import DISTINCT_METHODS, SearchConfig
+    from edgelora.search.run import search as run_search
+
+    config = SearchConfig(
+        base=base,
+        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        data=parse_paths(data, "--data NAME=HELDOUT.jsonl"),
+        output=output,
+        budget=budget,
+        methods=DISTINCT_METHODS if method == "all" else tuple(method.split(",")),
+        weights=parse_range(weights, "--weights"),
+        density=parse_range(density, "--density"),
+        scale=None if scale is None else parse_range(scale, "--scale"),
+        objective=objective,
+        sampler=sampler,
+        confirm=confirm,
+        max_tokens=max_tokens,
+        parallel=parallel,
+        address=ray,
+        seed=seed,
+    )
+    with show_progress("searching") as on_progress:
+        report = run_search(config, on_progress=on_progress, on_note=print_note)
+    if json:
+        print_json(report)
+    else:
+        show_search(report)
+
+
+def show_search(report: SearchReport) -> None:
+    """Prints the scores as a table, then the best mix and the lines that put it into a recipe."""
+    confirmed = all(kept for _, kept in report.rows.values())
+    rows = ", ".join(f"{(kept if confirmed else searched)} {task}" for task, (searched, kept) in report.rows.items())
+    named = {"base": report.base, **report.adapters, "equal weights": report.equal.figures, "best": report.best.figures}
+    kept = {"equal weights": report.equal.kept, "best": report.best.kept}
+    print_table(
+        f"{report.objective} on {rows} rows {'kept out of the search' if confirmed else 'used by the search'}",
+        ["", *report.rows, "kept"],
+        [
+            [name, *(f"{figures[task]:.4f}" for task in report.rows), f"{kept[name]:.3f}" if name in kept else ""]
+            for name, figures in named.items()
+        ],
+    )
+    resumed = f", {report.resumed} of them in earlier runs" if report.resumed else ""
+    print(f"{report.configurations} configurations tried{resumed}")
+    print(f"best: {_describe_mix(report.best.mix)}, trial {report.best.trial}")
+    low, high = report.interval
+    equal = _describe_mix(report.equal.mix)
+    print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
+    if not confirmed:
+        print("the interval is optimistic: the best mix was chosen on the same rows; --confirm keeps some rows apart")
+    if report.written_kept is not None:
+        print(
+            f"{report.adapter} is the nearest adapter of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
+            f"and keeps {report.written_kept:.3f}; a merged variant of the recipe below is the mix itself"
+        )
+    print(f"{report.adapter}\n\n{report.recipe}")
+
+
+def _describe_mix(mix: Point) -> str:
+    weights = " + ".join(f"{weight:g} {name}" for name, weight in mix.weights.items())
+    return ", ".join([f"{mix.method}({weights}", *(f"{name} {value:g}" for name, value in mix.settings.items())]) + ")"

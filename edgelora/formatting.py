@@ -1,0 +1,37 @@
+"""Turns values into text: bytes, shares and JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+def format_bytes(size: float) -> str:
+    """Bytes in the unit that reads best: 512 B, 3.4 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def format_share(share: float | None) -> str:
+    """A share as a percentage with one decimal; a dash for None."""
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def to_json(value: object) -> str:
+    """A value as JSON on one line; dataclasses become objects and paths become strings."""
+    return json.dumps(_to_plain(value), ensure_ascii=False)
+
+
+def _to_plain(value: object) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
