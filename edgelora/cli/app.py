@@ -192,9 +192,9 @@ def export(
         edgelora.export(recipe, output, calibration=calibration, gate=gate, on_progress=on_progress, on_note=print_note)
     opened = Bundle.open(output)
     if report is not None:
-        from edgelora.report.fidelity_pages import write_reports
+        from edgelora.report.fidelity_pages import write_fidelity
 
-        for path in write_reports(opened.manifest, report):
+        for path in write_fidelity(opened, report):
             print_note(f"{path}")
     show_bundle(opened, json)
 

@@ -269,7 +269,8 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
-    from edgelora.report.composition_pages import show_composition, write_composition
+    from edgelora.cli.show_composition import show_composition
+    from edgelora.report.composition_pages import write_composition
     from edgelora.report.composition_report import report_composition
     from edgelora_runtime.residency.memory import parse_bytes
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora.data.rows import Row
-    from edgelora.report.interference import Factors
+    from edgelora.mix.methods.deltas import Factors
     from edgelora.report.output_interference import OutputInterference
     from edgelora_export.decoder.description import Decoder
 
@@ -94,6 +94,14 @@ class PairReport:
     prediction: Prediction
     score: PairScore | None
     verdict: Verdict
+
+    @property
+    def name(self) -> str:
+        return " + ".join(self.pair)
+
+    def other(self, name: str) -> str:
+        """The one of the two that has not this name."""
+        return self.pair[1] if name == self.pair[0] else self.pair[0]
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,7 @@ def report_composition(
     )
 
 
-def judge(prediction: Prediction, score: PairScore | None) -> Verdict:
+def decide_merge_or_route(prediction: Prediction, score: PairScore | None) -> Verdict:
     """Merge where both tasks keep enough, as measured if they were, else as predicted; route otherwise."""
     if score is not None:
         worst, found = min(score.tasks.items(), key=lambda item: (item[1].holds, -item[1].excess))
@@ -277,7 +285,7 @@ def _report_pair(
         {module: summarize([one], i, j) for module, one in figures.items()},
         prediction,
         score,
-        judge(prediction, score),
+        decide_merge_or_route(prediction, score),
     )
 
 

@@ -6,7 +6,6 @@ import json
 import shutil
 import sys
 from functools import partial
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from edgelora_export.architectures import read_decoder
 from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle
 from edgelora_runtime.errors import InputError, UsageError
+from tests.edgelora.report.parsed_page import check_page
 from tests.tiny import LINEARS, load_base, make_adapter, make_tokenizer
 
 ROWS = [("the cat", " sat on the mat"), ("a day in", " the sun"), ("one two", " three four and the moon")]
@@ -274,12 +274,9 @@ def test_files_of_a_report(measured: CompositionReport, tiny_base: Path, adapter
     assert set(found.variants) == {"base", *(variant.name for variant in measured.plan.merged), *measured.plan.live}
     value = json.loads(figures.read_text(encoding="utf-8"))
     assert value["pairs"][0]["verdict"]["choice"] == measured.pairs[0].verdict.choice
-    html = page.read_text(encoding="utf-8")
-    assert "http" not in html
-    assert all(name in html for name in ("plain under other", "layer 1", escape(measured.pairs[0].verdict.reason)))
-    pictures = [f"<svg{part.split('</svg>')[0]}</svg>" for part in html.split("<svg")[1:]]
-    assert len(pictures) >= 9
-    assert all(picture.count("<rect") == picture.count("/>") for picture in pictures)
+    shown = check_page(page.read_text(encoding="utf-8"), {"report.html"})
+    assert "plain under other" in shown.text and measured.pairs[0].verdict.reason in shown.text
+    assert len(shown.all("figure")) == 9
     write_composition(measured, tmp_path / "report")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1").touch()
