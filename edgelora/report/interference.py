@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
+    from edgelora.mix.methods.deltas import Factors
+
     Doubles = NDArray[np.float64]
-    Factors = tuple[Floats, Floats]
 
 NEGLIGIBLE = 0.1  # of a delta's root mean square: entries below it have a sign by chance
 _BLOCK = 1 << 20  # entries of a delta formed at once
