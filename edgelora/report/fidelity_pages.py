@@ -29,7 +29,7 @@ _COLUMNS = ("variant", "mix", "outcome", "adapter kept", "KL mean", "KL p99", "s
 
 
 def write_fidelity(bundle: Bundle, folder: Path) -> list[Path]:
-    """Writes index.html and a page for each variant that has figures into a folder; returns their paths, the index first."""
+    """Writes index.html and a page for each measured variant into a folder; returns their paths, the index first."""
     pages = render_fidelity(bundle.folder.resolve().name, describe_bundle(bundle))
     folder.mkdir(parents=True, exist_ok=True)
     for file, page in pages.items():
@@ -48,7 +48,7 @@ def render_fidelity(bundle: str, described: BundleDescription) -> dict[str, Html
 
 
 def name_files(variants: Iterable[str]) -> dict[str, str]:
-    """The file of each variant's page: safe in an address, and no other page's even where upper and lower case are one."""
+    """A file name for each variant's page: safe in a link, and unique even on disks that ignore case."""
     files: dict[str, str] = {}
     taken = {INDEX}
     for variant in variants:
@@ -123,14 +123,14 @@ def _list_variant(item: VariantDescription, default: str, file: str | None) -> l
 
 
 def _name_outcome(found: FidelityEntry | None) -> str:
-    """The gate's verdict as a label; plain words where the gate had nothing to judge."""
+    """The outcome as a label; as plain words where the gate had nothing to check."""
     if found is None:
         return "not measured"
     return found.outcome if found.outcome == "measured" else render_chip(found.outcome, solid=found.outcome == "passed")
 
 
 def _draw_bytes(described: BundleDescription) -> Html:
-    """What a bundle's bytes add up from: the files that variants share, those of each alone, and the rest."""
+    """Where a bundle's bytes are: in files that variants share, in those of each alone, and in the rest."""
     own = {item.name: item.private_bytes for item in described.variants}
     rest = described.bytes - described.shared_bytes - sum(own.values())
     sizes = [

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 NONE = "–"  # a figure that does not exist
 
-# Nothing but the style in the page itself: a name that slipped through the escaping could still load and run nothing.
+# A page may use its own style and nothing else. Even a name that got past the escaping could not load or run anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def render_page(title: str, lead: str, *sections: str, context: str = "", links: Sequence[tuple[str, str]] = ()) -> Html:
-    """A whole page. context: follows the title in the browser's tab. links: text and address of the pages above this one."""
+    """A whole page. context: what the browser's tab shows after the title. links: text and address of pages above this one."""
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -59,7 +59,7 @@ def render_note(*parts: str) -> Html:
 
 
 def render_chip(word: str, *, solid: bool = False) -> Html:
-    """A word that stands out, as on a filled or an outlined label."""
+    """A word on a filled or an outlined label."""
     return element("span", word, class_="chip solid" if solid else "chip")
 
 
@@ -70,7 +70,7 @@ def render_cards(facts: Iterable[tuple[str, str, str]]) -> Html:
 
 
 def render_table(label: str, columns: Sequence[str], rows: Iterable[Sequence[str]], figures: Iterable[int] = ()) -> Html:
-    """A table whose first column names its rows. label: what it is, for screen readers. figures: columns set to the right."""
+    """A table whose first column names its rows. label: its name, for screen readers. figures: columns to align right."""
     right = frozenset(figures)
 
     def style(place: int) -> str | None:
@@ -102,5 +102,5 @@ def render_scroll(label: str, content: Html) -> Html:
 
 
 def render_lines(lines: Iterable[str]) -> Html:
-    """Lines under each other in one cell."""
+    """Several lines in one cell."""
     return join(element("div", line) for line in lines)

@@ -9,7 +9,7 @@ BLACK, WHITE = "#000000", "#ffffff"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of everything but the cells of a heat map. kept, disturbance, share: bars, after the scales of these names."""
+    """Colors of everything but heat maps. kept, disturbance, share: bars that mean what the scale of that name means."""
 
     page: str
     surface: str
@@ -30,8 +30,8 @@ DARK = Theme("#121417", "#1b1e22", "#e8eaed", "#a6adb5", "#33383f", "#8cc2ff", "
 class Scale:
     """A color scale with one meaning. Values past its ends get the color of the end.
 
-    name: of its CSS classes. low, high: the values at its ends. light, dark: the colors at equal distances from low to high;
-    those between are mixed. The light theme gets darker, and the dark one lighter, the further a value is from 0.
+    name: of its CSS classes. low, high: the values at its ends. light, dark: colors at equal distances from low to high; those
+    between are mixed. The further a value is from 0, the darker is its color in the light theme, the lighter in the dark one.
     """
 
     name: str
@@ -46,10 +46,6 @@ class Scale:
         share = (value - self.low) / (self.high - self.low)
         return round(min(1.0, max(0.0, share)) * (self.steps - 1))
 
-    def value(self, step: int) -> float:
-        """The value in the middle of a step."""
-        return self.low + (self.high - self.low) * step / (self.steps - 1)
-
     def colors(self, anchors: tuple[str, ...]) -> list[str]:
         """The color of each step, mixed from the two nearest of the anchors."""
         last = len(anchors) - 1
@@ -61,9 +57,13 @@ class Scale:
         return mixed
 
 
+# How much of something good is left.
 KEPT = Scale("kept", 0.0, ("#f0f5fb", "#86b4e0", "#0a4a8a"), ("#202a35", "#2f6aa3", "#b2d8fc"))
+# How large an error or a disturbance is.
 DISTURBANCE = Scale("disturbance", 0.0, ("#fcf5ec", "#eda65c", "#8f4400"), ("#2c251d", "#a3601b", "#ffcb90"))
+# How large a share is, which is neither good nor bad.
 SHARE = Scale("share", 0.0, ("#f3f4f5", "#a9aeb4", "#474c52"), ("#272a2e", "#6d737a", "#d8dce0"))
+# Which sign a figure has, and how far it is from 0.
 SIGN = Scale(
     "sign",
     -1.0,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from edgelora.report.palette import Scale
 
 _TICKS = 4  # parts of a bar chart's axis
-_LONG = 8  # columns of a heat map that may stand beside another
+_LONG = 8  # a heat map with more columns has a row of the page to itself
+_LEAST = 1e-300  # a smaller value counts as 0, as the power of ten below it could be 0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def draw_heat_maps(pictures: Iterable[HeatMap]) -> Html:
 
 
 def draw_bars(title: str, note: str, unit: str, bars: Sequence[Bar], legend: Mapping[str, str], most: float = 0.0) -> Html:
-    """Bars from 0 to a round value that is no less than any, nor than most. legend: what each color stands for."""
+    """Bars on an axis that starts at 0, and ends at a round value past all bars and past most. legend: what each color means."""
     end = round_up(max((most, *(bar.value for bar in bars))))
     keys = (element("span", element("span", class_=f"key {color}"), meaning) for color, meaning in legend.items())
     rows = [
@@ -105,15 +106,15 @@ def draw_bars(title: str, note: str, unit: str, bars: Sequence[Bar], legend: Map
 
 
 def round_up(value: float) -> float:
-    """The least of 1, 2, 4 and 8 times a power of ten that is no less than a value; 1 where that is not above 0."""
-    if value <= 0:
+    """The smallest of 1, 2, 4 and 8 times a power of ten that is at least a value; 1 for a value that is not above 0."""
+    if value < _LEAST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9))
 
 
 def format_cell(value: float | None, *, sign: bool = False) -> str:
-    """A figure in few characters: two decimals below 10, fewer above; a dash for None. sign: whether to mark what is above 0."""
+    """A figure in few characters: two decimals below 10, fewer above, a dash for None. sign: whether to write + above 0."""
     if value is None:
         return NONE
     size = abs(value)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 INDEX = "index.html"
 _PRODUCT = re.compile(r"layers\.(\d+)\.(.+)")
 _OUTCOMES = {
-    "measured": "no adapter, so nothing to pass",
+    "measured": "no adapter, so the gate had nothing to check",
     "passed": "keeps what the gate asks for",
     "repaired": "changed until it passed the gate",
     "live": "its adapters stay unquantized",
@@ -37,14 +37,15 @@ def render_variant(bundle: str, item: VariantDescription, found: FidelityEntry) 
         ("KL, mean", f"{found.kl_mean:.3g}", "nats per token; 0 is no difference"),
         ("Same top token", f"{found.top1:.3f}", f"share of {found.tokens} tokens"),
     )
-    title = f"What variant “{item.name}” keeps of {'its adapters' if item.mix else 'the float base'}"
+    teacher = "the unmerged adapter" if item.mix else "the float base"
+    title = f"What variant “{item.name}” keeps of {'its adapters' if item.mix else teacher}"
     lead = join((f"{item.kind.capitalize()} variant of the bundle ", element("b", bundle), f", mix: {name_mix(item)}."))
     return render_page(
         title,
         lead,
-        render_section("summary", "Against the unmerged adapter", render_cards(cards), _draw_divergence(found)),
+        render_section("summary", f"Against {teacher}", render_cards(cards), _draw_divergence(found)),
         render_section("products", "Product by product", _draw_products(item, found.products)),
-        render_section("figures", "All figures", render_facts(f"All figures of {item.name}", _list_facts(item, found))),
+        render_section("figures", "All figures", render_facts(f"All figures of {item.name}", _list_facts(item, found, teacher))),
         context=bundle,
         links=[(f"All variants of “{bundle}”", INDEX)],
     )
@@ -78,10 +79,8 @@ def _draw_divergence(found: FidelityEntry) -> Html:
     if found.trained_kl is not None:
         note += " The last bar compares with the adapter on the quantized base that it was trained on."
         bars.append(Bar("variant, mean, on the trained base", found.trained_kl, f"{found.trained_kl:.4g}", "disturbance"))
-    title = (
-        "Divergence from the float base" if found.retention is None else "Divergence from the unmerged adapter on the float base"
-    )
-    return draw_bars(title, note, "nats per token", bars, legend)
+    teacher = "the float base" if found.retention is None else "the unmerged adapter on the float base"
+    return draw_bars(f"Divergence from {teacher}", note, "nats per token", bars, legend)
 
 
 def _draw_products(item: VariantDescription, products: Mapping[str, ProductFidelity]) -> Html:
@@ -126,7 +125,7 @@ def _draw_products(item: VariantDescription, products: Mapping[str, ProductFidel
     return draw_heat_maps(maps)
 
 
-def _list_facts(item: VariantDescription, found: FidelityEntry) -> list[tuple[str, str]]:
+def _list_facts(item: VariantDescription, found: FidelityEntry, teacher: str) -> list[tuple[str, str]]:
     losses = ", ".join(f"{base} {loss:.4f}" for base, loss in item.merge_losses.items())
     by_module = "; ".join(
         f"{adapter}: " + ", ".join(f"{weight:g} on {pattern}" for pattern, weight in weights.items())
@@ -147,7 +146,7 @@ def _list_facts(item: VariantDescription, found: FidelityEntry) -> list[tuple[st
         "KL of the bare base": "" if found.retention is None else f"{found.adapter_kl:.4g} nats per token",
         "Same top token": f"{found.top1:.4f}",
         "Perplexity": f"{found.perplexity:.3f}",
-        "Perplexity of the unmerged adapter": f"{found.teacher_perplexity:.3f}",
+        f"Perplexity of {teacher}": f"{found.teacher_perplexity:.3f}",
         "Held-out tokens": str(found.tokens),
         "Calibration": "" if item.calibration is None else _name_calibration(item),
         "Products in 8 bits": ", ".join(item.int8) or "none",

@@ -120,5 +120,5 @@ def _check_accessible(page: Node) -> None:
         if node.attributes.get("role") == "region":
             assert node.attributes.get("aria-label") and node.attributes["tabindex"] == "0"
         if node.tag == "figure":
-            assert node.one("figcaption").one("h3").text and node.one("figcaption").one("p").text.endswith((".", "·x‖²"))
+            assert node.one("figcaption").one("h3").text and node.one("figcaption").one("p").text.endswith(".")
             assert node.all("div", class_="legend") or node.all("div", class_="scale"), "a picture without a legend"

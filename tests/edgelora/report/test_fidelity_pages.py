@@ -130,11 +130,13 @@ def test_the_two_kinds_of_kept_have_two_names() -> None:
     assert "retention" not in page.one("body").text.lower()
 
 
-def test_variants_without_products_say_why() -> None:
+def test_pages_leave_out_what_a_variant_does_not_have() -> None:
     pages = read("b", BUNDLE)
-    assert "A live variant's adapters are not quantized" in pages["alive.html"].text
-    assert "No product of this variant was measured" in pages["base.html"].text
-    assert "Merged into" not in pages["alive.html"].text and "Adapter kept" not in pages["base.html"].one("dl").text.split("–")[1]
+    base, alive = (pages[file].one("body") for file in ("base.html", "alive.html"))
+    facts = {file: [row[0] for row in page.all("table")[-1].rows] for file, page in (("base", base), ("alive", alive))}
+    assert "A live variant's adapters are not quantized" in alive.text and "Merged into" not in facts["alive"]
+    assert "No product of this variant was measured" in base.text and "Adapter kept" not in facts["base"]
+    assert "Perplexity of the float base" in facts["base"] and "unmerged" not in base.text
 
 
 def test_a_bundle_that_was_not_measured_has_an_index_alone() -> None:

@@ -119,7 +119,21 @@ def test_bars_have_an_axis_that_they_fit_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "rounded"), [(-1, 1), (0, 1), (1, 1), (1.01, 2), (3, 4), (5, 8), (9, 10), (0.03, 0.04), (167.3, 200), (0.1, 0.1)]
+    ("value", "rounded"),
+    [
+        (-1, 1),
+        (0, 1),
+        (1, 1),
+        (1.01, 2),
+        (3, 4),
+        (5, 8),
+        (9, 10),
+        (0.03, 0.04),
+        (167.3, 200),
+        (0.1, 0.1),
+        (5e-324, 1),
+        (1e300, 1e300),
+    ],
 )
 def test_axes_end_at_round_values(value: float, rounded: float) -> None:
     assert round_up(value) == pytest.approx(rounded)
