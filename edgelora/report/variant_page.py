@@ -31,15 +31,16 @@ _OUTCOMES = {
 
 def render_variant(bundle: str, item: VariantDescription, found: FidelityEntry) -> Html:
     """The page of a variant with its figures. bundle: its name."""
+    kept = [] if found.retention is None else [("Adapter kept", format_kept(found), "1 is the whole adapter")]
     cards = (
         ("Outcome", found.outcome, _OUTCOMES[found.outcome]),
-        ("Adapter kept", format_kept(found), "1 is the whole adapter"),
+        *kept,
         ("KL, mean", f"{found.kl_mean:.3g}", "nats per token; 0 is no difference"),
         ("Same top token", f"{found.top1:.3f}", f"share of {found.tokens} tokens"),
     )
     teacher = "the unmerged adapter" if item.mix else "the float base"
     title = f"What variant “{item.name}” keeps of {'its adapters' if item.mix else teacher}"
-    lead = join((f"{item.kind.capitalize()} variant of the bundle ", element("b", bundle), f", mix: {name_mix(item)}."))
+    lead = join((f"{item.kind.capitalize()} variant of the bundle ", element("b", bundle), f": {name_mix(item)}."))
     return render_page(
         title,
         lead,
