@@ -142,7 +142,8 @@ def _draw_bytes(described: BundleDescription) -> Html:
     power = max(place for place in range(len(_UNITS)) if largest >= 1024**place or place == 0)
     return draw_bars(
         f"{format_bytes(described.bytes)} in all",
-        "Each file counts once. Alone: files that only this variant loads. Other files: the tokenizer, the router, draft tables.",
+        "Each file counts once. Alone: files that only this variant loads. Other files: the rest, such as the tokenizer, the "
+        "router, draft tables, and factors of adapters for mixes at request time.",
         _UNITS[power],
         [Bar(name, size / 1024**power, format_bytes(size), "share") for name, size in sizes],
         {"share": "bytes of files"},
