@@ -10,7 +10,7 @@ import typer
 from edgelora.cli.arguments import JsonOption, is_given, parse_adapters, parse_pairs
 from edgelora.cli.learn import learn
 from edgelora.cli.search import search
-from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
+from edgelora.cli.terminal import print_json, print_note, show_progress
 from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora_runtime.errors import UsageError
 
@@ -151,7 +151,8 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Say what adapters do to each other: for each pair whether to merge or to route, and which mixes are worth compiling."""
-    from edgelora.report.composition_pages import show_composition, write_composition
+    from edgelora.cli.show_composition import show_composition
+    from edgelora.report.composition_pages import write_composition
     from edgelora.report.composition_report import report_composition
     from edgelora_runtime.residency.memory import parse_bytes
 
@@ -169,7 +170,7 @@ def report(
     if json:
         print_json(found)
     else:
-        show_composition(found, print_table)
+        show_composition(found)
         print(f"written: {', '.join(map(str, files))}")
 
 

@@ -29,7 +29,9 @@ def export(
             help="What to do about a variant that loses its adapter: repair, fail, live, or off. The recipe's choice if omitted."
         ),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Folder for a page per variant that shows what each layer keeps.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for an index page, and a page per variant that shows what each layer keeps.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Compile a recipe's mixes into a bundle of ONNX variants, and check what each keeps of its adapters."""
@@ -40,8 +42,8 @@ def export(
         edgelora.export(recipe, output, calibration=calibration, gate=gate, on_progress=on_progress, on_note=print_note)
     opened = Bundle.open(output)
     if report is not None:
-        from edgelora.report.fidelity_pages import write_reports
+        from edgelora.report.fidelity_pages import write_fidelity
 
-        for path in write_reports(opened.manifest, report):
+        for path in write_fidelity(opened, report):
             print_note(f"{path}")
     show_bundle(opened, as_json=json)

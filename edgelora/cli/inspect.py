@@ -70,11 +70,13 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
         for item in described.variants
     ]
     print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
-    if figures := [_list_figures(item, item.fidelity) for item in described.variants if item.fidelity is not None]:
+    measured = [(item, item.fidelity) for item in described.variants if item.fidelity is not None]
+    if measured:
+        kernels = " and ".join(sorted({found.kernels for _, found in measured}))
         print_table(
-            "KL from the unmerged adapter on the float base, and on the base that it was trained on; nats per token",
+            f"KL from the unmerged adapter on the float base, and on its trained base; nats per token, by kernels of {kernels}",
             ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
-            figures,
+            [_list_figures(item, found) for item, found in measured],
         )
     if described.router is not None:
         _show_router(described.router)
@@ -98,8 +100,9 @@ def _describe_merge_base(item: VariantDescription) -> str:
     """The base that a mix was merged into, and the loss on each base that was tried."""
     if item.kind == "live" or not item.mix:
         return "–"
-    losses = [f"{name} {loss:.4g}" for name in ("float", "nf4", "int4") if (loss := item.merge_losses.get(name)) is not None]
-    return f"{item.merge_base} (loss: {', '.join(losses)})" if losses else item.merge_base
+    name = f"trained, {item.trained_on}" if item.merge_base == "trained" else item.merge_base
+    losses = [f"{base} {loss:.4g}" for base, loss in item.merge_losses.items()]
+    return f"{name} (loss: {', '.join(losses)})" if losses else name
 
 
 def _list_figures(item: VariantDescription, found: FidelityEntry) -> list[str]:

@@ -1,4 +1,4 @@
-"""`edgelora compose report`: what a set of adapters does to each other, for each pair whether to merge or to route."""
+"""`edgelora compose report`: compares adapters, and decides for each pair whether to merge them or to route between them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from edgelora.report.output_interference import (
     relate_outputs,
     worst_error,
 )
-from edgelora.report.pair_scores import KEPT, Bench, PairScore, TaskScore
+from edgelora.report.pair_scores import KEPT, PairScore, PairScorer, TaskScore
 from edgelora.report.precompiling import Candidate, Plan, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.weights.base import Base
@@ -36,19 +36,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora.data.rows import Row
-    from edgelora.report.interference import Factors
+    from edgelora.mix.methods.deltas import Factors
     from edgelora.report.output_interference import OutputInterference
     from edgelora_export.decoder.description import Decoder
 
     Doubles = NDArray[np.float64]
 
-EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # that are measured for each pair, beside the predicted best
+EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # of both adapters: measured for each pair, besides the predicted best weights
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
 class AdapterFigures:
-    """An adapter. rank: its largest. norm: ‖ΔW‖ over all its modules."""
+    """One adapter. rank: its largest. modules: how many it changes. norm: ‖ΔW‖ over all of them."""
 
     folder: Path
     sha256: str
@@ -59,12 +59,13 @@ class AdapterFigures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a linear mix of two should keep.
+    """What a linear mix of two adapters should keep of each.
 
-    inputs: "data" for the tasks' own on the base. "adapters" where nothing is known of them: energies are then for inputs that
-    each ΔW was likely built of, and what is kept is the least of those and of inputs that go all ways alike.
-    weights: of the best mix. kept: by task, 1 - E‖(mix - adapter)·x‖² / E‖adapter·x‖² under it. energy: by task, how loud the
-    other adapter is there at weight 1, E‖Δ_other·x‖² / E‖Δ·x‖²; layer_energy: the same by layer.
+    inputs: "data" if they are those of the tasks' rows on the base, "adapters" if there are no rows. Energies are then for the
+    inputs that each ΔW was likely built from, and kept is the lower of two figures: for these inputs, and for inputs that point
+    in all directions equally.
+    weights: of the best mix, by adapter. kept: by task, 1 - E‖(mix - adapter)·x‖² / E‖adapter·x‖² at these weights.
+    energy: by task, how loud the other adapter is at weight 1, E‖Δ_other·x‖² / E‖Δ·x‖². layer_energy: the same by layer.
     """
 
     inputs: str
@@ -76,7 +77,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Verdict:
-    """choice: merge or route. basis: measured or predicted. reason: the figure that it rests on, in a sentence."""
+    """The decision for a pair. choice: merge or route. basis: measured or predicted. reason: the figure that decided."""
 
     choice: str
     basis: str
@@ -85,7 +86,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class PairReport:
-    """Two adapters: on everything that they share, by layer and by module."""
+    """Two adapters compared: overall, by layer and by module. score: None without data."""
 
     pair: tuple[str, str]
     overall: Interference
@@ -95,12 +96,20 @@ class PairReport:
     score: PairScore | None
     verdict: Verdict
 
+    @property
+    def name(self) -> str:
+        return " + ".join(self.pair)
+
+    def other(self, name: str) -> str:
+        """The name of the other adapter."""
+        return self.pair[1] if name == self.pair[0] else self.pair[0]
+
 
 @dataclass(frozen=True)
 class CompositionReport:
-    """All pairs. base: as it was given. layers: their names, in order. rows: how many each task was measured on.
+    """All adapters and pairs. base: as given. layers: their names, in order. rows: how many each task was measured on.
 
-    base_scores: by task; scores: by adapter and task; both empty without data. mixes_tried: how many were measured.
+    base_scores: by task. scores: by adapter and task. Both are empty without data. mixes_tried: how many were measured.
     """
 
     base: str | None
@@ -125,9 +134,10 @@ def report_composition(
 ) -> CompositionReport:
     """Compares adapters, given as name → folder, and plans which mixes to compile.
 
-    base: folder or hub id. data: with a base, rows for each adapter that it was not trained on, the first `limit` of which are
-    used; every pair is then measured in torch. budget: bytes of the bundle, or without a base of what variants add to one.
-    Raises UsageError for a call that means nothing, InputError for adapters that do not mix or are no products of factors.
+    base: folder or hub id. data: for each adapter, rows that it was not trained on; the first `limit` of them are used, and
+    every pair is measured in torch. It needs a base. budget: bytes of the bundle, or without a base of what variants add to it.
+    Raises UsageError for arguments that do not fit together, InputError for adapters that cannot be mixed or are not products
+    of two factors, MissingExtraError for data without torch and transformers.
     """
     tasks = _read_tasks(adapters, base, data or {}, limit)
     if tasks and (missing := [name for name in ("torch", "transformers") if find_spec(name) is None]):
@@ -143,13 +153,13 @@ def report_composition(
     def on_step(what: str) -> None:
         on_progress(next(steps), total, what)
 
-    bench, moments = None, None
+    scorer, moments = None, None
     if tasks:
         assert base is not None
-        bench = Bench.open(base, opened, tasks, on_step)
-        moments = _observe(bench, modules, on_step)
+        scorer = PairScorer.open(base, opened, tasks, on_step)
+        moments = _observe(scorer, modules, on_step)
     figures, views = _compare(opened, modules, moments, on_step)
-    reports = [_report_pair([*opened], pair, figures, views, bench, on_step) for pair in pairs]
+    reports = [_report_pair([*opened], pair, figures, views, scorer, on_step) for pair in pairs]
     native = found_base is not None and found_base.config.get("model_type") in native_types()
     decoder = read_decoder(found_base.config) if found_base is not None and native else None
     on_progress(total, total, "done")
@@ -164,15 +174,15 @@ def report_composition(
         layers=tuple(_by_layer(figures)),
         pairs=tuple(reports),
         rows={name: len(rows) for name, rows in tasks.items()},
-        base_scores=bench.base if bench else {},
-        scores=bench.alone if bench else {},
+        base_scores=scorer.base if scorer else {},
+        scores=scorer.alone if scorer else {},
         mixes_tried=sum(pair.score.tried for pair in reports if pair.score),
         plan=_plan(opened, reports, decoder, budget),
     )
 
 
-def judge(prediction: Prediction, score: PairScore | None) -> Verdict:
-    """Merge where both tasks keep enough, as measured if they were, else as predicted; route otherwise."""
+def decide_merge_or_route(prediction: Prediction, score: PairScore | None) -> Verdict:
+    """Merge if both tasks keep enough, route otherwise. What was measured decides; without it, the prediction does."""
     if score is not None:
         worst, found = min(score.tasks.items(), key=lambda item: (item[1].holds, -item[1].excess))
         reason = (
@@ -189,7 +199,7 @@ def judge(prediction: Prediction, score: PairScore | None) -> Verdict:
 def _read_tasks(
     adapters: Mapping[str, Path | str], base: str | None, data: Mapping[str, Path | str], limit: int
 ) -> dict[str, list[Row]]:
-    """The rows of each adapter's task; refuses calls that mean nothing, all mistakes at once."""
+    """The rows of each adapter's task. One UsageError names everything that is wrong with the arguments."""
     wrong = []
     if len(adapters) < 2:
         wrong.append("compose report compares adapters: give at least two as NAME=FOLDER")
@@ -210,17 +220,17 @@ def _factors(adapters: Mapping[str, Adapter], module: str) -> list[Factors | Non
     return [adapter.factors(module) if module in adapter.modules else None for adapter in adapters.values()]
 
 
-def _observe(bench: Bench, modules: Sequence[str], on_step: Callable[[str], None]) -> list[dict[str, Doubles]]:
-    """The inputs of each task on the bare base, as the adapters' A see them: see observe_moments."""
+def _observe(scorer: PairScorer, modules: Sequence[str], on_step: Callable[[str], None]) -> list[dict[str, Doubles]]:
+    """For each task, the moments of its inputs on the bare base; see observe_moments."""
     readers = {
-        module: np.concatenate([pair[0] for pair in _factors(bench.adapters, module) if pair is not None])
+        module: np.concatenate([pair[0] for pair in _factors(scorer.adapters, module) if pair is not None])
         for module in modules
-        if not _is_embedding(bench.adapters, module)
+        if not _is_embedding(scorer.adapters, module)
     }
     moments = []
-    for name, rows in bench.tasks.items():
+    for name, rows in scorer.tasks.items():
         on_step(f"inputs of {name}")
-        moments.append(observe_moments(bench.model, rows, readers))
+        moments.append(observe_moments(scorer.model, rows, readers))
     return moments
 
 
@@ -230,7 +240,7 @@ def _compare(
     moments: Sequence[Mapping[str, Doubles]] | None,
     on_step: Callable[[str], None],
 ) -> tuple[dict[str, ModuleFigures], list[OutputInterference]]:
-    """All figures by module, one module's factors at a time, and views of the outputs: see Prediction.inputs."""
+    """The figures of each module, and views of the outputs: see Prediction.inputs. Loads one module's factors at a time."""
     figures: dict[str, ModuleFigures] = {}
     products: dict[str, Doubles] = {}
     even: dict[str, Doubles] = {}
@@ -239,12 +249,12 @@ def _compare(
         stack = Stack.of(_factors(adapters, module))
         figures[module] = compare_deltas(stack)
         if _is_embedding(adapters, module):
-            continue  # what it is given are tokens, which no A reads
+            continue  # its inputs are tokens, which A does not multiply
         seen = [likely_moments(stack, i) if moments is None else moments[i][module] for i in range(len(adapters))]
         product = np.stack([output_products(stack, one) for one in seen])
         layer = _layer(module)
         products[layer] = products.get(layer, 0) + product
-        # E xxᵀ = 1 makes E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩, whatever the task.
+        # With E xxᵀ = 1, E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩ for every task.
         even[layer] = even.get(layer, 0) + np.stack([figures[module].inner] * len(adapters))
     views = [relate_outputs(products)]
     return figures, views if moments is not None else [*views, relate_outputs(even)]
@@ -255,21 +265,21 @@ def _report_pair(
     pair: tuple[str, str],
     figures: Mapping[str, ModuleFigures],
     views: Sequence[OutputInterference],
-    bench: Bench | None,
+    scorer: PairScorer | None,
     on_step: Callable[[str], None],
 ) -> PairReport:
     i, j = names.index(pair[0]), names.index(pair[1])
     sides = {pair[0]: (i, j), pair[1]: (j, i)}
     outputs, weights = views[0], choose_weights(views, i, j)
     prediction = Prediction(
-        "adapters" if bench is None else "data",
+        "adapters" if scorer is None else "data",
         dict(zip(pair, weights, strict=True)),
         {name: 1 - worst_error(views, own, {i: weights[0], j: weights[1]}) for name, (own, _) in sides.items()},
         {name: outputs.energy(*side) for name, side in sides.items()},
         {name: {layer: outputs.energy(*side, layer) for layer in outputs.layers} for name, side in sides.items()},
     )
     tries = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), weights])
-    score = None if bench is None else bench.score_pair(pair, [*tries], on_step)
+    score = None if scorer is None else scorer.score_pair(pair, [*tries], on_step)
     return PairReport(
         pair,
         summarize([*figures.values()], i, j),
@@ -277,12 +287,12 @@ def _report_pair(
         {module: summarize([one], i, j) for module, one in figures.items()},
         prediction,
         score,
-        judge(prediction, score),
+        decide_merge_or_route(prediction, score),
     )
 
 
 def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder: Decoder | None, budget: int | None) -> Plan:
-    """The candidates are all single adapters, and the pairs that are to be merged."""
+    """Plans the variants. The candidates are all single adapters, and the pairs with the verdict merge."""
     candidates = [
         Candidate(name, {name: 1.0}, {name: 1.0}, count_merged_bytes([adapter], decoder)) for name, adapter in adapters.items()
     ]
@@ -299,7 +309,7 @@ def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder:
 
 
 def _name_mix(pair: tuple[str, str], taken: Set[str]) -> str:
-    """A name for a variant, unlike those taken and no longer than a variant's may be."""
+    """A name for a pair's variant that is not taken and not too long."""
     name = "-".join(pair)[:60]
     return next(one for one in (name, *(f"{name}-{place}" for place in range(2, 100))) if one not in taken)
 
@@ -312,7 +322,7 @@ def _by_layer(figures: Mapping[str, ModuleFigures]) -> dict[str, list[ModuleFigu
 
 
 def _layer(module: str) -> str:
-    """The layer of a module, or the module itself where it stands in none."""
+    """The layer that a module belongs to; the module's own name outside of layers."""
     match = _LAYER.search(module)
     return f"layer {match[1]}" if match else module
 

@@ -1,54 +1,150 @@
-"""A picture per variant: what each product keeps of the adapter, and how loud the quantization error is beside it. HTML."""
+"""The pages of `edgelora export --report`: an index of a bundle's variants, and a page for each that was measured."""
 
 from __future__ import annotations
 
+import itertools
+import re
 from typing import TYPE_CHECKING
 
-from edgelora.report.pictures import draw_bars, render_page, render_table
+from edgelora.formatting import format_bytes
+from edgelora.inspection import describe_bundle
+from edgelora.report.elements import element, join
+from edgelora.report.page import NONE, render_chip, render_note, render_page, render_section, render_table
+from edgelora.report.pictures import Bar, draw_bars
+from edgelora.report.variant_page import INDEX, format_kept, name_mix, render_variant
+from edgelora_export.weights.publish import write_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from edgelora_runtime.bundle.manifest import FidelityEntry, Manifest, VariantEntry
+    from edgelora.inspection import BundleDescription, VariantDescription
+    from edgelora.report.elements import Html
+    from edgelora_runtime import Bundle
+    from edgelora_runtime.bundle.manifest import FidelityEntry
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+_UNITS = ("bytes", "KiB", "MiB", "GiB")
+_COLUMNS = ("variant", "mix", "outcome", "adapter kept", "KL mean", "KL p99", "same top token", "size", "of its own")
 
 
-def write_reports(manifest: Manifest, folder: Path) -> list[Path]:
-    """Writes <variant>.html for each variant with figures, and says which files these are."""
+def write_fidelity(bundle: Bundle, folder: Path) -> list[Path]:
+    """Writes index.html and a page for each measured variant into a folder; returns their paths, the index first."""
+    pages = render_fidelity(bundle.folder.resolve().name, describe_bundle(bundle))
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, variant in manifest.variants.items():
-        if variant.fidelity is not None:
-            path = folder / f"{name}.html"
-            path.write_text(_render(name, variant, variant.fidelity), encoding="utf-8")
-            paths.append(path)
-    return paths
+    for file, page in pages.items():
+        write_file(folder / file, [page.encode(errors="replace")])
+    return [folder / file for file in pages]
 
 
-def _render(name: str, variant: VariantEntry, found: FidelityEntry) -> str:
-    losses = "; ".join(f"{base} {loss:.4f}" for base, loss in variant.merge_losses.items())
-    facts = {
-        "gate": found.outcome,
-        "adapter's effect kept": "–" if found.retention is None else f"{found.retention:.4f}",
-        "KL to the unmerged adapter, mean (nats per token)": f"{found.kl_mean:.4g}",
-        "KL, 99th percentile": f"{found.kl_p99:.4g}",
-        "KL to the same on the base of its training": "–" if found.trained_kl is None else f"{found.trained_kl:.4g}",
-        "KL of the bare base": f"{found.adapter_kl:.4g}",
-        "same likeliest token": f"{found.top1:.4f}",
-        "perplexity": f"{found.perplexity:.3f}",
-        "perplexity of the unmerged adapter": f"{found.teacher_perplexity:.3f}",
-        "merged into": "–" if variant.kind == "live" or not variant.mix else variant.merge_base,
-        "held-out loss by base": losses or "–",
-        "tokens judged on": str(found.tokens),
-        "products in 8 bits": ", ".join(variant.int8) or "none",
-    }
-    charts = ""
-    if found.products:
-        kept = {product: figures.delta_projection for product, figures in found.products.items()}
-        noise = {product: figures.noise for product, figures in found.products.items()}
-        changed = {product: figures.codes_changed for product, figures in found.products.items()}
-        charts = (
-            draw_bars("Retention of the weights, ⟨Q(W+Δ)-Q(W), Δ⟩ / ‖Δ‖² (1 keeps all)", kept, "#2a7")
-            + draw_bars("Error of the outputs over the adapter's own effect (0 is exact)", noise, "#c53")
-            + draw_bars("Share of codes that the adapter changes", changed, "#36c")
+def render_fidelity(bundle: str, described: BundleDescription) -> dict[str, Html]:
+    """The HTML of each page by its file name. bundle: its name."""
+    measured = [(item, item.fidelity) for item in described.variants if item.fidelity is not None]
+    files = name_files(item.name for item, _ in measured)
+    pages = {INDEX: render_index(bundle, described, files)}
+    for item, found in measured:
+        pages[files[item.name]] = render_variant(bundle, item, found)
+    return pages
+
+
+def name_files(variants: Iterable[str]) -> dict[str, str]:
+    """A file name for each variant's page: safe in a link, and unique even on disks that ignore case."""
+    files: dict[str, str] = {}
+    taken = {INDEX}
+    for variant in variants:
+        stem = _UNSAFE.sub("_", variant)
+        names = itertools.chain([f"{stem}.html"], (f"{stem}-{place}.html" for place in itertools.count(2)))
+        files[variant] = next(name for name in names if name.lower() not in taken)
+        taken.add(files[variant].lower())
+    return files
+
+
+def render_index(bundle: str, described: BundleDescription, files: Mapping[str, str]) -> Html:
+    """The page that compares all variants. files: the page of each variant that has one."""
+    grid = described.quantization
+    weights = "float32 weights" if grid.bits == 32 else f"int{grid.bits} weights ({grid.method}, blocks of {grid.block_size})"
+    model = join(
+        (f"{described.model.architecture} with {described.model.layers} layers, base ", element("b", described.base.name))
+    )
+    rows = [_list_variant(item, described.default_variant, files.get(item.name)) for item in described.variants]
+    parts = [
+        render_table("Variants", _COLUMNS, rows, figures=range(3, len(_COLUMNS))),
+        render_note(
+            "KL: divergence from the unmerged adapter on the float base, in nats per token, the mean and the 99th percentile. "
+            "Adapter kept: 1 − the variant's KL / the bare base's KL; 1 keeps the whole adapter. "
+            "Same top token: share of tokens for which both find the same next token likeliest. "
+            "Size: all files that the variant loads. Of its own: those that no other variant loads."
+        ),
+    ]
+    kept = [
+        (item.name, found.retention) for item in described.variants if (found := item.fidelity) and found.retention is not None
+    ]
+    if kept:
+        parts.append(
+            draw_bars(
+                "Adapter kept",
+                "How much of what the adapters change in the model's predictions is left after quantization. Longer is better.",
+                "share; 1 is the whole adapter",
+                [Bar(name, share, f"{share:.4f}", "kept") for name, share in kept],
+                {"kept": "kept"},
+                most=1.0,
+            )
         )
-    return render_page(name, render_table(facts.items()), charts)
+    return render_page(
+        f"What the variants of “{bundle}” keep of their adapters",
+        join((model, f", {weights}. {_count_measured(len(files), len(described.variants))}")),
+        render_section("variants", "Variants", *parts),
+        render_section("bytes", "Bytes on disk", _draw_bytes(described)),
+        context="edgelora",
+    )
+
+
+def _count_measured(measured: int, variants: int) -> str:
+    if not measured:
+        return "No variant was measured: the gate was off, or there was no held-out text."
+    return f"{measured} of {variants} variants were measured on held-out text, against their unmerged adapters on the float base."
+
+
+def _list_variant(item: VariantDescription, default: str, file: str | None) -> list[str]:
+    """A row of the index's table."""
+    found = item.fidelity
+    name = element("a", item.name, href=file) if file else item.name
+    figures = [NONE] * 4
+    if found is not None:
+        figures = [format_kept(found), f"{found.kl_mean:.4f}", f"{found.kl_p99:.4f}", f"{found.top1:.4f}"]
+    return [
+        join((name, element("small", "default"))) if item.name == default else name,
+        join((name_mix(item), element("small", item.kind))),
+        _name_outcome(found),
+        *figures,
+        format_bytes(item.bytes),
+        format_bytes(item.private_bytes),
+    ]
+
+
+def _name_outcome(found: FidelityEntry | None) -> str:
+    """The outcome as a label; as plain words where the gate had nothing to check."""
+    if found is None:
+        return "not measured"
+    return found.outcome if found.outcome == "measured" else render_chip(found.outcome, solid=found.outcome == "passed")
+
+
+def _draw_bytes(described: BundleDescription) -> Html:
+    """Where a bundle's bytes are: in files that variants share, in those of each alone, and in the rest."""
+    own = {item.name: item.private_bytes for item in described.variants}
+    rest = described.bytes - described.shared_bytes - sum(own.values())
+    sizes = [
+        ("shared by variants", described.shared_bytes),
+        *((f"{name} alone", size) for name, size in own.items()),
+        ("other files", rest),
+    ]
+    largest = max(size for _, size in sizes)
+    power = max(place for place in range(len(_UNITS)) if largest >= 1024**place or place == 0)
+    return draw_bars(
+        f"{format_bytes(described.bytes)} in all",
+        "Each file counts once. Alone: files that only this variant loads. Other files: the rest, such as the tokenizer, the "
+        "router, draft tables, and factors of adapters for mixes at request time.",
+        _UNITS[power],
+        [Bar(name, size / 1024**power, format_bytes(size), "share") for name, size in sizes],
+        {"share": "bytes of files"},
+    )

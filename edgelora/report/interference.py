@@ -1,4 +1,4 @@
-"""How much low-rank deltas stand in each other's way: sign conflicts, shared subspaces, cosines. Pure functions on factors."""
+"""How much low-rank deltas interfere: sign conflicts, shared subspaces, cosines. Pure functions of their factors."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Floats = NDArray[np.float32]
-    Doubles = NDArray[np.float64]
-    Factors = tuple[Floats, Floats]
+    from edgelora.mix.methods.deltas import Factors
 
-NEGLIGIBLE = 0.1  # of a delta's root mean square: entries below it have a sign by chance
-_BLOCK = 1 << 20  # entries of a delta formed at once
+    Doubles = NDArray[np.float64]
+
+NEGLIGIBLE = 0.1  # share of a delta's root mean square; smaller entries have their sign by chance
+_BLOCK = 1 << 20  # entries of a delta that are formed at once
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The factors of T deltas of one module, one above the other.
+    """The factors of T deltas of one module, stacked.
 
-    a: float64 (R, K). b: float64 (N, R), scales folded in. owner: float64 (T, R), 1 where a row of a is a delta's.
+    a: float64 (R, K). b: float64 (N, R), scales included. owner: float64 (T, R), 1 where a row of a belongs to a delta.
     """
 
     a: Doubles
@@ -35,7 +35,7 @@ class Stack:
 
     @classmethod
     def of(cls, factors: Sequence[Factors | None]) -> Stack:
-        """From A (r, K) and B (N, r) of each delta, one at least; None for one that leaves the module alone."""
+        """From A (r, K) and B (N, r) of each delta, None for a delta that does not change the module. One must change it."""
         given = [(place, pair) for place, pair in enumerate(factors) if pair is not None]
         places = np.concatenate([np.full(len(a), place) for place, (a, _) in given])
         return cls(
@@ -45,21 +45,21 @@ class Stack:
         )
 
     def rows(self, place: int) -> NDArray[np.intp]:
-        """Which rows of a are a delta's."""
+        """The rows of a that belong to a delta."""
         return np.flatnonzero(self.owner[place])
 
     def sum_blocks(self, matrix: Doubles) -> Doubles:
-        """The sum of each block of a matrix (R, R) that belongs to two deltas: float64 (T, T)."""
+        """Sums a matrix (R, R) over the block of every two deltas: float64 (T, T)."""
         return np.asarray(self.owner @ matrix @ self.owner.T)
 
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """Figures of every two of T deltas of one module, each float64 (T, T) unless said otherwise.
+    """Figures for every two of T deltas of one module, all float64 (T, T).
 
-    inner: ⟨Δi, Δj⟩. loud, opposed: entries that are not negligible in both, and those of them with opposite signs.
-    mass, opposed_mass: Σ min(|Δi|, |Δj|) over all entries, and over those with opposite signs: what a sum of both loses.
-    row_overlap, column_overlap: see overlap().
+    inner: ⟨Δi, Δj⟩. loud: number of entries that are negligible in neither. opposed: how many of them have opposite signs.
+    mass: Σ min(|Δi|, |Δj|) over all entries. opposed_mass: the same over entries with opposite signs, half of what cancels in
+    Δi + Δj. row_overlap, column_overlap: see overlap().
     """
 
     inner: Doubles
@@ -73,12 +73,11 @@ class ModuleFigures:
 
 @dataclass(frozen=True)
 class Interference:
-    """Two deltas against each other, over one or more modules; 0 where there is nothing to compare.
+    """Two deltas compared over one or more modules. A figure is 0 where there is nothing to compare.
 
-    cosine: ⟨Δi, Δj⟩ / (‖Δi‖ ‖Δj‖). sign_conflict: of the entries that are not negligible in both, the share with opposite
-    signs. weighted_conflict: the share of Σ min(|Δi|, |Δj|) that has them. row_overlap, column_overlap: mean over the modules
-    that both change of ‖VᵢᵀVⱼ‖² / min(r) for what they read and what they write; 1 where one space holds the other.
-    norms: ‖Δi‖ and ‖Δj‖. modules: how many both change.
+    cosine: ⟨Δi, Δj⟩ / (‖Δi‖ ‖Δj‖). sign_conflict: share with opposite signs of the entries that are negligible in neither.
+    weighted_conflict: the same share of Σ min(|Δi|, |Δj|). row_overlap, column_overlap: overlap() of what they read and of
+    what they write, the mean over modules that both change. norms: ‖Δi‖ and ‖Δj‖. modules: how many both change.
     """
 
     cosine: float
@@ -91,7 +90,7 @@ class Interference:
 
 
 def compare_deltas(stack: Stack) -> ModuleFigures:
-    """All figures of the deltas of one module; forms their entries some rows at a time."""
+    """All figures of the deltas of one module. Forms their entries a few rows at a time."""
     count = len(stack.owner)
     inner = inner_products(stack)
     loud, opposed, mass, opposed_mass = _compare_signs(stack, np.sqrt(np.diag(inner)))
@@ -103,7 +102,7 @@ def compare_deltas(stack: Stack) -> ModuleFigures:
 
 
 def summarize(figures: Sequence[ModuleFigures], i: int, j: int) -> Interference:
-    """Two of the deltas over some modules."""
+    """Compares deltas i and j over some modules."""
 
     def total(name: str, one: int = i, other: int = j) -> float:
         return float(sum(getattr(module, name)[one, other] for module in figures))
@@ -122,31 +121,31 @@ def summarize(figures: Sequence[ModuleFigures], i: int, j: int) -> Interference:
 
 
 def inner_products(stack: Stack) -> Doubles:
-    """⟨Δi, Δj⟩ of every two deltas, float64 (T, T): the sum of BᵢᵀBⱼ ∘ AᵢAⱼᵀ, so that no delta is formed."""
+    """⟨Δi, Δj⟩ of every two deltas, float64 (T, T). It is the sum of BᵢᵀBⱼ ∘ AᵢAⱼᵀ, so no delta is formed."""
     return stack.sum_blocks((stack.b.T @ stack.b) * (stack.a @ stack.a.T))
 
 
 def find_spaces(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
-    """Orthonormal bases of what Δ = B·A reads, float64 (K, r), and of what it writes, float64 (N, r), r being Δ's rank."""
+    """Orthonormal bases of what Δ = B·A reads, float64 (K, r), and of what it writes, float64 (N, r). r is the rank of Δ."""
     u, s, vt = decompose_product(a, b)
     rank = count_directions(s, float(s[0])) if len(s) else 0
     return vt[:rank].T, u[:, :rank]
 
 
 def overlap(one: Doubles, other: Doubles) -> float:
-    """‖VᵢᵀVⱼ‖² / min(r) of two orthonormal bases, the mean squared cosine of their principal angles: 0 to 1.
+    """‖VᵢᵀVⱼ‖² / min(r) of two orthonormal bases, the mean squared cosine of their principal angles.
 
-    Two random spaces of rank r in K dimensions come to r / K.
+    It is 0 for orthogonal spaces, 1 if one contains the other, and r / K for two random spaces of rank r in K dimensions.
     """
     return _share(float(np.square(one.T @ other).sum()), min(one.shape[1], other.shape[1]))
 
 
 def _compare_signs(stack: Stack, norms: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles]:
-    """loud, opposed, mass and opposed_mass of ModuleFigures, from the deltas' norms, (T,), and their entries, block by block."""
+    """loud, opposed, mass and opposed_mass of ModuleFigures, block by block. norms: of the deltas, (T,)."""
     count, columns = len(stack.owner), stack.a.shape[1]
     owned = [stack.rows(place) for place in range(count)]
     floors = NEGLIGIBLE * norms / np.sqrt(len(stack.b) * columns)
-    # A sign needs no double precision, and single takes half the time.
+    # Signs do not need double precision, and single takes half the time.
     a, b = [stack.a[rows].astype(np.float32) for rows in owned], [stack.b[:, rows].astype(np.float32) for rows in owned]
     loud, opposed, mass, opposed_mass = np.zeros((4, count, count))
     step = max(1, _BLOCK // columns)

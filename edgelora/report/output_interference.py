@@ -1,4 +1,4 @@
-"""What adapters write on each other's inputs, beside what each writes on its own: how much of each a mix should keep."""
+"""How loud adapters are on each other's inputs, and how much of each a mix should therefore keep."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]
 
-CANDIDATES = tuple(round(0.1 * step, 1) for step in range(2, 13))  # weights that are tried for each of two adapters
+CANDIDATES = tuple(round(0.1 * step, 1) for step in range(2, 13))  # weights tried for each of two adapters
 
 
 @dataclass(frozen=True)
 class OutputInterference:
-    """E⟨Δp·x, Δq·x⟩ over the inputs x of task i, over E‖Δi·x‖²: float64 (T, T, T), tasks first; task i is adapter i's.
+    """E⟨Δp·x, Δq·x⟩ / E‖Δi·x‖² for the inputs x of task i: float64 (T, T, T), by i, p and q. Task i is that of adapter i.
 
-    layers: by layer, the modules of a layer summed. overall: the mean of all layers.
+    layers: by layer, over all its modules. overall: the mean over layers.
     """
 
     layers: Mapping[str, Doubles]
     overall: Doubles
 
     def energy(self, i: int, j: int, layer: str | None = None) -> float:
-        """Interference energy E‖Δj·x‖² / E‖Δi·x‖² on task i: 0 where j leaves i's inputs alone, 1 where it is as loud as i."""
+        """Interference energy E‖Δj·x‖² / E‖Δi·x‖² on task i: 0 if j writes nothing for i's inputs, 1 if it is as loud as i."""
         return float((self.overall if layer is None else self.layers[layer])[i, j, j])
 
     def error(self, i: int, weights: Mapping[int, float]) -> float:
@@ -45,20 +45,21 @@ class OutputInterference:
 
 
 def choose_weights(views: Sequence[OutputInterference], i: int, j: int) -> tuple[float, float]:
-    """The weights of two adapters, out of CANDIDATES for each, whose largest error on either task, in any view, is least."""
+    """The weights of two adapters, out of CANDIDATES, with the smallest worst error on either task and in any view."""
     tried = [(one, other) for one in CANDIDATES for other in CANDIDATES]
     return min(tried, key=lambda pair: max(worst_error(views, task, {i: pair[0], j: pair[1]}) for task in (i, j)))
 
 
 def worst_error(views: Sequence[OutputInterference], i: int, weights: Mapping[int, float]) -> float:
-    """The error of a weighted sum on task i in the least favorable of several views of its inputs."""
+    """The largest error of a weighted sum on task i, over several views of its inputs."""
     return max(view.error(i, weights) for view in views)
 
 
 def relate_outputs(products: Mapping[str, Doubles]) -> OutputInterference:
-    """From sums of output_products by layer, float64 (T, T, T).
+    """Scales sums of output_products by layer, each float64 (T, T, T), to the energy of each task's own adapter.
 
-    A layer that an adapter leaves alone is held against the mean of its other layers: what others do there disturbs it, too.
+    Where an adapter does not change a layer, the mean energy of its other layers takes the place of its energy there: what other
+    adapters do in that layer disturbs its task too.
     """
     own = np.array([np.einsum("iii->i", product) for product in products.values()])
     means = np.array([column[column > 0].mean() if column.any() else np.inf for column in own.T])
@@ -70,15 +71,15 @@ def relate_outputs(products: Mapping[str, Doubles]) -> OutputInterference:
 
 
 def output_products(stack: Stack, moments: Doubles) -> Doubles:
-    """E⟨Δi·x, Δj·x⟩ of every two deltas, float64 (T, T), over inputs x of which moments are E (A·x)(A·x)ᵀ, float64 (R, R)."""
+    """E⟨Δi·x, Δj·x⟩ of every two deltas, float64 (T, T). moments: E (A·x)(A·x)ᵀ of the inputs x, float64 (R, R)."""
     return stack.sum_blocks((stack.b.T @ stack.b) * moments)
 
 
 def likely_moments(stack: Stack, place: int) -> Doubles:
-    """E (A·x)(A·x)ᵀ, float64 (R, R), up to a factor, over the inputs that one of the deltas was likely trained on.
+    """E (A·x)(A·x)ᵀ, float64 (R, R), up to a factor, for the inputs that one of the deltas was likely trained on.
 
-    Gradient descent builds a weight's change out of its inputs, so ΔᵀΔ stands in for E xxᵀ where no data are at hand
-    (arXiv 2503.08099). It tells of the A that training began with, too: adapters from different seeds look blind to each other.
+    Gradient descent builds a weight's change from its inputs, so ΔᵀΔ stands in for E xxᵀ without data (arXiv 2503.08099). It
+    also shows the A that training started from: adapters from different seeds seem to ignore each other's inputs.
     """
     own = stack.rows(place)
     shared = stack.a @ stack.a[own].T
@@ -86,9 +87,9 @@ def likely_moments(stack: Stack, place: int) -> Doubles:
 
 
 def observe_moments(model: MixedModel, rows: Sequence[Row], readers: Mapping[str, Floats]) -> dict[str, Doubles]:
-    """E (A·x)(A·x)ᵀ by module, float64 (R, R), over all tokens of the rows, prompts and completions, as the model is set.
+    """E (A·x)(A·x)ᵀ by module, float64 (R, R), over all tokens of the rows, prompts included, with the model as it is set.
 
-    readers: by module, the A of all adapters one above the other, float32 (R, K).
+    readers: by module, the A of all adapters, stacked, float32 (R, K).
     """
     import torch
 

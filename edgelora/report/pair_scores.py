@@ -1,4 +1,4 @@
-"""What mixes of two adapters score on both tasks, beside the base and each adapter alone."""
+"""Scores mixes of two adapters on both tasks, against the base and each adapter alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from edgelora.data.rows import Row
     from edgelora.in_torch.mixed_model import MixedModel
 
-KEPT = 0.8  # of an adapter's gain over the base, the least that a mix must keep; the gate of export asks as much
-EXCESS = 0.1  # nats per token over the adapter's own loss, the most where there is no score; docs/log.md has the figures
+KEPT = 0.8  # least share of an adapter's gain over the base that a mix must keep; the gate of export asks for the same
+EXCESS = 0.1  # most nats per token above the adapter's own loss, for tasks without a score; docs/log.md has the figures
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """loss: nats per token of the right completions. slot_f1: of what is written greedily, None where they are no slots."""
+    """loss: nats per token of the reference completions. slot_f1: of greedy completions, None if the references are not slots."""
 
     loss: float
     slot_f1: float | None
@@ -29,9 +29,9 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class MixScore:
-    """A mix on one task. kept_loss, kept_score: (mix - base) / (single - base), None where the single is no better than the base.
+    """A mix on one task. kept_loss, kept_score: (mix - base) / (alone - base), None if the adapter gains nothing over the base.
 
-    excess: nats per token over the single adapter's loss. kept: what counts, the score where there is one, else the loss.
+    excess: nats per token above the loss of the adapter alone. kept: kept_score if there is one, else kept_loss.
     """
 
     loss: float
@@ -43,9 +43,9 @@ class MixScore:
 
     @property
     def holds(self) -> bool:
-        """Whether the mix does the task well enough to stand in for its adapter.
+        """Whether the mix does the task well enough to replace the task's adapter.
 
-        A loss alone flatters: most of what an adapter gains over a base that does not know the format is the format.
+        Loss alone flatters a mix: most of what an adapter gains over a base that does not know the format is the format.
         """
         if self.kept_score is not None:
             return self.kept_score >= KEPT
@@ -54,7 +54,7 @@ class MixScore:
 
 @dataclass(frozen=True)
 class PairScore:
-    """The best of the tried mixes of two adapters. weights: by adapter. tasks: by task. tried: how many, on these very rows."""
+    """The best mix of two adapters. weights: by adapter. tasks: by task. tried: how many were compared, on the same rows."""
 
     weights: Mapping[str, float]
     tasks: Mapping[str, MixScore]
@@ -62,8 +62,8 @@ class PairScore:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A base in torch and the rows of each adapter's task, with what the base and each adapter alone score on all tasks."""
+class PairScorer:
+    """A base in torch, the rows of each adapter's task, and the scores of the base and of each adapter alone on all tasks."""
 
     model: MixedModel
     adapters: Mapping[str, Adapter]
@@ -78,8 +78,8 @@ class Bench:
         adapters: Mapping[str, Adapter],
         tasks: Mapping[str, Sequence[Row]],
         on_step: Callable[[str], None] = lambda what: None,
-    ) -> Bench:
-        """Loads a base and scores it, and each adapter alone; on_step is called before each."""
+    ) -> PairScorer:
+        """Loads a base and scores it, then each adapter alone. Calls on_step before each."""
         from edgelora.in_torch.mixed_model import MixedModel
 
         on_step("base")
@@ -96,7 +96,7 @@ class Bench:
     def score_pair(
         self, pair: tuple[str, str], tries: Sequence[tuple[float, float]], on_step: Callable[[str], None] = lambda what: None
     ) -> PairScore:
-        """The linear mix of two adapters whose worse task has the least loss over its adapter's own, out of the tried weights."""
+        """Scores the best linear mix of two adapters: of the weights to try, those with the least excess on the worse task."""
         tasks = {name: self.tasks[name] for name in pair}
         losses = []
         for weights in tries:
@@ -107,7 +107,7 @@ class Bench:
         best = excess.index(min(excess))
         self._set(pair, tries[best])
         scores = {
-            name: rate_mix(TaskScore(losses[best][name], _write(self.model, rows)), self.base[name], self.alone[name][name])
+            name: rate_mix(TaskScore(losses[best][name], _score_slots(self.model, rows)), self.base[name], self.alone[name][name])
             for name, rows in tasks.items()
         }
         self.model.set_mix(None)
@@ -118,7 +118,7 @@ class Bench:
 
 
 def rate_mix(mix: TaskScore, base: TaskScore, alone: TaskScore) -> MixScore:
-    """A mix's score against the base's and the single adapter's."""
+    """Rates a mix by the scores of the base and of the adapter alone."""
     by_loss = _kept(mix.loss, base.loss, alone.loss, better=base.loss - alone.loss)
     by_score = None
     if mix.slot_f1 is not None and base.slot_f1 is not None and alone.slot_f1 is not None:
@@ -132,10 +132,10 @@ def _kept(mix: float, base: float, alone: float, *, better: float) -> float | No
 
 
 def _score(model: MixedModel, tasks: Mapping[str, Sequence[Row]]) -> dict[str, TaskScore]:
-    return {name: TaskScore(model.loss(rows), _write(model, rows)) for name, rows in tasks.items()}
+    return {name: TaskScore(model.loss(rows), _score_slots(model, rows)) for name, rows in tasks.items()}
 
 
-def _write(model: MixedModel, rows: Sequence[Row]) -> float | None:
-    """Slot F1 of what the model writes; None, and nothing written, where the right completions are no slots."""
-    right = [row.completion for row in rows]
-    return None if slot_f1(right, right) is None else slot_f1(model.write(rows), right)
+def _score_slots(model: MixedModel, rows: Sequence[Row]) -> float | None:
+    """Slot F1 of the model's greedy completions; None, without running it, if the references are not slots."""
+    references = [row.completion for row in rows]
+    return None if slot_f1(references, references) is None else slot_f1(model.write(rows), references)

@@ -1,81 +1,150 @@
-"""Self-contained pages with pictures for a browser: tables, bars and heat maps, as HTML with SVG inside."""
+"""Pictures of a report page, with legend and scale: heat maps and bars. They are HTML tables that show every figure as text."""
 
 from __future__ import annotations
 
-from html import escape
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from edgelora.report.elements import Html, element, join
+from edgelora.report.page import NONE, render_note, render_scroll
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-_WIDTH, _ROW, _LABEL = 300, 18, 220  # pixels: of a bar of full length, of a row, of the names
-_CELL, _LETTER = 46, 7  # pixels: the width of a heat map's cell, and of a letter of its names; columns' names stand aslant
-_WARM, _COLD, _NONE = (200, 60, 40), (50, 100, 200), "#ddd"
-_STYLE = (
-    "body{font:14px system-ui;margin:2em;color:#222;background:#fff}td,th{padding:.2em 1em .2em 0;text-align:left}"
-    "text{font:12px system-ui}svg{margin:1em 0}pre{background:#f4f4f4;padding:1em}"
-)
+    from edgelora.report.palette import Scale
+
+_TICKS = 4  # parts of a bar chart's axis
+_LONG = 8  # a heat map with more columns has a row of the page to itself
+_LEAST = 1e-300  # a smaller value counts as 0, as the power of ten below it could be 0
 
 
-def render_page(title: str, *parts: str) -> str:
-    """A whole page, from HTML."""
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
-        f"<h1>{escape(title)}</h1>{''.join(parts)}</html>\n"
-    )
+@dataclass(frozen=True)
+class HeatMap:
+    """A figure for each row and column.
+
+    rows, columns: their names. rows_are, columns_are: what they stand for. cells: by row, None where there is no figure.
+    ends: what the ends of the scale mean. ringed: row and column of cells with a ring around them. ring: what it means.
+    """
+
+    title: str
+    note: str
+    scale: Scale
+    rows_are: str
+    rows: Sequence[str]
+    columns_are: str
+    columns: Sequence[str]
+    cells: Sequence[Sequence[float | None]]
+    ends: tuple[str, str]
+    ringed: frozenset[tuple[int, int]] = frozenset()
+    ring: str = ""
 
 
-def render_table(rows: Iterable[Sequence[str]]) -> str:
-    """A table of texts, the first of each row its heading."""
-    return f"<table>{''.join(_render_row(row) for row in rows)}</table>"
+@dataclass(frozen=True)
+class Bar:
+    """A bar. value: in the chart's unit. figure: the value as it is shown. color: kept, disturbance or share."""
+
+    name: str
+    value: float
+    figure: str
+    color: str
 
 
-def _render_row(row: Sequence[str]) -> str:
-    return f"<tr><th>{escape(row[0])}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
-
-
-def draw_bars(title: str, values: Mapping[str, float], color: str) -> str:
-    """A bar per name; the longest stands for the largest value, or for 1."""
-    largest = max(1.0, *values.values())
-    rows = []
-    for place, (name, value) in enumerate(values.items()):
-        y = place * _ROW
-        length = max(0.0, value) / largest * _WIDTH
-        rows.append(
-            f"<text x={_LABEL - 8} y={y + 13} text-anchor=end>{escape(name)}</text>"
-            f'<rect x={_LABEL} y={y + 2} width={length:.1f} height={_ROW - 5} fill="{color}"/>'
-            f"<text x={_LABEL + length + 6:.1f} y={y + 13}>{value:.3f}</text>"
-        )
-    return _picture(title, _LABEL + _WIDTH + 80, len(values) * _ROW, rows)
-
-
-def draw_heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
-    """A cell per row and column: warm above 0, cold below, of full color from 1 on; grey where there is no value."""
-    left = max([_LABEL, *(_LETTER * len(row) + 12 for row in rows)])
-    top = 20 + _LETTER * max(map(len, columns), default=0) * 3 // 4
-    drawn = [
-        f'<text transform="translate({left + place * _CELL + _CELL // 2} {top - 6}) rotate(-45)">{escape(column)}</text>'
-        for place, column in enumerate(columns)
+def draw_heat_map(picture: HeatMap) -> Html:
+    """A table of colored cells with a figure in each, and the scale above it."""
+    head = [
+        element(
+            "tr",
+            element("th", picture.rows_are, scope="col", rowspan=2),
+            element("th", picture.columns_are, scope="colgroup", colspan=len(picture.columns)),
+        ),
+        element("tr", *(element("th", name, scope="col") for name in picture.columns)),
     ]
-    for place, (row, cells) in enumerate(zip(rows, values, strict=True)):
-        y = top + place * _ROW
-        drawn.append(f"<text x={left - 8} y={y + 13} text-anchor=end>{escape(row)}</text>")
-        for column, value in enumerate(cells):
-            x = left + column * _CELL
-            drawn.append(f'<rect x={x} y={y} width={_CELL - 1} height={_ROW - 1} fill="{_shade(value)}"/>')
-            if value is not None:
-                ink = "#fff" if abs(value) > 0.6 else "#222"
-                drawn.append(f'<text x={x + _CELL / 2} y={y + 13} text-anchor=middle fill="{ink}">{value:.2f}</text>')
-    return _picture(title, left + len(columns) * _CELL + top, top + len(rows) * _ROW, drawn)
+    body = [
+        element(
+            "tr",
+            element("th", name, scope="row"),
+            *(_draw_cell(picture, row, column, value) for column, value in enumerate(picture.cells[row])),
+        )
+        for row, name in enumerate(picture.rows)
+    ]
+    table = element("table", element("thead", *head), element("tbody", *body), aria_label=picture.title)
+    kind = "map long" if len(picture.columns) > _LONG else "map"
+    return _frame(kind, picture.title, picture.note, _draw_legend(picture), render_scroll(picture.title, table))
 
 
-def _shade(value: float | None) -> str:
+def draw_heat_maps(pictures: Iterable[HeatMap]) -> Html:
+    """Several heat maps, small ones side by side where the page is wide enough."""
+    return element("div", *map(draw_heat_map, pictures), class_="maps")
+
+
+def draw_bars(title: str, note: str, unit: str, bars: Sequence[Bar], legend: Mapping[str, str], most: float = 0.0) -> Html:
+    """Bars on an axis that starts at 0, and ends at a round value past all bars and past most. legend: what each color means."""
+    end = round_up(max((most, *(bar.value for bar in bars))))
+    keys = (element("span", element("span", class_=f"key {color}"), meaning) for color, meaning in legend.items())
+    rows = [
+        element(
+            "tr",
+            element("th", bar.name, scope="row"),
+            element(
+                "td",
+                element("span", class_=f"bar {bar.color}", style=f"width:{100 * max(0.0, bar.value) / end:.2f}%"),
+                class_="track",
+                aria_hidden="true",
+            ),
+            element("td", bar.figure, class_="figure"),
+        )
+        for bar in bars
+    ]
+    shares = [tick / _TICKS for tick in range(_TICKS + 1)]
+    ticks = (element("span", f"{end * share:g}", style=f"left:{100 * share:g}%") for share in shares)
+    axis = element("tr", element("td"), element("td", element("div", *ticks, class_="axis")), element("td"), aria_hidden="true")
+    heads = (element("th", element("span", name, class_="hidden"), scope="col") for name in ("name", "bar", unit))
+    head = element("thead", element("tr", *heads))
+    table = element("table", head, element("tbody", *rows), element("tfoot", axis), aria_label=title)
+    return _frame("bars", title, note, element("div", *keys, f"Axis: {unit}", class_="legend"), render_scroll(title, table))
+
+
+def round_up(value: float) -> float:
+    """The smallest of 1, 2, 4 and 8 times a power of ten that is at least a value; 1 for a value that is not above 0."""
+    if value < _LEAST:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 4, 8, 10) if step * power >= value * (1 - 1e-9))
+
+
+def format_cell(value: float | None, *, sign: bool = False) -> str:
+    """A figure in few characters: two decimals below 10, fewer above, a dash for None. sign: whether to write + above 0."""
     if value is None:
-        return _NONE
-    color = _WARM if value >= 0 else _COLD
-    mixed = (round(255 + (tone - 255) * min(1.0, abs(value))) for tone in color)
-    return "#" + "".join(f"{tone:02x}" for tone in mixed)
+        return NONE
+    size = abs(value)
+    text = f"{size:.2f}" if size < 9.995 else f"{size:.1f}" if size < 99.95 else f"{size:.0f}"
+    if not float(text):
+        return text
+    return f"−{text}" if value < 0 else f"+{text}" if sign else text
 
 
-def _picture(title: str, width: int, height: int, parts: Sequence[str]) -> str:
-    return f"<h2>{escape(title)}</h2><svg width={width} height={height} role=img>{''.join(parts)}</svg>"
+def _draw_cell(picture: HeatMap, row: int, column: int, value: float | None) -> Html:
+    if value is None:
+        return element("td", NONE, class_="none")
+    style = f"{picture.scale.name}-{picture.scale.step(value)}"
+    if (row, column) not in picture.ringed:
+        return element("td", format_cell(value), class_=style)
+    return element("td", format_cell(value), element("span", f" ({picture.ring})", class_="hidden"), class_=f"{style} ring")
+
+
+def _draw_legend(picture: HeatMap) -> Html:
+    scale = picture.scale
+    ramp = element("div", *(element("i", class_=f"{scale.name}-{step}") for step in range(scale.steps)))
+    ends = element("div", *(element("span", end) for end in picture.ends))
+    parts = []
+    if picture.ringed:
+        parts.append(element("span", element("span", class_="key ring"), picture.ring))
+    if any(value is None for cells in picture.cells for value in cells):
+        parts.append(element("span", f"{NONE} no figure"))
+    return join((element("div", ramp, ends, class_="scale"), *([element("div", *parts, class_="legend")] if parts else [])))
+
+
+def _frame(kind: str, title: str, note: str, *parts: Html) -> Html:
+    caption = element("figcaption", element("h3", title), render_note(note))
+    return element("figure", caption, *parts, class_=f"box {kind}")

@@ -1,4 +1,4 @@
-"""Which mixes are worth a merged variant of their own under a budget of bytes, and which adapters stay live. As a recipe."""
+"""Plans which mixes to merge into variants under a budget of bytes, and which adapters to keep live. Writes a recipe."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from edgelora.adapters.folder import Adapter
     from edgelora_export.decoder.description import Decoder
 
-LEAST_GAIN = 0.05  # of one task: what a variant must add to be worth any bytes
+LEAST_GAIN = 0.05  # in kept shares: a variant that adds less is not worth its bytes
 GRID = Grid(bits=4, block_size=32)  # a recipe's default
 _SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant that could be compiled. kept: by task, the share of its adapter's effect that the variant has, 0 to 1.
+    """A variant that could be compiled. kept: by task, the share of its adapter's effect that the variant keeps, 0 to 1.
 
-    bytes: of the weights that the variant does not share with the base.
+    bytes: of the weights that it does not share with the base.
     """
 
     name: str
@@ -48,11 +48,11 @@ class ChosenVariant:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compile. merged: in the order of their gain per byte. live: adapters whose tasks no merged variant serves.
+    """What to compile. merged: best gain per byte first. live: adapters whose tasks no merged variant serves.
 
-    bytes: of all of it. base_bytes: the base's part of them, None where the base is not given and counts for nothing.
-    budget: None for no limit. live_bytes: of all adapters' factors, which go along as soon as one is live.
-    fits: whether the live ones have room, too.
+    bytes: of everything. base_bytes: the base's part of them; None if no base was given, which then does not count.
+    live_bytes: of all adapters' factors, which the bundle holds if any adapter is live. budget: in bytes, None for no limit.
+    fits: whether everything is within the budget.
     """
 
     merged: tuple[ChosenVariant, ...]
@@ -67,11 +67,11 @@ class Plan:
 def plan_variants(
     candidates: Sequence[Candidate], tasks: Sequence[str], live_bytes: int, base_bytes: int | None, budget: int | None
 ) -> Plan:
-    """Takes the candidate with the largest gain per byte again and again, as long as it fits.
+    """Takes the candidate with the largest gain per byte, and repeats until nothing fits or is worth its bytes.
 
-    The gain is what a candidate adds to each task's best kept share, summed over the tasks; so a mix that keeps two tasks
-    goes before a single adapter of the same size, and after it the single ones gain only what the mix lost. Tasks that end
-    without a variant are served live, for which room is set aside where not everything fits merged.
+    A candidate's gain is what it adds to each task's best kept share, summed over the tasks. So a mix that keeps two tasks
+    comes before a single adapter of the same size, and after it the single adapters gain only what the mix lost. Tasks that are
+    left without a variant are served live. Room is set aside for that if not everything fits merged.
     """
     fixed = base_bytes or 0
     room = math.inf if budget is None else budget - fixed
@@ -84,7 +84,7 @@ def plan_variants(
 
 
 def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) -> tuple[list[ChosenVariant], set[str]]:
-    """The chosen ones, and the tasks that they serve."""
+    """The chosen candidates, and the tasks that they serve."""
     best = dict.fromkeys(tasks, 0.0)
     left, chosen = list(candidates), []
 
@@ -92,7 +92,7 @@ def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) 
         return sum(max(0.0, share - best[task]) for task, share in candidate.kept.items())
 
     while fitting := [one for one in left if one.bytes <= room and gain(one) >= LEAST_GAIN]:
-        # Of equal worth, the one that serves more tasks, then the first.
+        # A tie goes to the candidate that serves more tasks, then to the first.
         taken = max(fitting, key=lambda one: (gain(one) / max(one.bytes, 1), len(one.kept)))
         chosen.append(ChosenVariant(taken.name, taken.mix, taken.bytes, gain(taken)))
         best |= {task: max(best[task], share) for task, share in taken.kept.items()}
@@ -102,9 +102,9 @@ def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) 
 
 
 def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> int:
-    """Bytes that a merged variant of some adapters adds to a bundle: codes and scales of the products that they touch.
+    """Bytes that a merged variant of some adapters adds to a bundle: codes and scales of the products that they change.
 
-    decoder: of the base, which says which layers are stored as one product; without it each module counts for itself.
+    decoder: the base's, which tells which modules are stored as one product. Without it, each module counts as one.
     """
     shapes = {module: (rows, columns) for adapter in adapters for module, (rows, columns, _) in adapter.shapes.items()}
     if decoder is None:
@@ -117,13 +117,13 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
 
 
 def count_base_bytes(decoder: Decoder) -> int:
-    """Bytes of the int4 base in a bundle, but for norms and graph, which are a thousandth of it."""
+    """Bytes of the int4 base in a bundle, without norms and graph, which are a thousandth of it."""
     linears = sum(_matrix_bytes(linear.rows, linear.columns) for linear in decoder.linears)
     return linears + len(vocab_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
 
 
 def count_live_bytes(adapters: Iterable[Adapter]) -> int:
-    """Bytes of adapters' factors in fp16."""
+    """Bytes of the adapters' factors in fp16."""
     return sum(2 * rank * (rows + columns) for adapter in adapters for rows, columns, rank in adapter.shapes.values())
 
 
@@ -132,7 +132,7 @@ def _matrix_bytes(rows: int, columns: int) -> int:
 
 
 def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], folder: Path) -> str:
-    """The plan as the text of a recipe.toml that lies in a folder; without a base, its line is left to fill in."""
+    """The plan as the text of a recipe.toml in a folder. Without a base, its line is a comment to fill in."""
     lines = [f"base = {_quote(_seen_from(folder, base))}" if base else '# base = "path or hub id"', "", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(_seen_from(folder, os.fspath(path)))}" for name, path in adapters.items()]
     lines += ["", "[variants.base]", "mix = {}"]
@@ -141,7 +141,7 @@ def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], fo
     for name in plan.live:
         lines += ["", f"[variants.{_quote(name)}]", f"mix = {_inline({name: 1.0})}", 'kind = "live"']
     if len(plan.merged) + len(plan.live) > 1:
-        lines += ["", '# [router]  # without the mark, variant "auto" picks one of these for each request']
+        lines += ["", '# [router]  # uncomment for a variant "auto" that picks one of these for each request']
     return "\n".join(lines) + "\n"
 
 
@@ -155,4 +155,4 @@ def _quote(text: str) -> str:
 
 def _seen_from(folder: Path, path: str) -> str:
     """A local path relative to a folder; a hub id as it is."""
-    return os.path.relpath(path, folder).replace(os.sep, "/") if os.path.exists(path) else path  # noqa: PTH110  (maybe no path)
+    return os.path.relpath(path, folder).replace(os.sep, "/") if os.path.exists(path) else path  # noqa: PTH110  (may be a hub id)

@@ -13,7 +13,7 @@ from edgelora.cli.inspect import show_bundle
 from edgelora.data.calibration import hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
-from edgelora.report.fidelity_pages import write_reports
+from edgelora.report.fidelity_pages import write_fidelity
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization
 from edgelora_export.weights.base import Base
@@ -81,15 +81,19 @@ def test_the_tables_hold_every_figure(judged: Bundle, capsys: pytest.CaptureFixt
 
 
 def test_the_report_names_the_merge_base_and_its_losses(judged: Bundle, tmp_path: Path) -> None:
-    pages = {path.stem: path.read_text(encoding="utf-8") for path in write_reports(judged.manifest, tmp_path)}
+    index, *paths = write_fidelity(judged, tmp_path / "report")
+    pages = {path.stem: path.read_text(encoding="utf-8") for path in paths}
+    assert pages.keys() == judged.manifest.variants.keys()
+    assert all(f'href="{path.name}"' in index.read_text(encoding="utf-8") for path in paths)
     chosen = judged.manifest.variants["chosen"]
     assert chosen.fidelity is not None and chosen.fidelity.trained_kl is not None
     for mention in (
-        f"<td>{chosen.merge_base}</td>",
+        "<td>the trained base, held as nf4</td>" if chosen.merge_base == "trained" else "<td>the float base</td>",
+        f"<td>{chosen.fidelity.kernels}</td>",
         f"float {chosen.merge_losses['float']:.4f}",
         f"trained {chosen.merge_losses['trained']:.4f}",
         f"{chosen.fidelity.trained_kl:.4g}",
         f"{chosen.fidelity.teacher_perplexity:.3f}",
     ):
         assert mention in pages["chosen"]
-    assert "<th>merged into</th><td>–</td>" in pages["alive"]
+    assert "Merged into" not in pages["alive"]

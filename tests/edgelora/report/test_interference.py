@@ -1,4 +1,4 @@
-"""Interference figures from factors against dense float64 formulas."""
+"""Interference figures from factors, compared with dense float64 formulas."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VALUES = st.floats(-4, 4, width=16).map(lambda value: value if abs(value) > 0.01
 
 @st.composite
 def pairs(draw: st.DrawFn) -> list[Factors]:
-    """A (r, K) and B (N, r) of two or three deltas of one module, each of a rank of its own."""
+    """A (r, K) and B (N, r) of two or three deltas of one module, of different ranks."""
     rows, columns = draw(st.integers(1, 6)), draw(st.integers(1, 6))
     ranks = draw(st.lists(st.integers(1, 4), min_size=2, max_size=3))
     return [
@@ -44,7 +44,7 @@ def dense(pair: Factors) -> Doubles:
 
 
 def reference_overlap(one: Doubles, other: Doubles) -> float:
-    """By projectors onto the row spaces, each from a pseudoinverse: tr(P·Q) / the smaller rank."""
+    """tr(P·Q) / the smaller rank, P and Q being projectors onto the row spaces, from pseudoinverses."""
     ranks = [np.linalg.matrix_rank(delta, tol=1e-6 * np.linalg.norm(delta)) if delta.any() else 0 for delta in (one, other)]
     if not min(ranks):
         return 0.0
@@ -84,7 +84,7 @@ def test_overlaps_of_what_is_read_and_written(factors: list[Factors]) -> None:
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 20])
 def test_sign_conflicts_entry_by_entry(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the blocks in which entries are formed."""
+    """The size of the blocks makes no difference."""
     monkeypatch.setattr(interference, "_BLOCK", block)
     factors = [random_factors(1), random_factors(2, rank=2)]
     one, other = map(dense, factors)
@@ -114,7 +114,7 @@ def test_an_adapter_against_itself_and_its_negative() -> None:
 
 
 def test_orthogonal_adapters_share_nothing() -> None:
-    """They read disjoint coordinates."""
+    """Each reads coordinates that the other does not."""
     a, b = random_factors(0, columns=30)
     one, other = np.split(np.arange(30), 2)
     factors = [(np.where(np.isin(np.arange(30), half), a, 0), b) for half in (one, other)]
@@ -124,13 +124,13 @@ def test_orthogonal_adapters_share_nothing() -> None:
     assert found.column_overlap == pytest.approx(1)
 
 
-def test_a_smaller_space_inside_a_larger_one_overlaps_wholly() -> None:
+def test_a_space_inside_a_larger_one_overlaps_fully() -> None:
     a, b = random_factors(0)
     found = summarize([compare_deltas(Stack.of([(a, b), (a[:1], b[:, :1])]))], 0, 1)
     assert (found.row_overlap, found.column_overlap) == pytest.approx((1, 1))
 
 
-def test_factors_of_more_rank_than_their_product_count_by_the_product() -> None:
+def test_the_rank_of_the_product_counts_not_that_of_its_factors() -> None:
     a, b = random_factors(0, rank=2)
     doubled = (np.concatenate([a, a]), np.concatenate([b, b], axis=1))
     found = summarize([compare_deltas(Stack.of([doubled, random_factors(1, rank=3)]))], 0, 1)
@@ -138,7 +138,7 @@ def test_factors_of_more_rank_than_their_product_count_by_the_product() -> None:
     assert found.row_overlap == pytest.approx(expected)
 
 
-def test_modules_that_only_one_changes_count_for_norms_alone() -> None:
+def test_a_module_that_only_one_changes_counts_only_in_its_norm() -> None:
     pair = random_factors(0)
     both = compare_deltas(Stack.of([pair, random_factors(1)]))
     alone = compare_deltas(Stack.of([pair, None]))
@@ -163,7 +163,7 @@ def test_output_products_are_means_over_inputs(factors: list[Factors], seed: int
 @settings(max_examples=40)
 @given(pairs())
 def test_likely_inputs_are_what_the_delta_reads(factors: list[Factors]) -> None:
-    """E xxᵀ = ΔᵀΔ makes E⟨Δp·x, Δq·x⟩ = tr(Δp ΔᵀΔ Δqᵀ)."""
+    """With E xxᵀ = ΔᵀΔ, E⟨Δp·x, Δq·x⟩ = tr(Δp ΔᵀΔ Δqᵀ)."""
     stack, deltas = Stack.of(factors), [dense(pair) for pair in factors]
     for task, own in enumerate(deltas):
         expected = [[np.trace(one @ own.T @ own @ other.T) for other in deltas] for one in deltas]
@@ -171,7 +171,7 @@ def test_likely_inputs_are_what_the_delta_reads(factors: list[Factors]) -> None:
 
 
 def test_energies_and_errors_of_a_mix() -> None:
-    """Against the outputs themselves, of two layers with two modules each, each layer normalised by the task's own energy."""
+    """Compared with outputs of two layers with two modules each. Each layer is scaled by the energy of the task's adapter."""
     random = np.random.default_rng(0)
     products: dict[str, Doubles] = {}
     energies, errors = [], []
@@ -198,7 +198,7 @@ def test_energies_and_errors_of_a_mix() -> None:
 
 
 def test_chosen_weights_have_the_least_worst_error() -> None:
-    """On either task, and in the worse of two views."""
+    """Over both tasks and both views."""
     one = relate_outputs({"layer 0": np.array([[[1.0, 0.2], [0.2, 0.5]], [[2.0, -0.1], [-0.1, 1.0]]])})
     two = relate_outputs({"layer 0": np.array([[[1.0, 0.0], [0.0, 2.0]], [[0.1, 0.0], [0.0, 1.0]]])})
     grid = [(a / 10, b / 10) for a in range(2, 13) for b in range(2, 13)]
@@ -211,7 +211,7 @@ def test_chosen_weights_have_the_least_worst_error() -> None:
     assert choose_weights([one], 0, 1) != choose_weights([one, two], 0, 1)
 
 
-def test_a_layer_that_an_adapter_leaves_alone_is_held_against_its_others() -> None:
+def test_a_layer_that_an_adapter_does_not_change_is_scaled_by_its_others() -> None:
     own, foreign = np.diag([4.0, 0.0]), np.diag([0.0, 2.0])
     outputs = relate_outputs({"layer 0": np.stack([own, own]), "layer 1": np.stack([foreign, foreign])})
     assert outputs.energy(0, 1, "layer 1") == 0.5
@@ -219,7 +219,7 @@ def test_a_layer_that_an_adapter_leaves_alone_is_held_against_its_others() -> No
 
 
 def test_independent_adapters_mix_without_loss() -> None:
-    """Each is blind to what the other reads."""
+    """Neither reads what the other reads."""
     a, b = random_factors(0, columns=30)
     halves = np.split(np.arange(30), 2)
     stack = Stack.of([(np.where(np.isin(np.arange(30), half), a, 0), b) for half in halves])
