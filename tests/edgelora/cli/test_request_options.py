@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 
-from edgelora.cli.app import chat, run
+from edgelora.cli.chat import chat
+from edgelora.cli.run import run
 from edgelora_runtime.decode.options import OPTIONS
 
 

@@ -20,12 +20,14 @@ HOSTILE = """"><script>alert('1')</script><img src=x onerror=alert(1)> &amp; </t
 
 
 def fidelity(products: dict[str, ProductFidelity] | None = None) -> FidelityEntry:
-    return FidelityEntry("passed", 105, 0.075, 0.366, 3.3, 0.9772, 0.962, 6.258, 6.704, products or {}, 0.012)
+    return FidelityEntry("passed", "onnxruntime", 105, 0.075, 0.366, 3.3, 0.9772, 0.962, 6.258, 6.704, products or {}, 0.012)
 
 
 def variant(name: str, found: FidelityEntry | None, **changes: object) -> VariantDescription:
     """A merged variant of one adapter, 1000 bytes in all and 100 of its own."""
-    given = VariantDescription(name, "merged", {"sql": 1.0}, {}, "linear", None, None, 1000, 100, "float", {}, (), None, found)
+    given = VariantDescription(
+        name, "merged", {"sql": 1.0}, {}, "linear", None, None, 1000, 100, "float", None, {}, (), None, found
+    )
     return replace(given, **changes)  # type: ignore[arg-type]
 
 
@@ -34,11 +36,16 @@ PRODUCTS = {
     "layers.2.mlp.down": ProductFidelity(4, 0.875, 0.5, 0.125),
     "layers.2.attention.qkv": ProductFidelity(4, 1.0, 0.75, 0.0),
 }
-BARE = FidelityEntry("measured", 105, 0.053, 0.19, 0.0, None, 0.689, 632.0, 678.2)
+BARE = FidelityEntry("measured", "onnxruntime", 105, 0.053, 0.19, 0.0, None, 0.689, 632.0, 678.2)
 VARIANTS = (
     variant("base", BARE, mix={}, private_bytes=0),
     variant(
-        "sql", fidelity(PRODUCTS), int8=("layers.10.mlp.down",), merge_losses={"float": 1.9026, "nf4": 1.8038}, merge_base="nf4"
+        "sql",
+        fidelity(PRODUCTS),
+        int8=("layers.10.mlp.down",),
+        merge_losses={"float": 1.9026, "trained": 1.8038},
+        merge_base="trained",
+        trained_on="nf4",
     ),
     variant("clinic", None, mix={"sql": 0.7, "law": 0.5}, method="ties", density=0.3),
     variant("alive", replace(fidelity(), outcome="live"), kind="live"),
@@ -124,8 +131,8 @@ def test_the_two_kinds_of_kept_have_two_names() -> None:
     page = read("b", BUNDLE)["sql.html"]
     facts = dict(row for row in page.one("section", **{"aria-labelledby": "figures"}).one("table").rows)
     assert facts["Adapter kept"] == "0.9772"
-    assert facts["Merged into"] == "the nf4 base"
-    assert facts["Held-out loss by base"] == "float 1.9026, nf4 1.8038 nats per token"
+    assert facts["Merged into"] == "the trained base, held as nf4"
+    assert facts["Held-out loss by base"] == "float 1.9026, trained 1.8038 nats per token"
     assert facts["KL on the trained base"] == "0.012 nats per token"
     assert "retention" not in page.one("body").text.lower()
 
