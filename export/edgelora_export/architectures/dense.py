@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.decoder.description import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Norm, Part
-from edgelora_export.decoder.rope import read_rope, rotary_tables
+from edgelora_export.decoder.rope import compute_rotary_tables, read_rope
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def make_tables(sizes: ConfigSizes, rope: Mapping[str, Any], prefix: str = "rota
     """Makes the rotary tables for some rope settings, by initializer name."""
     if sizes.rotary_size != int(sizes.head_size * rope["partial_rotary_factor"]):
         raise InputError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported for this architecture")
-    cos, sin = rotary_tables(rope, sizes.rotary_size, sizes.context_length, sizes.padded)
+    cos, sin = compute_rotary_tables(rope, sizes.rotary_size, sizes.context_length, sizes.padded)
     return {f"{prefix}.cos": cos, f"{prefix}.sin": sin}
 
 

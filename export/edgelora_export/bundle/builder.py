@@ -21,7 +21,7 @@ from edgelora_export.bundle.merge_base import choose_merge_base
 from edgelora_export.bundle.progress import Progress
 from edgelora_export.bundle.texts import copy_texts, read_end_tokens, read_generation_settings
 from edgelora_export.bundle.weights import BundleWeights
-from edgelora_export.graph.live_slots import live_slots
+from edgelora_export.graph.live_slots import name_live_slots
 from edgelora_export.plan.targets import CPU
 from edgelora_export.weights.publish import BLOB, staged_folder, write_file, write_hashed
 from edgelora_runtime import Runtime
@@ -80,7 +80,7 @@ class BundleBuilder:
         self._fidelity: dict[str, FidelityEntry] = {}
         self.variants: dict[str, Variant] = {variant.name: variant for variant in plan.variants}
         self._weights.expect_progress(self.variants)
-        self._progress.expect(len(self._measured()))
+        self._progress.expect(len(self._find_measured()))
 
     def copy_texts(self) -> None:
         """Writes tokenizer, configs, router and draft tables.
@@ -124,7 +124,7 @@ class BundleBuilder:
         gate = self._plan.gate
         if gate is None:
             return
-        refused = [refusal for name in self._measured() if (refusal := self._check_variant(name, gate))]
+        refused = [refusal for name in self._find_measured() if (refusal := self._check_variant(name, gate))]
         if refused:
             raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
 
@@ -185,7 +185,7 @@ class BundleBuilder:
         self._weights.drop(name)
         self._weights.store(self.variants)
 
-    def _measured(self) -> list[str]:
+    def _find_measured(self) -> list[str]:
         """Lists the variants that the gate measures: those with held-out samples."""
         if self._plan.gate is None:
             return []
@@ -204,11 +204,11 @@ class BundleBuilder:
             if lacking and gate.policy == "fail":
                 refusal = f"{name} {' and '.join(lacking)}; most is lost in {name_worst(products)}"
             elif lacking:
-                outcome, measurement, products = self._repair_until_it_passes(name, gate, teacher, measurement.comparison)
+                outcome, measurement, products = self._try_repairs(name, gate, teacher, measurement.comparison)
         self._fidelity[name] = _describe_fidelity(measurement, outcome, products)
         return refusal
 
-    def _repair_until_it_passes(
+    def _try_repairs(
         self, name: str, gate: Gate, teacher: Teacher, found: Comparison
     ) -> tuple[Outcome, Measurement, dict[str, ProductFidelity]]:
         """Tries one repair after the other. Returns the outcome, and the figures of the variant and of its products."""
@@ -255,7 +255,7 @@ class BundleBuilder:
                 name: replace(entry, file=files.get(name), draft_table=self._draft_tables.get(name))
                 for name, entry in plan.adapters.items()
             },
-            live_slots=tuple(live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
+            live_slots=tuple(name_live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
             variants={
                 variant.name: describe_variant(
                     plan, variant, self._weights.get(variant), graphs[variant.name], self._fidelity.get(variant.name)

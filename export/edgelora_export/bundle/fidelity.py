@@ -157,8 +157,8 @@ def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta:
 def compare(subject: Subject, teacher: Teacher, logits: Logits, *, batch_bytes: int = LOGITS_BYTES) -> Comparison:
     """Compares a variant with its teacher.
 
-    logits: takes token ids and a number of positions P, and yields the variant's logits, float32 (P, V), for so many positions at
-    a time. batch_bytes: of the logits that are compared at once. Larger batches read the teachers' head less often.
+    logits: takes token ids and a number of positions P, and yields the variant's logits, float32 (P, V), for P positions
+    at a time. batch_bytes: of the logits that are compared at once. Larger batches read the teachers' head less often.
     """
     base, decoder = subject.base, subject.decoder
     stream = LayerStream(decoder)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgelora_export.graph.decoder_graph import build_graph
 from edgelora_export.graph.live_slots import pack_live_adapter
-from edgelora_export.graph.nodes import mapped_blobs, pack_graph
+from edgelora_export.graph.nodes import list_blobs, pack_graph
 from edgelora_export.graph.stages import split_graphs
 from edgelora_export.plan.targets import CPU, TARGETS
 from edgelora_export.weights.fp16_copies import Fp16Copies
@@ -47,9 +47,9 @@ def write_graphs(
         for stem, model in models.items():
             file = f"{stem}.{name}.onnx"
             write_file(folder / file, [pack_graph(model)])
-            parts = [(write_hashed(folder, pack_graph(stage), ".onnx"), mapped_blobs(stage)) for stage in stages.get(stem, ())]
+            parts = [(write_hashed(folder, pack_graph(stage), ".onnx"), list_blobs(stage)) for stage in stages.get(stem, ())]
             entries = tuple(StageEntry(*part) for part in parts)
-            written[stem][name] = GraphEntry(file, mapped_blobs(model), entries)
+            written[stem][name] = GraphEntry(file, list_blobs(model), entries)
     return {name: written[stem] for name, stem in stems.items()}
 
 

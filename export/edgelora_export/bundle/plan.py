@@ -69,6 +69,7 @@ class BundlePlan:
 
     @property
     def default_variant(self) -> str:
+        """The name of the variant with which a runtime starts."""
         return self.variants[0].name if self.default is None else self.default
 
     def find_calibration(self, variant: Variant) -> Calibration:

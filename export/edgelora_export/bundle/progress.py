@@ -23,7 +23,7 @@ class Progress:
     done: int = 0
 
     def expect(self, passes: int, cost: int = 1) -> None:
-        """Adds so many passes through all layers to the total."""
+        """Adds passes through all layers to the total. cost: steps that each layer counts for."""
         self.total += passes * self.layers * cost
 
     def start_pass(self, what: str, cost: int = 1) -> Callable[[int], None]:

@@ -49,7 +49,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length: int) -> Floats:
+def compute_rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length: int) -> Floats:
     """Computes the angle per position of each rotary pair, float32 (rotary_size / 2,), in radians.
 
     llama3: Llama 3.1's smooth interpolation between kept and divided frequencies. longrope: divides each frequency by its own
@@ -81,7 +81,7 @@ def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length
     return frequencies / factors
 
 
-def attention_factor(rope: Mapping[str, Any]) -> float:
+def compute_attention_factor(rope: Mapping[str, Any]) -> float:
     """Computes the factor of longrope's cosines and sines (_compute_longrope_parameters), 1 for the other kinds."""
     if rope["rope_type"] != "longrope":
         return 1.0
@@ -91,13 +91,15 @@ def attention_factor(rope: Mapping[str, Any]) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(rope["original_max_position_embeddings"])) if factor > 1 else 1.0
 
 
-def rotary_tables(rope: Mapping[str, Any], rotary_size: int, context_length: int, padded_head_size: int) -> tuple[Floats, Floats]:
+def compute_rotary_tables(
+    rope: Mapping[str, Any], rotary_size: int, context_length: int, padded_head_size: int
+) -> tuple[Floats, Floats]:
     """Computes cosines and sines, each float32 (context_length, padded_head_size / 2).
 
     Pairs after the rotary ones do not rotate: their cosines are 1, their sines 0.
     """
-    frequencies = rotary_frequencies(rope, rotary_size, context_length)
+    frequencies = compute_rotary_frequencies(rope, rotary_size, context_length)
     angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None, :]
     padding = ((0, 0), (0, padded_head_size // 2 - frequencies.size))
-    factor = np.float32(attention_factor(rope))
+    factor = np.float32(compute_attention_factor(rope))
     return np.pad(np.cos(angles) * factor, padding, constant_values=1), np.pad(np.sin(angles) * factor, padding)

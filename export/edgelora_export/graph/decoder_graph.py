@@ -10,7 +10,7 @@ import onnx_ir as ir
 from edgelora_export.graph.block import BlockBuilder, Positions
 from edgelora_export.graph.live_inputs import LiveInputs
 from edgelora_export.graph.nodes import CONTRIB, BlobWeights, GraphBuilder, annotate_value, graph_input
-from edgelora_export.graph.products import multiply_matrix, packed_zeros
+from edgelora_export.graph.products import find_zero_points, multiply_matrix
 from edgelora_export.graph.stages import CUT
 from edgelora_export.plan.targets import CPU
 
@@ -122,7 +122,7 @@ def gather_rows(b: GraphBuilder, input_ids: ir.Value, rows: int, columns: int, n
         b.weight(f"{name}.rows", tensor=f"{name}.codes", shape=(rows, row_bytes)),
         input_ids,
         b.weight(f"{name}.row_scales", tensor=f"{name}.scales"),
-        packed_zeros(b, name),
+        find_zero_points(b, name),
         domain=CONTRIB,
         bits=grid.bits,
         block_size=grid.block_size,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from edgelora_export.graph.live_slots import live_slots
+from edgelora_export.graph.live_slots import name_live_slots
 from edgelora_export.graph.nodes import CONTRIB, GraphBuilder, InputWeights, graph_input
-from edgelora_export.graph.products import multiply_matrix, nbits_attributes, nbits_weights
+from edgelora_export.graph.products import make_nbits_attributes, make_nbits_inputs, multiply_matrix
 from edgelora_export.plan.targets import CPU
 from edgelora_runtime.session.factors import FACTORS, MOST_PARTS
 
@@ -34,7 +34,7 @@ class LiveInputs:
         self._lora_b: dict[str, list[ir.Value]] = {}
         for linear in decoder.linears:
             if linear.name in live:
-                slots = live_slots(linear)
+                slots = name_live_slots(linear)
                 count = len(linear.parts)
                 # Each product has its own symbolic rank: onnxruntime shares buffers between tensors whose symbolic shapes agree.
                 rank = f"{linear.name}.R"
@@ -53,6 +53,7 @@ class LiveInputs:
 
     @property
     def inputs(self) -> list[ir.Value]:
+        """All inputs, in the order of the products. `factors` comes last."""
         slots = [value for name, lora_a in self._lora_a.items() for value in (lora_a, *self._lora_b[name])]
         return slots if self._factors is None else [*slots, self._factors]
 
@@ -65,8 +66,8 @@ class LiveInputs:
         grid = b.source.grid(linear.name)
         if self._factors is None or grid is None:
             return _add_low_rank(b, multiply_matrix(b, linear.name, x, linear.columns, linear.rows), x, lora_a, lora_b)
-        attributes = nbits_attributes(b, grid, linear.columns, linear.rows)
-        weights = nbits_weights(b, linear.name)
+        attributes = make_nbits_attributes(b, grid, linear.columns, linear.rows)
+        weights = make_nbits_inputs(b, linear.name)
         slot = list(self._lora_a).index(linear.name)
         function = _make_function(len(lora_b), attributes)
         return b.call(function, x, *weights, self._factors, lora_a, *lora_b, slot=slot, **attributes)

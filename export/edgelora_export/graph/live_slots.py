@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from edgelora_export.plan.variants import LowRank
 
 
-def live_slots(linear: Linear) -> LiveSlots:
+def name_live_slots(linear: Linear) -> LiveSlots:
     """Names a product's LoRA inputs, and the modules whose factors they take."""
     return LiveSlots(
         a=f"{linear.name}.lora_A",

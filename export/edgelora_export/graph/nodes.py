@@ -29,7 +29,8 @@ class WeightSource(Protocol):
     def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:
         """Returns the weight `name`. With `tensor` and `shape`, two weights can share the same bytes in two shapes."""
 
-    def has(self, tensor: str) -> bool: ...
+    def has(self, tensor: str) -> bool:
+        """True if the source has the tensor."""
 
     def grid(self, product: str) -> Grid | None:
         """Returns the grid of a product's codes, or None for float32."""
@@ -110,11 +111,13 @@ class GraphBuilder:
     def op(
         self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int] | ir.Attr
     ) -> ir.Value:
+        """Appends a node with one output."""
         return self._tape.op(op_type, inputs, attributes, domain=domain)
 
     def ops(
         self, op_type: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: int | float
     ) -> Sequence[ir.Value]:
+        """Appends a node with `count` outputs."""
         return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=count, domain=domain)
 
     def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
@@ -160,6 +163,7 @@ class GraphBuilder:
         graph.sort()
 
     def finish(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        """Makes a model of the new nodes, with the weights that they read as initializers."""
         initializers = [value for value in (*self._tape.initializers, *self._loaded.values()) if value.const_value is not None]
         graph = ir.Graph(
             inputs,
@@ -179,6 +183,7 @@ class GraphBuilder:
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Makes an input of a graph. shape: a string names a symbolic axis."""
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
@@ -187,7 +192,7 @@ def annotate_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequen
     value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
 
 
-def mapped_blobs(model: ir.Model) -> tuple[str, ...]:
+def list_blobs(model: ir.Model) -> tuple[str, ...]:
     """Names the blobs that hold a graph's initializers, in sorted order."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return tuple(sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}))

@@ -18,16 +18,16 @@ def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows:
     grid = b.source.grid(name)
     if grid is None:
         return b.multiply_transposed(x, b.weight(name))
-    attributes = nbits_attributes(b, grid, columns, rows)
-    return b.op("MatMulNBits", x, *nbits_weights(b, name), domain=CONTRIB, **attributes)
+    attributes = make_nbits_attributes(b, grid, columns, rows)
+    return b.op("MatMulNBits", x, *make_nbits_inputs(b, name), domain=CONTRIB, **attributes)
 
 
-def nbits_weights(b: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+def make_nbits_inputs(b: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Returns the inputs of MatMulNBits that follow the activations: codes, scales and zero points."""
-    return b.weight(f"{name}.codes"), b.weight(f"{name}.scales"), packed_zeros(b, name)
+    return b.weight(f"{name}.codes"), b.weight(f"{name}.scales"), find_zero_points(b, name)
 
 
-def nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> dict[str, int]:
+def make_nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> dict[str, int]:
     """Returns the attributes of MatMulNBits for a weight (rows, columns)."""
     return {
         "K": columns,
@@ -38,7 +38,7 @@ def nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> di
     }
 
 
-def packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:
+def find_zero_points(b: GraphBuilder, name: str) -> ir.Value | None:
     """Returns a product's zero points, or None if its grid is symmetric."""
     zeros = f"{name}.zero_points"
     return b.weight(zeros) if b.source.has(zeros) else None

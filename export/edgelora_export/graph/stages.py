@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from edgelora_export.graph.nodes import mapped_blobs, pack_graph
+from edgelora_export.graph.nodes import list_blobs, pack_graph
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,7 +49,7 @@ def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list
 
 def _measure_weights(pieces: Sequence[ir.Model], folder: Path) -> list[int]:
     """Sums the bytes of each piece's weights, without blobs that several pieces map, such as norms and tables."""
-    mapped = [mapped_blobs(piece) for piece in pieces]
+    mapped = [list_blobs(piece) for piece in pieces]
     counts = Counter(blob for blobs in mapped for blob in blobs)
     return [sum((folder / blob).stat().st_size for blob in blobs if counts[blob] == 1) for blobs in mapped]
 

@@ -52,6 +52,7 @@ class Calibration:
 
     @property
     def fit_tokens(self) -> int:
+        """The number of tokens in the samples of `fit`."""
         return sum(len(sample.tokens) for sample in self.fit)
 
 
@@ -75,12 +76,14 @@ class Moments:
         self._rows = 0
 
     def add(self, inputs: Floats) -> None:
+        """Adds a piece of inputs (T, K)."""
         self._pieces.append(inputs)
         self._rows += len(inputs)
         if self._rows >= _BUFFER_ROWS:
             self._flush()
 
     def total(self) -> Floats:
+        """Returns the sum over all pieces so far."""
         self._flush()
         return self._sum
 

@@ -49,7 +49,8 @@ class LowRank(Protocol):
 class Quantization:
     """The storage of a bundle's weights.
 
-    bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale. symmetric: True if there are no zero points.
+    bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale.
+    symmetric: True if there are no zero points.
     method: gptq (codes compensate for each other's errors on calibration inputs), auto-round (4-bit rounding and clipping learned
     on the same inputs by the package of that name, with embedding and head by gptq), rtn (rounding to nearest, with the step of
     each block chosen by squared error), or none, which implies 32 bits.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgelora_export.bundle.entries import describe_base, describe_files, describe_quantization
 from edgelora_export.bundle.plan import check_names
 from edgelora_export.bundle.texts import copy_texts, read_end_tokens
-from edgelora_export.graph.nodes import mapped_blobs, pack_graph
+from edgelora_export.graph.nodes import list_blobs, pack_graph
 from edgelora_export.plan.targets import CPU
 from edgelora_export.traced.graph import find_lookups, find_products, rewrite_graph
 from edgelora_export.traced.optimum import digest
@@ -56,9 +56,9 @@ class TracedPlan:
 class TracedMatrices:
     """The matrices of a traced decoder that products multiply by, and the modules that own them.
 
-    names: by initializer, the matrix's name in the bundle. It is the first owner's in the checkpoint, so that tied matrices are
-    one, with a prefix that no name in the graph has. shapes: (N, K) by module, for the linear layers that a delta can change.
-    embedding: the initializer in which tokens are looked up, None if the graph does that in another way.
+    names: the matrix's name in the bundle, by initializer. It is a prefix that no name in the graph has and the name of the first
+    owner in the checkpoint, so that tied matrices are one. shapes: (N, K) by module, for the linear layers that a delta can
+    change. embedding: the initializer in which tokens are looked up, None if the graph does that in another way.
     Iterates over (owner, matrix).
     """
 
@@ -120,7 +120,7 @@ def build_traced_bundle(
             model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
             file = f"{variant.name}.{CPU.name}.onnx"
             write_file(folder / file, [pack_graph(model)])
-            graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
+            graphs[variant.name] = GraphEntry(file, list_blobs(model))
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
             default_variant=plan.variants[0].name if plan.default is None else plan.default,

@@ -44,6 +44,9 @@ class Fp16Copies:
     def copy(self, weights: StoredWeights) -> StoredWeights:
         """Returns the same weights for a gpu graph.
 
+        Requires: the weights lie in the folder.
+        Ensures: the result has the same names and grids. Its float32 tensors, except those of `wide`, are fp16.
+
         The copies of one blob's tensors form one blob, so that variants share copies as they share the originals.
         """
         groups: dict[str, dict[str, StoredTensor]] = {}
