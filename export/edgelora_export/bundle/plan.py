@@ -80,7 +80,7 @@ class BundlePlan:
 def check_names(variants: Sequence[Variant]) -> None:
     """Raises InputError if there are no variants, or for names that are invalid or differ only in case."""
     if not variants:
-        raise InputError("the recipe names no variant; add at least [variants.base] with mix = {}")
+        raise InputError("the recipe has no variants; add at least [variants.base] with mix = {}")
     seen: set[str] = set()
     for variant in variants:
         if reason := check_variant_name(variant.name):

@@ -76,7 +76,7 @@ class Quantization:
             return
         check_grid(self.bits, self.block_size)
         if self.method == "auto-round" and self.bits != 4:
-            raise InputError(f"quantization method 'auto-round' has 4 bits, not {self.bits}; use gptq or rtn")
+            raise InputError(f"quantization method 'auto-round' needs 4 bits, not {self.bits}; use gptq or rtn")
 
     @property
     def calibrated(self) -> bool:

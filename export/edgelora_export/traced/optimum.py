@@ -60,9 +60,9 @@ def trace_decoder(base: Base, context_length: int | None = None) -> Iterator[Tra
     architecture = str(base.config.get("model_type"))
     if not _is_installed():
         raise InputError(
-            f"model_type {architecture!r} has no native graph here (those that have: {', '.join(native_types())}), and optimum, "
-            "through which others are exported, is not installed; run: pip install 'edgelora[optimum]', in an environment of its "
-            "own, because it needs an older transformers than edgelora[train]"
+            f"model_type {architecture!r} has no native graph (these have one: {', '.join(native_types())}), and optimum, which "
+            "exports other models, is not installed; run: pip install 'edgelora[optimum]', in an environment of its own, because "
+            "it needs an older transformers than edgelora[train]"
         )
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
         with quiet_libraries():

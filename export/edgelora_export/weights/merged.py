@@ -105,4 +105,4 @@ def check_modules(decoder: Decoder, modules: Iterable[str], owner: str, *, vocab
         known |= set(vocab_modules(decoder).values())
     if unknown := sorted(set(modules) - known):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
+        raise InputError(f"{owner} changes {shown}, which are not linear layers of this {decoder.architecture} decoder")
