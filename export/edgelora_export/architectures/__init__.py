@@ -1,4 +1,4 @@
-"""From a config.json to a Decoder: one small file per architecture family."""
+"""Reads a Decoder from a config.json, with one small file per architecture family."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
 
 
 def native_types() -> list[str]:
-    """The model_type of every architecture that has a native graph."""
+    """Lists the model_type of every architecture that has a native graph."""
     return sorted(_READERS)
 
 
 def read_decoder(config: dict[str, Any], context_length: int | None = None) -> Decoder:
-    """The decoder that a Hugging Face config describes.
+    """Reads the decoder that a Hugging Face config describes.
 
-    context_length: positions that the bundle can hold; None for the model's own, at most 32768, or the original one of long RoPE.
+    context_length: positions that the bundle can hold. None for the model's own, at most 32768, or the original one of long RoPE.
     Raises InputError for an architecture or a setting that the builder cannot express.
     """
     kind = config.get("model_type")

@@ -1,4 +1,4 @@
-"""What dense decoders share: the sizes in config.json, the names in the checkpoint, and Llama's block."""
+"""Parts shared by dense decoders: the sizes in config.json, the names in the checkpoint, and Llama's block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.decoder.description import HEAD_MULTIPLE, Decoder, HeadPadding, Layer, Linear, Norm, Part
-from edgelora_export.decoder.rope import read_rope, rotary_tables
+from edgelora_export.decoder.rope import compute_rotary_tables, read_rope
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-CONTEXT_LIMIT = 32768  # the rotary table's default bound: 128k positions would cost 32 MB for a model of 0.7 GB
+CONTEXT_LIMIT = 32768  # default bound of the rotary table. 128k positions would add 32 MB to a model of 0.7 GB
 ACTIVATIONS = ("gelu_pytorch_tanh", "silu")
 EMBEDDING = "model.embed_tokens.weight"
-_NEEDED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ConfigSizes:
     """The sizes of a decoder, as in the checkpoint.
 
-    head_size: entries of a head; padded: in the graph. rotary_size: how many of them turn.
-    context_length: positions that the bundle holds.
+    head_size: entries of a head. padded: entries of a head in the graph. rotary_size: entries of a head that rotate.
+    context_length: positions that the bundle can hold.
     """
 
     hidden: int
-    inner: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_size: int
@@ -57,25 +57,27 @@ class Sizes:
         return HeadPadding(self.heads, self.head_size, self.padded, 0)
 
 
-def read_sizes(config: Mapping[str, Any], context_length: int | None, *, rotary_share: float = 1.0) -> Sizes:
-    """The sizes that a config states; see read_decoder for context_length.
+def read_config_sizes(
+    config: Mapping[str, Any], context_length: int | None, *, partial_rotary_factor: float = 1.0
+) -> ConfigSizes:
+    """Reads the sizes of a config. See read_decoder for context_length.
 
-    rotary_share: the part of each head that turns. Raises InputError for sizes that are absent or impossible.
+    partial_rotary_factor: the share of each head that rotates. Raises InputError for sizes that are absent or impossible.
     """
-    if absent := [key for key in _NEEDED if key not in config]:
+    if absent := [key for key in _REQUIRED_KEYS if key not in config]:
         raise InputError(f"config.json lacks {', '.join(absent)}")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
-    rotary = int(size * rotary_share)
+    rotary = int(size * partial_rotary_factor)
     if size % 2 or rotary % 2:
-        raise InputError(f"heads of {size} entries, of which {rotary} turn: both must be even")
+        raise InputError(f"heads have {size} entries, of which {rotary} rotate; both must be even")
     longest = config["max_position_embeddings"]
     context = _default_context(config) if context_length is None else context_length
     if not 0 < context <= longest:
         raise InputError(f"context_length = {context}: the model has positions 1 to {longest}")
-    return Sizes(
+    return ConfigSizes(
         hidden=hidden,
-        inner=config["intermediate_size"],
+        intermediate=config["intermediate_size"],
         heads=heads,
         kv_heads=config.get("num_key_value_heads") or heads,
         head_size=size,
@@ -87,10 +89,10 @@ def read_sizes(config: Mapping[str, Any], context_length: int | None, *, rotary_
 
 
 def _default_context(config: Mapping[str, Any]) -> int:
-    """The model's own context up to a bound.
+    """Returns the model's own context length, up to a bound.
 
-    Long RoPE has other frequencies in texts longer than the original context, and a bundle has one table: its context_length
-    decides. Adapters are trained on texts that are not, so the default is the length at which what they learned holds.
+    Long RoPE uses other frequencies for texts longer than the original context. A bundle has one table, which its context_length
+    selects. Adapters are trained on shorter texts, so the default is the original length, at which they work as trained.
     """
     rope = read_rope(config)
     bound = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else CONTEXT_LIMIT
@@ -98,12 +100,14 @@ def _default_context(config: Mapping[str, Any]) -> int:
 
 
 def make_norm(index: int, name: str, tensor: str, *, offset: float = 0.0, heads: HeadPadding | None = None) -> Norm:
-    """A norm of one block. tensor: its module there. offset, heads: see Norm."""
+    """Makes a norm of one block. tensor: its module inside the block. offset, heads: see Norm."""
     return Norm(f"layers.{index}.{name}", f"model.layers.{index}.{tensor}.weight", offset, heads=heads)
 
 
-def make_layer(sizes: Sizes, index: int, *, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool = False) -> Layer:
-    """Llama's block, a norm before the attention and before the MLP."""
+def make_layer(
+    sizes: ConfigSizes, index: int, *, qkv_bias: bool = False, output_bias: bool = False, mlp_bias: bool = False
+) -> Layer:
+    """Makes Llama's block, with a norm before the attention and one before the MLP."""
     attention, mlp = f"model.layers.{index}.self_attn", f"model.layers.{index}.mlp"
     width, kv_width = sizes.heads * sizes.head_size, sizes.kv_heads * sizes.head_size
     qkv = (
@@ -112,8 +116,8 @@ def make_layer(sizes: Sizes, index: int, *, qkv_bias: bool = False, output_bias:
         Part(f"{attention}.v_proj", kv_width, sizes.hidden, rows=(sizes.values,)),
     )
     output = Part(f"{attention}.o_proj", sizes.hidden, width, columns=sizes.attended)
-    gate_up = tuple(Part(f"{mlp}.{name}", sizes.inner, sizes.hidden) for name in ("gate_proj", "up_proj"))
-    down = Part(f"{mlp}.down_proj", sizes.hidden, sizes.inner)
+    gate_up = tuple(Part(f"{mlp}.{name}", sizes.intermediate, sizes.hidden) for name in ("gate_proj", "up_proj"))
+    down = Part(f"{mlp}.down_proj", sizes.hidden, sizes.intermediate)
     return Layer(
         attention_norm=make_norm(index, "attention.norm", "input_layernorm"),
         qkv=Linear(f"layers.{index}.attention.qkv", qkv, qkv_bias),
@@ -125,7 +129,10 @@ def make_layer(sizes: Sizes, index: int, *, qkv_bias: bool = False, output_bias:
 
 
 def read_windows(config: Mapping[str, Any], default: Sequence[bool]) -> list[int | None]:
-    """The window of each layer: sliding_window where layer_types, or else the default, says that it slides."""
+    """Reads the window of each layer: sliding_window for sliding layers, else None.
+
+    default: True for each layer that slides if the config has no layer_types. Raises InputError for other kinds of layers.
+    """
     kinds = config.get("layer_types") or ["sliding_attention" if slides else "full_attention" for slides in default]
     if len(kinds) != len(default):
         raise InputError(f"layer_types in config.json has {len(kinds)} entries for {len(default)} layers")
@@ -133,30 +140,30 @@ def read_windows(config: Mapping[str, Any], default: Sequence[bool]) -> list[int
         raise InputError(f"layer_types has {', '.join(unknown)}; supported: full_attention, sliding_attention")
     window = config.get("sliding_window")
     if "sliding_attention" in kinds and not (isinstance(window, int) and window > 0):
-        raise InputError(f"sliding_window is {window!r}, but layers of the model slide; it must be a number of positions")
+        raise InputError(f"sliding_window is {window!r}, but the model has sliding layers; it must be a number of positions")
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def make_tables(sizes: Sizes, rope: Mapping[str, Any], prefix: str = "rotary") -> dict[str, NDArray[np.float32]]:
-    """The rotary tables of some rope settings, by initializer name."""
+def make_tables(sizes: ConfigSizes, rope: Mapping[str, Any], prefix: str = "rotary") -> dict[str, NDArray[np.float32]]:
+    """Makes the rotary tables for some rope settings, by initializer name."""
     if sizes.rotary_size != int(sizes.head_size * rope["partial_rotary_factor"]):
         raise InputError(f"partial_rotary_factor {rope['partial_rotary_factor']} is not supported for this architecture")
-    cos, sin = rotary_tables(rope, sizes.rotary_size, sizes.context_length, sizes.padded)
+    cos, sin = compute_rotary_tables(rope, sizes.rotary_size, sizes.context_length, sizes.padded)
     return {f"{prefix}.cos": cos, f"{prefix}.sin": sin}
 
 
 def make_decoder(
     architecture: str,
     config: Mapping[str, Any],
-    sizes: Sizes,
+    sizes: ConfigSizes,
     layers: Sequence[Layer],
     *,
     rotary: Mapping[str, NDArray[np.float32]] | None = None,
     activation: str = "hidden_act",
 ) -> Decoder:
-    """A Decoder around the layers, the rest as in Llama. activation: its key in the config.
+    """Makes a Decoder around the layers, with everything else as in Llama.
 
-    rotary: its tables, None for one of the config's own settings.
+    rotary: rotary tables, None for one table from the config's settings. activation: the config's key for the activation.
     """
     if config.get(activation, "silu") not in ACTIVATIONS:
         raise InputError(

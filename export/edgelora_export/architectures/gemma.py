@@ -1,4 +1,4 @@
-"""Gemma 2 and the text models of Gemma 3: norms before and after each half, soft caps, local layers between global ones.
+"""Gemma 2 and the text models of Gemma 3: norms before and after attention and MLP, soft caps, local and global layers.
 
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gemma2/modeling_gemma2.py
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/gemma3/modeling_gemma3.py
@@ -9,14 +9,22 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, make_norm, make_tables, read_sizes, read_windows
+from edgelora_export.architectures.dense import (
+    ConfigSizes,
+    make_decoder,
+    make_layer,
+    make_norm,
+    make_tables,
+    read_config_sizes,
+    read_windows,
+)
 from edgelora_export.decoder.rope import read_rope
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from edgelora_export.decoder.description import Decoder, HeadPadding, Layer, Norm
 
-# What transformers assumes where config.json is silent.
+# Defaults of transformers for keys that config.json lacks.
 _DEFAULTS: dict[str, Any] = {
     "num_key_value_heads": 4,
     "head_dim": 256,
@@ -28,23 +36,23 @@ _DEFAULTS: dict[str, Any] = {
 }
 _DEFAULTS_2: dict[str, Any] = {"max_position_embeddings": 8192, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
 _DEFAULTS_3: dict[str, Any] = {"max_position_embeddings": 131072, "sliding_window_pattern": 6}
-_OFFSET = 1.0  # a norm multiplies with 1 + weight
+_OFFSET = 1.0  # Gemma's norms multiply by 1 + weight
 
 
 def read_gemma2(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a Gemma2ForCausalLM config; see read_decoder."""
+    """Reads a Gemma2ForCausalLM config. See read_decoder."""
     config = _DEFAULTS | _DEFAULTS_2 | config
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     windows = read_windows(config, [index % 2 == 0 for index in range(sizes.layers)])
     layers = [_make_layer(config, sizes, index, window) for index, window in enumerate(windows)]
     decoder = make_decoder("gemma2", config, sizes, layers, activation="hidden_activation")
-    return replace(_finish(decoder, config), attention_cap=config["attn_logit_softcapping"])
+    return replace(_set_gemma_options(decoder, config), attention_cap=config["attn_logit_softcapping"])
 
 
 def read_gemma3(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a Gemma3ForCausalLM config (gemma3_text); see read_decoder."""
+    """Reads a Gemma3ForCausalLM config (gemma3_text). See read_decoder."""
     config = _DEFAULTS | _DEFAULTS_3 | config
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     pattern = config["sliding_window_pattern"]
     windows = read_windows(config, [(index + 1) % pattern != 0 for index in range(sizes.layers)])
     layers = [
@@ -56,17 +64,17 @@ def read_gemma3(config: dict[str, Any], context_length: int | None) -> Decoder:
         )
         for index, window in enumerate(windows)
     ]
-    everywhere, local = _read_ropes(config)
-    tables = make_tables(sizes, everywhere) | make_tables(sizes, local, "rotary.local")
+    global_rope, local_rope = _read_ropes(config)
+    tables = make_tables(sizes, global_rope) | make_tables(sizes, local_rope, "rotary.local")
     decoder = make_decoder("gemma3_text", config, sizes, layers, rotary=tables, activation="hidden_activation")
-    return _finish(decoder, config)
+    return _set_gemma_options(decoder, config)
 
 
 def _make_norm(index: int, name: str, tensor: str, heads: HeadPadding | None = None) -> Norm:
     return make_norm(index, name, tensor, offset=_OFFSET, heads=heads)
 
 
-def _make_layer(config: dict[str, Any], sizes: Sizes, index: int, window: int | None) -> Layer:
+def _make_layer(config: dict[str, Any], sizes: ConfigSizes, index: int, window: int | None) -> Layer:
     bias = bool(config.get("attention_bias"))
     return replace(
         make_layer(sizes, index, qkv_bias=bias, output_bias=bias),
@@ -78,7 +86,7 @@ def _make_layer(config: dict[str, Any], sizes: Sizes, index: int, window: int | 
     )
 
 
-def _finish(decoder: Decoder, config: dict[str, Any]) -> Decoder:
+def _set_gemma_options(decoder: Decoder, config: dict[str, Any]) -> Decoder:
     if config.get("use_bidirectional_attention"):
         raise InputError("use_bidirectional_attention is set; only causal models can generate text")
     return replace(
@@ -92,7 +100,10 @@ def _finish(decoder: Decoder, config: dict[str, Any]) -> Decoder:
 
 
 def _read_ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rope settings of global and of local layers, in either of transformers' forms: nested, or flat for global ones."""
+    """Reads the rope settings of global and of local layers.
+
+    transformers nests both under rope_parameters, or writes those of global layers flat.
+    """
     theta, local_theta = config.get("rope_theta", 1000000.0), config.get("rope_local_base_freq", 10000.0)
     nested = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
     return (

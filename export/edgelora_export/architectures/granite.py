@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.architectures.dense import make_decoder, make_layer, read_sizes
+from edgelora_export.architectures.dense import make_decoder, make_layer, read_config_sizes
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from edgelora_export.decoder.description import Decoder
 
-# What transformers assumes where config.json is silent.
+# Defaults of transformers for keys that config.json lacks.
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
@@ -26,16 +26,16 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_granite(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a GraniteForCausalLM config; see read_decoder.
+    """Reads a GraniteForCausalLM config. See read_decoder.
 
-    Each block adds residual_multiplier r times its update. The graph's residual is the model's divided by r, so that it adds
-    plain updates: norms, the only readers, give the same for h / r as for h once their epsilon is divided by r².
+    Each block adds its update times residual_multiplier r. The graph's residual is the model's divided by r, so that it adds
+    plain updates. Only norms read it, and they give the same for h / r as for h if their epsilon is divided by r².
     """
     config = _DEFAULTS | config
     residual, scaling = config["residual_multiplier"], config["logits_scaling"]
     if residual <= 0 or scaling <= 0:
         raise InputError(f"residual_multiplier {residual} and logits_scaling {scaling} must be more than 0")
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     layers = [
         make_layer(sizes, index, qkv_bias=attention_bias, output_bias=attention_bias, mlp_bias=mlp_bias)

@@ -1,4 +1,4 @@
-"""OLMo 2: norms after attention and MLP instead of before them, and over all query and all key heads together.
+"""OLMo 2: norms after attention and MLP instead of before them, and norms over all queries and over all keys.
 
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/olmo2/modeling_olmo2.py
 """
@@ -8,19 +8,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.architectures.dense import make_decoder, make_layer, make_norm, read_sizes
+from edgelora_export.architectures.dense import make_decoder, make_layer, make_norm, read_config_sizes
 
 if TYPE_CHECKING:
     from edgelora_export.decoder.description import Decoder
 
-# What transformers assumes where config.json is silent.
+# Defaults of transformers for keys that config.json lacks.
 _DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 
 
 def read_olmo2(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of an Olmo2ForCausalLM config; see read_decoder."""
+    """Reads an Olmo2ForCausalLM config. See read_decoder."""
     config = _DEFAULTS | config
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     bias = bool(config.get("attention_bias"))
     layers = [
         replace(

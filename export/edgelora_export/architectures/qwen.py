@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: biases on queries, keys and values. Qwen 3: norms on each head's query and key in their place.
+"""Qwen 2 and 2.5 add biases to queries, keys and values. Qwen 3 replaces them by norms on each head's query and key.
 
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen2/modeling_qwen2.py
 https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/models/qwen3/modeling_qwen3.py
@@ -9,12 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from edgelora_export.architectures.dense import Sizes, make_decoder, make_layer, make_norm, read_sizes, read_windows
+from edgelora_export.architectures.dense import ConfigSizes, make_decoder, make_layer, make_norm, read_config_sizes, read_windows
 
 if TYPE_CHECKING:
     from edgelora_export.decoder.description import Decoder
 
-# What transformers assumes where config.json is silent.
+# Defaults of transformers for keys that config.json lacks.
 _DEFAULTS: dict[str, Any] = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-6,
@@ -25,9 +25,9 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def read_qwen2(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a Qwen2ForCausalLM config; see read_decoder."""
+    """Reads a Qwen2ForCausalLM config. See read_decoder."""
     config = _DEFAULTS | config
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     layers = [
         replace(make_layer(sizes, index, qkv_bias=True), window=window)
         for index, window in enumerate(_read_windows(config, sizes))
@@ -36,9 +36,9 @@ def read_qwen2(config: dict[str, Any], context_length: int | None) -> Decoder:
 
 
 def read_qwen3(config: dict[str, Any], context_length: int | None) -> Decoder:
-    """The Decoder of a Qwen3ForCausalLM config; see read_decoder."""
+    """Reads a Qwen3ForCausalLM config. See read_decoder."""
     config = _DEFAULTS | {"head_dim": 128} | config
-    sizes = read_sizes(config, context_length)
+    sizes = read_config_sizes(config, context_length)
     bias = bool(config.get("attention_bias"))
     layers = [
         replace(
@@ -52,8 +52,8 @@ def read_qwen3(config: dict[str, Any], context_length: int | None) -> Decoder:
     return make_decoder("qwen3", config, sizes, layers)
 
 
-def _read_windows(config: dict[str, Any], sizes: Sizes) -> list[int | None]:
-    """Windows, if any, are for the layers from max_window_layers on."""
+def _read_windows(config: dict[str, Any], sizes: ConfigSizes) -> list[int | None]:
+    """Reads the window of each layer. By default layers slide from max_window_layers on, if use_sliding_window is set."""
     slides = bool(config.get("use_sliding_window")) and config["sliding_window"] is not None
     window = config["sliding_window"] if slides else None
     default = [slides and index >= config["max_window_layers"] for index in range(sizes.layers)]

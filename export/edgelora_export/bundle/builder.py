@@ -1,4 +1,4 @@
-"""Builds a bundle from its plan, stage by stage, in a folder that takes the bundle's name when all of it is there."""
+"""Builds a bundle from its plan, stage by stage, in a folder that gets the bundle's name once it is complete."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from edgelora_export.bundle.entries import (
     describe_variant,
 )
 from edgelora_export.bundle.fidelity import Comparison, Subject, Teacher, compare, run_teacher
-from edgelora_export.bundle.gate import MakeLive, MergeIntoFloat, RaiseToInt8, name_worst, propose_repairs, why_not_live
+from edgelora_export.bundle.gate import MakeLive, MergeIntoFloat, RaiseToInt8, find_live_obstacle, name_worst, propose_repairs
 from edgelora_export.bundle.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.bundle.graphs import find_live_products, write_graphs, write_live_adapters
 from edgelora_export.bundle.merge_base import choose_merge_base
 from edgelora_export.bundle.progress import Progress
 from edgelora_export.bundle.texts import copy_texts, read_end_tokens, read_generation_settings
 from edgelora_export.bundle.weights import BundleWeights
-from edgelora_export.graph.live_slots import live_slots
+from edgelora_export.graph.live_slots import name_live_slots
 from edgelora_export.plan.targets import CPU
 from edgelora_export.weights.publish import BLOB, staged_folder, write_file, write_hashed
 from edgelora_runtime import Runtime
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
 
 
 def build_bundle(plan: BundlePlan, output: Path, *, on_progress: OnProgress = lambda done, total, what: None) -> Manifest:
-    """Writes the bundle of a plan in one step: a reader sees the old folder or the new one, never a part.
+    """Builds the bundle of a plan and publishes it in one step: a reader sees the old folder or the new one, never a mixture.
 
     on_progress(done, total, what) is called per layer. Raises InputError for a base or an output folder that cannot be used,
-    IntegrityError where a variant does not pass the gate, ResourceError for a full disk.
+    IntegrityError if a variant does not pass the gate, ResourceError for a full disk.
     """
     with staged_folder(output, marker=MANIFEST, plan=plan.resume_key) as folder:
         builder = BundleBuilder(plan, folder, on_progress)
@@ -60,14 +60,14 @@ def build_bundle(plan: BundlePlan, output: Path, *, on_progress: OnProgress = la
 
 
 class Measurement(NamedTuple):
-    """A variant's figures, and whose kernels ran it."""
+    """A variant's figures, and the kernels that ran it."""
 
     comparison: Comparison
     kernels: str
 
 
 class BundleBuilder:
-    """A bundle in the making: what its plan has become in `folder` so far. The methods without a name argument are the stages.
+    """A bundle in the making. The methods without a name argument are its stages, and `folder` holds what they have written.
 
     variants: by name, in the bundle's order. A stage replaces a variant when its merge base is chosen or its kind changes.
     """
@@ -80,10 +80,14 @@ class BundleBuilder:
         self._fidelity: dict[str, FidelityEntry] = {}
         self.variants: dict[str, Variant] = {variant.name: variant for variant in plan.variants}
         self._weights.expect_progress(self.variants)
-        self._progress.expect(len(self._measured()))
+        self._progress.expect(len(self._find_measured()))
 
     def copy_texts(self) -> None:
-        """Requires: an empty folder, or the blobs of an interrupted run. Ensures: tokenizer, configs, router, draft tables."""
+        """Writes tokenizer, configs, router and draft tables.
+
+        Requires: an empty folder, or the blobs of an interrupted run.
+        Ensures: these files are in the folder.
+        """
         copy_texts(self._plan.base, self._folder)
         if self._plan.router is not None:
             write_file(self._folder / self._plan.router.entry.file, [self._plan.router.content])
@@ -91,32 +95,44 @@ class BundleBuilder:
             self._draft_tables[name] = write_hashed(self._folder, table, DRAFT_TABLE)
 
     def choose_merge_bases(self) -> None:
-        """Requires: no weights. Ensures: every variant's merge base is float or trained, by held-out loss where it was auto."""
+        """Chooses the merge base of each variant.
+
+        Requires: no weights are stored.
+        Ensures: every merge base is float or trained. Held-out loss decides where it was auto.
+        """
         for name, variant in self.variants.items():
             self._progress.show(f"choosing the base of {name}")
             self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder, variant)
 
     def store_weights(self) -> None:
-        """Requires: merge bases are chosen. Ensures: the weights of every variant are in blobs, each product in the journal."""
+        """Stores the weights of every variant.
+
+        Requires: merge bases are chosen.
+        Ensures: all weights are in blobs, and each product is in the journal.
+        """
         self._weights.store(self.variants)
 
     def pass_gate(self) -> None:
-        """Requires: weights are stored. Ensures: each variant with held-out samples is measured, and passes the plan's gate.
+        """Measures each variant that has held-out samples, and repairs those that the gate rejects.
 
-        A variant that falls short is repaired or made live, as the gate's policy says. Raises IntegrityError, naming variants
-        and products, where the policy is to fail or no repair can be made. Does nothing if the plan has no gate.
+        Requires: weights are stored.
+        Ensures: each of them is measured, and each one that is still merged passes the plan's gate.
+
+        A variant that falls short is repaired or made live, according to the gate's policy. Raises IntegrityError with the names
+        of variants and products if the policy is to fail, or if no repair is possible. Does nothing if the plan has no gate.
         """
         gate = self._plan.gate
         if gate is None:
             return
-        refused = [refusal for name in self._measured() if (refusal := self._check_variant(name, gate))]
+        refused = [refusal for name in self._find_measured() if (refusal := self._check_variant(name, gate))]
         if refused:
             raise IntegrityError(f"{'; '.join(refused)}; use --gate repair, more bits, or kind = 'live'")
 
     def write_bundle(self) -> Manifest:
-        """Requires: weights are stored. Ensures: the folder holds graphs, live adapters, genai_config.json and the manifest.
+        """Writes graphs, live adapters, genai_config.json and the manifest. Returns the manifest.
 
-        Files that nothing uses are removed: blobs and graphs of what a repair replaced.
+        Requires: weights are stored.
+        Ensures: the folder is a complete bundle. Blobs and graphs that a repair replaced are removed.
         """
         variants = list(self.variants.values())
         default = self.variants[self._plan.default_variant]
@@ -125,7 +141,7 @@ class BundleBuilder:
         for path in self._folder.iterdir():
             if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
-        if default.live is None:  # for a reader that binds no factors, a live variant is the bare base
+        if default.live is None:  # onnxruntime-genai binds no factors and would run a live variant as the bare base
             graph = manifest.variants[default.name].graphs[CPU.name].file
             write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(graph)])
         manifest = replace(manifest, files=describe_files(self._folder))
@@ -134,21 +150,29 @@ class BundleBuilder:
         return manifest
 
     def subject(self, name: str) -> Subject:
-        """What to measure of a variant. Requires: its weights are stored."""
+        """Returns what the gate measures of a variant. Requires: its weights are stored."""
         variant, plan = self.variants[name], self._plan
-        samples = plan.calibration_of(variant).held_out
-        return Subject(plan.base, plan.decoder, variant, samples, self._folder, self._weights.of(variant), self._weights.bare)
+        samples = plan.find_calibration(variant).held_out
+        return Subject(plan.base, plan.decoder, variant, samples, self._folder, self._weights.get(variant), self._weights.bare)
 
     @contextmanager
     def run_variant(self, name: str) -> Iterator[Runtime]:
-        """A runtime over a variant as it is stored now. Requires: its weights are stored. Ensures: its cpu graph is written."""
+        """Opens a runtime over a variant's current weights.
+
+        Requires: its weights are stored.
+        Ensures: its cpu graph is written.
+        """
         manifest = self._describe([self.variants[name]], (CPU.name,))
-        return_freed_memory()  # what quantizing, the teacher and an earlier session freed: a session may pack the whole model
+        return_freed_memory()  # of quantization, the teacher and an earlier session. The new session may pack the whole model
         with Runtime(Bundle(self._folder, manifest), provider="cpu") as runtime:
             yield runtime
 
     def repair(self, name: str, repair: Repair) -> None:
-        """Changes a merged variant. Requires: its weights are stored. Ensures: so are those of what it becomes."""
+        """Repairs a merged variant.
+
+        Requires: its weights are stored.
+        Ensures: the weights of the repaired variant are stored.
+        """
         variant = self.variants[name]
         if isinstance(repair, RaiseToInt8):
             self._progress.show(f"repairing {name}, {len(repair.products)} products to 8 bits")
@@ -161,16 +185,16 @@ class BundleBuilder:
         self._weights.drop(name)
         self._weights.store(self.variants)
 
-    def _measured(self) -> list[str]:
-        """The variants that the gate measures: those with held-out samples."""
+    def _find_measured(self) -> list[str]:
+        """Lists the variants that the gate measures: those with held-out samples."""
         if self._plan.gate is None:
             return []
-        return [name for name, variant in self.variants.items() if self._plan.calibration_of(variant).held_out]
+        return [name for name, variant in self.variants.items() if self._plan.find_calibration(variant).held_out]
 
     def _check_variant(self, name: str, gate: Gate) -> str | None:
-        """Measures a variant and repairs it until it passes; returns what it lacks where the policy is to fail."""
+        """Measures a variant and repairs it until it passes. Returns its shortfalls if the policy is to fail."""
         variant = self.variants[name]
-        teacher = run_teacher(self.subject(name), self._progress.through(f"checking {name}"))
+        teacher = run_teacher(self.subject(name), self._progress.start_pass(f"checking {name}"))
         measurement = self._measure(name, teacher)
         outcome: Outcome = "measured" if variant.live is None else "live"
         refusal, products = None, teacher.products
@@ -180,18 +204,18 @@ class BundleBuilder:
             if lacking and gate.policy == "fail":
                 refusal = f"{name} {' and '.join(lacking)}; most is lost in {name_worst(products)}"
             elif lacking:
-                outcome, measurement, products = self._repair_until_it_passes(name, gate, teacher, measurement.comparison)
+                outcome, measurement, products = self._try_repairs(name, gate, teacher, measurement.comparison)
         self._fidelity[name] = _describe_fidelity(measurement, outcome, products)
         return refusal
 
-    def _repair_until_it_passes(
+    def _try_repairs(
         self, name: str, gate: Gate, teacher: Teacher, found: Comparison
     ) -> tuple[Outcome, Measurement, dict[str, ProductFidelity]]:
-        """Tries one repair after the other; returns the outcome, and the figures of the variant and of its products."""
+        """Tries one repair after the other. Returns the outcome, and the figures of the variant and of its products."""
         repairs = self._propose_repairs(name, gate, teacher)
         while True:
             repair = next(repairs)
-            if isinstance(repair, MakeLive) and (reason := why_not_live(self.variants[name], self._plan.live_adapters)):
+            if isinstance(repair, MakeLive) and (reason := find_live_obstacle(self.variants[name], self._plan.live_adapters)):
                 raise IntegrityError(f"{name} {' and '.join(gate.find_shortfalls(found))}, and cannot be made live: {reason}")
             self.repair(name, repair)
             measurement = self._measure(name, teacher)
@@ -200,7 +224,7 @@ class BundleBuilder:
             found = measurement.comparison
             passes = not gate.find_shortfalls(found)
             if passes or isinstance(repair, MergeIntoFloat):
-                teacher = run_teacher(self.subject(name))  # for the figures of the products as they are now
+                teacher = run_teacher(self.subject(name))  # measures the repaired products
             if passes:
                 return "repaired", measurement, teacher.products
             if isinstance(repair, MergeIntoFloat):
@@ -208,7 +232,7 @@ class BundleBuilder:
 
     def _propose_repairs(self, name: str, gate: Gate, teacher: Teacher) -> Iterator[Repair]:
         variant = self.variants[name]
-        return propose_repairs(gate, variant, self._weights.of(variant).grids, teacher.products)
+        return propose_repairs(gate, variant, self._weights.get(variant).grids, teacher.products)
 
     def _measure(self, name: str, teacher: Teacher) -> Measurement:
         with self.run_variant(name) as runtime:
@@ -216,7 +240,7 @@ class BundleBuilder:
             return Measurement(found, runtime.kernels)
 
     def _describe(self, variants: Sequence[Variant], targets: Sequence[str]) -> Manifest:
-        """Writes graphs and live adapters of some variants; returns the manifest of the folder with these variants alone."""
+        """Writes graphs and live adapters of some variants. Returns the folder's manifest with only these variants."""
         plan = self._plan
         graphs = write_graphs(plan, self._folder, variants, self._weights, targets)
         files = write_live_adapters(plan, self._folder, variants)
@@ -231,10 +255,10 @@ class BundleBuilder:
                 name: replace(entry, file=files.get(name), draft_table=self._draft_tables.get(name))
                 for name, entry in plan.adapters.items()
             },
-            live_slots=tuple(live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
+            live_slots=tuple(name_live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
             variants={
                 variant.name: describe_variant(
-                    plan, variant, self._weights.of(variant), graphs[variant.name], self._fidelity.get(variant.name)
+                    plan, variant, self._weights.get(variant), graphs[variant.name], self._fidelity.get(variant.name)
                 )
                 for variant in variants
             },

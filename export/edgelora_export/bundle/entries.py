@@ -1,4 +1,4 @@
-"""What the manifest says of a bundle's base, model, files and variants."""
+"""Makes the manifest's entries for a bundle's base, model, files and variants."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Size and hash of every file but the manifest; a blob's name is its hash."""
+    """Returns size and hash of every file except the manifest. A blob's name is its hash."""
     return {
         path.name: FileEntry(path.stat().st_size, path.stem if path.suffix == BLOB else hash_file(path))
         for path in sorted(folder.iterdir())
@@ -39,12 +39,12 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def describe_base(base: Base) -> BaseEntry:
-    """Name and hash of a base."""
+    """Returns name and hash of a base."""
     return BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256)
 
 
 def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
-    """The sizes that a runtime makes inputs and outputs by."""
+    """Returns the sizes by which a runtime makes inputs and outputs."""
     return ModelEntry(
         architecture=decoder.architecture,
         hidden_size=decoder.hidden_size,
@@ -58,7 +58,7 @@ def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
 
 
 def describe_quantization(quantization: Quantization) -> QuantizationEntry:
-    """The grid of a bundle's weights."""
+    """Returns the grid and the method of a bundle's weights."""
     return QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method)
 
 
@@ -69,7 +69,7 @@ def describe_variant(
     graphs: Mapping[str, GraphEntry],
     fidelity: FidelityEntry | None,
 ) -> VariantEntry:
-    """A variant as it was built; graphs are by target."""
+    """Returns the entry of a variant as it was built. graphs: by target."""
     calibration = plan.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
     raised = tuple(name for name, grid in weights.grids.items() if grid.bits == 8 and plan.quantization.bits == 4)
     return VariantEntry(

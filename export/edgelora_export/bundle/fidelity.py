@@ -1,4 +1,4 @@
-"""How much of an adapter a quantized variant keeps: in each product's weights, and in the logits that onnxruntime computes."""
+"""Measures how much of an adapter a quantized variant keeps, in each product's weights and in the logits of onnxruntime."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
     Logits = Callable[[Sequence[int], int], Iterator[Floats]]
 
-LOGITS_BYTES = 1 << 25  # of one array of logits: the variant's, and one for each of its teachers, are alive at once
-_WIDE = 1 << 20  # numbers that are compared in float64 at a time, unless one row has more
+LOGITS_BYTES = 1 << 25  # of one array of logits. The variant and each of its teachers hold one at the same time
+_FLOAT64_VALUES = 1 << 20  # compared in float64 at a time, unless one row has more
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A variant that is measured, and where its weights lie.
+    """A variant to measure, and the place of its weights.
 
     samples: held-out samples. weights: the variant's, stored in folder. bare: the bare base's, None if they are not stored.
     """
@@ -60,10 +60,10 @@ class HiddenStates:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The unmerged adapter on the float base, the bare float base, and the unmerged adapter on the base of its training.
+    """The reference of a variant: the unmerged adapter on the float base.
 
-    bare: None without an adapter. trained: None where that base is the float one or not known. products: figures of the
-    products of a merged variant, by name.
+    bare: the bare float base, None without an adapter. trained: the unmerged adapter on the base on which it was trained, None if
+    that is the float one or unknown. products: figures of the products of a merged variant, by name.
     """
 
     adapted: HiddenStates
@@ -74,12 +74,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant as onnxruntime runs it, against its teacher, over the predictions that count.
+    """A variant as onnxruntime runs it, compared with its teacher over the predictions that count.
 
-    kl_mean, kl_p99: KL(teacher ‖ variant) in nats per token, mean and 99th percentile. adapter_kl: KL(teacher ‖ bare float
-    base), what the adapter changes; 0 without an adapter. top1: share of tokens with the same most likely token.
-    perplexity, teacher_perplexity: of the samples' own tokens. trained_kl: as kl_mean, with the unmerged adapter on the base
-    of its training in the teacher's place; None where that is the float one or not known.
+    kl_mean, kl_p99: KL(teacher ‖ variant) in nats per token, mean and 99th percentile.
+    adapter_kl: KL(teacher ‖ bare float base), the effect of the adapter. It is 0 without an adapter.
+    top1: share of tokens with the same most likely token. perplexity, teacher_perplexity: of the samples' own tokens.
+    trained_kl: mean KL as kl_mean, but against the unmerged adapter on the base on which it was trained. None if that is the
+    float one or unknown.
     """
 
     tokens: int
@@ -93,14 +94,14 @@ class Comparison:
 
     @property
     def retention(self) -> float | None:
-        """The share of the adapter's effect that is left: 1 is all of it, 0 is the bare float base; None without an adapter."""
+        """The share of the adapter's effect that is left, 1 for all of it, 0 for the bare float base. None without an adapter."""
         return 1 - self.kl_mean / self.adapter_kl if self.adapter_kl > 0 else None
 
 
 def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index: None) -> Teacher:
-    """Streams the samples through the float base with and without the variant's delta, and through its trained base.
+    """Runs the samples through the float base with and without the variant's delta, and through its trained base.
 
-    On the way each product of a merged variant is compared with the float weight that it stands for.
+    Each product of a merged variant is compared on the way with the float weight that it replaces.
     """
     base, decoder, variant, samples = subject.base, subject.decoder, subject.variant, subject.samples
     stream = LayerStream(decoder)
@@ -123,31 +124,32 @@ def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index
 def _run_layer(
     subject: Subject, stream: LayerStream, index: int, adapted: list[Floats], bare: list[Floats]
 ) -> tuple[list[Floats], list[Floats], dict[str, ProductFidelity]]:
-    """Takes the states with and without the variant's delta through a layer; returns them with the figures of its products."""
+    """Runs one layer with and without the variant's delta. Returns both hidden states and the figures of the layer's products."""
     variant, layer = subject.variant, subject.decoder.layers[index]
     assert variant.delta is not None
-    plain = read_layer(subject.base, subject.decoder, index, None)
+    bare_weights = read_layer(subject.base, subject.decoder, index, None)
     changed = [linear for linear in layer.linears if changes_linear(variant.delta, linear)]
-    tuned = plain | {linear.name: read_linear(subject.base, linear, variant.delta) for linear in changed}
+    adapted_weights = bare_weights | {linear.name: read_linear(subject.base, linear, variant.delta) for linear in changed}
     inputs: dict[str, list[Floats]] = {linear.name: [] for linear in changed if variant.live is None}
-    adapted = stream.run(index, tuned, adapted, {product: seen.append for product, seen in inputs.items()})
-    bare = stream.run(index, plain, bare)
+    adapted = stream.run(index, adapted_weights, adapted, {product: seen.append for product, seen in inputs.items()})
+    bare = stream.run(index, bare_weights, bare)
     products = {}
     for linear in changed if inputs else ():
         seen = np.concatenate(inputs.pop(linear.name))
-        products[linear.name] = _compare_product(subject, linear, plain[linear.name], tuned[linear.name], seen)
+        weights = bare_weights[linear.name], adapted_weights[linear.name]
+        products[linear.name] = _compare_product(subject, linear, *weights, seen)
     return adapted, bare, products
 
 
 def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta) -> float:
-    """The float base's loss on samples with a delta added, in nats per token."""
+    """Measures the loss of the float base on samples with a delta added, in nats per token."""
     stream = LayerStream(decoder)
     states = HiddenStates(delta, stream.final_states(base, samples, delta))
     nats, tokens = 0.0, 0
     for rows in _gather_rows(samples, _skip_logits, decoder.vocab_size, LOGITS_BYTES):
         (logits,) = _predict(stream, base, decoder, [states], rows)
-        for part in _split(logits):
-            nats -= float(_pick(log_softmax(logits[part]), rows.targets[part]).sum())
+        for part in _split_rows(logits):
+            nats -= float(_pick_targets(log_softmax(logits[part]), rows.targets[part]).sum())
         tokens += len(rows.targets)
     return nats / tokens
 
@@ -155,36 +157,36 @@ def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta:
 def compare(subject: Subject, teacher: Teacher, logits: Logits, *, batch_bytes: int = LOGITS_BYTES) -> Comparison:
     """Compares a variant with its teacher.
 
-    logits: called with token ids and a number of positions; gives the variant's logits, float32 (P, V), that many at a time.
-    batch_bytes: of the logits that are compared at once; larger batches read the teachers' head less often.
+    logits: takes token ids and a number of positions P, and yields the variant's logits, float32 (P, V), for P positions
+    at a time. batch_bytes: of the logits that are compared at once. Larger batches read the teachers' head less often.
     """
     base, decoder = subject.base, subject.decoder
     stream = LayerStream(decoder)
     teachers = [states for states in (teacher.adapted, teacher.bare, teacher.trained) if states is not None]
     divergences: list[Doubles] = []
-    moved: list[Doubles] = []
+    adapter_divergences: list[Doubles] = []
     from_trained: list[Doubles] = []
     agreed, nats, teacher_nats = 0, 0.0, 0.0
     for rows in _gather_rows(subject.samples, logits, decoder.vocab_size, batch_bytes):
         predicted = _predict(stream, base, decoder, teachers, rows)
-        for part in _split(rows.found):
+        for part in _split_rows(rows.found):
             found, wanted, *others = (log_softmax(each[part]) for each in (rows.found, *predicted))
-            divergences.append(_divergence(wanted, found))
+            divergences.append(_kl_divergence(wanted, found))
             if teacher.bare is not None:
-                moved.append(_divergence(wanted, others[0]))
+                adapter_divergences.append(_kl_divergence(wanted, others[0]))
             if teacher.trained is not None:
-                from_trained.append(_divergence(others[-1], found))
+                from_trained.append(_kl_divergence(others[-1], found))
             agreed += int((wanted.argmax(axis=1) == found.argmax(axis=1)).sum())
-            nats -= float(_pick(found, rows.targets[part]).sum())
-            teacher_nats -= float(_pick(wanted, rows.targets[part]).sum())
-        del predicted  # else the next batch's would be made beside it
+            nats -= float(_pick_targets(found, rows.targets[part]).sum())
+            teacher_nats -= float(_pick_targets(wanted, rows.targets[part]).sum())
+        del predicted  # frees these logits before the next batch makes its own
     divergence = np.concatenate(divergences)
     tokens = len(divergence)
     return Comparison(
         tokens=tokens,
         kl_mean=float(divergence.mean()),
         kl_p99=float(np.quantile(divergence, 0.99)),
-        adapter_kl=float(np.concatenate(moved).mean()) if moved else 0.0,
+        adapter_kl=float(np.concatenate(adapter_divergences).mean()) if adapter_divergences else 0.0,
         top1=agreed / tokens,
         perplexity=float(np.exp(min(nats / tokens, 700.0))),
         teacher_perplexity=float(np.exp(min(teacher_nats / tokens, 700.0))),
@@ -194,7 +196,7 @@ def compare(subject: Subject, teacher: Teacher, logits: Logits, *, batch_bytes: 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Predictions that count: positions (sample, slice), the tokens that follow (P,), and a variant's logits (P, V)."""
+    """Predictions that count: their positions (sample, slice), the tokens that follow (P,), and a variant's logits (P, V)."""
 
     positions: list[tuple[int, slice]]
     targets: NDArray[np.int64]
@@ -202,7 +204,10 @@ class _Rows:
 
 
 def _gather_rows(samples: Sequence[Sample], logits: Logits, vocabulary: int, batch_bytes: int) -> Iterator[_Rows]:
-    """The predictions that count, in batches of logits of so many bytes; each batch overwrites the logits of the one before."""
+    """Gathers the predictions that count, in batches of at most so many bytes of logits.
+
+    Each batch overwrites the logits of the previous one.
+    """
     count = max(1, batch_bytes // (4 * vocabulary))
     room: Floats | None = None
     positions: list[tuple[int, slice]] = []
@@ -230,59 +235,65 @@ def _gather_rows(samples: Sequence[Sample], logits: Logits, vocabulary: int, bat
 
 
 def _skip_logits(tokens: Sequence[int], count: int) -> Iterator[Floats]:
-    """Logits over no vocabulary, for where no variant is compared."""
+    """Yields logits over an empty vocabulary, for a loss that no variant is compared with."""
     for start in range(0, len(tokens), count):
         yield np.empty((min(count, len(tokens) - start), 0), np.float32)
 
 
 def _predict(stream: LayerStream, base: Base, decoder: Decoder, teachers: Sequence[HiddenStates], rows: _Rows) -> list[Floats]:
-    """The logits (P, V) of the rows' predictions by each teacher; the head is read once unless a teacher's delta changes it."""
+    """Computes the logits (P, V) of the rows' predictions by each teacher.
+
+    The head is read once for all teachers, unless a teacher's delta changes a vocabulary matrix.
+    """
     chosen = [np.concatenate([teacher.states[place][part] for place, part in rows.positions]) for teacher in teachers]
     if any(changes_vocab(teacher.delta, decoder) for teacher in teachers):
         return [stream.logits(base, states, teacher.delta) for teacher, states in zip(teachers, chosen, strict=True)]
     return np.split(stream.logits(base, np.concatenate(chosen)), len(teachers))
 
 
-def _split(logits: Floats) -> Iterator[slice]:
-    """Rows of logits (P, V), as many at a time as float64 has room for."""
-    count = max(1, _WIDE // max(1, logits.shape[1]))
+def _split_rows(logits: Floats) -> Iterator[slice]:
+    """Splits the rows of logits (P, V) into parts that are small enough for float64."""
+    count = max(1, _FLOAT64_VALUES // max(1, logits.shape[1]))
     return (slice(start, start + count) for start in range(0, len(logits), count))
 
 
-def _pick(predicted: Doubles, targets: NDArray[np.int64]) -> Doubles:
-    """The log probability of each row's own token (P,)."""
+def _pick_targets(predicted: Doubles, targets: NDArray[np.int64]) -> Doubles:
+    """Returns the log probability of each row's own token (P,)."""
     picked: Doubles = predicted[np.arange(len(targets)), targets]
     return picked
 
 
 def log_softmax(logits: Floats) -> Doubles:
-    """Log probabilities (T, V) in float64."""
+    """Computes log probabilities (T, V) in float64."""
     wide = logits.astype(np.float64)
     wide -= wide.max(axis=1, keepdims=True)
     wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
     return wide
 
 
-def _divergence(wanted: Doubles, found: Doubles) -> Doubles:
-    """KL(wanted ‖ found) per row, in nats."""
+def _kl_divergence(wanted: Doubles, found: Doubles) -> Doubles:
+    """Computes KL(wanted ‖ found) per row, in nats."""
     divergence: Doubles = (np.exp(wanted) * (wanted - found)).sum(axis=1)
     return divergence
 
 
-def _compare_product(subject: Subject, linear: Linear, plain: Floats, tuned: Floats, inputs: Floats) -> ProductFidelity:
-    """The figures of one product. plain, tuned: the float base's weight (N, K) without and with the delta. inputs: (T, K)."""
+def _compare_product(subject: Subject, linear: Linear, bare: Floats, adapted: Floats, inputs: Floats) -> ProductFidelity:
+    """Compares a stored product with the weight that it replaces.
+
+    bare, adapted: the float base's weight (N, K) without and with the delta. inputs: (T, K).
+    """
     stored = load_matrix(subject.folder, linear.name, subject.weights, linear.columns)
     variant = subject.variant
-    merged = tuned if variant.change is variant.delta else read_linear(subject.base, linear, variant.change)
-    delta = merged - plain
+    merged = adapted if variant.change is variant.delta else read_linear(subject.base, linear, variant.change)
+    delta = merged - bare
     if not isinstance(stored, BlockQuantized):
         return ProductFidelity(bits=32, delta_projection=1.0, codes_changed=1.0, noise=0.0)
     values = stored.dequantize()
     before = None if subject.bare is None else load_matrix(subject.folder, linear.name, subject.bare, linear.columns)
     if not isinstance(before, BlockQuantized) or before.grid != stored.grid:
-        before = quantize_rtn(plain, bits=stored.bits, block_size=stored.block_size, symmetric=stored.zero_points is None)
+        before = quantize_rtn(bare, bits=stored.bits, block_size=stored.block_size, symmetric=stored.zero_points is None)
     size = float(np.vdot(delta, delta))
-    effect = output_error(tuned - plain, inputs)
+    effect = output_error(adapted - bare, inputs)
     noise = output_error(values - merged, inputs)
     return ProductFidelity(
         bits=stored.bits,

@@ -1,4 +1,4 @@
-"""The gate's rules: what a merged variant must keep of its adapters, and what is tried when it keeps less."""
+"""The rules of the gate: how much of its adapters a merged variant must keep, and the repairs to try if it keeps less."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 POLICIES = ("repair", "fail", "live", "off")
 _REPAIR_SHARES = (0.25, 0.5, 1.0)  # of the products that the adapter changes, the noisiest first
-_NAMED = 5  # products that a refusal names
+_NAMED_COUNT = 5  # products that a refusal names
 
 
 @dataclass(frozen=True)
 class Gate:
-    """What a merged variant must keep, and what happens to one that keeps less.
+    """The limits for a merged variant, and the policy for one that misses them.
 
     policy: repair tries, in this order, the float base if edgelora chose another one, 8 bits for the noisiest products, and a
-    live variant. live makes the variant live at once. fail writes no bundle. off measures nothing. retention: the least share
-    of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) / KL(teacher ‖ bare base). max_kl: the most nats per
-    token, and min_top1: the least share of tokens with the same most likely token; None does not ask for it.
+    live variant. live makes the variant live at once. fail writes no bundle. off measures nothing.
+    retention: the least share of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) / KL(teacher ‖ bare base).
+    max_kl: the most nats per token. min_top1: the least share of tokens with the same most likely token. None for no limit.
     """
 
     policy: str = "repair"
@@ -47,32 +47,32 @@ class Gate:
             raise InputError(f"gate min_top1 = {self.min_top1}: use a share, from 0 to 1")
 
     def find_shortfalls(self, found: Comparison) -> list[str]:
-        """What a variant's figures lack, in words; empty if it passes."""
+        """Describes each limit that a variant misses. Returns [] if it passes."""
         lacking = []
         if found.retention is not None and found.retention < self.retention:
             lacking.append(f"keeps {found.retention:.2f} of its adapter's effect, less than {self.retention:g}")
         if self.max_kl is not None and found.kl_mean > self.max_kl:
-            lacking.append(f"strays {found.kl_mean:.3g} nats per token, more than {self.max_kl:g}")
+            lacking.append(f"diverges by {found.kl_mean:.3g} nats per token, more than {self.max_kl:g}")
         if self.min_top1 is not None and found.top1 < self.min_top1:
-            lacking.append(f"agrees on {found.top1:.3f} of the tokens, less than {self.min_top1:g}")
+            lacking.append(f"agrees with its adapter on {found.top1:.3f} of the tokens, less than {self.min_top1:g}")
         return lacking
 
 
 @dataclass(frozen=True)
 class MergeIntoFloat:
-    """Merge the variant anew, into the float base."""
+    """The repair that merges the variant again, into the float base."""
 
 
 @dataclass(frozen=True)
 class RaiseToInt8:
-    """Store these products in 8 bits."""
+    """The repair that stores these products in 8 bits."""
 
     products: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class MakeLive:
-    """Drop the merged weights, and run the mix live on the bare base."""
+    """The repair that drops the merged weights and runs the mix live on the bare base."""
 
 
 Repair = MergeIntoFloat | RaiseToInt8 | MakeLive
@@ -81,7 +81,7 @@ Repair = MergeIntoFloat | RaiseToInt8 | MakeLive
 def propose_repairs(
     gate: Gate, variant: Variant, grids: Mapping[str, Grid], products: Mapping[str, ProductFidelity]
 ) -> Iterator[Repair]:
-    """The repairs to try in this order until the variant passes. The last one is always MakeLive.
+    """Yields the repairs to try in this order until the variant passes. The last one is always MakeLive.
 
     grids: of the variant's stored products. products: figures of those that the mix changes.
     """
@@ -97,10 +97,10 @@ def propose_repairs(
     yield MakeLive()
 
 
-def why_not_live(variant: Variant, live_adapters: Collection[str]) -> str | None:
-    """Why a merged variant cannot be made live, or None."""
+def find_live_obstacle(variant: Variant, live_adapters: Collection[str]) -> str | None:
+    """Returns the reason a merged variant cannot be made live, or None if it can."""
     if variant.method != "linear":
-        return f"its method {variant.method} gives no sum of adapters; make it one adapter with edgelora compose"
+        return f"its method {variant.method} does not sum adapters; make it one adapter with edgelora compose"
     if variant.weights:
         return f"{', '.join(variant.weights)} weighs by module; make it one adapter with edgelora compose"
     if absent := sorted(set(variant.mix) - set(live_adapters)):
@@ -109,8 +109,8 @@ def why_not_live(variant: Variant, live_adapters: Collection[str]) -> str | None
 
 
 def name_worst(products: Mapping[str, ProductFidelity]) -> str:
-    """The products with the most noise, for a message."""
-    worst = _sort_by_noise(products)[:_NAMED]
+    """Names the products with the most noise, for a message."""
+    worst = _sort_by_noise(products)[:_NAMED_COUNT]
     return ", ".join(f"{product} (noise {products[product].noise:.2g} of the adapter)" for product in worst)
 
 

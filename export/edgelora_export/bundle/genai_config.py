@@ -1,4 +1,4 @@
-"""genai_config.json: what onnxruntime-genai needs to know to open a bundle's folder as one of its own models."""
+"""Writes genai_config.json, with which onnxruntime-genai opens a bundle's folder as one of its own models."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from edgelora_export.decoder.description import Decoder
 
 GENAI_CONFIG = "genai_config.json"
-# It only looks up whether a type is a decoder's, and version 0.18 does not know all that its builder and ours make.
+# onnxruntime-genai only checks that the type is a decoder's. Version 0.18 does not know every type, so these map to one it knows.
 _TYPES = {"olmo2": "olmo"}
 
 
 def pack_genai_config(
     decoder: Decoder, filename: str, *, settings: Mapping[str, Any], end_tokens: Sequence[int], in_place_cache: bool = True
 ) -> bytes:
-    """The bytes of genai_config.json for the graph `filename`.
+    """Packs the bytes of genai_config.json for the graph `filename`.
 
-    settings: the base's config.json with generation_config.json's keys over it; only special tokens are taken from it.
-    in_place_cache: whether one buffer can be the past and the present of a step.
-    Keys as onnxruntime-genai's own builder writes them:
+    settings: the base's config.json, overridden by generation_config.json. Only special tokens are read from it. in_place_cache:
+    True if one buffer can hold both the past and the present of a step.
+    Keys are those of onnxruntime-genai's own builder:
     https://github.com/microsoft/onnxruntime-genai/blob/v0.18.0/src/python/py/models/builders/base.py
     """
     model: dict[str, Any] = {
@@ -33,7 +33,7 @@ def pack_genai_config(
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": filename,
-            "head_size": decoder.head_size,  # as the cache has it, padding included
+            "head_size": decoder.head_size,  # of the cache, padding included
             "hidden_size": decoder.hidden_size,
             "num_attention_heads": decoder.heads,
             "num_key_value_heads": decoder.kv_heads,
@@ -67,7 +67,7 @@ def pack_genai_config(
 
 
 def _special_tokens(settings: Mapping[str, Any], end_tokens: Sequence[int]) -> dict[str, Any]:
-    """Ids of special tokens that are known. Texts without a padding token are padded with what ends them, as the builder does."""
+    """Returns the ids of the known special tokens. Without a padding token, the first end token pads, as in the builder."""
     tokens: dict[str, Any] = {}
     if end_tokens:
         tokens["eos_token_id"] = list(end_tokens)

@@ -1,4 +1,4 @@
-"""Which base a mix is merged into: the float one, or the one that its adapters were trained on; the held-out loss decides."""
+"""Chooses by held-out loss the base of a mix: the float base, or the one on which its adapters were trained."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def choose_merge_base(base: Base, decoder: Decoder, variant: Variant) -> Variant:
-    """The variant with its merge base settled: float or trained.
+    """Returns the variant with its merge base chosen, float or trained.
 
-    An adapter makes up for the rounding of the base that it was trained on, which the float base lacks; but that rounding
-    costs what the float base has. Neither wins always, so both are streamed over the held-out samples before quantization.
-    Without samples, without another base to merge into, and for a live variant, auto means float.
+    An adapter compensates for the rounding of the base on which it was trained, and the float base has no such rounding. But the
+    rounding itself loses some of the float base. Neither is always better, so both run over the held-out samples before
+    quantization.
+    auto means float for a live variant, without samples, and without another base to merge into.
     """
     if variant.merge_base != "auto":
         return variant

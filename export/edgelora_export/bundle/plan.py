@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BundlePlan:
-    """What build_bundle builds. Raises InputError for names, modules or settings that cannot be built.
+    """The input of build_bundle. Raises InputError for names, modules or settings that cannot be built.
 
-    base, decoder: the weights, and how the decoder is laid out (read_decoder). variants: in the bundle's order. adapters: the
-    manifest's entry of each; the builder fills in its files. live_adapters: factors by adapter name, for live variants and for
-    those that the gate makes live. base_calibration: what the bare base is quantized on. gate: what variants must keep of their
-    adapters; None measures nothing. default: the variant that a runtime starts with; None for the first. targets: names of
-    Targets, cpu among them. router: picks a variant for a prompt. draft_tables: bytes by adapter.
-    resume_key: one line that two plans share only if they lead to the same weights. A later run with the same key takes over
-    what an interrupted run has finished; with None an interrupted run leaves nothing.
+    base, decoder: the weights, and the layout of the decoder (read_decoder). variants: in the bundle's order. adapters: the
+    manifest's entry of each. The builder adds the files.
+    live_adapters: factors by adapter name, for live variants and for those that the gate makes live. base_calibration: the
+    samples on which the bare base is quantized. gate: the limits for variants. None measures nothing.
+    default: the variant with which a runtime starts, None for the first. targets: names of Targets, cpu among them. router: picks
+    a variant for a prompt. draft_tables: bytes by adapter.
+    resume_key: one line that two plans share only if they lead to the same weights. A later run with the same key reuses what an
+    interrupted run has finished. With None an interrupted run leaves nothing.
     """
 
     base: Base
@@ -62,21 +63,24 @@ class BundlePlan:
             raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
         products = [*(linear.name for linear in self.decoder.linears), *vocab_modules(self.decoder)]
         if idle := self.quantization.idle_patterns(products):
-            raise InputError(f"int8 = {', '.join(idle)}: no product is called so; there are {products[0]} … and {products[-1]}")
+            raise InputError(
+                f"int8 = {', '.join(idle)}: no product matches; products are named from {products[0]} to {products[-1]}"
+            )
 
     @property
     def default_variant(self) -> str:
+        """The name of the variant with which a runtime starts."""
         return self.variants[0].name if self.default is None else self.default
 
-    def calibration_of(self, variant: Variant) -> Calibration:
-        """What a variant is measured on: its own samples, or the base's if it has no delta."""
+    def find_calibration(self, variant: Variant) -> Calibration:
+        """Returns the samples on which a variant is measured: its own, or the base's if it has no delta."""
         return self.base_calibration if variant.delta is None else variant.calibration
 
 
 def check_names(variants: Sequence[Variant]) -> None:
-    """Raises InputError if there is no variant, or for names that are invalid or would be the same file's."""
+    """Raises InputError if there are no variants, or for names that are invalid or differ only in case."""
     if not variants:
-        raise InputError("the recipe names no variant; add at least [variants.base] with mix = {}")
+        raise InputError("the recipe has no variants; add at least [variants.base] with mix = {}")
     seen: set[str] = set()
     for variant in variants:
         if reason := check_variant_name(variant.name):

@@ -1,4 +1,4 @@
-"""Progress of an export: steps of a layer each, counted over all that is to be done, so that the time left can be told."""
+"""Counts the progress of an export in steps of one layer, over all passes to come, so that the time left can be estimated."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
     OnProgress = Callable[[int, int, str], None]
 
-COMPENSATED = 6  # what a layer quantized by GPTQ costs, in layers that are run or rounded: a bar needs no more exactness
+GPTQ_COST = 6  # of a layer quantized by GPTQ, in layers that are run or rounded. Exact enough for a progress bar
 
 
 @dataclass
 class Progress:
-    """on_progress(done, total, what) is called before each step. layers: of the model."""
+    """The progress of an export. on_progress(done, total, what) is called before each step. layers: of the model."""
 
     on_progress: OnProgress
     layers: int
@@ -23,11 +23,11 @@ class Progress:
     done: int = 0
 
     def expect(self, passes: int, cost: int = 1) -> None:
-        """So many passes through all layers are ahead."""
+        """Adds passes through all layers to the total. cost: steps that each layer counts for."""
         self.total += passes * self.layers * cost
 
-    def through(self, what: str, cost: int = 1) -> Callable[[int], None]:
-        """What to call with each layer's index in one of those passes."""
+    def start_pass(self, what: str, cost: int = 1) -> Callable[[int], None]:
+        """Starts one of the expected passes. Returns the function to call with each layer's index."""
 
         def step(index: int) -> None:
             self.show(f"{what}, layer {index + 1} of {self.layers}")
@@ -36,9 +36,9 @@ class Progress:
         return step
 
     def show(self, what: str) -> None:
-        """Says what is being done, without a step."""
+        """Reports what is being done, without a step."""
         self.on_progress(self.done, max(self.total, 1), what)
 
     def finish(self, what: str) -> None:
-        """All is done."""
+        """Reports that all is done."""
         self.on_progress(self.total, self.total, what)

@@ -1,4 +1,4 @@
-"""The base's small files: tokenizer and configs, which go into the bundle as they are, and what they say of end tokens."""
+"""Copies the base's tokenizer and configs unchanged into the bundle, and reads their end tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", _GENERATIO
 
 
 def copy_texts(base: Base, folder: Path) -> None:
-    """Copies the tokenizer and the configs; a chat template inside tokenizer_config.json gets its own file.
+    """Copies the tokenizer and the configs. A chat template inside tokenizer_config.json gets its own file.
 
     Raises InputError for a base without tokenizer.json.
     """
@@ -35,14 +35,14 @@ def copy_texts(base: Base, folder: Path) -> None:
 
 
 def read_generation_settings(base: Base) -> dict[str, Any]:
-    """The settings in generation_config.json that are not null; {} without the file."""
+    """Reads the settings in generation_config.json that are not null. Returns {} without the file."""
     path = base.folder / _GENERATION_CONFIG
     settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
     return {key: value for key, value in settings.items() if value is not None}
 
 
 def read_end_tokens(base: Base) -> tuple[int, ...]:
-    """The ids of the tokens that end a text: generation_config.json's if it has any, else config.json's."""
+    """Reads the ids of the tokens that end a text, from generation_config.json if it has any, else from config.json."""
     ids = read_generation_settings(base).get("eos_token_id")
     if ids is None:
         ids = base.config.get("eos_token_id")

@@ -1,16 +1,17 @@
-"""The weights of a bundle's variants: what all share, the bare base's products, and what each merged variant has of its own."""
+"""Stores the weights of a bundle's variants: those that all share, the bare base's products, and each merged variant's own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from edgelora_export.bundle.progress import COMPENSATED
+from edgelora_export.bundle.progress import GPTQ_COST
+from edgelora_export.plan.variants import Merge
 from edgelora_export.stream.embeddings import store_embeddings
 from edgelora_export.stream.products import compensates, raise_to_int8, store_products
 from edgelora_export.weights.journal import Journal
 from edgelora_export.weights.merged import changes_linear, changes_vocab, vocab_modules
-from edgelora_export.weights.publish import journal_of
+from edgelora_export.weights.publish import locate_journal
 from edgelora_export.weights.stored import Storage, StoredWeights, store_norms, store_vocab_matrix
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class BundleWeights:
-    """Stores weights in blobs of one folder, so that equal weights are stored once.
+    """The weights of a bundle, in blobs of one folder, so that equal weights are stored once.
 
     shared: norms, rotary tables, embedding and head. bare: every product of the bare base, None if no variant runs one.
     """
@@ -32,7 +33,8 @@ class BundleWeights:
     def __init__(self, plan: BundlePlan, folder: Path, progress: Progress) -> None:
         self._plan, self._progress = plan, progress
         self._storage = Storage(plan.base, plan.decoder, folder, plan.quantization)
-        self._journal = Journal(None if plan.resume_key is None else journal_of(folder), folder)
+        self._bare_merge = Merge(None, plan.base_calibration)
+        self._journal = Journal(None if plan.resume_key is None else locate_journal(folder), folder)
         self._merged: dict[str, StoredWeights] = {}
         self.shared: StoredWeights | None = None
         self.bare: StoredWeights | None = None
@@ -43,14 +45,14 @@ class BundleWeights:
         stored = (self.shared, self.bare, *self._merged.values())
         return set().union(*(weights.blobs for weights in stored if weights is not None))
 
-    def of(self, variant: Variant) -> StoredWeights:
-        """A variant's weights; the bare base's for a live variant and for one without a delta."""
+    def get(self, variant: Variant) -> StoredWeights:
+        """Returns a variant's weights. A live variant, or one without a delta, has those of the bare base."""
         weights = self._merged.get(variant.name, self.bare)
         assert weights is not None
         return weights
 
     def expect_progress(self, variants: Mapping[str, Variant]) -> None:
-        """Tells the progress what store() has to do."""
+        """Adds the passes that store() will make to the progress."""
         seen = [self._plan.base_calibration, *(each.calibration for each in variants.values() if each.delta is not None)]
         self._progress.expect(sum(compensates(self._plan.quantization, calibration) for calibration in seen))
         if self._needs_bare(variants):
@@ -60,46 +62,36 @@ class BundleWeights:
                 self._progress.expect(1, self._cost(variant.calibration))
 
     def store(self, variants: Mapping[str, Variant]) -> None:
-        """Stores what the variants need and is not stored yet.
+        """Stores the weights that the variants need and that are not stored yet.
 
-        Requires: the merge base of each variant is settled.
-        Ensures: of() answers for each variant. What was stored before stays as it is.
+        Requires: the merge base of each variant is chosen.
+        Ensures: get() finds the weights of each variant. Weights that were stored before do not change.
         """
         if self.shared is None:
-            changes = [(each.change, each.calibration) for each in variants.values() if each.change]
-            self.shared = store_norms(self._storage) | store_embeddings(
-                self._storage,
-                [(None, self._plan.base_calibration), *changes],
-                self._journal.section(""),
-                on_layer=self._progress.through("embedding"),
-            )
+            merges = [self._bare_merge, *(variant.merge for variant in variants.values() if variant.change)]
+            finished, on_layer = self._journal.section(""), self._progress.start_pass("embedding")
+            self.shared = store_norms(self._storage) | store_embeddings(self._storage, merges, finished, on_layer)
         if self.bare is None and self._needs_bare(variants):
-            self.bare = store_products(
-                self._storage,
-                None,
-                self.shared,
-                self._journal.section(""),
-                calibration=self._plan.base_calibration,
-                on_layer=self._progress.through("base", self._cost(self._plan.base_calibration)),
-            )
+            finished = self._journal.section("")
+            on_layer = self._progress.start_pass("base", self._cost(self._plan.base_calibration))
+            self.bare = store_products(self._storage, self._bare_merge, self.shared, finished, on_layer=on_layer)
         for name, variant in variants.items():
             if name not in self._merged and _is_merged(variant):
                 self._merged[name] = store_products(
                     self._storage,
-                    variant.change,
+                    variant.merge,
                     self.shared | self._store_changed_vocab(variant),
                     self._journal.section(f"{name}, {variant.merge_base} base"),  # the gate may change the base
                     bare=self.bare,
-                    calibration=variant.calibration,
-                    on_layer=self._progress.through(name, self._cost(variant.calibration)),
+                    on_layer=self._progress.start_pass(name, self._cost(variant.calibration)),
                 )
 
     def drop(self, name: str) -> None:
-        """Forgets a merged variant's weights, so that store() stores them anew."""
+        """Drops a merged variant's weights, so that store() stores them again."""
         del self._merged[name]
 
     def raise_to_int8(self, variant: Variant, products: Collection[str]) -> None:
-        """Stores some products of a merged variant once more, in 8 bits. Other variants keep theirs."""
+        """Stores some products of a merged variant again, in 8 bits. Other variants keep theirs."""
         linears = [linear for linear in self._plan.decoder.linears if linear.name in products]
         stored = raise_to_int8(self._storage, variant.change, linears)
         for name in vocab_modules(self._plan.decoder).keys() & set(products):
@@ -109,7 +101,7 @@ class BundleWeights:
         self._merged[variant.name].update(stored)
 
     def _needs_bare(self, variants: Mapping[str, Variant]) -> bool:
-        """Whether some variant runs products of the bare base: all do but merged ones that change every product."""
+        """True if some variant runs products of the bare base. All do, except merged ones that change every product."""
         return not all(
             variant.live is None and changes_linear(variant.delta, linear)
             for variant in variants.values()
@@ -125,9 +117,9 @@ class BundleWeights:
         return weights
 
     def _cost(self, calibration: Calibration) -> int:
-        return COMPENSATED if compensates(self._plan.quantization, calibration) else 1
+        return GPTQ_COST if compensates(self._plan.quantization, calibration) else 1
 
 
 def _is_merged(variant: Variant) -> bool:
-    """Whether a variant has weights of its own."""
+    """True if a variant has its own weights."""
     return variant.live is None and variant.delta is not None

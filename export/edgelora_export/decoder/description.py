@@ -1,4 +1,4 @@
-"""What the graph builder needs to know of a model: sizes, which checkpoint modules feed which product, how heads are laid out."""
+"""Describes a model to the graph builder: its sizes, its products and their checkpoint modules, and the layout of its heads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a mul
 
 @dataclass(frozen=True)
 class HeadPadding:
-    """Lays heads out as GroupQueryAttention takes them: what turns in front of each half, and wide enough with zeros.
+    """The layout of heads that GroupQueryAttention takes: zeros pad each head, and each half starts with rotated entries.
 
-    Attention is unchanged by it, as long as queries and keys are laid out alike, and values as the output's columns.
-    size: entries of a head in the checkpoint. padded: in the graph. rotary: how many of the first entries turn, 0 in a
-    value head. Those are two halves that turn against each other, and the graph's rotation pairs the halves of the whole
-    head; so what does not turn goes half behind each, and zeros behind that. A value head gets its zeros at its end.
+    size: entries of a head in the checkpoint. padded: entries in the graph. rotary: how many of the first entries rotate, 0 in a
+    value head.
+    In the checkpoint the rotated entries are two halves that rotate against each other. The graph pairs the halves of the whole
+    padded head. Each half of the padded head therefore holds half of the rotated entries, then half of the others, then zeros. A
+    value head has its zeros at its end.
+    Attention does not change as long as queries match keys, and values match the columns of the output projection.
     """
 
     heads: int
@@ -34,32 +36,34 @@ class HeadPadding:
     rotary: int
 
     def apply(self, array: Floats, axis: int) -> Floats:
-        """Lays out the axis that is (heads * size) long as (heads * padded); the identity where nothing moves."""
+        """Lays out an axis of length heads * size as heads * padded. Returns the array itself if nothing changes."""
         if self.size == self.padded and self.rotary in (0, self.size):
             return array
         moved = np.moveaxis(array, axis, 0)
         rest = moved.shape[1:]
         wide = np.zeros((self.heads, self.padded, *rest), array.dtype)
-        wide[:, self._places()] = moved.reshape(self.heads, self.size, *rest)
+        wide[:, self._find_indices()] = moved.reshape(self.heads, self.size, *rest)
         return np.ascontiguousarray(np.moveaxis(wide.reshape(self.heads * self.padded, *rest), 0, axis))
 
-    def _places(self) -> NDArray[np.intp]:
-        """Where each entry of a head goes, (size,)."""
+    def _find_indices(self) -> NDArray[np.intp]:
+        """Returns the index in the padded head of each entry of a head, (size,)."""
         if self.rotary == 0:
             return np.arange(self.size)
-        turning, still = self.rotary // 2, (self.size - self.rotary) // 2
+        rotated, unrotated = self.rotary // 2, (self.size - self.rotary) // 2
         half = self.padded // 2
-        first = np.arange(turning)
-        rest = np.arange(turning, turning + still)
+        first = np.arange(rotated)
+        rest = np.arange(rotated, rotated + unrotated)
         return np.concatenate([first, half + first, rest, half + rest])
 
 
 @dataclass(frozen=True)
 class Part:
-    """One linear layer of the checkpoint, as it enters a product.
+    """One linear layer of the checkpoint, as part of a product.
 
-    module: its name there, e.g. model.layers.0.self_attn.q_proj. out_features and in_features: as in the checkpoint.
-    rows: the layouts of its outputs, one after the other, where they are heads. columns: that of its inputs.
+    module: its name in the checkpoint, such as model.layers.0.self_attn.q_proj. out_features and in_features: as in the
+    checkpoint.
+    rows: the layouts of its outputs, one after the other, if they are heads. columns: the layout of its inputs, if they are
+    heads.
     """
 
     module: str
@@ -93,9 +97,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix product of the graph: the stacked rows of its parts, which share their input.
+    """One matrix product of the graph. It stacks the rows of its parts, which share their input.
 
-    name: the initializers' prefix, e.g. layers.0.attention.qkv.
+    name: prefix of its initializers, such as layers.0.attention.qkv.
     """
 
     name: str
@@ -113,7 +117,7 @@ class Linear:
 
     @property
     def columns(self) -> int:
-        """Inputs in the graph, which the parts share."""
+        """Inputs in the graph, shared by the parts."""
         return self.parts[0].graph_columns
 
 
@@ -121,8 +125,8 @@ class Linear:
 class Norm:
     """One root-mean-square norm.
 
-    name: the initializer, e.g. layers.0.attention.norm. tensor: its weight in the checkpoint. offset and scale: the graph
-    multiplies with (weight + offset) * scale. heads: the layout of its entries, where they are heads'.
+    name: its initializer, such as layers.0.attention.norm. tensor: its weight in the checkpoint. offset and scale: the graph
+    multiplies by (weight + offset) * scale. heads: the layout of its entries, if they are heads.
     """
 
     name: str
@@ -132,33 +136,33 @@ class Norm:
     heads: HeadPadding | None = None
 
     def lay_out(self, weight: Floats) -> Floats:
-        """The weight as the graph has it, from the checkpoint's."""
+        """Computes the graph's weight from the checkpoint's."""
         folded: Floats = ((weight + np.float32(self.offset)) * np.float32(self.scale * math.sqrt(self._filled))).astype(
             np.float32
         )
         return folded if self.heads is None else self.heads.apply(folded, 0)
 
     def epsilon(self, epsilon: float) -> float:
-        """The graph's epsilon, from the model's."""
+        """Computes the graph's epsilon from the model's."""
         return epsilon * self._filled
 
     @property
     def _filled(self) -> float:
         """The share of entries that are not padding.
 
-        The graph's mean runs over the padding, too, and is smaller by this share f. So is its epsilon, and the weight makes
-        up for the root: x / sqrt(mean + e) = sqrt(f) * x / sqrt(f * mean + f * e).
+        The graph's mean includes the padding, so it is smaller by this share f. The epsilon is multiplied by f too, and the
+        weight makes up for the root: x / sqrt(mean + e) = sqrt(f) * x / sqrt(f * mean + f * e).
         """
         return 1.0 if self.heads is None else self.heads.size / self.heads.padded
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer block: attention and gated MLP, each around a residual, with a norm before it, after it, or both.
+    """One transformer block: attention and a gated MLP, each around a residual, with a norm before it, after it, or both.
 
-    query_norm, key_norm: of each head where they have one head, else of all heads together.
-    rotary: the prefix of its rotary table's name, None where positions do not turn its heads.
-    window: how many positions it sees, its own included; None for all.
+    query_norm, key_norm: over each head if their layout has one head, else over all heads together.
+    rotary: the prefix of its rotary table's name, None if its heads do not rotate.
+    window: how many positions it sees, its own included. None for all.
     """
 
     attention_norm: Norm | None
@@ -189,13 +193,13 @@ class Layer:
 class Decoder:
     """A decoder-only model.
 
-    head_size: as the graph has it (padded); attention_scale belongs to the unpadded one.
-    attention_cap: scores s become cap * tanh(s / cap); logits_cap: so do the logits. None for neither.
+    head_size: as in the graph, padding included. attention_scale is that of the unpadded head.
+    attention_cap: scores s become cap * tanh(s / cap). logits_cap: the same for logits. None for no cap.
     rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin.
-    embedding_multiplier: of the embedding's rows, before the first block; the head has none, even where it is tied.
+    embedding_multiplier: scales the embedding's rows before the first block. It does not scale the head, even if that is tied.
     activation: of the MLP's gate, by its name in config.json.
-    head: the checkpoint tensor of the output projection; the embedding's own where they are tied.
-    wide_residual: whether the sum that runs through the blocks leaves fp16's range.
+    head: the checkpoint tensor of the output projection. It is the embedding's if they are tied.
+    wide_residual: True if the residual sum exceeds the range of fp16.
     """
 
     architecture: str
@@ -224,7 +228,7 @@ class Decoder:
 
     @property
     def head_product(self) -> str:
-        """The name of the matrix that makes the logits."""
+        """The name of the product that computes the logits."""
         return "embedding" if self.tied else "head"
 
     @property
@@ -239,5 +243,5 @@ class Decoder:
 
     @property
     def wide_norms(self) -> frozenset[str]:
-        """Names of the norms that are float32 in every graph: those of a wide residual, but not those of heads."""
+        """Names of the norms that are float32 in every graph: all norms of a wide residual, except those of heads."""
         return frozenset(norm.name for norm in self.norms if norm.heads is None) if self.wide_residual else frozenset()

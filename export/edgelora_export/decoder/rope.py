@@ -1,4 +1,4 @@
-"""Rotary position tables from a model's config: the default form, `linear`, `llama3` and `longrope` scaling."""
+"""Rotary position tables from a model's config, with default, `linear`, `llama3` or `longrope` scaling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
-_NEEDED: dict[str, tuple[str, ...]] = {
+_REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -26,7 +26,10 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rope settings of a config, in transformers 5's form, whichever version wrote it; InputError for other kinds."""
+    """Reads the rope settings of a config, written by any version of transformers, in transformers 5's form.
+
+    Raises InputError for other kinds of scaling, and for settings that lack a key.
+    """
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -39,21 +42,21 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
         rope["original_max_position_embeddings"] = original
         rope["factor"] = rope.get("factor") or longest / original
     kind = rope["rope_type"]
-    if kind not in _NEEDED:
-        raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(_NEEDED)}")
-    if absent := [key for key in _NEEDED[kind] if key not in rope]:
+    if kind not in _REQUIRED_KEYS:
+        raise InputError(f"rope_type {kind!r} is not supported; supported: {', '.join(_REQUIRED_KEYS)}")
+    if absent := [key for key in _REQUIRED_KEYS[kind] if key not in rope]:
         raise InputError(f"the rope settings in config.json are {kind} and lack {', '.join(absent)}")
     return rope
 
 
-def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length: int) -> Floats:
-    """Angle per position for each rotary pair, float32 (rotary_size / 2,), in radians.
+def compute_rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length: int) -> Floats:
+    """Computes the angle per position of each rotary pair, float32 (rotary_size / 2,), in radians.
 
-    llama3: Llama 3.1's smooth interpolation between kept and divided frequencies; longrope: each frequency divided by a
-    factor of its own, from one list for contexts of the original length and another for longer ones
-    (https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py,
-    _compute_llama3_parameters and _compute_longrope_parameters).
-    Raises InputError where longrope's lists are of another length.
+    llama3: Llama 3.1's smooth interpolation between kept and divided frequencies. longrope: divides each frequency by its own
+    factor, from one list for contexts of the original length and another for longer ones.
+    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_rope_utils.py, _compute_llama3_parameters
+    and _compute_longrope_parameters.
+    Raises InputError if longrope's lists have another length.
     """
     exponents = np.arange(0, rotary_size, 2, dtype=np.float32) / np.float32(rotary_size)
     frequencies: Floats = (1.0 / np.float32(rope["rope_theta"]) ** exponents).astype(np.float32)
@@ -74,12 +77,12 @@ def rotary_frequencies(rope: Mapping[str, Any], rotary_size: int, context_length
     which = "long_factor" if context_length > rope["original_max_position_embeddings"] else "short_factor"
     factors = np.array(rope[which], np.float32)
     if factors.shape != frequencies.shape:
-        raise InputError(f"{which} in config.json has {factors.size} entries; heads turn in {frequencies.size} pairs")
+        raise InputError(f"{which} in config.json has {factors.size} entries; heads rotate in {frequencies.size} pairs")
     return frequencies / factors
 
 
-def attention_factor(rope: Mapping[str, Any]) -> float:
-    """What longrope multiplies cosines and sines with; 1 for the other kinds (_compute_longrope_parameters, as above)."""
+def compute_attention_factor(rope: Mapping[str, Any]) -> float:
+    """Computes the factor of longrope's cosines and sines (_compute_longrope_parameters), 1 for the other kinds."""
     if rope["rope_type"] != "longrope":
         return 1.0
     if rope.get("attention_factor") is not None:
@@ -88,10 +91,15 @@ def attention_factor(rope: Mapping[str, Any]) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(rope["original_max_position_embeddings"])) if factor > 1 else 1.0
 
 
-def rotary_tables(rope: Mapping[str, Any], rotary_size: int, context_length: int, padded_head_size: int) -> tuple[Floats, Floats]:
-    """Cosines and sines, each float32 (context_length, padded_head_size / 2); the pairs behind the rotary ones do not turn."""
-    frequencies = rotary_frequencies(rope, rotary_size, context_length)
+def compute_rotary_tables(
+    rope: Mapping[str, Any], rotary_size: int, context_length: int, padded_head_size: int
+) -> tuple[Floats, Floats]:
+    """Computes cosines and sines, each float32 (context_length, padded_head_size / 2).
+
+    Pairs after the rotary ones do not rotate: their cosines are 1, their sines 0.
+    """
+    frequencies = compute_rotary_frequencies(rope, rotary_size, context_length)
     angles = np.arange(context_length, dtype=np.float32)[:, None] * frequencies[None, :]
-    behind = ((0, 0), (0, padded_head_size // 2 - frequencies.size))
-    factor = np.float32(attention_factor(rope))
-    return np.pad(np.cos(angles) * factor, behind, constant_values=1), np.pad(np.sin(angles) * factor, behind)
+    padding = ((0, 0), (0, padded_head_size // 2 - frequencies.size))
+    factor = np.float32(compute_attention_factor(rope))
+    return np.pad(np.cos(angles) * factor, padding, constant_values=1), np.pad(np.sin(angles) * factor, padding)

@@ -1,4 +1,4 @@
-"""One transformer block as nodes: attention and gated MLP, around a residual sum."""
+"""Builds transformer blocks out of nodes: attention and a gated MLP around a residual sum."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Residual:
     """The sum that runs through the blocks.
 
-    The last update stays beside it until somebody reads, so that the addition and the norm that reads it become one node.
-    Where the model's sums leave fp16's range, it and its norms are float32 whatever the graph's activations are.
-    cuts: the sum and the update after each addition: all that a graph that is cut there hands on (stages.py).
+    The latest update stays pending until the next read, so that its addition and the norm that reads it become one node.
+    If the sums of a model exceed the range of fp16, the sum and its norms are float32, whatever type the activations have.
+    cuts: the sum and the pending update after each addition. A graph that is cut there passes on nothing else (stages.py).
     """
 
     def __init__(self, b: GraphBuilder, decoder: Decoder, hidden: ir.Value) -> None:
@@ -35,7 +35,7 @@ class Residual:
         self.cuts: list[tuple[ir.Value, ir.Value]] = []
 
     def add(self, update: ir.Value, norm: Norm | None = None) -> None:
-        """Adds an activation, normalized where there is a norm."""
+        """Adds an activation, normalized if a norm is given."""
         if self._wide:
             update = self._b.widen(update)
         if norm is not None:
@@ -44,17 +44,17 @@ class Residual:
         self.cuts.append((self._sum, update))
 
     def total(self) -> ir.Value:
-        """The sum, all updates added."""
+        """Returns the sum with all updates added."""
         if self._update is not None:
             self._sum, self._update = self._b.op("Add", self._sum, self._update), None
         return self._sum
 
-    def normed(self, norm: Norm | None) -> ir.Value:
-        """The sum as an activation, normalized; as it is where there is no norm."""
-        normed = self._normed(norm)
+    def read(self, norm: Norm | None) -> ir.Value:
+        """Returns the sum as an activation, normalized if a norm is given."""
+        normed = self._normalize(norm)
         return self._b.narrow(normed) if self._wide else normed
 
-    def _normed(self, norm: Norm | None) -> ir.Value:
+    def _normalize(self, norm: Norm | None) -> ir.Value:
         if norm is None:
             return self.total()
         if self._update is None:
@@ -71,16 +71,16 @@ class Residual:
         self._update = None
         return normed
 
-    def keep(self, select: Callable[[ir.Value], ir.Value]) -> None:
-        """Goes on with a selection of positions alone."""
+    def select(self, select: Callable[[ir.Value], ir.Value]) -> None:
+        """Replaces the sum with some of its positions."""
         self._sum = select(self.total())
 
 
 @dataclass(frozen=True)
 class Positions:
-    """What GroupQueryAttention wants to know of positions.
+    """The inputs of GroupQueryAttention that give the positions.
 
-    last: int32 (1,), index of the last position. total: int32 scalar, positions in all.
+    last: int32 (1,), index of the last position. total: int32 scalar, number of positions.
     """
 
     last: ir.Value
@@ -88,108 +88,117 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Block:
-    """What a block gave beside the residual: the new cache, and the input of each product by the product's name."""
+class BlockOutput:
+    """The outputs of a block besides the residual.
+
+    key, value: the new cache. taps: the input of each product, by the product's name.
+    """
 
     key: ir.Value
     value: ir.Value
     taps: dict[str, ir.Value]
 
 
-def add_block(
-    b: GraphBuilder,
-    decoder: Decoder,
-    layer: Layer,
-    residual: Residual,
-    past: Sequence[ir.Value | None],
-    positions: Positions,
-    live: LiveInputs | None = None,
-    select: Callable[[ir.Value], ir.Value] | None = None,
-) -> Block:
-    """Appends one block. past: the cache's key and value, None where there is none.
+class BlockBuilder:
+    """Appends the blocks of one decoder to one graph.
 
-    select: after the attention, go on with these positions alone; nothing looks sideways from there.
+    hidden: the residual (1, S, H) that enters the first block. live: the inputs of live adapters, None for a graph without.
     """
-    taps: dict[str, ir.Value] = {}
 
-    def multiply(linear: Linear, x: ir.Value) -> ir.Value:
-        taps[linear.name] = x
-        return multiply_linear(b, linear, x, live)
+    def __init__(
+        self, b: GraphBuilder, decoder: Decoder, hidden: ir.Value, positions: Positions, live: LiveInputs | None = None
+    ) -> None:
+        self._b = b
+        self._decoder = decoder
+        self._positions = positions
+        self._live = live
+        self.residual = Residual(b, decoder, hidden)
 
-    query, key, value = _separate_heads(b, decoder, layer, multiply(layer.qkv, residual.normed(layer.attention_norm)))
-    settings: dict[str, float] = {}
-    if layer.window is not None:
-        settings["local_window_size"] = layer.window
-    if decoder.attention_cap is not None:
-        settings["softcap"] = decoder.attention_cap
-    attended, new_key, new_value = b.ops(
-        "GroupQueryAttention",
-        query,
-        key,
-        value,
-        *past,
-        positions.last,
-        positions.total,
-        *(() if layer.rotary is None else (b.weight(f"{layer.rotary}.cos"), b.weight(f"{layer.rotary}.sin"))),
-        count=3,
-        domain=CONTRIB,
-        num_heads=decoder.heads,
-        kv_num_heads=decoder.kv_heads,
-        do_rotary=int(layer.rotary is not None),
-        scale=decoder.attention_scale,
-        **settings,
-    )
-    if select is not None:
-        attended = select(attended)
-        residual.keep(select)
-    residual.add(multiply(layer.output, attended), layer.attention_post_norm)
-    gate, up = b.ops("Split", multiply(layer.gate_up, residual.normed(layer.mlp_norm)), count=2, axis=-1, num_outputs=2)
-    activated = b.op("Mul", activate(b, decoder.activation, gate), up)
-    residual.add(multiply(layer.down, activated), layer.mlp_post_norm)
-    return Block(new_key, new_value, taps)
+    def append(
+        self, layer: Layer, past: Sequence[ir.Value | None], select: Callable[[ir.Value], ir.Value] | None = None
+    ) -> BlockOutput:
+        """Appends one block.
+
+        Requires: `residual` holds the sum that enters this block.
+        Ensures: `residual` holds the sum after this block.
+
+        past: the cache's key and value, None where there is no cache. select: picks the positions that continue after the
+        attention. No later node looks at other positions.
+        """
+        b, decoder, residual = self._b, self._decoder, self.residual
+        taps: dict[str, ir.Value] = {}
+
+        def multiply(linear: Linear, x: ir.Value) -> ir.Value:
+            taps[linear.name] = x
+            return multiply_linear(b, linear, x, self._live)
+
+        query, key, value = self._separate_heads(layer, multiply(layer.qkv, residual.read(layer.attention_norm)))
+        settings: dict[str, float] = {}
+        if layer.window is not None:
+            settings["local_window_size"] = layer.window
+        if decoder.attention_cap is not None:
+            settings["softcap"] = decoder.attention_cap
+        attended, new_key, new_value = b.ops(
+            "GroupQueryAttention",
+            query,
+            key,
+            value,
+            *past,
+            self._positions.last,
+            self._positions.total,
+            *(() if layer.rotary is None else (b.weight(f"{layer.rotary}.cos"), b.weight(f"{layer.rotary}.sin"))),
+            count=3,
+            domain=CONTRIB,
+            num_heads=decoder.heads,
+            kv_num_heads=decoder.kv_heads,
+            do_rotary=int(layer.rotary is not None),
+            scale=decoder.attention_scale,
+            **settings,
+        )
+        if select is not None:
+            attended = select(attended)
+            residual.select(select)
+        residual.add(multiply(layer.output, attended), layer.attention_post_norm)
+        gate, up = b.ops("Split", multiply(layer.gate_up, residual.read(layer.mlp_norm)), count=2, axis=-1, num_outputs=2)
+        activated = b.op("Mul", activate(b, decoder.activation, gate), up)
+        residual.add(multiply(layer.down, activated), layer.mlp_post_norm)
+        return BlockOutput(new_key, new_value, taps)
+
+    def _separate_heads(self, layer: Layer, packed: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """Splits queries, keys and values if they have norms. Without norms GroupQueryAttention takes them packed."""
+        if layer.query_norm is None or layer.key_norm is None:
+            return packed, None, None
+        heads, kv_heads, head_size = self._decoder.heads, self._decoder.kv_heads, self._decoder.head_size
+        sizes = self._b.constant("qkv.sizes", [heads * head_size, kv_heads * head_size, kv_heads * head_size])
+        query, key, value = self._b.ops("Split", packed, sizes, count=3, axis=-1)
+        return self._normalize_heads(layer.query_norm, query), self._normalize_heads(layer.key_norm, key), value
+
+    def _normalize_heads(self, norm: Norm, x: ir.Value) -> ir.Value:
+        """Normalizes x (1, S, heads * head_size): head by head, or all heads together if the norm's weight spans them."""
+        b, epsilon = self._b, self._decoder.norm_epsilon
+        assert norm.heads is not None
+        if norm.heads.heads > 1:
+            return normalize(b, x, norm, epsilon)
+        apart = b.op("Reshape", x, b.constant("heads.apart", [0, 0, -1, self._decoder.head_size]))
+        normed = normalize(b, apart, norm, epsilon)
+        return b.op("Reshape", normed, b.constant("heads.together", [0, 0, -1]))
 
 
-def activate(b: GraphBuilder, kind: str, x: ir.Value) -> ir.Value:
-    """The gate's activation."""
-    if kind == "silu":
+def activate(b: GraphBuilder, activation: str, x: ir.Value) -> ir.Value:
+    """Applies an activation function, named as in config.json."""
+    if activation == "silu":
         return b.op("Mul", x, b.op("Sigmoid", x))
-    assert kind == "gelu_pytorch_tanh"
+    assert activation == "gelu_pytorch_tanh"
     return b.op("Gelu", x, approximate="tanh")
 
 
-def _separate_heads(
-    b: GraphBuilder, decoder: Decoder, layer: Layer, packed: ir.Value
-) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-    """What GroupQueryAttention takes: queries, keys and values in one, or apart where norms stand between."""
-    if layer.query_norm is None or layer.key_norm is None:
-        return packed, None, None
-    kv_size = decoder.kv_heads * decoder.head_size
-    sizes = b.constant("qkv.sizes", [decoder.heads * decoder.head_size, kv_size, kv_size])
-    query, key, value = b.ops("Split", packed, sizes, count=3, axis=-1)
-    return (
-        _normalize_heads(b, decoder, layer.query_norm, query),
-        _normalize_heads(b, decoder, layer.key_norm, key),
-        value,
-    )
-
-
-def _normalize_heads(b: GraphBuilder, decoder: Decoder, norm: Norm, x: ir.Value) -> ir.Value:
-    """X (1, S, heads * head_size), normalized head by head, or all heads together where the norm's weight is as wide."""
-    assert norm.heads is not None
-    if norm.heads.heads > 1:
-        return normalize(b, x, norm, decoder.norm_epsilon)
-    apart = b.op("Reshape", x, b.constant("heads.apart", [0, 0, -1, decoder.head_size]))
-    normed = normalize(b, apart, norm, decoder.norm_epsilon)
-    return b.op("Reshape", normed, b.constant("heads.together", [0, 0, -1]))
-
-
 def normalize(b: GraphBuilder, x: ir.Value, norm: Norm, epsilon: float) -> ir.Value:
-    """X over its root mean square along the last axis, times the norm's weight."""
+    """Divides x by its root mean square along the last axis and multiplies it by the norm's weight."""
     return b.op("SimplifiedLayerNormalization", x, b.weight(norm.name), axis=-1, epsilon=norm.epsilon(epsilon))
 
 
 def multiply_linear(b: GraphBuilder, linear: Linear, x: ir.Value, live: LiveInputs | None) -> ir.Value:
-    """X times a product's weight, plus its live LoRA and its bias where it has them."""
+    """Multiplies x by a product's weight, and adds its live LoRA and its bias if it has them."""
     if live is not None and linear.name in live:
         y = live.multiply(b, linear, x)
     else:

@@ -1,4 +1,4 @@
-"""Live adapters: which graph inputs take which module's A and B, and the fp16 file that holds an adapter's own."""
+"""Live adapters: the graph inputs for each module's A and B, and the fp16 file that holds an adapter's factors."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from edgelora_export.plan.variants import LowRank
 
 
-def live_slots(linear: Linear) -> LiveSlots:
-    """The names of a product's LoRA inputs, and the modules whose factors they take."""
+def name_live_slots(linear: Linear) -> LiveSlots:
+    """Names a product's LoRA inputs, and the modules whose factors they take."""
     return LiveSlots(
         a=f"{linear.name}.lora_A",
         b=tuple(f"{module}.lora_B" for module in linear.modules),
@@ -29,7 +29,7 @@ def live_slots(linear: Linear) -> LiveSlots:
 
 
 def pack_live_adapter(decoder: Decoder, adapter: LowRank) -> bytes:
-    """The safetensors bytes of an adapter: per module lora_A (r, K) and lora_B (N, r), fp16, scaling folded into B."""
+    """Packs an adapter as safetensors: fp16 lora_A (r, K) and lora_B (N, r) for each module, with the scaling folded into B."""
     tensors: dict[str, NDArray[np.float16]] = {}
     for linear in decoder.linears:
         for part in linear.parts:

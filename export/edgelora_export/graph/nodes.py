@@ -1,4 +1,4 @@
-"""Appends nodes to one ONNX graph, and says where the graph's weights come from: blobs on disk, or inputs."""
+"""Appends nodes to one ONNX graph, and finds the graph's weights in blobs on disk or among its inputs."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ if TYPE_CHECKING:
 
 OPSET = 21
 CONTRIB = "com.microsoft"
-OWN = "edgelora"  # the domain of functions, which edgelora's kernels have operators for
+FUNCTION_DOMAIN = "edgelora"  # of functions that edgelora's kernels replace with operators
 _OPSETS = {"": OPSET, CONTRIB: 1}
 
 
 class WeightSource(Protocol):
-    """What a graph's weights are."""
+    """The source of a graph's weights."""
 
     def value(self, name: str, tensor: str | None, shape: tuple[int, ...] | None) -> ir.Value:
-        """The weight `name`. `tensor` and `shape` let two weights see the same bytes in two shapes."""
+        """Returns the weight `name`. With `tensor` and `shape`, two weights can share the same bytes in two shapes."""
 
-    def has(self, tensor: str) -> bool: ...
+    def has(self, tensor: str) -> bool:
+        """True if the source has the tensor."""
 
     def grid(self, product: str) -> Grid | None:
-        """How the codes of a product lie; None where its weight is not quantized."""
+        """Returns the grid of a product's codes, or None for float32."""
 
 
 class BlobWeights:
-    """StoredWeights that lie in blobs beside the graph: initializers with external data."""
+    """Stored weights in blobs beside the graph, as initializers with external data."""
 
     def __init__(self, weights: StoredWeights, folder: Path) -> None:
         self._weights = weights
@@ -63,9 +64,9 @@ class BlobWeights:
 
 
 class InputWeights:
-    """Float32 weights that the caller feeds, so that one session serves every layer of a kind.
+    """Float32 weights that the caller feeds, so that one session runs every layer of a kind.
 
-    prefix: of the layer's names; the inputs are called what follows it.
+    prefix: of the layer's names. An input's name is the rest.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -85,7 +86,7 @@ class InputWeights:
 
 
 class GraphBuilder:
-    """One graph in the making. StoredWeights come from `source` by name, and each name enters the graph once."""
+    """One graph in the making. Its weights come from `source` by name, and each name enters the graph once."""
 
     def __init__(self, source: WeightSource, target: Target = CPU) -> None:
         self.source = source
@@ -100,94 +101,103 @@ class GraphBuilder:
         return self.target.float_type
 
     def widen(self, activation: ir.Value) -> ir.Value:
-        """An activation in float32."""
+        """Casts an activation to float32."""
         return activation if self.float_type == ir.DataType.FLOAT else self.op("Cast", activation, to=ir.DataType.FLOAT)
 
     def narrow(self, wide: ir.Value) -> ir.Value:
-        """The inverse of widen."""
+        """Casts float32 to the type of activations."""
         return wide if self.float_type == ir.DataType.FLOAT else self.op("Cast", wide, to=self.float_type)
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int] | ir.Attr
+        self, op_type: str, *inputs: ir.Value | None, domain: str = "", **attributes: int | float | str | Sequence[int] | ir.Attr
     ) -> ir.Value:
-        return self._tape.op(kind, inputs, attributes, domain=domain)
+        """Appends a node with one output."""
+        return self._tape.op(op_type, inputs, attributes, domain=domain)
 
     def ops(
-        self, kind: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: int | float
+        self, op_type: str, *inputs: ir.Value | None, count: int, domain: str = "", **attributes: int | float
     ) -> Sequence[ir.Value]:
-        return self._tape.op_multi_out(kind, inputs, attributes, num_outputs=count, domain=domain)
+        """Appends a node with `count` outputs."""
+        return self._tape.op_multi_out(op_type, inputs, attributes, num_outputs=count, domain=domain)
 
     def call(self, function: ir.Function, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        """A function's one output; the graph has each function once, by its name."""
+        """Calls a function with one output. The graph holds each function once, by its name."""
         self._functions.setdefault(function.name, function)
         return self.op(function.name, *inputs, domain=function.domain, **attributes)
 
     def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
-        """X (1, S, K) times a float matrix (N, K), transposed."""
+        """Multiplies x (1, S, K) by the transpose of a float matrix (N, K)."""
         if self.target.fused_matmul:
             return self.op("FusedMatMul", x, matrix, domain=CONTRIB, transB=1)
         return self.op("MatMul", x, self.op("Transpose", matrix, perm=(1, 0)))
 
     def constant(self, name: str, values: int | list[int]) -> ir.Value:
-        """An int64 initializer held in the graph."""
+        """Adds an int64 initializer that is stored in the graph."""
         if name not in self._loaded:
             self._loaded[name] = self._tape.initializer(ir.tensor(np.array(values, np.int64), name=name))
         return self._loaded[name]
 
-    def scalar(self, value: float, kind: ir.DataType | None = None) -> ir.Value:
-        """An initializer held in the graph, of the activations' type where none is given."""
-        kind = kind or self.float_type
-        name = f"scalar.{value!r}.{kind.name}"
+    def scalar(self, value: float, dtype: ir.DataType | None = None) -> ir.Value:
+        """Adds a scalar initializer that is stored in the graph. dtype: by default the type of activations."""
+        dtype = dtype or self.float_type
+        name = f"scalar.{value!r}.{dtype.name}"
         if name not in self._loaded:
-            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(value, kind.numpy()), name=name))
+            self._loaded[name] = self._tape.initializer(ir.tensor(np.array(value, dtype.numpy()), name=name))
         return self._loaded[name]
 
     def weight(self, name: str, *, tensor: str | None = None, shape: tuple[int, ...] | None = None) -> ir.Value:
-        """A weight of the source; see WeightSource.value."""
+        """Adds a weight of the source. See WeightSource.value."""
         if name not in self._loaded:
             self._loaded[name] = self.source.value(name, tensor, shape)
         return self._loaded[name]
 
     def splice(self, graph: ir.Graph) -> None:
-        """Moves what was made into an existing graph whose values it reads, in an order in which it runs."""
+        """Moves the new nodes into an existing graph.
+
+        Requires: they read only values of that graph, or of each other.
+        Ensures: the graph's nodes are sorted, so that each comes after those it reads.
+        """
         graph.extend(self._tape.nodes)
         for value in (*self._tape.initializers, *self._loaded.values()):
             graph.register_initializer(value)
         graph.sort()
 
     def finish(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
+        """Makes a model of the new nodes, with the weights that they read as initializers."""
         initializers = [value for value in (*self._tape.initializers, *self._loaded.values()) if value.const_value is not None]
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self._tape.nodes,
             initializers=list(dict.fromkeys(initializers)),
-            opset_imports=_OPSETS | ({OWN: 1} if self._functions else {}),
+            opset_imports=_OPSETS | ({FUNCTION_DOMAIN: 1} if self._functions else {}),
             name="decoder",
         )
         return ir.Model(graph, ir_version=10, producer_name="edgelora", functions=list(self._functions.values()))
 
     def finish_function(self, name: str, inputs: Sequence[ir.Value], output: ir.Value, attributes: Sequence[str]) -> ir.Function:
-        """A function of what was made. attributes: names of those, integers, that its nodes refer to."""
+        """Makes a function of the new nodes. attributes: names of the integer attributes that the nodes refer to."""
         graph = ir.Graph(inputs, [output], nodes=self._tape.nodes, opset_imports=_OPSETS)
-        return ir.Function(OWN, name, graph=graph, attributes=[ir.Attr(each, ir.AttributeType.INT, None) for each in attributes])
+        declared = [ir.Attr(each, ir.AttributeType.INT, None) for each in attributes]
+        return ir.Function(FUNCTION_DOMAIN, name, graph=graph, attributes=declared)
 
 
 def graph_input(name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    """Makes an input of a graph. shape: a string names a symbolic axis."""
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 
 
-def describe(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
-    """Gives an output its name, type and shape."""
+def annotate_value(value: ir.Value, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> None:
+    """Sets a value's name, type and shape."""
     value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
 
 
-def mapped_blobs(model: ir.Model) -> tuple[str, ...]:
-    """The files that a graph's initializers lie in."""
+def list_blobs(model: ir.Model) -> tuple[str, ...]:
+    """Names the blobs that hold a graph's initializers, in sorted order."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return tuple(sorted({str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}))
 
 
 def pack_graph(model: ir.Model) -> bytes:
-    """The bytes of a graph's file."""
+    """Serializes a graph to the bytes of its file."""
     return bytes(ir.serde.serialize_model(model).SerializeToString())

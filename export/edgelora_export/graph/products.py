@@ -1,4 +1,4 @@
-"""Products with weight matrices as nodes: MatMulNBits where the weight is quantized."""
+"""Products with weight matrices as nodes: MatMulNBits for quantized weights, MatMul or FusedMatMul for float ones."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ if TYPE_CHECKING:
 
 
 def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
-    """X (1, S, columns) times the weight (rows, columns) of that name, transposed."""
+    """Multiplies x (1, S, columns) by the transpose of the weight `name` (rows, columns)."""
     grid = b.source.grid(name)
     if grid is None:
         return b.multiply_transposed(x, b.weight(name))
-    attributes = nbits_attributes(b, grid, columns, rows)
-    return b.op("MatMulNBits", x, *nbits_weights(b, name), domain=CONTRIB, **attributes)
+    attributes = make_nbits_attributes(b, grid, columns, rows)
+    return b.op("MatMulNBits", x, *make_nbits_inputs(b, name), domain=CONTRIB, **attributes)
 
 
-def nbits_weights(b: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
-    """MatMulNBits' inputs behind the activations: codes, scales and zero points."""
-    return b.weight(f"{name}.codes"), b.weight(f"{name}.scales"), packed_zeros(b, name)
+def make_nbits_inputs(b: GraphBuilder, name: str) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    """Returns the inputs of MatMulNBits that follow the activations: codes, scales and zero points."""
+    return b.weight(f"{name}.codes"), b.weight(f"{name}.scales"), find_zero_points(b, name)
 
 
-def nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> dict[str, int]:
-    """MatMulNBits' attributes for a weight (rows, columns)."""
+def make_nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> dict[str, int]:
+    """Returns the attributes of MatMulNBits for a weight (rows, columns)."""
     return {
         "K": columns,
         "N": rows,
@@ -38,7 +38,7 @@ def nbits_attributes(b: GraphBuilder, grid: Grid, columns: int, rows: int) -> di
     }
 
 
-def packed_zeros(b: GraphBuilder, name: str) -> ir.Value | None:
-    """The zero points of a product, None where its grid is symmetric."""
+def find_zero_points(b: GraphBuilder, name: str) -> ir.Value | None:
+    """Returns a product's zero points, or None if its grid is symmetric."""
     zeros = f"{name}.zero_points"
     return b.weight(zeros) if b.source.has(zeros) else None

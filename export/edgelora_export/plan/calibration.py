@@ -1,4 +1,4 @@
-"""The token sequences that a variant is quantized on, and the disjoint ones that it is judged on."""
+"""The token sequences on which a variant is quantized, and the disjoint ones on which it is judged."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_BUFFERED = 1024  # rows of inputs between two updates of the sum: a thin update would cost its memory traffic, not its arithmetic
+_BUFFER_ROWS = 1024  # of inputs between two updates of the sum. Smaller updates are bound by memory traffic
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence. start: the first token whose prediction counts, 1 for plain text, the completion's first for a row."""
+    """One sequence of tokens.
+
+    start: the first token whose prediction counts: 1 for plain text, the first token of the completion for a row of training
+    data.
+    """
 
     tokens: tuple[int, ...]
     start: int = 1
@@ -30,9 +34,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What one variant is quantized on (fit) and judged on (held_out). sources: SHA-256 per file that they come from.
+    """The samples on which one variant is quantized (fit) and judged (held_out).
 
-    spare: where nothing is held out to judge on, samples that GPTQ does not see; see unseen.
+    sources: SHA-256 of each file that they come from. spare: samples that GPTQ does not see, for when nothing is held out. See
+    unseen.
     """
 
     fit: tuple[Sample, ...] = ()
@@ -42,22 +47,28 @@ class Calibration:
 
     @property
     def unseen(self) -> tuple[Sample, ...]:
-        """What decides, product by product, between GPTQ and rounding to nearest."""
+        """The samples that decide, product by product, between GPTQ and rounding to nearest."""
         return self.held_out or self.spare
 
     @property
     def fit_tokens(self) -> int:
+        """The number of tokens in the samples of `fit`."""
         return sum(len(sample.tokens) for sample in self.fit)
 
 
 def take_share(samples: Sequence[Sample], parts: float) -> Sequence[Sample]:
-    """The first samples that together have 1 / parts of all their tokens, at least one of them."""
+    """Takes the first samples that together have 1 / parts of all tokens, at least one sample.
+
+    >>> samples = [Sample((1, 2, 3)), Sample((4, 5)), Sample((6, 7, 8))]
+    >>> [len(sample.tokens) for sample in take_share(samples, 2)]
+    [3, 2]
+    """
     ends = np.cumsum([len(sample.tokens) for sample in samples])
     return samples[: 1 + int(np.searchsorted(ends, ends[-1] / parts))] if len(samples) else samples
 
 
 class Moments:
-    """Σ xᵀx, float32 (K, K), over inputs that come in pieces (T, K)."""
+    """Σ xᵀx, float32 (K, K), over inputs that arrive in pieces (T, K)."""
 
     def __init__(self, columns: int) -> None:
         self._sum = np.zeros((columns, columns), np.float32)
@@ -65,12 +76,14 @@ class Moments:
         self._rows = 0
 
     def add(self, inputs: Floats) -> None:
+        """Adds a piece of inputs (T, K)."""
         self._pieces.append(inputs)
         self._rows += len(inputs)
-        if self._rows >= _BUFFERED:
+        if self._rows >= _BUFFER_ROWS:
             self._flush()
 
     def total(self) -> Floats:
+        """Returns the sum over all pieces so far."""
         self._flush()
         return self._sum
 

@@ -1,4 +1,4 @@
-"""What the exporter is asked to build. Where a delta comes from (which adapters, which method) is not its concern."""
+"""The variants and the quantization that the exporter is asked for, whatever adapters and methods a delta comes from."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ MERGE_BASES = ("auto", "float", "trained")
 
 
 class Delta(Protocol):
-    """A change to a base's weights, computed module by module; it may depend on them."""
+    """A change to a base's weights, computed module by module. It may depend on the weights."""
 
     @property
     def modules(self) -> Set[str]:
         """Names of the linear layers and embeddings that it changes, as in the checkpoint, without '.weight'."""
 
     def dense(self, module: str, weight: Floats) -> Floats:
-        """ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K)."""
+        """Computes ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K)."""
 
 
 class LowRank(Protocol):
@@ -42,18 +42,23 @@ class LowRank(Protocol):
     def modules(self) -> Set[str]: ...
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
-        """A float32 (r, K) and B float32 (N, r), all scaling folded in."""
+        """Returns A float32 (r, K) and B float32 (N, r), with all scaling folded in."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights are stored.
+    """The storage of a bundle's weights.
 
-    bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale. symmetric: without zero points.
-    method: gptq (codes that make up for each other's errors on calibration inputs), auto-round (4-bit rounding and clipping
-    learned on them, by the package of that name; embedding and head by gptq), rtn (rounding to nearest, the step of
-    each block chosen by squared error), or none, which goes with 32 bits. int8: patterns (fnmatch) of the products that get
-    8 bits whatever the rest has: layers.0.*, *.mlp.down, embedding, head.
+    bits: 4 or 8, or 32 for unquantized float32. block_size: weights that share a scale.
+    symmetric: True if there are no zero points.
+    method: gptq (codes compensate for each other's errors on calibration inputs), auto-round (4-bit rounding and clipping learned
+    on the same inputs by the package of that name, with embedding and head by gptq), rtn (rounding to nearest, with the step of
+    each block chosen by squared error), or none, which implies 32 bits.
+    int8: patterns (fnmatch) of the products that get 8 bits: layers.0.*, *.mlp.down, embedding, head.
+
+    >>> quantization = Quantization(int8=("*.mlp.down",))
+    >>> [quantization.grid(f"layers.0.{name}").bits for name in ("mlp.down", "attention.qkv")]
+    [8, 4]
     """
 
     bits: int = 4
@@ -71,36 +76,36 @@ class Quantization:
             return
         check_grid(self.bits, self.block_size)
         if self.method == "auto-round" and self.bits != 4:
-            raise InputError(f"quantization method 'auto-round' has 4 bits, not {self.bits}; use gptq or rtn")
+            raise InputError(f"quantization method 'auto-round' needs 4 bits, not {self.bits}; use gptq or rtn")
 
     @property
     def calibrated(self) -> bool:
-        """Whether the method looks at what a model makes of calibration data."""
+        """True if the method uses calibration samples."""
         return self.method in ("gptq", "auto-round")
 
     def grid(self, product: str) -> Grid | None:
-        """The grid of a product, the embedding or the head; None for float32."""
+        """Returns the grid of a product, the embedding or the head, or None for float32."""
         if self.bits == 32:
             return None
         raised = any(fnmatchcase(product, pattern) for pattern in self.int8)
         return Grid(8 if raised else self.bits, self.block_size, self.symmetric)
 
     def idle_patterns(self, products: Iterable[str]) -> list[str]:
-        """Patterns of int8 that mean no product."""
+        """Lists the patterns of int8 that match no product."""
         products = list(products)
         return [pattern for pattern in self.int8 if not any(fnmatchcase(product, pattern) for product in products)]
 
     def raise_to_int8(self, products: Iterable[str]) -> Quantization:
-        """The same with more products in 8 bits."""
+        """Returns the same quantization with more products in 8 bits."""
         return replace(self, int8=(*self.int8, *products))
 
 
 @dataclass(frozen=True)
 class TrainedBase:
-    """The base as a mix's adapters saw it in training, with the mix on it: both as changes of the float base.
+    """The base on which a mix's adapters were trained, with the mix added. Both deltas are relative to the float base.
 
-    quantization: how training held its weights. merged: the change of the mix's own modules alone. unmerged: that of every
-    weight that training held in 4 bits.
+    quantization: of the base during training. merged: changes only the mix's own modules. unmerged: changes every weight that
+    training held in 4 bits.
     """
 
     quantization: Literal["nf4", "int4"]
@@ -109,16 +114,24 @@ class TrainedBase:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """A delta to add to the float base, and the calibration on which the sum is quantized. delta: None for the bare base."""
+
+    delta: Delta | None
+    calibration: Calibration
+
+
+@dataclass(frozen=True)
 class Variant:
     """One variant to build: live if it has live weights, else merged.
 
-    mix and method are recorded in the manifest, as are weights, density and seed: see its VariantEntry. delta: what the mix
+    mix and method are recorded in the manifest, as are weights, density and seed. See VariantEntry. delta: the sum that the mix
     adds to the float base, None for the bare base.
     live: weight per live adapter of the bundle, or None for a merged variant.
-    calibration: what its weights are quantized on, and what it is judged on.
-    trained: the base that its adapters were trained on, None where that is the float one or not known.
-    merge_base: what a merged variant is merged into: float, trained, or auto for the better of the two; see
-    choose_merge_base. merge_losses: held-out loss by base, in nats per token, where the two were compared.
+    calibration: the samples on which its weights are quantized, and on which it is judged.
+    trained: the base on which its adapters were trained, None if that is the float one or unknown.
+    merge_base: the base of a merged variant: float, trained, or auto for the better of the two. See choose_merge_base.
+    merge_losses: held-out loss by base, in nats per token, if the two were compared.
     """
 
     name: str
@@ -136,13 +149,18 @@ class Variant:
 
     @property
     def change(self) -> Delta | None:
-        """What its weights have in place of the float base's, whichever base it is merged into."""
+        """The change of its weights relative to the float base's, whichever base it is merged into."""
         return self.trained.merged if self.trained is not None and self.merge_base == "trained" else self.delta
+
+    @property
+    def merge(self) -> Merge:
+        """The change to the float base's weights, and the calibration of the variant."""
+        return Merge(self.change, self.calibration)
 
 
 @dataclass(frozen=True)
 class PackedRouter:
-    """A router to put into a bundle: what the manifest says of it, and the bytes of its file."""
+    """A router for a bundle: its entry in the manifest, and the bytes of its file."""
 
     entry: RouterEntry
     content: bytes

@@ -1,7 +1,7 @@
-"""Codes by the auto-round package: rounding and clipping learned block by block, on the whole model in torch.
+"""Quantizes with the auto-round package, which learns rounding and clipping block by block.
 
-Cheng et al., SignRound (arXiv 2309.05516): signed gradient descent on the outputs of each transformer block. The package
-works on a torch model as a whole, so that this backend holds the merged model in float32, where GPTQ streams it.
+Cheng et al., SignRound (arXiv 2309.05516): signed gradient descent on the outputs of each transformer block.
+The package needs the whole torch model, so this backend holds the merged model in float32, where GPTQ streams it.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-BITS = 4  # what is learned; products with 8 bits have nothing to gain
+BITS = 4  # of the products that are learned. Learning gains nothing at 8 bits
 ITERATIONS = 200  # the package's default, and the paper's
-_BATCH = 8  # sequences in an iteration, as there
-_KEPT = 0.98  # of all tokens: sequences are cut where this is left, because all are filled up to the longest
-_OFF_GRID = 1e-3  # steps by which float32 may miss a whole number of them; measured 1e-6
+_BATCH = 8  # sequences per iteration, as in the package
+_KEPT_SHARE = 0.98  # of all tokens. Sequences are cut to the length that keeps it, because all are filled up to that length
+_GRID_TOLERANCE = 1e-3  # steps. Float32 may be this far off the grid. Measured: 1e-6
 
 
 def require_auto_round() -> None:
-    """Raises MissingExtraError where the package is not installed; does not import it."""
+    """Raises MissingExtraError if the package is not installed. Does not import it."""
     if find_spec("auto_round") is None:
         raise MissingExtraError("auto-round", "auto-round")
 
@@ -50,12 +50,13 @@ def tune_products(
     samples: Sequence[Sample],
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> dict[str, BlockQuantized]:
-    """Has auto-round quantize some products of the base with a delta added; returns them by name. See read_codes.
+    """Quantizes some products of the base with a delta added by auto-round. Returns them by name.
 
-    samples: at least one, to learn on. on_layer(index) is called before each layer. All other products stay in float32
-    meanwhile. The result lacks the products that auto-round leaves alone: those of 8 bits, and those with a number of inputs or
-    outputs that is no multiple of 32.
-    Raises MissingExtraError without the package, InputError where it fails, IntegrityError for weights off the grid.
+    samples: at least one, to learn on. on_layer: called with each layer's index before the layer. All other products stay in
+    float32 meanwhile.
+    The result lacks the products that auto-round leaves alone: those of 8 bits, and those whose number of inputs or outputs is no
+    multiple of 32.
+    Raises MissingExtraError without the package, InputError if it fails, IntegrityError for weights off the grid.
     """
     require_auto_round()
     base, decoder, quantization = storage.base, storage.decoder, storage.quantization
@@ -77,11 +78,11 @@ def tune_products(
 
 
 def read_codes(weight: Floats, scales: Floats, zeros: Floats | None, grid: Grid) -> BlockQuantized:
-    """The codes that a rounded weight stands for: w = (code - zero) * scale, with nothing rounded a second time.
+    """Reads the codes of a weight that is already rounded, w = (code - zero) * scale, without rounding it again.
 
-    weight: float32 (N, K), on the grid already. scales: float32 (N, ceil(K / block_size)), of either sign; where one is 0
-    its block must be, too. zeros: whole numbers of the same shape, None for 2^(bits-1).
-    Raises IntegrityError for a weight that no codes stand for.
+    weight: float32 (N, K), on the grid. scales: float32 (N, ceil(K / block_size)), of either sign. A block whose scale is 0 must
+    be 0. zeros: whole numbers of the same shape, None for 2^(bits-1).
+    Raises IntegrityError for a weight that is not on the grid.
     """
     rows, columns = weight.shape
     blocks = -(-columns // grid.block_size)
@@ -92,7 +93,7 @@ def read_codes(weight: Floats, scales: Floats, zeros: Floats | None, grid: Grid)
     steps = np.divide(padded, scales[:, :, None], out=padded.copy(), where=scales[:, :, None] != 0)
     zero = np.full((rows, blocks), half, np.float64) if zeros is None else np.rint(zeros)
     codes = np.rint(steps) + zero[:, :, None]
-    on_grid = np.abs(codes - zero[:, :, None] - steps) < _OFF_GRID  # False for NaN as well
+    on_grid = np.abs(codes - zero[:, :, None] - steps) < _GRID_TOLERANCE  # False for NaN as well
     whole = zeros is None or np.array_equal(zero, zeros)
     if not (on_grid.all() and whole and min(codes.min(), zero.min()) >= 0 and max(codes.max(), zero.max()) <= top):
         raise IntegrityError("it is not on the grid that its scales and zero points span")
@@ -103,7 +104,7 @@ def read_codes(weight: Floats, scales: Floats, zeros: Floats | None, grid: Grid)
 
 
 def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
-    """The base with a delta added as transformers runs it, float32."""
+    """Loads the base with a delta added as a transformers model in float32."""
     import torch
 
     with quiet_libraries():
@@ -117,7 +118,10 @@ def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
 
 
 def _lay_out(model: Any, part: Part) -> str:
-    """Gives a layer whose inputs the graph pads the padded columns, so that blocks are the graph's; its name in the model."""
+    """Pads the columns of a layer whose inputs the graph pads, so that its blocks are the graph's.
+
+    Returns the layer's name in the model.
+    """
     import torch
 
     heads = part.columns
@@ -137,10 +141,10 @@ def _lay_out(model: Any, part: Part) -> str:
 
 
 def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callable[[int], None]) -> None:
-    """Has each layer keep the positions and the mask that the model gives it, whatever it is called with.
+    """Makes each layer use the positions and the mask that the model gives it, whatever arguments it is called with.
 
-    auto-round remembers the first layer's and calls all layers with them, which is wrong where layers differ (Gemma). The
-    mask is that of `length` tokens without padding, so that sequences are to be filled up on the right.
+    auto-round records those of the first layer and passes them to all layers, which is wrong where layers differ (Gemma).
+    The mask is that of `length` tokens without padding, so sequences must be filled up on the right.
     """
     import torch
 
@@ -168,19 +172,19 @@ def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callabl
 
 
 def _even_out(samples: Sequence[Sample]) -> list[list[int]]:
-    """Sequences of one length: the longest are cut, the others filled up with their last token.
+    """Makes sequences equally long: cuts the longest, and fills the others up with their last token.
 
-    auto-round takes such an end for padding and leaves it out of its loss.
+    auto-round takes such a tail for padding and leaves it out of its loss.
     """
     lengths = np.array([len(sample.tokens) for sample in samples])
     left = (np.minimum(lengths, length).sum() / lengths.sum() for length in range(1, lengths.max() + 1))
-    longest = next(length for length, share in enumerate(left, 1) if share >= _KEPT)
+    longest = next(length for length, share in enumerate(left, 1) if share >= _KEPT_SHARE)
     cut = [sample.tokens[:longest] for sample in samples]
     return [[*tokens, *tokens[-1:] * (longest - len(tokens))] for tokens in cut]
 
 
 def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, rows: Sequence[Sequence[int]]) -> Any:
-    """Runs auto-round over a model, of which it is to touch the layers `learned`; the model, with what it found as weights."""
+    """Runs auto-round over the layers `learned` of a model. Returns the model with the learned weights."""
     import torch
     from transformers import PreTrainedTokenizerFast
 
@@ -192,7 +196,7 @@ def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization
             tokenizer: Any = PreTrainedTokenizerFast
             tuner: Any = AutoRound(
                 model,
-                tokenizer(tokenizer_file=str(base.folder / TOKENIZER)),  # asked for, and used for texts alone
+                tokenizer(tokenizer_file=str(base.folder / TOKENIZER)),  # required, but only used for texts
                 bits=BITS,
                 group_size=quantization.block_size,
                 sym=quantization.symmetric,
@@ -211,12 +215,12 @@ def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization
                 low_cpu_mem_usage=False,
             )
             return tuner.quantize()[0]
-    except (Exception, SystemExit) as error:  # it passes on what torch raises, and leaves by sys.exit
+    except (Exception, SystemExit) as error:  # auto-round lets torch's errors through, and calls sys.exit
         raise InputError(f"auto-round cannot quantize this base ({first_line(error)}); use method = 'gptq'") from error
 
 
 def _read_product(linear: Linear, modules: Sequence[Any], grid: Grid) -> BlockQuantized:
-    """One product from its tuned layers, laid out as the graph has it."""
+    """Reads one product from its tuned layers, in the graph's layout."""
     weights, scales, zeros = [], [], []
     for part, module in zip(linear.parts, modules, strict=True):
         scale = module.scale.numpy().reshape(part.out_features, -1)

@@ -1,4 +1,4 @@
-"""Graphs of single layers whose weights are inputs: one session streams through a model that memory could not hold."""
+"""Graphs of single layers whose weights are inputs, so that a model larger than memory streams through one session."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgelora_export.graph.block import Positions, Residual, add_block
+from edgelora_export.graph.block import BlockBuilder, Positions, Residual
 from edgelora_export.graph.decoder_graph import read_logits
-from edgelora_export.graph.nodes import GraphBuilder, InputWeights, describe, graph_input
+from edgelora_export.graph.nodes import GraphBuilder, InputWeights, annotate_value, graph_input
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -24,8 +24,8 @@ HIDDEN, HIDDEN_OUT, LOGITS = "hidden", "hidden_out", "logits"
 class WeightlessGraph:
     """A graph that is fed its weights.
 
-    weights: by a weight's name in the whole graph, the input's name here. taps: by a product's name, the output that is its
-    input (1, S, K).
+    weights: the input's name here, by the weight's name in the whole graph. taps: the output that repeats a product's input (1,
+    S, K), by the product's name.
     """
 
     model: ir.Model
@@ -34,10 +34,12 @@ class WeightlessGraph:
 
 
 def build_layer_graph(decoder: Decoder, index: int, tapped: Collection[str] = (), *, whole: bool = True) -> WeightlessGraph:
-    """One block in float32, from position 0 on: `hidden` (1, S, H) to `hidden_out` (1, S, H).
+    """Builds one block in float32 that starts at position 0: `hidden` (1, S, H) to `hidden_out` (1, S, H).
 
-    The first block's `hidden` is the embedding's rows times decoder.embedding_multiplier. tapped: the products that have
-    taps. whole: False leaves out `hidden_out` and all that no tap needs.
+    Requires: the first block is fed the embedding's rows times decoder.embedding_multiplier as `hidden`.
+    Ensures: layers of the same kind give equal graphs, and each weight is an input that a node reads.
+
+    tapped: the products whose inputs become outputs. whole: False omits `hidden_out` and every node that no tap needs.
     """
     layer = decoder.layers[index]
     weights = InputWeights(f"layers.{index}.")
@@ -46,14 +48,14 @@ def build_layer_graph(decoder: Decoder, index: int, tapped: Collection[str] = ()
     length = b.op("Cast", b.op("Gather", b.op("Shape", hidden), b.constant("index_1", [1]), axis=0), to=ir.DataType.INT32)
     last = b.op("Cast", b.op("Sub", b.op("Cast", length, to=ir.DataType.INT64), b.constant("one", [1])), to=ir.DataType.INT32)
     positions = Positions(last, b.op("Squeeze", length))
-    residual = Residual(b, decoder, hidden)
-    block = add_block(b, decoder, layer, residual, (None, None), positions)
-    out = residual.total()
-    describe(out, HIDDEN_OUT, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
+    blocks = BlockBuilder(b, decoder, hidden, positions)
+    block = blocks.append(layer, (None, None))
+    out = blocks.residual.total()
+    annotate_value(out, HIDDEN_OUT, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
     taps = {product: b.op("Identity", block.taps[product]) for product in tapped}
     for place, linear in enumerate(layer.linears):
         if linear.name in taps:
-            describe(taps[linear.name], f"tap.{place}", ir.DataType.FLOAT, (1, "S", linear.columns))
+            annotate_value(taps[linear.name], f"tap.{place}", ir.DataType.FLOAT, (1, "S", linear.columns))
     outputs = [*([out] if whole else []), *taps.values()]
     model = b.finish([hidden, *weights.inputs.values()], outputs)
     if not whole:
@@ -66,11 +68,11 @@ def build_layer_graph(decoder: Decoder, index: int, tapped: Collection[str] = ()
 
 
 def build_head_graph(decoder: Decoder) -> WeightlessGraph:
-    """The final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), V being as many rows as are fed."""
+    """Builds the final norm and the head in float32: `hidden` (1, S, H) to `logits` (1, S, V), for any number V of rows."""
     weights = InputWeights("")
     b = GraphBuilder(weights)
     hidden = graph_input(HIDDEN, ir.DataType.FLOAT, (1, "S", decoder.hidden_size))
-    logits = read_logits(b, decoder, Residual(b, decoder, hidden).normed(decoder.final_norm))
-    describe(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
+    logits = read_logits(b, decoder, Residual(b, decoder, hidden).read(decoder.final_norm))
+    annotate_value(logits, LOGITS, ir.DataType.FLOAT, (1, "S", "V"))
     model = b.finish([hidden, *weights.inputs.values()], [logits])
     return WeightlessGraph(model, {name: str(value.name) for name, value in weights.inputs.items()})

@@ -1,4 +1,4 @@
-"""Runs a decoder layer by layer in float32, on weights that are read one layer at a time and then forgotten."""
+"""Runs a decoder layer by layer in float32 while it holds the weights of one layer at a time."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     OnInput = Callable[[Floats], object]
 
-_HEAD_ROWS = 16384  # of the vocabulary at once, at the most
+_HEAD_ROWS = 16384  # of the vocabulary at once, at most
 
 
 def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
-    """The hidden states (T, H) that enter the first layer of the float base with a delta added, per sample."""
+    """Embeds each sample: the hidden states (T, H) that enter the first layer of the float base with a delta added."""
     tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
     changed = changes_vocab(delta, decoder)
     rows = read_vocab_matrix(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
@@ -48,7 +48,10 @@ def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta 
 
 
 def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) -> dict[str, Floats]:
-    """One layer's weights in float32, by their names in the whole graph; a delta is added to the products that it touches."""
+    """Reads one layer's weights in float32, by their names in the whole graph.
+
+    The delta is added to the products that it changes.
+    """
     layer = decoder.layers[index]
     weights = {**decoder.rotary_tables, **{norm.name: read_norm(base, norm) for norm in layer.norms}}
     for linear in layer.linears:
@@ -59,7 +62,7 @@ def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) ->
 
 
 class LayerStream:
-    """The sessions that run layers: one for each kind of layer, whatever their number."""
+    """The sessions that run layers, one for each kind of layer."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
@@ -72,22 +75,23 @@ class LayerStream:
         hidden: Sequence[Floats],
         on_input: Mapping[str, OnInput] = MappingProxyType({}),
     ) -> list[Floats]:
-        """Takes hidden states (T, H), one array a sequence, through one layer.
+        """Runs one layer on hidden states (T, H), one array per sequence.
 
-        weights: see read_layer. on_input: by product, what is called with its inputs (T, K) of each sequence.
+        weights: as read_layer returns them. on_input: by product, a function to call with the product's inputs (T, K) for each
+        sequence.
         """
         return self._run(build_layer_graph(self._decoder, index, on_input), weights, hidden, on_input)
 
     def observe(
         self, index: int, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
     ) -> None:
-        """The same for the inputs of these products alone: nothing behind them is computed."""
+        """Calls `on_input` as run() does, and computes nothing behind the observed products."""
         self._run(build_layer_graph(self._decoder, index, on_input, whole=False), weights, hidden, on_input)
 
     def _run(
         self, graph: WeightlessGraph, weights: Mapping[str, Floats], hidden: Sequence[Floats], on_input: Mapping[str, OnInput]
     ) -> list[Floats]:
-        """What the graph makes of each sequence, if it is whole; its taps go to on_input."""
+        """Runs a graph on each sequence. Returns the hidden states after it, or [] if the graph does not compute them."""
         session = self._session(graph.model)
         fixed = {short: weights[name] for name, short in graph.weights.items()}
         outputs = [str(value.name) for value in graph.model.graph.outputs]
@@ -103,21 +107,27 @@ class LayerStream:
     def final_states(
         self, base: Base, samples: Sequence[Sample], delta: Delta | None, on_layer: Callable[[int], None] = lambda index: None
     ) -> list[Floats]:
-        """Takes samples through all layers of the float base with a delta added: final hidden states (T, H), one array each."""
+        """Runs samples through all layers of the float base with a delta added.
+
+        Returns final hidden states (T, H), one array per sample.
+        """
         hidden = embed(base, self._decoder, samples, delta)
         for index in range(len(self._decoder.layers)):
             on_layer(index)
             hidden = self.run(index, read_layer(base, self._decoder, index, delta), hidden)
         return hidden
 
-    def normed(self, base: Base, hidden: Floats) -> Floats:
-        """Final hidden states (T, H) as the head takes them."""
+    def apply_final_norm(self, base: Base, hidden: Floats) -> Floats:
+        """Applies the final norm to hidden states (T, H)."""
         mean = np.square(hidden).mean(axis=1, keepdims=True)
         normed: Floats = hidden / np.sqrt(mean + np.float32(self._decoder.norm_epsilon))
         return normed * read_norm(base, self._decoder.final_norm)
 
     def logits(self, base: Base, hidden: Floats, delta: Delta | None = None) -> Floats:
-        """What the float base's head, with a delta added, makes of final hidden states (T, H): float32 (T, V)."""
+        """Computes logits, float32 (T, V), from final hidden states (T, H).
+
+        The head is that of the float base with a delta added.
+        """
         decoder = self._decoder
         graph = build_head_graph(decoder)
         session = self._session(graph.model)
@@ -138,7 +148,7 @@ class LayerStream:
         raw = pack_graph(model)
         if raw not in self._sessions:
             options = ort.SessionOptions()
-            options.enable_cpu_mem_arena = False  # memory goes back after each call, and peaks stay what one layer needs
+            options.enable_cpu_mem_arena = False  # frees memory after each call, so the peak is what one layer needs
             options.log_severity_level = 3
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # numpy needs the cores between calls
             self._sessions[raw] = ort.InferenceSession(raw, options, providers=["CPUExecutionProvider"])

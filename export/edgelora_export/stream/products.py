@@ -1,4 +1,4 @@
-"""Quantizes the products of one variant: rounded to nearest, by GPTQ layer after layer, or by auto-round all at once."""
+"""Quantizes the products of one variant: by rounding to nearest, by GPTQ layer after layer, or by auto-round all at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.plan.calibration import Calibration, Moments
+from edgelora_export.plan.calibration import Moments
 from edgelora_export.quantize.gptq import output_error, quantize_gptq
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.auto_round import tune_products
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_export.decoder.description import Linear
-    from edgelora_export.plan.calibration import Sample
-    from edgelora_export.plan.variants import Delta, Quantization
+    from edgelora_export.plan.calibration import Calibration, Sample
+    from edgelora_export.plan.variants import Delta, Merge, Quantization
     from edgelora_export.quantize.int4 import Grid
     from edgelora_export.weights.journal import JournalSection
     from edgelora_export.weights.stored import Storage
@@ -32,40 +32,38 @@ if TYPE_CHECKING:
 
 def store_products(
     storage: Storage,
-    delta: Delta | None,
+    merge: Merge,
     shared: StoredWeights,
     finished: JournalSection,
     *,
     bare: StoredWeights | None = None,
-    calibration: Calibration | None = None,
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> StoredWeights:
-    """Stores every product of the base with the delta added; returns them together with the `shared` weights.
+    """Stores every product of a merge. Returns them together with the `shared` weights.
 
     Requires: `shared` holds norms, rotary tables and the embedding, all in storage.folder.
-    Ensures: the result has a weight for every product of the decoder, and `finished` knows each one that was stored.
+    Ensures: the result has a weight for every product of the decoder, and `finished` lists each one that was stored.
 
-    finished: the products that an earlier run stored; they are not stored again. bare: the bare base's weights, which serve
-    where the delta changes nothing. calibration: the samples that GPTQ and auto-round see. Without samples, and for
-    method rtn, weights are rounded to nearest. on_layer: called with each layer's index before its products are stored.
+    finished: products that an earlier run stored, which are not stored again. bare: the bare base's weights, which are reused for
+    products that the delta does not change. on_layer: called with each layer's index before its products are stored.
+    GPTQ and auto-round see the merge's calibration. Without samples, and for method rtn, weights are rounded to nearest.
     """
-    quantization, decoder = storage.quantization, storage.decoder
-    calibration = calibration or Calibration()
-    calibrated = compensates(quantization, calibration)
+    quantization, decoder, delta = storage.quantization, storage.decoder, merge.delta
+    calibrated = compensates(quantization, merge.calibration)
     weights = StoredWeights() | shared
-    stream = _QuantizedStream(storage, calibration, weights) if calibrated and quantization.method == "gptq" else None
+    stream = _QuantizedStream(storage, merge.calibration, weights) if calibrated and quantization.method == "gptq" else None
     tuned: Mapping[str, BlockQuantized] = {}
     if calibrated and stream is None:
         changed = [linear for linear in decoder.linears if bare is None or changes_linear(delta, linear)]
         if any(finished.find(linear.name) is None for linear in changed):
-            tuned = tune_products(storage, delta, changed, calibration.fit, on_layer)
+            tuned = tune_products(storage, delta, changed, merge.calibration.fit, on_layer)
     for index, layer in enumerate(decoder.layers):
         if not tuned:  # auto-round has reported its own progress
             on_layer(index)
         own = [linear for linear in layer.linears if bare is None or changes_linear(delta, linear)]
         for linear in layer.linears:
             if bare is not None and linear not in own:
-                weights.update(bare.only(linear.name))
+                weights.update(bare.select(linear.name))
         if stream is not None:
             stream.quantize_layer(index, delta, own, finished)
             continue
@@ -81,23 +79,23 @@ def store_products(
 
 
 def raise_to_int8(storage: Storage, delta: Delta | None, linears: Sequence[Linear]) -> StoredWeights:
-    """Stores products with the delta added once more, rounded to nearest in 8 bits."""
+    """Stores products again with the delta added, rounded to nearest in 8 bits."""
     stored = StoredWeights()
     for linear in linears:
         grid = storage.quantization.grid(linear.name)
-        assert grid is not None  # float32 weights lose nothing that more bits could repair
+        assert grid is not None  # the gate raises quantized products only
         weight = read_linear(storage.base, linear, delta)
         stored.update(store_rounded(storage.folder, linear.name, weight, replace(grid, bits=8)))
     return stored
 
 
 def compensates(quantization: Quantization, calibration: Calibration) -> bool:
-    """Whether codes make up for each other's errors: the method is a calibrated one, and has samples to do it on."""
+    """True if codes compensate for each other's errors: the method is calibrated and has samples."""
     return bool(calibration.fit) and quantization.calibrated
 
 
 class _QuantizedStream:
-    """Calibration sequences on their way through the layers. Each layer is quantized before they pass it."""
+    """Calibration sequences on their way through the layers. Each layer is quantized before they pass through it."""
 
     def __init__(self, storage: Storage, calibration: Calibration, weights: StoredWeights) -> None:
         self._storage, self._weights = storage, weights
@@ -106,7 +104,7 @@ class _QuantizedStream:
         self._unseen = self._embed(calibration.unseen)
 
     def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], finished: JournalSection) -> None:
-        """Stores the products `own` of a layer, and takes the sequences through the layer as it is stored."""
+        """Stores the products `own` of a layer, and runs the sequences through the layer as stored."""
         base, decoder, folder = self._storage.base, self._storage.decoder, self._storage.folder
         running = read_layer(base, decoder, index, delta)
         missing = [linear for linear in own if finished.find(linear.name) is None]
@@ -117,7 +115,7 @@ class _QuantizedStream:
             self._stream.observe(index, running, self._unseen, {name: inputs.append for name, inputs in unseen.items()})
         for linear in missing:
             grid = self._storage.quantization.grid(linear.name)
-            assert grid is not None  # gptq goes with quantized products alone
+            assert grid is not None  # gptq quantizes every product
             seen, others = moments.pop(linear.name).total(), unseen.pop(linear.name)
             matrix = _quantize(running[linear.name], grid, seen, np.concatenate(others) if others else None)
             finished.note(linear.name, store_matrix(folder, linear.name, matrix))
@@ -134,7 +132,7 @@ class _QuantizedStream:
         self._unseen = self._stream.run(index, running, self._unseen)
 
     def _embed(self, samples: Sequence[Sample]) -> list[Floats]:
-        """The hidden states (T, H) that enter the first layer, from the embedding as it is stored."""
+        """Embeds each sample with the stored embedding: the hidden states (T, H) that enter the first layer."""
         decoder = self._storage.decoder
         stored = load_matrix(self._storage.folder, "embedding", self._weights, decoder.hidden_size)
         if not isinstance(stored, BlockQuantized):
@@ -144,7 +142,7 @@ class _QuantizedStream:
 
 
 def _quantize(weight: Floats, grid: Grid, moments: Floats, unseen: Floats | None) -> BlockQuantized:
-    """GPTQ's codes, or those of rounding to nearest where these serve inputs (T, K) better that GPTQ has not seen."""
+    """Quantizes by GPTQ, or by rounding to nearest if that has the smaller error on inputs (T, K) that GPTQ has not seen."""
     compensated = quantize_gptq(weight, moments, **asdict(grid))
     if unseen is None:
         return compensated

@@ -1,4 +1,4 @@
-"""Builds a bundle from a traced decoder: each distinct weight stored once, one rewritten graph per variant."""
+"""Builds a bundle from a traced decoder: each distinct weight is stored once, and each variant gets a rewritten graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from edgelora_export.bundle.entries import describe_base, describe_files, describe_quantization
 from edgelora_export.bundle.plan import check_names
 from edgelora_export.bundle.texts import copy_texts, read_end_tokens
-from edgelora_export.graph.nodes import mapped_blobs, pack_graph
+from edgelora_export.graph.nodes import list_blobs, pack_graph
 from edgelora_export.plan.targets import CPU
 from edgelora_export.traced.graph import find_lookups, find_products, rewrite_graph
 from edgelora_export.traced.optimum import digest
@@ -34,7 +34,7 @@ _PREFIX = "matrix/"
 
 @dataclass(frozen=True)
 class TracedPlan:
-    """What build_traced_bundle builds; fields as in BundlePlan. Raises InputError for what a traced graph cannot do."""
+    """The input of build_traced_bundle, with fields as in BundlePlan. Raises InputError for options of native graphs."""
 
     base: Base
     variants: tuple[Variant, ...]
@@ -47,20 +47,19 @@ class TracedPlan:
         check_names(self.variants)
         if live := [variant.name for variant in self.variants if variant.live is not None]:
             raise InputError(
-                f"variants {', '.join(live)} are live: a graph that Optimum traced has no inputs for adapters; "
-                "use kind = 'merged'"
+                f"variants {', '.join(live)} are live: graphs traced by Optimum have no inputs for adapters; use kind = 'merged'"
             )
         if self.quantization.method not in ("rtn", "none"):
             raise InputError(f"quantization method {self.quantization.method!r} is for native graphs; for this base use rtn")
 
 
 class TracedMatrices:
-    """The matrices of a traced decoder that products multiply by, and whose they are.
+    """The matrices of a traced decoder that products multiply by, and the modules that own them.
 
-    names: by initializer, the name that the matrix has in the bundle: of its first owner in the checkpoint, so that tied
-    ones are one, behind a prefix that no name in the graph has. shapes: (N, K) by module, for the linear layers that a delta
-    can change. embedding: the initializer that the tokens look up, None if the graph does that in another way. Iterates over
-    (owner, matrix).
+    names: the matrix's name in the bundle, by initializer. It is a prefix that no name in the graph has and the name of the first
+    owner in the checkpoint, so that tied matrices are one. shapes: (N, K) by module, for the linear layers that a delta can
+    change. embedding: the initializer in which tokens are looked up, None if the graph does that in another way.
+    Iterates over (owner, matrix).
     """
 
     def __init__(self, traced: TracedDecoder) -> None:
@@ -73,7 +72,7 @@ class TracedMatrices:
             owners = traced.modules.get(digest(values), [])
             name = owners[0] if owners else f"products.{index}"
             self._add(matrix, name)
-            # Equal weights are one tensor in a traced graph: which product is whose cannot be told.
+            # Equal weights are one tensor in a traced graph, so a shared tensor cannot be assigned to one module.
             if len(owners) == 1 and owners[0] in traced.linears:
                 self.shapes[name] = (values.shape[0], values.shape[1])
         for _, matrix in find_lookups(traced.graph.graph):
@@ -100,7 +99,7 @@ def build_traced_bundle(
     *,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Manifest:
-    """Writes the bundle folder in one step, as build_bundle does, from a graph that Optimum traced.
+    """Builds and publishes the bundle in one step, as build_bundle does, from a graph that Optimum traced.
 
     Raises InputError for modules that cannot be changed, ResourceError for a full disk.
     """
@@ -121,7 +120,7 @@ def build_traced_bundle(
             model = rewrite_graph(traced.graph, matrices.names, matrices.embedding, stored[variant.name], folder, traced.sizes)
             file = f"{variant.name}.{CPU.name}.onnx"
             write_file(folder / file, [pack_graph(model)])
-            graphs[variant.name] = GraphEntry(file, mapped_blobs(model))
+            graphs[variant.name] = GraphEntry(file, list_blobs(model))
         manifest = Manifest(
             created_by=f"edgelora {__version__}",
             default_variant=plan.variants[0].name if plan.default is None else plan.default,
@@ -166,7 +165,7 @@ def _describe_model(base: Base, traced: TracedDecoder) -> ModelEntry:
 def _store_weights(
     matrices: TracedMatrices, plan: TracedPlan, folder: Path, on_progress: Callable[[int, int, str], None]
 ) -> dict[str, StoredWeights]:
-    """The weights of each variant: the base's, with ΔW added where the variant has one."""
+    """Stores the weights of each variant: the base's, with ΔW added if the variant has one."""
     stored = {variant.name: StoredWeights() for variant in plan.variants}
     for done, (name, matrix) in enumerate(matrices):
         on_progress(done, len(matrices), name)
@@ -174,8 +173,8 @@ def _store_weights(
         bare: StoredWeights | None = None
         for variant in plan.variants:
             if variant.delta is not None and name in variant.delta.modules:
-                tuned = weight + variant.delta.dense(name, weight)
-                stored[variant.name].update(store_rounded(folder, _PREFIX + name, tuned, grid))
+                merged = weight + variant.delta.dense(name, weight)
+                stored[variant.name].update(store_rounded(folder, _PREFIX + name, merged, grid))
             else:
                 bare = bare or store_rounded(folder, _PREFIX + name, weight, grid)
                 stored[variant.name].update(bare)

@@ -1,4 +1,4 @@
-"""Rewrites a traced graph into a bundle's: quantized products, weights in blobs, and the inputs that the runtime feeds."""
+"""Rewrites a traced graph for a bundle: with quantized products, weights in blobs, and the inputs that the runtime feeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_INLINE_LIMIT = 256  # bytes; smaller tensors, shapes and scalars among them, stay in the graph
+_INLINE_LIMIT = 256  # bytes. Smaller tensors, such as shapes and scalars, stay in the graph
 _PAST = re.compile(r"past_key_values\.(\d+)\.(key|value)")
 _END = np.iinfo(np.int64).max
 
@@ -43,15 +43,15 @@ class Matrix:
     transposed: bool
 
     def read(self) -> Floats:
-        """Its values, float32 (N, K)."""
+        """Returns the values, float32 (N, K)."""
         assert self.initializer.const_value is not None
         values: Floats = self.initializer.const_value.numpy()
         return values.T if self.transposed else values
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What the runtime makes its buffers by."""
+class BufferSizes:
+    """The sizes by which the runtime makes its buffers."""
 
     layers: int
     kv_heads: int
@@ -60,33 +60,39 @@ class Sizes:
 
 
 def prepare_traced(model: ir.Model) -> ir.Model:
-    """Makes every constant an initializer and drops what says nothing of the computation."""
+    """Prepares a traced model for rewrite_graph, in place.
+
+    Requires: a model as Optimum writes it.
+    Ensures: it computes the same. Constants are initializers, and Identity nodes, metadata and doc strings are removed.
+    """
     IdentityEliminationPass()(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     ClearMetadataAndDocStringPass()(model)
     return model
 
 
-def read_sizes(graph: ir.Graph, architecture: str) -> Sizes:
-    """The sizes of inputs and outputs; InputError for a graph that the runtime could not feed."""
+def read_sizes(graph: ir.Graph, architecture: str) -> BufferSizes:
+    """Reads the sizes of inputs and outputs. Raises InputError for a graph that the runtime cannot feed."""
     names = {str(value.name) for value in graph.inputs}
     pasts = {name for name in names if _PAST.fullmatch(name)}
     layers = len(pasts) // 2
     wanted = {f"past_key_values.{index}.{kind}" for index in range(layers) for kind in ("key", "value")}
     odd = (names - {"position_ids"}) ^ {"input_ids", "attention_mask", *wanted}
     if odd or not layers:
-        said = ", ".join(sorted(odd)[:4]) or "no KV cache"
-        raise InputError(f"Optimum's graph of model_type {architecture!r} has other inputs than the runtime feeds: {said}")
+        shown = ", ".join(sorted(odd)[:4]) or "no KV cache"
+        raise InputError(f"Optimum's graph of model_type {architecture!r} has other inputs than the runtime feeds: {shown}")
     shapes = {value.name: value.shape for value in (*graph.inputs, *graph.outputs)}
     sizes = {tuple(size for size in shapes[name] or () if isinstance(size, int)) for name in pasts}
     logits = tuple(size for size in shapes.get("logits") or () if isinstance(size, int))
     if len(sizes) != 1 or len(cache := next(iter(sizes))) != 2 or len(logits) != 1:
-        raise InputError(f"the layers of model_type {architecture!r} have caches of different shapes, which a bundle cannot say")
-    return Sizes(layers, cache[0], cache[1], logits[0])
+        raise InputError(
+            f"the layers of model_type {architecture!r} have caches of different shapes, which a bundle cannot describe"
+        )
+    return BufferSizes(layers, cache[0], cache[1], logits[0])
 
 
 def find_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, Matrix]]:
-    """The nodes that multiply by a constant matrix, a bias added or not."""
+    """Finds the nodes that multiply by a constant matrix, with or without a bias."""
     for node in graph:
         if node.op_type == "MatMul" and node.domain == "":
             matrix = _find_matrix(node.inputs[1])
@@ -97,12 +103,12 @@ def find_products(graph: ir.Graph) -> Iterator[tuple[ir.Node, Matrix]]:
                 matrix = Matrix(matrix.initializer, not matrix.transposed)
         else:
             continue
-        if matrix is not None:  # as an operand it is (K, N); a product's weight is (N, K)
+        if matrix is not None:  # an operand is (K, N), a product's weight (N, K)
             yield node, Matrix(matrix.initializer, not matrix.transposed)
 
 
 def find_lookups(graph: ir.Graph) -> Iterator[tuple[ir.Node, Matrix]]:
-    """The nodes that look up rows of a constant matrix."""
+    """Finds the nodes that look up rows of a constant matrix."""
     for node in graph:
         if node.op_type == "Gather" and node.domain == "" and _attribute(node, "axis", 0) == 0:
             matrix = _find_matrix(node.inputs[0])
@@ -111,13 +117,16 @@ def find_lookups(graph: ir.Graph) -> Iterator[tuple[ir.Node, Matrix]]:
 
 
 def rewrite_graph(
-    traced: ir.Model, products: Mapping[str, str], embedding: str | None, weights: StoredWeights, folder: Path, sizes: Sizes
+    traced: ir.Model, products: Mapping[str, str], embedding: str | None, weights: StoredWeights, folder: Path, sizes: BufferSizes
 ) -> ir.Model:
-    """The graph of one variant.
+    """Rewrites a traced graph into the graph of one variant.
 
-    products: by the name of an initializer that holds a product's matrix, the name under which `weights` has it.
-    embedding: the initializer whose rows the tokens look up, a key of products; None leaves lookups alone.
-    sizes: as read_sizes gives them. What is left of large tensors goes into one more blob of the folder.
+    Requires: prepare_traced has prepared `traced`, and `weights` lie in `folder`.
+    Ensures: `traced` is unchanged. In the result every known product multiplies by its matrix in `weights`, the input
+    logits_to_keep is added, position_ids is no input, and each large tensor lies in a blob of `folder`.
+
+    products: the name in `weights` of each product's matrix, by the initializer that holds it. embedding: the initializer in
+    which tokens are looked up, a key of products. None leaves lookups unchanged. sizes: as read_sizes returns them.
     """
     model = traced.clone()
     graph = model.graph
@@ -146,14 +155,14 @@ def rewrite_graph(
     graph.remove(replaced, safe=True)
     RemoveUnusedNodesPass()(model)
     _store_rest(graph, folder)
-    _describe(graph, sizes)
+    _annotate_shapes(graph, sizes)
     model.producer_name = "edgelora"
     model.opset_imports["com.microsoft"] = 1
     return model
 
 
 def _find_matrix(value: ir.Value | None) -> Matrix | None:
-    """The float matrix that a value is, or is the transpose of."""
+    """Returns the float matrix that a value is, or is the transpose of."""
     if value is None:
         return None
     node = value.producer()
@@ -174,7 +183,7 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
-    """Lets everything that reads a node's output read the value, which takes over a graph output's name."""
+    """Lets every reader of a node's output read the value instead, which takes over the name of a graph output."""
     old = node.outputs[0]
     if old.is_graph_output():
         value.name, old.name = old.name, None
@@ -182,7 +191,10 @@ def _replace(node: ir.Node, value: ir.Value) -> None:
 
 
 def _keep_last_positions(graph: ir.Graph, b: GraphBuilder) -> None:
-    """Adds logits_to_keep: the head gets the wanted positions alone, or they are cut out of the logits where it is not last."""
+    """Adds the input logits_to_keep.
+
+    The head reads only the positions to keep. If the head is not the last node, they are sliced out of the logits instead.
+    """
     keep = ir.Value(
         name="logits_to_keep",
         shape=ir.Shape([1]),
@@ -216,7 +228,7 @@ def _derive_positions(graph: ir.Graph, b: GraphBuilder) -> None:
 
 
 def _store_rest(graph: ir.Graph, folder: Path) -> None:
-    """Puts what is left of large tensors (norms, biases, position tables) into one blob, which variants share."""
+    """Stores the remaining large tensors (norms, biases, position tables) in one blob, which variants share."""
     rest = {
         name: value.const_value
         for name, value in graph.initializers.items()
@@ -228,7 +240,7 @@ def _store_rest(graph: ir.Graph, folder: Path) -> None:
     source = BlobWeights(StoredWeights(stored), folder)
     for name in stored:
         graph.initializers[name].const_value = source.value(name, None, None).const_value
-    for name, value in graph.initializers.items():  # small ones may still lie in the traced graph's own folder
+    for name, value in graph.initializers.items():  # small ones may still lie in the traced graph's folder
         if isinstance(value.const_value, ir.ExternalTensor) and _lies_elsewhere(value.const_value, folder):
             value.const_value = ir.tensor(value.const_value.numpy().copy(), name=name)
 
@@ -237,8 +249,8 @@ def _lies_elsewhere(tensor: ir.TensorProtocol, folder: Path) -> bool:
     return not isinstance(tensor, ir.ExternalTensor) or str(tensor.base_dir) != str(folder)
 
 
-def _describe(graph: ir.Graph, sizes: Sizes) -> None:
-    """Says the shapes of inputs and outputs for one sequence, and forgets those in between, which no longer hold."""
+def _annotate_shapes(graph: ir.Graph, sizes: BufferSizes) -> None:
+    """Sets the shapes of inputs and outputs for one sequence, and clears the inner ones, which are no longer true."""
     shapes: dict[str, tuple[int | str, ...]] = {
         "input_ids": (1, "S"),
         "attention_mask": (1, "T"),

@@ -1,4 +1,4 @@
-"""Traces decoders that have no native graph: Optimum runs them in torch and writes down what they compute."""
+"""Traces decoders that have no native graph: Optimum runs them in torch and records their computation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgelora_export.architectures import native_types
-from edgelora_export.traced.graph import Sizes, prepare_traced, read_sizes
+from edgelora_export.traced.graph import BufferSizes, prepare_traced, read_sizes
 from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
 from edgelora_runtime.errors import InputError
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _TASK = "text-generation-with-past"
-_UNBOUNDED_CONTEXT = 2048  # tokens; for models that have no position table and state no length
+_UNBOUNDED_CONTEXT = 2048  # tokens, for models that have no position table and state no length
 
 
 @dataclass(frozen=True)
 class TracedDecoder:
-    """A decoder as Optimum wrote it down. Large tensors are mapped from a folder that lives as long as trace_decoder's block.
+    """A decoder as Optimum traced it. Large tensors are mapped from a folder that lives as long as trace_decoder's block.
 
-    modules: by the digest of a weight (N, K), the names of the linear layers and embeddings that hold it: the graph has
-    names of its own for many of its tensors. embedding: the digest of the token embedding. linears: the names that are
-    linear layers. context_length in tokens.
+    modules: names of the linear layers and embeddings that hold a weight (N, K), by its digest. The graph names many of its
+    tensors differently. embedding: the digest of the token embedding. linears: the names that are linear layers. context_length:
+    in tokens.
     """
 
     graph: ir.Model
@@ -46,23 +46,23 @@ class TracedDecoder:
     embedding: str
     architecture: str
     hidden_size: int
-    sizes: Sizes
+    sizes: BufferSizes
     context_length: int
 
 
 @contextlib.contextmanager
 def trace_decoder(base: Base, context_length: int | None = None) -> Iterator[TracedDecoder]:
-    """Loads a base in float32 and has Optimum write its graph, which takes the memory and, on disk, the size of the model.
+    """Loads a base in float32 and traces it with Optimum, which takes the size of the model in memory and on disk.
 
-    context_length: positions that the bundle can hold; None for the model's own.
-    Raises InputError where Optimum is not installed, or does not know the model.
+    context_length: positions that the bundle can hold, None for the model's own.
+    Raises InputError if Optimum is not installed, or does not know the model.
     """
     architecture = str(base.config.get("model_type"))
     if not _is_installed():
         raise InputError(
-            f"model_type {architecture!r} has no native graph here (those that have: {', '.join(native_types())}), and optimum, "
-            "through which others are exported, is not installed; run: pip install 'edgelora[optimum]', in an environment of its "
-            "own: it needs an older transformers than edgelora[train]"
+            f"model_type {architecture!r} has no native graph (these have one: {', '.join(native_types())}), and optimum, which "
+            "exports other models, is not installed; run: pip install 'edgelora[optimum]', in an environment of its own, because "
+            "it needs an older transformers than edgelora[train]"
         )
     with tempfile.TemporaryDirectory(prefix="edgelora-") as folder:
         with quiet_libraries():
@@ -89,7 +89,7 @@ def trace_decoder(base: Base, context_length: int | None = None) -> Iterator[Tra
 
 
 def digest(weight: Floats) -> str:
-    """Tells a matrix from others by its content."""
+    """Hashes a matrix by its shape and content."""
     values = np.ascontiguousarray(weight, np.float32)
     return hashlib.sha256(f"{values.shape}".encode() + values.tobytes()).hexdigest()
 
@@ -105,14 +105,14 @@ def _write_graph(model: Any, folder: Path, architecture: str) -> None:
     try:
         from optimum.exporters.onnx import onnx_export_from_model
 
-        # Post-processing would only merge tied weights, which blobs do by content.
+        # Post-processing only merges tied weights, and blobs share equal weights anyway.
         onnx_export_from_model(model, folder, task=_TASK, do_validation=False, no_post_process=True)
-    except Exception as error:  # it passes on what torch, onnx and its own registries raise
+    except Exception as error:  # Optimum lets the errors of torch, onnx and its registries through
         raise InputError(f"Optimum cannot export model_type {architecture!r} as {_TASK} ({first_line(error)})") from error
 
 
 def _digest_weights(model: Any) -> tuple[dict[str, list[str]], frozenset[str]]:
-    """Who holds which matrix, and which names are linear layers; see TracedDecoder."""
+    """Finds the modules that hold each matrix, and the names that are linear layers. See TracedDecoder."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

@@ -1,4 +1,4 @@
-"""Reads a base model in the Hugging Face layout, tensor by tensor, without ever holding the model."""
+"""Reads a base model in the Hugging Face layout, one tensor at a time, without holding the whole model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*config.json", "toke
 
 @dataclass(frozen=True)
 class Base:
-    """A base on disk: its config, and which file holds which tensor."""
+    """A base on disk: its config, and the file that holds each tensor."""
 
     folder: Path
     config: dict[str, Any]
@@ -34,7 +34,7 @@ class Base:
 
     @classmethod
     def open(cls, folder: Path | str) -> Base:
-        """Opens a local folder; raises InputError where config.json or the safetensors files are missing or broken."""
+        """Opens a local folder. Raises InputError if config.json or the safetensors files are missing or broken."""
         folder = Path(folder)
         if not folder.is_dir():
             raise InputError(f"base {folder} is not a folder; give a local folder in the Hugging Face layout")
@@ -48,12 +48,12 @@ class Base:
         elif (folder / SINGLE).is_file():
             shards = dict.fromkeys(_tensor_names(folder / SINGLE), folder / SINGLE)
         else:
-            raise InputError(f"base {folder} has neither {SINGLE} nor {INDEX}; pickled checkpoints are not read")
+            raise InputError(f"base {folder} has neither {SINGLE} nor {INDEX}; pickled checkpoints are not supported")
         return cls(folder, config, shards)
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """Opens a local folder, or else a hub id: from the local hub cache, or downloaded where there is a network."""
+        """Opens a local folder or a hub id, from the local hub cache or by download."""
         if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
             return cls.open(name)
         try:
@@ -64,9 +64,9 @@ class Base:
             return cls.open(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
         except InputError:
             raise
-        except Exception as error:  # the hub's errors and those of its network layer share no base
+        except Exception as error:  # the hub's errors and those of its network layer have no common base class
             raise InputError(
-                f"base {name!r} is no local folder, and the hub does not give it ({type(error).__name__}); "
+                f"base {name!r} is not a local folder and cannot be downloaded from the hub ({type(error).__name__}); "
                 "download it first, or check the name"
             ) from error
 
@@ -74,18 +74,18 @@ class Base:
         return name in self.shards
 
     def tensor(self, name: str) -> NDArray[np.float32]:
-        """One tensor as float32, in the shape that the checkpoint has; InputError if absent or not finite."""
+        """Reads a tensor as float32, in the checkpoint's shape. Raises InputError if it is absent or not finite."""
         return self._as_float(name, self._raw(name))
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        """Some rows of a matrix as float32, read without the others."""
+        """Reads some rows of a matrix as float32, without reading the others."""
         self._check_name(name)
         with safe_open(self.shards[name], framework="numpy") as file:
             return self._as_float(name, file.get_slice(name)[start:stop])
 
     @cached_property
     def sha256(self) -> str:
-        """Identity of the weights: SHA-256 over name, dtype, shape and bytes of each tensor, whatever the sharding."""
+        """The identity of the weights: SHA-256 over name, dtype, shape and bytes of each tensor, independent of the sharding."""
         digest = hashlib.sha256()
         for name in sorted(self.shards):
             values = self._raw(name)
@@ -107,12 +107,12 @@ class Base:
 
     def _check_name(self, name: str) -> None:
         if name not in self.shards:
-            raise InputError(f"base {self.folder} has no tensor {name}; is it of the architecture that config.json says?")
+            raise InputError(f"base {self.folder} has no tensor {name}; check that config.json names its architecture")
 
 
 def _tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="numpy") as file:
             return list(file.keys())
-    except Exception as error:  # safetensors raises its own type, and OSError
+    except Exception as error:  # safetensors raises its own type besides OSError
         raise InputError(f"{path} is not a readable safetensors file ({error}); download it again") from error

@@ -1,4 +1,4 @@
-"""Blobs: files of raw tensors named by their own SHA-256, so that equal tensors are stored once."""
+"""Blobs: files of raw tensors, named by their own SHA-256, so that equal tensors are stored once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-ALIGNMENT = 64  # bytes; a cache line, and enough for any vector load from the mapped file
+ALIGNMENT = 64  # bytes: a cache line, and enough for any vector load from the mapped file
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `length` bytes from `offset` of the file `location`, little-endian, row-major."""
+    """The place of a tensor: `length` bytes from `offset` in the file `location`, little-endian, row-major."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -31,7 +31,7 @@ class StoredTensor:
 
 
 def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, StoredTensor]:
-    """Writes the tensors of one group into <sha256>.bin, unless that file is there, and says where each lies."""
+    """Writes the tensors of one group to <sha256>.bin, unless that file exists. Returns the place of each tensor."""
     stored: dict[str, tuple[NDArray[Any], int]] = {}
     chunks: list[bytes | memoryview] = []
     offset = 0
@@ -55,5 +55,5 @@ def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, Stor
 
 
 def read_stored(folder: Path, tensor: StoredTensor) -> NDArray[Any]:
-    """Inverse of write_blob for one tensor: its values, mapped from the file and not to be written to."""
+    """Reads one tensor that write_blob wrote, as a read-only map of the file."""
     return np.memmap(folder / tensor.location, tensor.dtype, "r", tensor.offset, tensor.shape)

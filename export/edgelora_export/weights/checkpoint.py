@@ -1,4 +1,4 @@
-"""Writes a base with a delta added as a plain Hugging Face checkpoint, one tensor in memory at a time."""
+"""Writes a base with a delta added as a plain Hugging Face checkpoint, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ _TEXTS = ("*.json", "*.jinja", "*.model", "*.txt")
 def write_checkpoint(
     base: Base, delta: Delta, folder: Path, dtype: str | None, on_progress: Callable[[int, int, str], None]
 ) -> None:
-    """Fills an empty folder: the base's shards under their names with the delta added, its configs and its tokenizer.
+    """Fills an empty folder with the base's shards under their own names, the delta added, and its configs and tokenizer.
 
-    dtype: a key of DTYPES for all floating-point weights; None keeps each tensor's own. Modules of the delta must be the
+    dtype: a key of DTYPES for all floating-point weights. None keeps each tensor's own. The modules of the delta must be the
     base's (check_modules). Raises InputError for a sum that the type cannot hold.
     """
     for pattern in _TEXTS:
@@ -61,7 +61,7 @@ def write_checkpoint(
         header, size = _read_header(path, held, dtype)
         total_size += size
         packed = json.dumps(header).encode()
-        packed += b" " * (-len(packed) % 8)  # the format wants the data aligned to 8 bytes
+        packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
         tensors = _changed_tensors(path, held, delta, dtype, report)
         write_file(folder / path.name, _chain(len(packed).to_bytes(8, "little") + packed, tensors))
     if (base.folder / INDEX).is_file():
@@ -70,8 +70,8 @@ def write_checkpoint(
 
 
 def _read_header(path: Path, names: Sequence[str], dtype: str | None) -> tuple[dict[str, Any], int]:
-    """The safetensors header of a shard to be, and the bytes of its tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    """Makes the safetensors header of a shard to write, and counts the bytes of its tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
     offset = 0
     with safe_open(path, framework="numpy") as file:
         for name in names:
@@ -79,7 +79,7 @@ def _read_header(path: Path, names: Sequence[str], dtype: str | None) -> tuple[d
             kind, shape = slice_.get_dtype(), list(slice_.get_shape())
             if kind in _FLOATS and dtype is not None:
                 kind = DTYPES[dtype][0]
-            # The count by the type that will be written; others than these floats are copied as they are.
+            # Floats count in the type that is written. All other types are copied unchanged.
             item = _FLOATS[kind].itemsize if kind in _FLOATS else file.get_tensor(name).itemsize
             size = item * int(np.prod(shape, dtype=np.int64))
             header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + size]}
@@ -100,7 +100,7 @@ def _changed_tensors(
             if name.endswith(".weight") and module in delta.modules:
                 weight = values.astype(np.float32)
                 values = weight + delta.dense(module, weight)
-            with np.errstate(over="ignore"):  # said below, with the tensor's name
+            with np.errstate(over="ignore"):  # the error below names the tensor
                 values = values.astype(wanted, copy=False)
             if wanted in _FLOATS.values() and not np.isfinite(values.astype(np.float32)).all():
                 raise InputError(f"{name} holds NaN, infinity or numbers that {wanted} cannot hold; use --dtype float32")

@@ -1,4 +1,4 @@
-"""Reads the JSON and TOML files that a user gives, every failure as one line."""
+"""Reads JSON and TOML files that a user gives, and reports every failure as one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
-    """A JSON object; InputError where the file is absent (the hint says what needs it), unreadable, or no object."""
+    """Reads a JSON object. hint: a phrase that says what needs the file.
+
+    Raises InputError if the file is absent, unreadable, or not an object.
+    """
     value = _read(path, json.loads, "JSON", hint)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not an object")
@@ -22,7 +25,10 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path, hint: str) -> dict[str, Any]:
-    """A TOML file's tables; InputError where the file is absent (the hint says what needs it) or unreadable."""
+    """Reads the tables of a TOML file. hint: a phrase that says what needs the file.
+
+    Raises InputError if the file is absent or unreadable.
+    """
     value: dict[str, Any] = _read(path, tomllib.loads, "TOML", hint)
     return value
 

@@ -1,4 +1,4 @@
-"""The weights of gpu graphs: the very codes of the cpu graphs, and in fp16 once more what those have in float32."""
+"""The weights of gpu graphs: the codes of the cpu graphs, and fp16 copies of their float32 tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _LIMIT = float(np.finfo(np.float16).max)
 
 
 def to_fp16(values: NDArray[np.float32], owner: str, advice: str) -> NDArray[np.float16]:
-    """Values in fp16. InputError with the advice where one is beyond its range; what is too small for it rounds towards 0."""
+    """Converts values to fp16. Those too small for fp16 round towards 0.
+
+    Raises InputError, with the owner and the advice, for a value outside the range of fp16.
+    """
     largest = float(np.abs(values).max(initial=0.0))
     if not largest <= _LIMIT:
         raise InputError(f"{owner} reaches {largest:g}, which fp16 cannot hold; {advice}")
@@ -28,18 +31,24 @@ def to_fp16(values: NDArray[np.float32], owner: str, advice: str) -> NDArray[np.
 
 
 class Fp16Copies:
-    """The fp16 twins of float32 tensors in a folder's blobs, each converted once however many variants use it.
+    """The fp16 copies of float32 tensors in a folder's blobs. Each tensor is converted once, however many variants use it.
 
-    wide: initializers that gpu graphs read in float32, from the blob that cpu graphs read.
+    wide: initializers that gpu graphs read in float32, from the same blob as cpu graphs.
     """
 
     def __init__(self, folder: Path, wide: Set[str]) -> None:
         self._folder = folder
         self._wide = wide
-        self._twins: dict[StoredTensor, StoredTensor] = {}
+        self._copies: dict[StoredTensor, StoredTensor] = {}
 
     def copy(self, weights: StoredWeights) -> StoredWeights:
-        """The same weights for a gpu graph. The float32 tensors of one blob become one blob, so that twins are shared alike."""
+        """Returns the same weights for a gpu graph.
+
+        Requires: the weights lie in the folder.
+        Ensures: the result has the same names and grids. Its float32 tensors, except those of `wide`, are fp16.
+
+        The copies of one blob's tensors form one blob, so that variants share copies as they share the originals.
+        """
         groups: dict[str, dict[str, StoredTensor]] = {}
         for name, stored in weights.tensors.items():
             if stored.dtype == np.float32 and name not in self._wide:
@@ -50,16 +59,16 @@ class Fp16Copies:
         return StoredWeights(tensors, weights.grids)
 
     def _store(self, group: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-        known = {name: twin for name, stored in group.items() if (twin := self._twins.get(stored)) and self._exists(twin)}
+        known = {name: copy for name, stored in group.items() if (copy := self._copies.get(stored)) and self._exists(copy)}
         if len(known) == len(group):
             return known
-        twins = write_blob(self._folder, {name: self._read(name, stored) for name, stored in group.items()})
-        self._twins.update((stored, twins[name]) for name, stored in group.items())
-        return twins
+        copies = write_blob(self._folder, {name: self._read(name, stored) for name, stored in group.items()})
+        self._copies.update((stored, copies[name]) for name, stored in group.items())
+        return copies
 
-    def _exists(self, twin: StoredTensor) -> bool:
-        """Whether its blob is there: what no variant used for a while was removed."""
-        return (self._folder / twin.location).exists()
+    def _exists(self, copy: StoredTensor) -> bool:
+        """True if the copy's blob still exists. Blobs that no variant uses are removed."""
+        return (self._folder / copy.location).exists()
 
     def _read(self, name: str, stored: StoredTensor) -> NDArray[Any]:
         return to_fp16(read_stored(self._folder, stored), name, 'leave "gpu" out of targets')

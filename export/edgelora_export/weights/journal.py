@@ -1,4 +1,4 @@
-"""Which weights of a bundle in the making are finished, so that an export that was killed goes on where it was."""
+"""The journal of an export: the weights that are finished, so that a killed export can continue."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """A line per finished product, beside the folder that holds its blob.
+    """One line per finished product, in a file beside the folder that holds its blob.
 
-    path: the file, to which lines are added; None keeps no journal. folder: where the blobs lie. What an earlier run
-    finished is taken up where its blob is whole; whether it was of the same plan is the caller's to see to.
+    path: the file to append to, None for no journal. folder: the blobs. Products that an earlier run finished are reused if their
+    blobs are whole. The caller makes sure that the earlier run had the same plan.
     """
 
     def __init__(self, path: Path | None, folder: Path) -> None:
@@ -31,16 +31,17 @@ class Journal:
         self._finished: dict[tuple[str, str], StoredWeights] = {}
         if path is None or not path.exists():
             return
-        _, *lines, cut_short = path.read_bytes().split(b"\n")  # the plan, finished products, and where a kill came down
+        # The first line is the plan. The last one is empty, or was cut short when the run was killed.
+        _, *lines, cut_short = path.read_bytes().split(b"\n")
         os.truncate(path, path.stat().st_size - len(cut_short))
-        whole = _check_blobs(folder)
+        whole = _find_whole_blobs(folder)
         for line in lines:
             key, weights = _parse(line)
             if whole.issuperset(tensor.location for tensor in weights.tensors.values()):
                 self._finished[key] = weights
 
     def section(self, name: str) -> JournalSection:
-        """The products of one variant; "" is the bare base, and what all variants share."""
+        """Returns the section of one variant. "" is for the bare base, and for the weights that all variants share."""
         return JournalSection(self, name)
 
     def find(self, section: str, product: str) -> StoredWeights | None:
@@ -56,22 +57,22 @@ class Journal:
 
 @dataclass(frozen=True)
 class JournalSection:
-    """What a journal knows of one variant's products."""
+    """The part of a journal that lists one variant's products."""
 
     journal: Journal
     name: str
 
     def find(self, product: str) -> StoredWeights | None:
-        """A product's weights, None while they are not finished."""
+        """Returns a product's weights, or None if they are not finished."""
         return self.journal.find(self.name, product)
 
     def note(self, product: str, weights: StoredWeights) -> StoredWeights:
-        """Writes down that a product is finished; returns its weights."""
+        """Records that a product is finished. Returns its weights."""
         return self.journal.note(self.name, product, weights)
 
 
-def _check_blobs(folder: Path) -> set[str]:
-    """The blobs whose content is what their names say; removes the others, which would otherwise pass for stored."""
+def _find_whole_blobs(folder: Path) -> set[str]:
+    """Names the blobs whose content matches their name. Removes the others, so that they are written again."""
     whole = set()
     for path in folder.glob(f"*{BLOB}"):
         if f"{hash_file(path)}{BLOB}" == path.name:
@@ -88,7 +89,7 @@ def _dump(section: str, product: str, weights: StoredWeights) -> str:
 
 
 def _parse(line: bytes) -> tuple[tuple[str, str], StoredWeights]:
-    """Inverse of _dump."""
+    """Parses a line that _dump wrote."""
     value: dict[str, Any] = json.loads(line)
     tensors = {
         name: StoredTensor(np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["location"], entry["offset"], entry["length"])

@@ -1,4 +1,4 @@
-"""The base's weights in float32, one matrix at a time, with a variant's delta added."""
+"""Reads the base's weights in float32, one matrix at a time, with a variant's delta added."""
 
 from __future__ import annotations
 
@@ -19,87 +19,90 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-_ROWS = 8192  # of a matrix that are read at once
+_BATCH_ROWS = 8192  # of a matrix, read at once
 
 
 def read_linear(base: Base, linear: Linear, delta: Delta | None) -> Floats:
-    """The weight (N, K) of a product as the graph lays it out, with the delta added to the parts that it changes."""
+    """Reads a product's weight (N, K) in the graph's layout, with the delta added to the parts that it changes."""
     return np.concatenate([part.pad_columns(part.pad_rows(read_part(base, part, delta))) for part in linear.parts])
 
 
 def read_part(base: Base, part: Part, delta: Delta | None) -> Floats:
-    """The weight (N, K) of one part as the checkpoint lays it out, with the delta added if it changes the part."""
+    """Reads the weight (N, K) of one part in the checkpoint's layout, with the delta added if it changes the part."""
     weight = base.tensor(f"{part.module}.weight")
     if weight.shape != (part.out_features, part.in_features):
         raise InputError(
-            f"{part.module}.weight has shape {weight.shape}; config.json means {(part.out_features, part.in_features)}"
+            f"{part.module}.weight has shape {weight.shape}; config.json gives {(part.out_features, part.in_features)}"
         )
     return weight + delta.dense(part.module, weight) if delta is not None and part.module in delta.modules else weight
 
 
 def read_rows(base: Base, name: str, rows: NDArray[np.int64]) -> Floats:
-    """Rows (R, K) of a matrix of the base, in ascending order, without reading the whole matrix."""
+    """Reads rows (R, K) of a matrix of the base, in ascending order, without reading the whole matrix."""
     chunks = [
         base.rows(name, int(first), int(last) + 1)[chunk - first]
-        for chunk in np.split(rows, np.flatnonzero(np.diff(rows // _ROWS)) + 1)
+        for chunk in np.split(rows, np.flatnonzero(np.diff(rows // _BATCH_ROWS)) + 1)
         for first, last in [(chunk[0], chunk[-1])]
     ]
     return np.concatenate(chunks)
 
 
 def read_bias(base: Base, linear: Linear) -> Floats:
-    """The bias (N,) of a product."""
+    """Reads a product's bias (N,) in the graph's layout."""
     return np.concatenate([part.pad_rows(base.tensor(f"{part.module}.bias")) for part in linear.parts])
 
 
 def read_norm(base: Base, norm: Norm) -> Floats:
-    """A norm's weight as the graph multiplies with it."""
+    """Reads a norm's weight in the graph's layout."""
     return norm.lay_out(base.tensor(norm.tensor))
 
 
 def vocab_modules(decoder: Decoder) -> dict[str, str]:
-    """The checkpoint's modules of the vocabulary matrices: `embedding` and, unless it is tied, `head`."""
+    """Names the checkpoint's modules of the vocabulary matrices: `embedding` and, unless it is tied, `head`."""
     tensors = {"embedding": decoder.embedding} if decoder.tied else {"embedding": decoder.embedding, "head": decoder.head}
     return {name: tensor.removesuffix(".weight") for name, tensor in tensors.items()}
 
 
 def read_vocab_matrix(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Floats:
-    """The whole weight (V, H) of the `embedding` or the `head`, with the delta added if it changes it."""
+    """Reads the whole weight (V, H) of the `embedding` or the `head`, with the delta added if it changes it."""
     module = vocab_modules(decoder)[name]
     weight = base.tensor(f"{module}.weight")
     return weight + delta.dense(module, weight) if delta is not None and module in delta.modules else weight
 
 
 def iterate_vocab_rows(base: Base, decoder: Decoder, name: str, delta: Delta | None) -> Iterator[Floats]:
-    """The same weight some rows at a time; at once if the delta changes a vocabulary matrix."""
+    """Reads the same weight some rows at a time, or all at once if the delta changes a vocabulary matrix."""
     if changes_vocab(delta, decoder):
         yield read_vocab_matrix(base, decoder, name, delta)
         return
-    for start in range(0, decoder.vocab_size, _ROWS):
-        yield base.rows(f"{vocab_modules(decoder)[name]}.weight", start, min(start + _ROWS, decoder.vocab_size))
+    for start in range(0, decoder.vocab_size, _BATCH_ROWS):
+        yield base.rows(f"{vocab_modules(decoder)[name]}.weight", start, min(start + _BATCH_ROWS, decoder.vocab_size))
 
 
 def changes_linear(delta: Delta | None, linear: Linear) -> bool:
-    """Whether a delta changes any part of a product."""
+    """True if a delta changes any part of a product."""
     return delta is not None and not delta.modules.isdisjoint(linear.modules)
 
 
 def changes_vocab(delta: Delta | None, decoder: Decoder) -> bool:
-    """Whether a delta changes the embedding or the head."""
+    """True if a delta changes the embedding or the head."""
     return delta is not None and not delta.modules.isdisjoint(vocab_modules(decoder).values())
 
 
 def check_modules(decoder: Decoder, modules: Iterable[str], owner: str, *, vocab: bool = False) -> None:
-    """Raises one InputError for all modules that are no linear layer of the decoder, nor its embedding or head with `vocab`."""
+    """Raises one InputError for all modules that are not linear layers of the decoder.
+
+    vocab: True allows the embedding and the head, too, unless they are tied.
+    """
     known = {module for linear in decoder.linears for module in linear.modules}
     if vocab:
         tied = set(modules) & {vocab_modules(decoder)["embedding"], "lm_head"}
         if decoder.tied and tied:
             raise InputError(
-                f"{owner} changes {', '.join(sorted(tied))}, and this base ties its head to its embedding: whether one or both "
-                "should change is not known; untie them (tie_word_embeddings) and train the adapter on that base"
+                f"{owner} changes {', '.join(sorted(tied))}, but this base ties its head to its embedding, and it is unclear "
+                "which of the two should change; untie them (tie_word_embeddings) and train the adapter on that base"
             )
         known |= set(vocab_modules(decoder).values())
     if unknown := sorted(set(modules) - known):
         shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        raise InputError(f"{owner} changes {shown}, which are no linear layers of this {decoder.architecture} decoder")
+        raise InputError(f"{owner} changes {shown}, which are not linear layers of this {decoder.architecture} decoder")

@@ -1,4 +1,4 @@
-"""Publishes a folder in one step: builds it beside its target, flushes it to disk, and gives it the target's name."""
+"""Publishes a folder in one step: builds it beside its target, flushes it to disk, and renames it to the target."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
 
 
 def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
-    """Writes a file named by the hash of its bytes, so that equal contents share one file; returns its name.
+    """Writes a file named by the hash of its bytes, so that equal contents share one file. Returns its name.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -58,12 +58,12 @@ def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
 
 @contextmanager
 def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iterator[Path]:
-    """Yields a staging folder that becomes `target` when the block ends without an error, and is removed otherwise.
+    """Yields a staging folder that becomes `target` if the block ends without an error, and is removed otherwise.
 
-    Replaces an existing target in one step, and only if it is empty or holds the file `marker`: anything else is not ours to
+    Replaces an existing target in one step, and only if it is empty or holds the file `marker`. Other folders are not ours to
     delete. Removes staging folders that a killed run left beside the target.
-    plan: one line that describes what is made. The staging folder then has a journal (see journal_of) that starts with this
-    line. Both stay when the run is interrupted or killed, and the next run with the same plan takes over the finished blobs.
+    plan: one line that describes the folder to build. The staging folder then has a journal (see locate_journal) that starts with
+    this line. Both stay when the run is interrupted or killed, and the next run with the same plan reuses the finished blobs.
     Raises InputError for a target that must not be replaced, ResourceError for a full disk.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user put there)
@@ -75,14 +75,14 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
         target.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(target, staging, plan)
         staging.mkdir(exist_ok=True)
-        if plan is not None and not journal_of(staging).exists():
-            write_file(journal_of(staging), [f"{plan}\n".encode()])
+        if plan is not None and not locate_journal(staging).exists():
+            write_file(locate_journal(staging), [f"{plan}\n".encode()])
         try:
             yield staging
         except (KeyboardInterrupt, SystemExit):
             kept = plan is not None
             raise
-        journal_of(staging).unlink(missing_ok=True)
+        locate_journal(staging).unlink(missing_ok=True)
         _flush_folder(staging)
         replace_folder(staging, target)
         _flush_folder(target.parent)
@@ -93,16 +93,16 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
     finally:
         if not kept:
             _remove(staging)
-            journal_of(staging).unlink(missing_ok=True)
+            locate_journal(staging).unlink(missing_ok=True)
 
 
-def journal_of(staging: Path) -> Path:
-    """The path of a staging folder's journal, which lies beside it; see staged_folder."""
+def locate_journal(staging: Path) -> Path:
+    """Returns the path of a staging folder's journal, which lies beside the folder. See staged_folder."""
     return staging.with_name(staging.name + _JOURNAL)
 
 
 def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
-    """Removes what earlier runs left; finished blobs of the same plan are kept and move to `staging`."""
+    """Removes what earlier runs left. Finished blobs of the same plan move to `staging`."""
     prefix = f".{target.name}{_STAGING}-"
     names = {path.name.removesuffix(_JOURNAL) for path in target.parent.glob(f"{glob.escape(prefix)}*")}
     leftovers = [target.with_name(name) for name in sorted(names) if _is_left_over(name.removeprefix(prefix))]
@@ -110,30 +110,30 @@ def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
     for leftover in leftovers:
         if leftover != same:
             _remove(leftover)
-            journal_of(leftover).unlink(missing_ok=True)
+            locate_journal(leftover).unlink(missing_ok=True)
     if same is not None:
         for path in same.iterdir():
             if path.suffix != BLOB:
                 path.unlink()
         same.rename(staging)
-        journal_of(same).rename(journal_of(staging))
+        locate_journal(same).rename(locate_journal(staging))
 
 
 def _is_left_over(pid: str) -> bool:
-    """Whether the process is gone. An earlier one may have had our own id, as every run in a container can."""
+    """True if the process is gone. An earlier one may have had our own id, as every run in a container can."""
     return pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
 
 
 def _has_plan(staging: Path, plan: str) -> bool:
-    """Whether a staging folder was made for this plan."""
-    if not (staging.is_dir() and not staging.is_symlink() and journal_of(staging).is_file()):
+    """True if a staging folder was made for this plan."""
+    if not (staging.is_dir() and not staging.is_symlink() and locate_journal(staging).is_file()):
         return False
-    with journal_of(staging).open(encoding="utf-8", errors="replace") as file:
+    with locate_journal(staging).open(encoding="utf-8", errors="replace") as file:
         return file.readline() == f"{plan}\n"
 
 
 def _remove(path: Path) -> None:
-    """Removes a folder, or a link to one: the exchange leaves it there if the old target was a link."""
+    """Removes a folder, or a link to one. The exchange leaves a link there if the old target was a link."""
     if path.is_symlink():
         path.unlink(missing_ok=True)
     else:
@@ -142,7 +142,7 @@ def _remove(path: Path) -> None:
 
 def _is_running(pid: int) -> bool:
     if sys.platform == "win32":
-        return pid == os.getpid()  # os.kill would end the process there
+        return pid == os.getpid()  # os.kill would end the process on Windows
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -154,7 +154,7 @@ def _is_running(pid: int) -> bool:
 
 def _flush_folder(folder: Path) -> None:
     if sys.platform == "win32":
-        return  # folders cannot be opened there; NTFS journals renames
+        return  # Windows cannot open folders, and NTFS journals renames
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -163,7 +163,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def exchange_folders(one: Path, other: Path) -> bool:
-    """Swaps two folders in one atomic step; False if the system or the file system has no such call."""
+    """Swaps two folders in one atomic step. Returns False if the system or the file system cannot."""
     try:
         library = ctypes.CDLL(None, use_errno=True)
     except (OSError, TypeError):
@@ -179,7 +179,7 @@ def exchange_folders(one: Path, other: Path) -> bool:
 
 
 def replace_folder(staging: Path, target: Path, *, exchange: Callable[[Path, Path], bool] = exchange_folders) -> None:
-    """Gives the staging folder the target's name. After an exchange the old target has staging's name.
+    """Renames the staging folder to the target. After an exchange the old target has staging's name.
 
     exchange: swaps two folders atomically and returns True, or returns False if the system cannot.
     """

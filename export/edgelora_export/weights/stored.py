@@ -1,4 +1,4 @@
-"""Weights in a bundle's blobs: stored on their grid or in float32, and loaded back."""
+"""Stores weights in a bundle's blobs, quantized or in float32, and loads them back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Storage:
-    """Where weights come from and where they go: the base, how its decoder is laid out, the blobs' folder, and the grid."""
+    """The source and the destination of weights: the base, its decoder's layout, the folder of blobs, and the quantization."""
 
     base: Base
     decoder: Decoder
@@ -34,7 +34,7 @@ class Storage:
 
 @dataclass
 class StoredWeights:
-    """Where a variant's tensors lie, by initializer name, and the grid of each quantized product, by its name."""
+    """The places of a variant's tensors, by initializer name, and the grid of each quantized product, by its name."""
 
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
@@ -44,16 +44,16 @@ class StoredWeights:
 
     @property
     def blobs(self) -> set[str]:
-        """Names of the files that hold them."""
+        """Names of the blobs that hold the tensors."""
         return {tensor.location for tensor in self.tensors.values()}
 
-    def only(self, product: str) -> StoredWeights:
-        """The tensors and the grid of one product."""
+    def select(self, product: str) -> StoredWeights:
+        """Returns the tensors and the grid of one product."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
         return StoredWeights(tensors, {name: grid for name, grid in self.grids.items() if name == product})
 
     def update(self, other: StoredWeights) -> None:
-        """Takes over the other's tensors and grids; the other's win where names agree."""
+        """Adds the other's tensors and grids, which replace those of the same name."""
         self.tensors.update(other.tensors)
         self.grids.update(other.grids)
 
@@ -84,7 +84,7 @@ def store_rounded(folder: Path, name: str, weight: Floats, grid: Grid | None) ->
 
 
 def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> StoredWeights:
-    """Stores a quantized weight as codes, scales and zero points under its name; load_matrix is the inverse."""
+    """Stores a quantized weight as codes, scales and zero points under its name. load_matrix is the inverse."""
     tensors: dict[str, NDArray[Any]] = {f"{name}.codes": matrix.codes, f"{name}.scales": matrix.scales}
     if matrix.zero_points is not None:
         tensors[f"{name}.zero_points"] = matrix.zero_points
@@ -92,7 +92,7 @@ def store_matrix(folder: Path, name: str, matrix: BlockQuantized) -> StoredWeigh
 
 
 def load_matrix(folder: Path, name: str, weights: StoredWeights, columns: int) -> BlockQuantized | Floats:
-    """A product's stored weight: quantized, or float32 (N, columns) if it has no grid."""
+    """Loads a product's stored weight: quantized, or float32 (N, columns) if it has no grid."""
     grid = weights.grids.get(name)
     if grid is None:
         return read_stored(folder, weights.tensors[name])

@@ -1,4 +1,4 @@
-"""A base as transformers holds it, whole, for the tools that take nothing smaller: Optimum and auto-round."""
+"""Loads a whole base into transformers, for tools that need it: Optimum and auto-round."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "trl")  # transfor
 
 
 def load_model(base: Base) -> Any:
-    """The base as a transformers model in float32, on the CPU. Raises InputError where transformers cannot load it."""
+    """Loads the base as a transformers model in float32 on the CPU. Raises InputError if transformers cannot load it."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -31,7 +31,7 @@ def load_model(base: Base) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as far as one line tells it."""
+    """Returns the first line of an error's message, cut to a readable length."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 

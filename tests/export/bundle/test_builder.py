@@ -1,4 +1,4 @@
-"""What cannot be built is refused before anything is written, and what is built can be read."""
+"""The builder rejects what it cannot build before it writes anything, and what it builds can be read."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_the_same_recipe_gives_the_same_bytes(tiny_base: Path, tmp_path: Path) -
 
 
 def test_a_tied_base_has_no_head_of_its_own(tmp_path: Path) -> None:
-    """Tied: the embedding is stored once, and the checkpoint need not hold lm_head."""
+    """With a tied base the embedding is stored once, and the checkpoint need not hold lm_head."""
     make_base(tmp_path / "base", tie_word_embeddings=True)
     assert "lm_head.weight" not in load_file(tmp_path / "base" / "model.safetensors")
     export_base(tmp_path / "base", tmp_path / "bundle", bits=4)

@@ -1,4 +1,4 @@
-"""What the gate measures is what transformers and PEFT say, and what it does about a lost adapter is what it promises."""
+"""The gate measures what transformers and PEFT measure, and repairs, rejects or makes live a variant that loses its adapter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def build(base: Path, adapter: Adapter, output: Path, gate: Gate | None, **setti
 
 @pytest.fixture(scope="module")
 def strong(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """An adapter that changes what the model says far more than rounding does."""
+    """An adapter that changes the model's logits far more than rounding does."""
     folder = tmp_path_factory.mktemp("strong")
     make_adapter(tiny_base, folder, size=0.3)
     return Adapter.open(folder)
@@ -69,7 +69,7 @@ def strong(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter
 
 @pytest.fixture(scope="module")
 def faint(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapter:
-    """An adapter scaled down until what rounding to nearest does to the weights is louder than it."""
+    """An adapter that is so small that rounding to nearest changes the weights more than it does."""
     folder = tmp_path_factory.mktemp("faint")
     make_adapter(tiny_base, folder, size=0.012)
     return Adapter.open(folder)
@@ -85,7 +85,7 @@ def softmax(logits: Floats) -> Doubles:
 def test_figures_are_those_of_peft_against_the_runtime(
     tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str, positions: int
 ) -> None:
-    """In whatever batches of positions they are compared."""
+    """The figures do not depend on the number of positions that are compared at once."""
     builder = BundleBuilder(make_plan(tiny_base, strong, None, kind=kind), tmp_path)
     builder.copy_texts()
     builder.store_weights()
@@ -180,7 +180,7 @@ def test_a_lost_adapter_is_repaired(tiny_base: Path, faint: Adapter, tmp_path: P
 
 @dataclass(frozen=True)
 class Scaled:
-    """An adapter's change times a factor: a merge that misses what the adapter does."""
+    """An adapter's change times a factor, as a stand-in for a merge that misses the adapter's effect."""
 
     adapter: Adapter
     factor: float
@@ -250,7 +250,7 @@ def test_what_nothing_mends_ends_live(tiny_base: Path, faint: Adapter, tmp_path:
 
 
 def test_a_variant_may_go_live_where_none_ran_the_bare_base(tiny_base: Path, tmp_path: Path) -> None:
-    """Weights of the base that no graph uses are kept until no variant can need them."""
+    """Weights of the base that no graph uses are kept as long as a variant may need them."""
     make_adapter(tiny_base, tmp_path / "a", size=0.012, target_modules=["q_proj"])
     adapter = Adapter.open(tmp_path / "a")
     manifest = build_variants(

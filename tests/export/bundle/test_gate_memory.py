@@ -1,4 +1,4 @@
-"""The gate holds one variant's measurement at a time, and of that no more than a few batches of logits and one layer."""
+"""The gate holds one variant's measurement at a time, with no more memory than a few batches of logits and one layer need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HELD_OUT = tuple(Sample(tuple(random_tokens(40, seed=seed))) for seed in range(3
 
 
 def make_plan(base: Path, folder: Path, count: int = 1) -> BundlePlan:
-    """The bare base and so many variants of an adapter of its queries, measured, and passed whatever they keep."""
+    """Plans the bare base and `count` variants of an adapter of its queries. The gate measures them and passes them all."""
     make_adapter(base, folder / "a", size=0.3, target_modules=["q_proj"])
     adapter, calibration = Adapter.open(folder / "a"), Calibration((), HELD_OUT)
     variants = [Variant(f"v{index}", {"a": 1.0}, delta=adapter, calibration=calibration) for index in range(count)]
@@ -48,7 +48,7 @@ def make_plan(base: Path, folder: Path, count: int = 1) -> BundlePlan:
 
 
 def start_builder(plan: BundlePlan, folder: Path) -> BundleBuilder:
-    """A builder that has stored the plan's weights in a new folder."""
+    """Makes a builder that has stored the plan's weights in a new folder."""
     folder.mkdir()
     builder = BundleBuilder(plan, folder)
     builder.copy_texts()
@@ -58,7 +58,9 @@ def start_builder(plan: BundlePlan, folder: Path) -> BundleBuilder:
 
 @contextmanager
 def watch_peak() -> Iterator[list[int]]:
-    """The most bytes that Python and numpy take in the block, over what they had before, in a list at its end."""
+    """Yields a list. At the end of the block, the list gets the peak of the memory that Python and numpy took in the block, in
+    bytes.
+    """
     peaks: list[int] = []
     tracemalloc.start()
     try:
@@ -87,12 +89,12 @@ def test_a_comparison_holds_float32_logits_of_one_batch(tmp_path: Path) -> None:
     subject = builder.subject("v0")
     teacher = run_teacher(subject)
     with builder.run_variant("v0") as runtime:
-        runtime.logits([5, 6, 7])  # opens the session: reading a graph reserves room for the largest that it might be
+        runtime.logits([5, 6, 7])  # opens the session, which reserves memory for the largest possible graph
         with watch_peak() as peaks:
             found = compare(
                 subject, teacher, lambda tokens, count: runtime.iterate_logits(tokens, positions=count), batch_bytes=batch
             )
-    # The variant's logits and a copy of them, which a change of batch doubles, two teachers, and a part of the head.
+    # The variant's logits and a copy of them, doubled between two batches, two teachers, and a part of the head.
     assert batch < max(peaks) < 5.5 * batch
     assert found.tokens == sum(len(sample.tokens) - 1 for sample in HELD_OUT)
 

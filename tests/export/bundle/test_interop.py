@@ -1,4 +1,4 @@
-"""Bundles open in other programs, which write the same greedy tokens as our runtime."""
+"""Other programs can open bundles, and generate the same greedy tokens as our runtime."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OPTIMUM = ("torch==2.13.0", "transformers==4.57.6", "onnxruntime==1.32.0", "opti
 PROMPTS = ("the cat", "a day in the sun, and", "one")
 COUNT = 24
 
-# Opens the folder as it is, or with another graph's name laid over its config.
+# Opens the folder with its config, or with another graph's name in place of the config's.
 GENAI_SCRIPT = """
 import json, sys
 import onnxruntime_genai as og
@@ -45,7 +45,7 @@ for prompt in request["prompts"]:
 print(json.dumps(written))
 """
 
-# Nothing beyond the graph's name is passed; generate() runs on Optimum's own KV cache.
+# Passes only the graph's name. generate() uses Optimum's own KV cache.
 OPTIMUM_SCRIPT = """
 import json, sys
 import torch
@@ -69,7 +69,7 @@ def export_two(base: Path, adapter: Path, output: Path) -> Path:
 
 
 def our_tokens(bundle: Path, variant: str) -> tuple[list[list[int]], list[list[int]]]:
-    """(prompts, what our runtime writes after each)."""
+    """Returns the encoded prompts, and the tokens that our runtime generates after each."""
     with Runtime(bundle, threads=1) as runtime:
         prompts = [runtime.encode(prompt) for prompt in PROMPTS]
         written = [list(runtime.generate(ids, variant=variant, max_tokens=COUNT, temperature=0.0).tokens) for ids in prompts]
@@ -81,7 +81,7 @@ def until_end(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
 
 
 def check_peer(bundle: Path, python: Path, script: str, graphs: dict[str, str | None]) -> None:
-    """graphs: what the peer is told to open, per variant."""
+    """Checks that a peer generates our tokens. graphs: the graph that the peer opens, per variant."""
     ends = tuple(json.loads((bundle / "bundle.json").read_bytes())["model"]["eos_token_ids"])
     seen = []
     for variant, graph in graphs.items():
@@ -149,7 +149,7 @@ def test_genai_config_names_what_the_graph_has(bundle4: Path) -> None:
 
 
 def test_no_genai_config_where_the_default_is_live(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """It would open, and silently be the bare base."""
+    """onnxruntime-genai would open the bundle and silently run the bare base."""
     variants = {"alive": VariantRecipe({"a": 1.0}, kind="live"), "base": VariantRecipe({})}
     export(Recipe(str(tiny_base), {"a": tiny_adapters["plain"]}, variants, Quantization(bits=32)), tmp_path / "bundle")
     assert not (tmp_path / "bundle" / "genai_config.json").exists()

@@ -1,4 +1,4 @@
-"""Merged and live variants compute what PEFT computes from the same adapters."""
+"""Merged and live variants compute the same as PEFT with the same adapters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LINEAR = {"plain": 0.6, "attention": -0.4, "rslora": 0.3}
 
 
 def with_delta(base: Path, mix: Mapping[str, float], folders: Mapping[str, Path], method: str, density: float) -> Any:
-    """transformers' model with ΔW, from adapters read by safetensors, added in float64 by the formula of the method."""
+    """Loads the base in transformers and adds ΔW, computed in float64 from PEFT's deltas by the formula of the method."""
     model = load_base(base)
     deltas = {name: peft_deltas(base, folders[name]) for name in mix}
     with torch.no_grad():
@@ -46,7 +46,7 @@ def with_delta(base: Path, mix: Mapping[str, float], folders: Mapping[str, Path]
 
 
 def peft_deltas(base: Path, folder: Path) -> dict[str, Any]:
-    """ΔW float64 by module, as PEFT's own layers give it."""
+    """Returns ΔW in float64 by module, as PEFT's layers compute it."""
     model = PeftModel.from_pretrained(load_base(base), str(folder))
     prefix = "base_model.model."
     return {
@@ -57,7 +57,7 @@ def peft_deltas(base: Path, folder: Path) -> dict[str, Any]:
 
 
 def reference_ties(parts: list[tuple[Any, float]], density: float) -> Any:
-    """TIES entry by entry, as the paper words it."""
+    """Computes TIES entry by entry, as described in the paper."""
     trimmed = []
     for delta, weight in parts:
         order = np.argsort(-np.abs(delta), axis=None)
@@ -74,7 +74,7 @@ def reference_ties(parts: list[tuple[Any, float]], density: float) -> Any:
 
 
 def round_factors(adapter: Path, copy: Path) -> Path:
-    """A copy of an adapter whose factors fp16 holds: A, and B times the scale, which is what bundles store."""
+    """Copies an adapter and rounds its factors to what fp16 holds: A, and B times the scale, as bundles store them."""
     shutil.copytree(adapter, copy)
     weights = load_file(copy / "adapter_model.safetensors")
     opened = Adapter.open(copy)
@@ -88,7 +88,7 @@ def round_factors(adapter: Path, copy: Path) -> Path:
 
 
 def sum_ranks(adapters: Mapping[Path, float], output: Path) -> Path:
-    """One adapter that is the weighted sum of several: their factors side by side, weights and scales in B."""
+    """Writes the weighted sum of several adapters as one adapter. Factors are concatenated, and B holds weights and scales."""
     weights: dict[str, Any] = {}
     for folder, weight in adapters.items():
         opened = Adapter.open(folder)
@@ -129,7 +129,7 @@ def test_merged_mix_is_the_formula_on_pefts_deltas(
 
 @pytest.mark.parametrize(("live", "merged"), [("plain-live", "plain"), ("linear-live", "linear")])
 def test_live_variant_is_the_merged_one(live: str, merged: str, runtime: Runtime) -> None:
-    """The factors are stored in fp16, so the two differ by its rounding: 2^-11 of ΔW, which is small against W."""
+    """The stored factors are fp16, so the two differ by its rounding: 2^-11 of ΔW, which is small compared with W."""
     one, other = runtime.logits(TOKENS, variant=live), runtime.logits(TOKENS, variant=merged)
     assert np.abs(one - other).max() <= 1e-3 * other.std()
 
@@ -138,7 +138,7 @@ def test_live_variant_is_the_merged_one(live: str, merged: str, runtime: Runtime
 def test_live_adapter_with_factors_that_fp16_holds_equals_the_merged_one(
     name: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Without rounding of the stored factors, the live path is exact to float32."""
+    """If the stored factors need no rounding, the live variant is exact to float32."""
     folder = round_factors(tiny_adapters[name], tmp_path / "adapter")
     variants = {"merged": VariantRecipe({"a": 1.0}), "alive": VariantRecipe({"a": 1.0}, kind="live")}
     export(Recipe(str(tiny_base), {"a": folder}, variants, Quantization(bits=32)), tmp_path / "bundle")
@@ -158,7 +158,7 @@ def test_request_time_mix_is_the_mix_composed_ahead(runtime: Runtime) -> None:
 def test_int4_mix_of_a_request_is_the_adapter_composed_ahead(
     kernels: str, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Weights are powers of two, so that fp16 holds the composed factors as well as the single ones."""
+    """The weights are powers of two, so that fp16 holds the composed factors as exactly as the single ones."""
     mix = {"plain": 0.5, "other": -2.0}
     adapters = {name: round_factors(tiny_adapters[name], tmp_path / name) for name in mix}
     adapters["sum"] = sum_ranks({adapters[name]: weight for name, weight in mix.items()}, tmp_path / "sum")
@@ -258,7 +258,7 @@ def test_order_does_not_matter_live(runtime: Runtime) -> None:
 
 @pytest.mark.parametrize("shape", [{"head_dim": 12, "attention_bias": True}, {"head_dim": 20, "num_key_value_heads": 4}])
 def test_adapters_on_padded_heads(shape: dict[str, Any], tmp_path: Path) -> None:
-    """Head padding goes through B of q, k, v and through A of o."""
+    """Head padding applies to B of q, k and v, and to A of o."""
     from tests.tiny import make_adapter, make_base
 
     make_base(tmp_path / "base", **shape)
@@ -272,7 +272,7 @@ def test_adapters_on_padded_heads(shape: dict[str, Any], tmp_path: Path) -> None
 
 
 def test_live_adapters_whose_rank_differs_from_product_to_product(tiny_base: Path, tmp_path: Path) -> None:
-    """Among them products without any factors: rank 0 beside rank 4, in every place of the graph."""
+    """Some products have no factors at all: rank 0 next to rank 4, in every place of the graph."""
     from tests.tiny import LINEARS, make_adapter
 
     settings: dict[str, dict[str, Any]] = {target: {"target_modules": [target]} for target in LINEARS}
@@ -292,7 +292,7 @@ def test_live_adapters_whose_rank_differs_from_product_to_product(tiny_base: Pat
 
 
 def test_base_of_a_bundle_without_merged_variants(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    """Only live variants: the base's products are stored all the same."""
+    """The base's products are stored even if all variants are live."""
     variants = {"alive": VariantRecipe({"a": 1.0}, kind="live")}
     export(Recipe(str(tiny_base), {"a": tiny_adapters["attention"]}, variants, Quantization(bits=32)), tmp_path / "bundle")
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
@@ -301,7 +301,7 @@ def test_base_of_a_bundle_without_merged_variants(tiny_base: Path, tiny_adapters
 
 
 def test_int4_live_keeps_the_adapter_that_int4_merged_rounds(bundle4: Path, runtime: Runtime) -> None:
-    """Both stay near the float32 variant, the live one with no more than the base's own error."""
+    """Both stay close to the float32 variant. The live one has only the base's own error."""
     with Runtime(bundle4, threads=1) as quantized:
         exact, bare = runtime.logits(TOKENS, variant="plain"), runtime.logits(TOKENS, variant="base")
         base_error = np.square(quantized.logits(TOKENS, variant="base") - bare).mean()
@@ -312,7 +312,9 @@ def test_int4_live_keeps_the_adapter_that_int4_merged_rounds(bundle4: Path, runt
 
 
 def test_untouched_products_are_stored_once(bundle4: Path) -> None:
-    """attention leaves the MLPs alone: its graph maps the base's blobs for them, and only the attention's are new."""
+    """The adapter `attention` leaves the MLPs unchanged. Its graph maps the base's blobs for them, and adds blobs only for
+    attention.
+    """
     from edgelora_runtime import Bundle
 
     manifest = Bundle.open(bundle4).manifest

@@ -1,4 +1,4 @@
-"""An export that was interrupted or killed goes on where it was, and ends with the very bundle that it would have made."""
+"""An interrupted or killed export continues with the next run, and produces the same bundle as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def export(
 
 
 def interrupt(base: Path, adapter: Adapter, output: Path, step: int) -> None:
-    """An export that somebody stops at a step."""
+    """Runs an export that is interrupted at a step."""
     steps = iter(range(step))
 
     def count(done: int, total: int, what: str) -> None:
@@ -80,7 +80,7 @@ def listing(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_base: Path, adapter: Adapter, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What an export that nobody stops makes."""
+    """The files of an export that is not interrupted."""
     folder = tmp_path_factory.mktemp("whole") / "bundle"
     export(tiny_base, adapter, folder)
     return listing(folder)
@@ -88,7 +88,7 @@ def whole(tiny_base: Path, adapter: Adapter, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 def compensated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for each product that GPTQ quantizes."""
+    """A list that grows by one for each product that GPTQ quantizes."""
     calls: list[int] = []
     real = gptq.quantize_gptq
 
