@@ -156,6 +156,6 @@ def test_bad_input_is_reported_in_one_line(trained: tuple[LearnConfig, dict[str,
         replace(config, labelled={"two": config.output})
     with pytest.raises(InputError, match="without labelled rows"):
         learn(replace(config, start="linear"))
-    with pytest.raises(InputError, match="other, plain: the rows"):
+    with pytest.raises(InputError, match="other, plain: the training rows"):
         learn(replace(config, adapters={"plain": tiny_adapters["plain"], "other": tiny_adapters["other"]}))
     assert not config.output.exists()
