@@ -32,8 +32,8 @@ def build_graph(
 
     Requires: `weights` has every tensor of the decoder by initializer name (see stored.py), in the target's type except for
     wide_norms, and each blob lies in `folder`.
-    Ensures: inputs and outputs are those of docs/reference/bundle-format.md, no weight is copied into the graph, and cpu graphs name the
-    values at which split_graphs can cut.
+    Ensures: inputs and outputs are those of docs/reference/bundle-format.md, no weight is copied into the graph, and cpu graphs
+    name the values at which split_graphs can cut.
 
     live: names of the products that take LoRA inputs.
     """
