@@ -1,4 +1,4 @@
-"""Runs edgelora bundles on numpy, onnxruntime and tokenizers, without torch or transformers."""
+"""A runtime for edgelora bundles on numpy, onnxruntime and tokenizers, without torch or transformers."""
 
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.folder import Bundle

@@ -1,4 +1,4 @@
-"""Every error that edgelora raises on purpose: one tree, with an exit code for each branch."""
+"""The errors that edgelora raises on purpose: one tree, with an exit code for each branch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class EdgeloraError(Exception):
-    """Base of the tree. Its message is one line that says what is wrong, with which value, and what to do."""
+    """Base of the tree. The message is one line: what is wrong, which value, and what to do."""
 
     exit_code = 1
 
@@ -21,7 +21,10 @@ class UsageError(EdgeloraError, ValueError):
 
 
 class InputError(EdgeloraError, ValueError):
-    """A file or value that cannot be used, such as a broken recipe, a wrong row, or an adapter of another base."""
+    """A file or value that cannot be used.
+
+    Examples are a broken recipe, a wrong row, or an adapter of another base.
+    """
 
     exit_code = 3
 
@@ -33,13 +36,13 @@ class IntegrityError(EdgeloraError):
 
 
 class ResourceError(EdgeloraError, OSError):
-    """Not enough disk or memory; nothing is left half-written."""
+    """Not enough disk or memory. Nothing is left half-written."""
 
     exit_code = 5
 
 
 class MissingExtraError(EdgeloraError, ImportError):
-    """An optional dependency is missing; the message names the extra that installs it."""
+    """A missing optional dependency. The message names the extra that installs it."""
 
     exit_code = 2
 
@@ -48,5 +51,8 @@ class MissingExtraError(EdgeloraError, ImportError):
 
 
 def list_wrong(checks: Iterable[tuple[str, object, bool, str]]) -> list[str]:
-    """One message per failed check. A check is (name, value, whether the value is allowed, what is allowed)."""
+    """Returns one message per failed check.
+
+    A check is (name, value, whether the value is allowed, what is allowed).
+    """
     return [f"{name} = {value}: use {allowed}" for name, value, holds, allowed in checks if not holds]

@@ -1,4 +1,7 @@
-"""The runtime: opens a bundle, switches between its variants, and generates text. Everything that an app calls is here."""
+"""The runtime, which opens a bundle, switches between its variants, and generates text.
+
+Everything that an app calls is here.
+"""
 
 from __future__ import annotations
 
@@ -55,19 +58,19 @@ class Runtime:
     """A bundle, ready to generate.
 
     bundle: a folder or an opened Bundle.
-    memory_budget: bytes for loaded variants, as a number or like "4GiB"; by default three quarters of the free memory. The least
-    recently used variant is unloaded first.
-    cache_budget: the same for keys and values of earlier requests; by default a tenth of the free memory.
+    memory_budget: bytes for loaded variants, as a number or like "4GiB". The default is three quarters of the free memory. The
+    least recently used variant is unloaded first.
+    cache_budget: the same for keys and values of earlier requests. The default is a tenth of the free memory.
     packed_cache: a folder that packed weights are mapped from, so that each further variant costs little memory. Loading a
-    variant for the first time writes it there, which takes several times as long as loading it. With
-    edgelora's kernels, only the inputs of live variants are stored.
+    variant for the first time writes it there, which takes several times as long as loading it. With edgelora's kernels, only the
+    inputs of live variants are stored.
     whole_graphs: run each variant as one session that shares nothing, instead of as stages that variants share. That takes
     several times the memory and loading time, for steps that are 5 to 20% faster. Has no effect with edgelora's kernels.
-    kernels: "edgelora", which read weights as they are stored, so that nothing is packed; "onnxruntime"; or "auto": edgelora's if
-    edgelora-kernels is installed and supports this machine.
-    threads: compute threads; None leaves the choice to onnxruntime (physical cores).
+    kernels: "edgelora", "onnxruntime", or "auto": edgelora's if edgelora-kernels is installed and supports this machine. Those of
+    edgelora read weights in their stored form, so nothing is packed.
+    threads: compute threads. None leaves the choice to onnxruntime (physical cores).
     provider: "cpu", "cuda", "webgpu", or "auto": a GPU if there is one and the bundle has graphs for it, otherwise the CPU.
-    target: the graphs to run, "cpu" (float32) or "gpu" (fp16); None for those built for the provider. Every provider runs both:
+    target: the graphs to run, "cpu" (float32) or "gpu" (fp16). None takes those built for the provider. Every provider runs both:
     cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check what they compute.
 
     Safe to call from many threads: one step is computed at a time, and requests alternate step by step.
@@ -133,7 +136,7 @@ class Runtime:
         self.close()
 
     def close(self) -> None:
-        """Frees sessions and caches; a later call loads them again."""
+        """Frees sessions and caches. A later call loads them again."""
         self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
@@ -156,7 +159,10 @@ class Runtime:
 
     @property
     def kernels(self) -> str:
-        """The kernels in use: "onnxruntime", or edgelora's with their instruction set, as in "edgelora (avx2)"."""
+        """The kernels in use, "onnxruntime" or, for example, "edgelora (avx2)".
+
+        edgelora's are named with their instruction set.
+        """
         return "onnxruntime" if self._kernels is None else f"edgelora ({self._kernels.instruction_set})"
 
     @property
@@ -175,9 +181,9 @@ class Runtime:
         return self._loaded.measure(self._live.bytes, self._prompts.bytes)
 
     def switch(self, variant: str | None = None, *, mix: Mapping[str, float] | None = None) -> Receipt:
-        """Loads a variant or a mix of live adapters and makes it current; returns what that cost.
+        """Loads a variant or a mix of live adapters and makes it current.
 
-        Raises UsageError for a variant or adapter that the bundle does not have.
+        Returns what that cost. Raises UsageError for a variant or adapter that the bundle does not have.
         """
         choice = self._choose(variant, mix)
         _, _, receipt = self._prepare(choice)
@@ -185,9 +191,10 @@ class Runtime:
         return receipt
 
     def prefetch(self, variant: str) -> Future[Receipt]:
-        """Loads a variant in the background. Other requests continue; a request for this variant waits for it.
+        """Loads a variant in the background.
 
-        Raises UsageError for a variant that the bundle does not have; the future holds any error from loading.
+        Other requests continue. A request for this variant waits for it. Raises UsageError for a variant that the bundle does not
+        have. The future holds any error from loading.
         """
         choice = choose_variant(self._manifest, self._target, variant)
         done: Future[Receipt] = Future()
@@ -204,14 +211,14 @@ class Runtime:
         return done
 
     def pin(self, variant: str) -> None:
-        """Keeps a variant loaded, regardless of the budget, from its first use until unpin()."""
+        """Keeps a variant loaded from its first use until unpin(), regardless of the budget."""
         self._loaded.pin(choose_variant(self._manifest, self._target, variant).graph)
 
     def unpin(self, variant: str) -> None:
         self._loaded.unpin(choose_variant(self._manifest, self._target, variant).graph)
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """The whole answer at once; prompt and options are those of stream()."""
+        """Returns the whole answer at once. Takes what stream() takes."""
         stream = self.stream(prompt, **options)
         for _ in stream:
             pass
@@ -219,7 +226,10 @@ class Runtime:
         return stream.generation
 
     async def generate_async(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """generate() for asyncio, in a thread; cancelling the task ends the generation before its next step."""
+        """Runs generate() in a thread, for asyncio.
+
+        Cancelling the task ends the generation before its next step.
+        """
         import asyncio
 
         stream = await asyncio.to_thread(self.stream, prompt, **options)
@@ -229,7 +239,7 @@ class Runtime:
         return stream.generation
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> TextStream:
-        """Continues a prompt piece by piece; iterate over it with `for` or `async for`.
+        """Continues a prompt piece by piece. Iterate with `for` or `async for`.
 
         prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
         GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
@@ -247,17 +257,19 @@ class Runtime:
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
     def route(self, prompt: Prompt) -> Route:
-        """The variant that the bundle's router picks for a prompt, as variant "auto" does; generates nothing.
+        """Returns the variant that the bundle's router picks for a prompt.
 
-        Token ids are routed by the text that they stand for, messages by the user's last one only, since a conversation may
-        change its subject. Raises UsageError if the bundle has no router, InputError as stream() does.
+        It is the one that variant "auto" runs. Nothing is generated. Token ids are routed by their text. Messages are routed by
+        the user's last one only, since a conversation may change its subject. Raises UsageError if the bundle has no router,
+        InputError as stream() does.
         """
         return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """Embeds a text: the mean of its hidden states after the final norm, scaled to length 1, float32 (hidden_size,).
+        """Embeds a text as a float32 vector (hidden_size,) of length 1.
 
-        Raises UsageError for a graph without that output, such as one traced from another implementation.
+        The vector is the mean of the text's hidden states after the final norm, scaled. Raises UsageError for a graph without
+        that output, such as one traced from another implementation.
         """
         tokens = check_tokens(self.encode(prompt), self._manifest.model)
         model, live, receipt = self._prepare(self._choose(variant, mix))
@@ -271,7 +283,7 @@ class Runtime:
         return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """Logits at every position, float32 (T, V), computed from an empty KV cache."""
+        """Returns the logits at every position, float32 (T, V), from an empty KV cache."""
         found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)
         done = 0
         for chunk in self.iterate_logits(token_ids, variant=variant, mix=mix):
@@ -287,7 +299,10 @@ class Runtime:
         mix: Mapping[str, float] | None = None,
         positions: int = PREFILL_CHUNK,
     ) -> Iterator[Floats]:
-        """Logits at every position, a few positions at a time to save memory; each array is overwritten by the next."""
+        """Yields the logits at every position, a few positions at a time to save memory.
+
+        Each array is overwritten by the next.
+        """
         if positions < 1:
             raise UsageError(f"positions = {positions}: use 1 or more")
         step = min(positions, PREFILL_CHUNK)
@@ -299,18 +314,19 @@ class Runtime:
             yield model.read(cache, chunk, live=live, keep=len(chunk))
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt."""
+        """Returns the tokens of a prompt."""
         return encode_prompt(self._tokenizer, prompt)
 
     def save_prompts(self, path: str | Path) -> int:
-        """Writes the cached prompts with their keys and values to a file; returns their number."""
+        """Writes the cached prompts with their keys and values to a file. Returns their number."""
         return write_prompts(path, self._bundle, self._prompts.copy())
 
     def load_prompts(self, path: str | Path) -> int:
-        """Adds cached prompts from a file, so that requests that start with them need not read them again.
+        """Adds cached prompts from a file.
 
-        Returns their number, without those of variants that this bundle lacks or has with other weights. Raises InputError for a
-        file that save_prompts() did not write or that does not fit the model.
+        Requests that start with one of them need not read it again. Returns their number, without those of variants that this
+        bundle lacks or has with other weights. Raises InputError for a file that save_prompts() did not write or that does not
+        fit the model.
         """
         found = read_prompts(path, self._bundle, self._target)
         for saved in found:
@@ -320,7 +336,7 @@ class Runtime:
         return len(found)
 
     def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
-        """The pieces of one request, which owns its KV cache until it ends."""
+        """Yields the pieces of one request, which owns its KV cache until it ends."""
         model, live, receipt = self._prepare(choice)
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
@@ -333,7 +349,7 @@ class Runtime:
         return choose(self._manifest, self._target, variant=variant, mix=mix, current=self._current)
 
     def _prepare(self, choice: Choice) -> tuple[Model, LoraInputs | None, Receipt]:
-        """The model and LoRA inputs of a choice, loaded if necessary."""
+        """Returns the model and LoRA inputs of a choice, loaded if necessary."""
         started = time.perf_counter()
         model, cold = self._loaded.get(choice.graph)
         opened = model.opened if cold else 0

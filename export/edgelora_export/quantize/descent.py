@@ -1,8 +1,9 @@
-"""Coordinate descent after GPTQ: sets each code, and each block's scale, to the value with the least output error.
+"""Coordinate descent over the codes and scales that GPTQ leaves.
 
-GPTQ rounds each column once, before it knows how later columns will be rounded. Going over the columns again, with all others
-fixed, is QuantEase (Behdin et al., arXiv 2309.01885, section 3). The scale of a block is fitted in the same way: with the codes
-fixed, its best value has a closed form. No step raises the error of the outputs.
+Each code, and each block's scale, gets the value with the least output error. GPTQ rounds each column once, before it knows how
+later columns will be rounded. Going over the columns again, with all others fixed, is QuantEase (Behdin et al., arXiv 2309.01885,
+section 3). The scale of a block is fitted in the same way: with the codes fixed, its best value has a closed form. No step raises
+the error of the outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _BATCH = 128  # columns between two products with the errors of all columns
 
 
 def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, damping: float, sweeps: int = SWEEPS) -> BlockQuantized:
-    """Refines the codes and scales of a quantized weight, so that its output error falls; zero points stay.
+    """Refines the codes and scales of a quantized weight to reduce its output error.
+
+    Zero points do not change.
 
     weight: float32 (N, K), which `matrix` approximates. moments: float32 (K, K), Σ xᵀx over inputs (T, K). damping: added to
     their diagonal, more than 0.
@@ -45,7 +48,7 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
         stop = min(start + batch, columns)
         near = moments[start:stop, start:stop].copy()
         near[np.diag_indices(stop - start)] += damping
-        # (moments + damping) @ errors: minus half the gradient of the output error, kept up to date for this batch alone.
+        # (moments + damping) @ errors: minus half the gradient of the output error, kept up to date for this batch only.
         slope: Floats = moments[start:stop] @ errors
         slope += damping * errors[start:stop]
         for first in range(start, stop, size):
@@ -69,9 +72,10 @@ def refine_codes(weight: Floats, matrix: BlockQuantized, moments: Floats, dampin
 
 
 def _fit_scale(level: Floats, scale: Floats, errors: Floats, slope: Floats, near: Floats, inside: slice) -> None:
-    """Sets a block's scales (N,) to their best values for its levels (block, N), in place; updates errors and slope.
+    """Sets a block's scales (N,) to their best values for its levels (block, N).
 
-    near: the damped moments of the batch's columns with the block's columns, float32 (batch, block).
+    Works in place, and updates errors and slope to match. near: the damped moments of the batch's columns with the block's
+    columns, float32 (batch, block).
     """
     bend = (level * (near[inside] @ level)).sum(axis=0)
     gain = np.divide((level * slope[inside]).sum(axis=0), bend, out=np.zeros_like(bend), where=bend > 0)

@@ -1,8 +1,8 @@
-"""GPTQ on the one grid of edgelora: codes that make up for each other's rounding errors on real inputs.
+"""GPTQ on edgelora's one grid: codes that offset each other's rounding errors on real inputs.
 
 Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1: columns are rounded in order, and the rounding error of each is spread over
-the columns that follow, by the inverse of the inputs' second moments. Codes and scales are written as they were computed.
-Columns keep their order, so the graph needs no g_idx, which would take MatMulNBits off its fast path.
+the columns that follow, by the inverse of the inputs' second moments. Codes and scales are written as they were computed. Columns
+keep their order, so the graph needs no g_idx, which would take MatMulNBits off its fast path.
 """
 
 from __future__ import annotations
@@ -36,13 +36,18 @@ def quantize_gptq(
     damping: float = DAMPING,
     sweeps: int = SWEEPS,
 ) -> BlockQuantized:
-    """Quantizes a weight so that its outputs change least on inputs like the calibration's; see Compensator."""
+    """Quantizes a weight so that its outputs change least on inputs like the calibration's.
+
+    See Compensator.
+    """
     compensator = Compensator(moments, damping)
     return compensator.quantize(weight, bits=bits, block_size=block_size, symmetric=symmetric, sweeps=sweeps)
 
 
 class Compensator:
-    """Quantizes weights of one input width; it factors the inputs' second moments once, and parts of a weight can share it.
+    """A quantizer for weights of one input width.
+
+    It factors the inputs' second moments once, and parts of a weight can share it.
 
     moments: float32 (K, K), Σ xᵀx over the calibration inputs (T, K), up to a positive factor. damping: added to the moments'
     diagonal, in units of its mean. Raises InputError for NaN or infinity.
@@ -59,10 +64,11 @@ class Compensator:
     def quantize(
         self, weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True, sweeps: int = SWEEPS
     ) -> BlockQuantized:
-        """Quantizes a weight float32 (N, K). Columns whose inputs are always 0 are rounded to nearest.
+        """Quantizes a weight float32 (N, K).
 
-        sweeps: how often the descent goes over all columns afterwards (descent.py); 0 is the paper's GPTQ.
-        Raises InputError for an impossible grid, for NaN or infinity, and for a weight whose width is not the moments'.
+        Columns whose inputs are always 0 are rounded to nearest. sweeps: how often the descent then goes over all columns
+        (descent.py). 0 is the paper's GPTQ. Raises InputError for an impossible grid, for NaN or infinity, and for a weight whose
+        width is not the moments'.
         """
         check_grid(bits, block_size)
         columns = weight.shape[1]
@@ -82,7 +88,7 @@ class Compensator:
 def _quantize_rows(
     weight: Floats, factor: Floats, importance: Floats, bits: int, block_size: int, symmetric: bool
 ) -> BlockQuantized:
-    """Quantizes some rows of a weight; each row's result is independent of the others."""
+    """Quantizes some rows of a weight. Rows do not affect each other."""
     rows, columns = weight.shape
     blocks = -(-columns // block_size)
     width = blocks * block_size
@@ -124,7 +130,7 @@ def _quantize_rows(
 
 
 def output_error(difference: Floats, inputs: Floats) -> float:
-    """‖X·Eᵀ‖², the squared output error of a weight's error E (N, K) on inputs X (T, K).
+    """Returns ‖X·Eᵀ‖², the squared output error of a weight's error E (N, K) on inputs X (T, K).
 
     Opposite errors cancel where their inputs are equal, which is what GPTQ uses:
 
@@ -140,9 +146,10 @@ def output_error(difference: Floats, inputs: Floats) -> float:
 
 
 def _inverse_factor(moments: Floats, damping: float) -> Floats:
-    """The upper triangular U with UᵀU = (moments + damping)⁻¹, float32 (K, K), without forming the inverse.
+    """Returns the upper triangular U with UᵀU = (moments + damping)⁻¹, float32 (K, K).
 
-    Reversing rows and columns turns the Cholesky factor L of the moments into an upper R with R·Rᵀ = moments: U = R⁻¹.
+    The inverse itself is never formed. Reversing rows and columns turns the Cholesky factor L of the moments into an upper R with
+    R·Rᵀ = moments: U = R⁻¹.
     """
     import torch
 

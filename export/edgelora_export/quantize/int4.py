@@ -1,7 +1,8 @@
-"""The one quantization grid of edgelora: blocks along K, integer codes, one fp32 scale per block.
+"""The one quantization grid of edgelora: integer codes with an fp32 scale per block along K.
 
-The layout is MatMulNBits' (https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits):
-byte j // 2 of a block holds code j, the even one in the low nibble; without zero points code 2^(bits-1) means 0.
+The layout is MatMulNBits'
+(https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits).
+Byte j // 2 of a block holds code j, the even one in the low nibble. Without zero points, code 2^(bits-1) means 0.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ CHUNK_ELEMENTS = 1 << 20  # weights that a thread rounds at once: its temporarie
 
 @dataclass(frozen=True)
 class Grid:
-    """The values that a quantized weight can take: codes of 4 or 8 bits, a scale per block, with or without zero points."""
+    """The values that a quantized weight can take.
+
+    They are codes of 4 or 8 bits with a scale per block, with or without zero points.
+    """
 
     bits: int
     block_size: int
     symmetric: bool = True
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of codes in one row of a weight, including the padding of its last block.
+        """Returns the bytes of codes in one row of a weight, with the padding of its last block.
 
         >>> Grid(bits=4, block_size=32).row_bytes(70)
         48
@@ -72,19 +76,22 @@ class BlockQuantized:
         return Grid(self.bits, self.block_size, self.zero_points is None)
 
     def rows(self, chosen: NDArray[np.int64]) -> BlockQuantized:
-        """The chosen rows of the weight, in that order."""
+        """Returns the chosen rows of the weight, in that order."""
         zeros = None if self.zero_points is None else self.zero_points[chosen]
         return BlockQuantized(self.codes[chosen], self.scales[chosen], zeros, self.bits, self.block_size, self.columns)
 
     def share_changed(self, other: BlockQuantized) -> float:
-        """The share of codes that differ from another weight's on the same grid; padding does not count."""
+        """Returns the share of codes that differ from another weight's on the same grid.
+
+        Padding does not count.
+        """
         codes = [
             unpack_codes(matrix.codes, self.bits).reshape(len(self.codes), -1)[:, : self.columns] for matrix in (self, other)
         ]
         return float(np.mean(codes[0] != codes[1]))
 
     def dequantize(self) -> Floats:
-        """The float32 (N, K) matrix that these codes stand for."""
+        """Returns the float32 (N, K) matrix that these codes represent."""
         rows, blocks = self.scales.shape
         codes = unpack_codes(self.codes, self.bits).astype(np.float32)
         if self.zero_points is None:
@@ -96,7 +103,10 @@ class BlockQuantized:
 
 
 def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
-    """Joins parts of a weight, each with some of its rows, into one; all are on the same grid."""
+    """Joins parts of a weight, each with some of its rows.
+
+    All parts are on the same grid.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -110,7 +120,9 @@ def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
 
 
 def pack_codes(codes: Codes, bits: int) -> Codes:
-    """Packs uint8 codes (..., J) into (..., ceil(J * bits / 8)); an odd number of 4-bit codes is padded with a 0.
+    """Packs uint8 codes (..., J) into (..., ceil(J * bits / 8)).
+
+    An odd number of 4-bit codes is padded with a 0.
 
     >>> pack_codes(np.array([1, 2, 15], np.uint8), bits=4).tolist() == [0x21, 0x0F]
     True
@@ -123,7 +135,7 @@ def pack_codes(codes: Codes, bits: int) -> Codes:
 
 
 def unpack_codes(packed: Codes, bits: int) -> Codes:
-    """Unpacks bytes (..., J) into codes (..., J * 8 / bits), the inverse of pack_codes.
+    """Unpacks bytes (..., J) into codes (..., J * 8 / bits). Inverts pack_codes.
 
     >>> unpack_codes(np.array([0x21, 0x0F], np.uint8), bits=4).tolist()
     [1, 2, 15, 0]
@@ -147,10 +159,11 @@ def check_grid(bits: int, block_size: int) -> None:
 def quantize_rtn(
     weight: Floats, *, bits: int = 4, block_size: int = 32, symmetric: bool = True, chunk_elements: int = CHUNK_ELEMENTS
 ) -> BlockQuantized:
-    """Rounds a weight to the nearest code, block by block, each block with the step of least squared error.
+    """Rounds a weight to the nearest codes, block by block.
 
-    weight: float32 (N, K), finite. K need not be a multiple of block_size: the last block is padded with zeros.
-    chunk_elements: weights that a thread rounds at once. Raises InputError for an impossible grid and for NaN or infinity.
+    Each block has the step of least squared error. weight: float32 (N, K), finite. K need not be a multiple of block_size: the
+    last block is padded with zeros. chunk_elements: weights that a thread rounds at once. Raises InputError for an impossible
+    grid and for NaN or infinity.
 
     >>> matrix = quantize_rtn(np.array([[1.0, -0.5, 0.25, 0.125]], np.float32), block_size=16)
     >>> unpack_codes(matrix.codes, bits=4)[0, 0, :4].tolist()
@@ -188,9 +201,10 @@ def quantize_rtn(
 
 
 def search_grid(block: Floats, importance: Floats, *, bits: int, symmetric: bool) -> tuple[Floats, Codes]:
-    """Finds the scales float32 (N,) and zero points uint8 (N,) that round one block of columns with the least weighted error.
+    """Finds the scales and zero points that round one block of columns with the least weighted error.
 
-    block: float32 (N, block_size). importance: float32 (block_size,), the weight of each column's squared error.
+    block: float32 (N, block_size). importance: float32 (block_size,), the weight of each column's squared error. Returns scales
+    float32 (N,) and zero points uint8 (N,).
     """
     top = (1 << bits) - 1
     if symmetric:
@@ -217,7 +231,7 @@ def search_grid(block: Floats, importance: Floats, *, bits: int, symmetric: bool
 
 
 def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
-    """Codes uint8, scales and (constant) zero points for blocks (R, C, block_size)."""
+    """Returns uint8 codes, scales and constant zero points for blocks (R, C, block_size)."""
     half = 1 << (bits - 1)
     extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(axis=2)[:, :, None], axis=2)
     best_codes = np.zeros(blocks.shape, np.float32)
@@ -238,7 +252,10 @@ def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
 
 
 def _round_asymmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
-    """Codes uint8, scales and zero points for blocks (R, C, block_size); 0 is always in the range."""
+    """Returns uint8 codes, scales and zero points for blocks (R, C, block_size).
+
+    0 is always in the range.
+    """
     top = (1 << bits) - 1
     low = np.minimum(blocks.min(axis=2, keepdims=True), 0)
     high = np.maximum(blocks.max(axis=2, keepdims=True), 0)
@@ -250,6 +267,6 @@ def _round_asymmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
 
 
 def _invert(values: Floats) -> Floats:
-    """1 / values, and 0 for zeros and for numbers so small that the inverse would overflow."""
+    """Returns 1 / values, or 0 where a value is 0 or so small that the inverse would overflow."""
     inverse: Floats = np.divide(1.0, values, out=np.zeros_like(values), where=np.abs(values) >= np.finfo(np.float32).tiny)
     return inverse

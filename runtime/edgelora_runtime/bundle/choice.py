@@ -1,4 +1,7 @@
-"""Resolves a variant's name or a mix of live adapters to the graph and the weights that a request runs with."""
+"""The graph and weights behind a variant's name or a mix of live adapters.
+
+A request runs with them.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,10 @@ LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by
 
 @dataclass(frozen=True)
 class Choice:
-    """A graph and, if it is live, the weight of each adapter: together they determine the result.
+    """A graph and, if it is live, the weight of each adapter.
 
-    label: its name in receipts, ignored in comparisons, so that a variant and a mix that compute the same are equal.
+    Together they determine the result. label: its name in receipts. Comparisons ignore it, so a variant and a mix that compute
+    the same are equal.
     """
 
     label: str = field(compare=False)
@@ -30,7 +34,10 @@ class Choice:
 
 
 def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
-    """The choice for a variant's name; UsageError if the bundle has no such variant."""
+    """Returns the choice for a variant's name.
+
+    Raises UsageError if the bundle has no such variant.
+    """
     if variant == AUTO:
         raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     entry = manifest.variants.get(variant)
@@ -41,7 +48,10 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
 
 
 def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Choice:
-    """The choice for weights of live adapters; UsageError for an adapter that the bundle lacks or a weight that is not finite."""
+    """Returns the choice for weights of live adapters.
+
+    Raises UsageError for an adapter that the bundle lacks or a weight that is not finite.
+    """
     graph = manifest.live_graph(target)
     adapters = [name for name, entry in manifest.adapters.items() if entry.file is not None]
     if graph is None:
@@ -55,7 +65,10 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
 
 
 def choose(manifest: Manifest, target: str, *, variant: str | None, mix: Mapping[str, float] | None, current: Choice) -> Choice:
-    """The choice of a call that may name a variant or a mix, but not both; the current one if it names neither."""
+    """Returns the choice of a call that may name a variant or a mix, but not both.
+
+    Returns the current choice if the call names neither.
+    """
     if variant is not None and mix is not None:
         raise UsageError(f"both variant {variant!r} and a mix are given; use one of them")
     if mix is not None:

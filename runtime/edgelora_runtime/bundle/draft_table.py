@@ -27,7 +27,10 @@ Value = TypeVar("Value")
 
 
 def find_longest(entries: Mapping[tuple[int, ...], Value], tail: tuple[int, ...]) -> tuple[tuple[int, ...], Value | None]:
-    """The longest suffix of some tokens that is a key, and its value; () and None if there is none."""
+    """Returns the longest suffix of some tokens that is a key, with its value.
+
+    Returns () and None if there is none.
+    """
     found = entries.get(tail)
     while found is None and tail:
         tail = tail[1:]
@@ -36,7 +39,10 @@ def find_longest(entries: Mapping[tuple[int, ...], Value], tail: tuple[int, ...]
 
 
 class DraftTable:
-    """Likely next tokens by context. entries: for 1 to MAX_CONTEXT tokens, the likeliest next one and its share, 0 to 1."""
+    """Likely next tokens by context.
+
+    entries: for 1 to MAX_CONTEXT tokens, the likeliest next one and its share, 0 to 1.
+    """
 
     def __init__(self, entries: Mapping[tuple[int, ...], tuple[int, float]]) -> None:
         self._entries = entries
@@ -45,7 +51,10 @@ class DraftTable:
         return len(self._entries)
 
     def find(self, text: Sequence[int]) -> tuple[int, float] | None:
-        """The next token and its share for the longest context that the text ends with; None if there is none."""
+        """Returns the next token and its share for the longest context that ends the text.
+
+        Returns None if no context matches.
+        """
         return find_longest(self._entries, tuple(text[-MAX_CONTEXT:]))[1]
 
     def dump(self) -> bytes:
@@ -61,7 +70,7 @@ class DraftTable:
 
     @classmethod
     def read(cls, raw: bytes, name: str, vocab_size: int) -> DraftTable:
-        """Parses a table's file; IntegrityError says what is wrong with it."""
+        """Parses a table's file. IntegrityError says what is wrong with it."""
         try:
             tensors = load(raw)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three for types that numpy lacks

@@ -1,4 +1,7 @@
-"""Reads a bundle from disk and checks it: names, kinds and sizes of files when it opens, every byte on verify()."""
+"""A bundle on disk, with checks of its files.
+
+Names, kinds and sizes are checked when it opens, every byte on verify().
+"""
 
 from __future__ import annotations
 
@@ -21,16 +24,17 @@ TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries takes about 30 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its manifest."""
+    """An opened bundle, with its folder and its manifest."""
 
     folder: Path
     manifest: Manifest
 
     @classmethod
     def open(cls, folder: Path | str) -> Bundle:
-        """Reads the manifest and checks that the folder holds exactly the files that it lists, with their sizes.
+        """Reads the manifest and checks the folder against it.
 
-        Raises InputError if there is no bundle, IntegrityError if it differs from its manifest.
+        The folder must hold exactly the files that the manifest lists, with their sizes. Raises InputError if there is no bundle,
+        IntegrityError if it differs from its manifest.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -44,7 +48,7 @@ class Bundle:
         return cls(folder, manifest)
 
     def verify(self, on_file: Callable[[str], None] | None = None) -> list[str]:
-        """Hashes every file; returns the names of those that differ from the manifest."""
+        """Hashes every file. Returns the names of those that differ from the manifest."""
         broken = []
         for name, entry in self.manifest.files.items():
             if hash_file(self.folder / name) != entry.sha256:
@@ -54,13 +58,16 @@ class Bundle:
         return broken
 
     def path(self, name: str) -> Path:
-        """The path of a listed file."""
+        """Returns the path of a listed file."""
         if name not in self.manifest.files:
             raise IntegrityError(f"bundle {self.folder} lists no file {name}")
         return self.folder / name
 
     def read(self, name: str, *, limit: int = TEXT_LIMIT) -> bytes:
-        """Reads a listed file and checks its hash; for small files that the runtime parses."""
+        """Reads a listed file and checks its hash.
+
+        For small files that the runtime parses.
+        """
         raw = _read_regular(self.path(name), limit)
         if hashlib.sha256(raw).hexdigest() != self.manifest.files[name].sha256:
             raise IntegrityError(f"bundle {self.folder}: {name} is not the file that {MANIFEST} lists; copy the bundle again")
@@ -71,7 +78,7 @@ class Bundle:
 
 
 def _compare(folder: Path, manifest: Manifest) -> list[str]:
-    """One message per file that is missing, unlisted, of another size, or not a plain file."""
+    """Returns one message per file that is missing, unlisted, of another size, or not a plain file."""
     wrong: list[str] = []
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
@@ -109,7 +116,7 @@ def _read_regular(path: Path, limit: int) -> bytes:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a plain file, in hex."""
+    """Returns the SHA-256 of a plain file, in hex."""
     digest = hashlib.sha256()
     with os.fdopen(_open_regular(path), "rb") as file:
         while chunk := file.read(_CHUNK):

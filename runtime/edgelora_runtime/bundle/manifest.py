@@ -1,4 +1,4 @@
-"""The manifest of a bundle, read and written strictly: its dataclasses are the schema of docs/reference/bundle-format.md."""
+"""The manifest of a bundle. Its dataclasses are the schema of docs/reference/bundle-format.md, read and written strictly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ RESERVED_VARIANTS = frozenset({"auto", "live"})
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of the bundle. size in bytes; sha256 in lower-case hex."""
+    """One file of the bundle. size: in bytes. sha256: lower-case hex."""
 
     size: int
     sha256: str
@@ -34,7 +34,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class BaseEntry:
-    """The base that every variant is made from: a name for people, and the hash of its weights."""
+    """The base of every variant: a name for people, and the hash of its weights."""
 
     name: str
     sha256: str
@@ -42,9 +42,10 @@ class BaseEntry:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """Sizes of the graphs' inputs and outputs. head_size as the graphs have it; context_length in tokens.
+    """Sizes of the graphs' inputs and outputs.
 
-    cache: in_place where past and present may be one buffer; growing where the present is the past and the new positions.
+    head_size: as the graphs have it. context_length: in tokens. cache: in_place where past and present may be one buffer, growing
+    where the present is the past and the new positions.
     """
 
     architecture: str
@@ -60,7 +61,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class QuantizationEntry:
-    """The grid of a bundle's weights; 32 bits are float32."""
+    """The grid of a bundle's weights. 32 bits are float32."""
 
     bits: int
     block_size: int
@@ -72,7 +73,7 @@ class QuantizationEntry:
 class AdapterEntry:
     """An adapter that the bundle was made from.
 
-    rank: the largest of its modules. file: its A and B, where a live variant needs them. draft_table: a file, see draft_table.py.
+    rank: the largest of its modules. file: its A and B, if a live variant needs them. draft_table: a file, see draft_table.py.
     """
 
     sha256: str
@@ -107,7 +108,7 @@ class StageEntry:
 class GraphEntry(StageEntry):
     """A graph and the blobs that it maps.
 
-    stages: graphs that do the same one after the other, with the same blobs, and that other graphs share; or none.
+    stages: graphs that together compute the same, one after another, from the same blobs. Other graphs share them. May be empty.
     """
 
     stages: tuple[StageEntry, ...] = ()
@@ -120,7 +121,7 @@ class GraphEntry(StageEntry):
 
 @dataclass(frozen=True)
 class CalibrationEntry:
-    """What a variant's weights were quantized on. sources: SHA-256 by file name; tokens of them in all."""
+    """The data that a variant's weights were quantized on. sources: SHA-256 by file name. tokens: in all sources."""
 
     sources: dict[str, str]
     tokens: int
@@ -128,11 +129,11 @@ class CalibrationEntry:
 
 @dataclass(frozen=True)
 class ProductFidelity:
-    """One product of a merged variant, compared with the float weight W + Δ that it stands for.
+    """One product of a merged variant, compared with its float weight W + Δ.
 
-    delta_projection: ⟨Q(W + Δ) - Q(W), Δ⟩ / ‖Δ‖², which is 1 where quantization keeps all of Δ. codes_changed: the share of
-    codes that differ from the bare base's. noise: the error of the product's outputs on held-out inputs, divided by the size
-    of what Δ adds to them.
+    delta_projection: ⟨Q(W + Δ) - Q(W), Δ⟩ / ‖Δ‖², which is 1 where quantization keeps all of Δ. codes_changed: the share of codes
+    that differ from the bare base's. noise: the error of the product's outputs on held-out inputs, divided by the size of what Δ
+    adds to them.
     """
 
     bits: int
@@ -143,13 +144,14 @@ class ProductFidelity:
 
 @dataclass(frozen=True)
 class FidelityEntry:
-    """A variant as onnxruntime runs it, compared on held-out tokens with its teacher: the unmerged adapter on the float base.
+    """A variant as onnxruntime runs it, compared with its teacher on held-out tokens.
 
-    outcome: passed; repaired (merged anew, or products raised to 8 bits); live (made live, or planned so); measured, for a bare
-    base. kernels: whose kernels ran it, "onnxruntime" or "edgelora" with the instruction set. kl_mean, kl_p99: KL(teacher ‖
-    variant) in nats per token. adapter_kl: KL(teacher ‖ bare float base). retention: 1 - kl_mean / adapter_kl, None without an
-    adapter. top1: the share of tokens on which both have the same most likely token. trained_kl: as kl_mean, with the unmerged
-    adapter on the base that it was trained on; None where that is the float one or not known.
+    The teacher is the unmerged adapter on the float base. outcome: passed, repaired (merged anew, or products raised to 8 bits),
+    live (made live, or planned so), or measured, for a bare base. kernels: those that ran it, "onnxruntime" or "edgelora" with
+    the instruction set. kl_mean, kl_p99: KL(teacher ‖ variant) in nats per token. adapter_kl: KL(teacher ‖ bare float base).
+    retention: 1 - kl_mean / adapter_kl, None without an adapter. top1: the share of tokens on which both have the same most
+    likely token. trained_kl: as kl_mean, with the unmerged adapter on the base that it was trained on, or None where that is the
+    float one or not known.
     """
 
     outcome: Literal["measured", "passed", "repaired", "live"]
@@ -171,11 +173,11 @@ class VariantEntry:
     """A compiled mix.
 
     live: weight per adapter, for a live variant. graphs: by target, cpu or gpu. weights: for adapters whose weight depends on the
-    module, weight by fnmatch pattern of module names; the last pattern that matches counts, and mix holds the weight of "*", or
+    module, weight by fnmatch pattern of module names. The last pattern that matches counts, and mix holds the weight of "*", or
     0. density, seed: None where the method reads none. calibration: None where weights were rounded to nearest. int8: products
-    that have 8 bits in a bundle of 4. merge_base: the base that the mix was added to before quantization: the float base, or
-    the base as its adapters' training held it. trained_on: how that training held the base, None where it is the float one or
-    not known. merge_losses: held-out loss in nats per token by merge base, before quantization; empty without a choice.
+    that have 8 bits in a bundle of 4. merge_base: the base that the mix was added to before quantization: the float base, or the
+    base as its adapters' training held it. trained_on: how that training held the base, None where it is the float one or not
+    known. merge_losses: held-out loss in nats per token by merge base, before quantization. Empty without a choice.
     """
 
     kind: Literal["merged", "live"]
@@ -196,9 +198,10 @@ class VariantEntry:
 
 @dataclass(frozen=True)
 class RouterClass:
-    """One row of the router's weights: the prompts of a variant, or, with variant None, text like none of them.
+    """One row of the router's weights: the prompts of a variant.
 
-    prompts: that it was trained on. held_out: others; accuracy: the share of these that go to their own class, None of none.
+    variant: None for text that no variant's prompts resemble. prompts: the number that it was trained on. held_out: the number of
+    others. accuracy: the share of these that go to their own class, None if there are none.
     """
 
     variant: str | None
@@ -209,9 +212,10 @@ class RouterClass:
 
 @dataclass(frozen=True)
 class RouterEntry:
-    """The model that picks a variant for a prompt. file: its weights. accuracy: the mean over classes, None where none has one.
+    """The model that picks a variant for a prompt.
 
-    fallback: the variant for text like none of the classes' prompts, and for a confidence below threshold.
+    file: its weights. accuracy: the mean over classes, None where none has one. fallback: the variant for text that resembles no
+    class's prompts, and for a confidence below threshold.
     """
 
     file: str
@@ -224,7 +228,7 @@ class RouterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that a bundle says of itself; files lists every file but the manifest."""
+    """The content of a bundle's manifest. files: every file but the manifest."""
 
     created_by: str
     default_variant: str
@@ -238,22 +242,22 @@ class Manifest:
     router: RouterEntry | None = None
 
     def blob_bytes(self, graph: StageEntry) -> dict[str, int]:
-        """The blobs that a graph maps, with their bytes."""
+        """Returns the bytes of each blob that a graph maps."""
         return {name: self.files[name].size for name in graph.blobs}
 
     def live_graph(self, target: str) -> GraphEntry | None:
-        """The graph that all live variants run on; None without any."""
+        """Returns the graph that all live variants run on, or None without any."""
         graphs = (entry.graphs[target] for entry in self.variants.values() if entry.kind == "live")
         return next(graphs, None)
 
     def dump(self) -> bytes:
-        """The JSON text of the manifest, keys in the order of the schema."""
+        """Returns the JSON text of the manifest, with keys in the schema's order."""
         value = {"format": FORMAT, "version": ".".join(map(str, VERSION)), **asdict(self)}
         return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def parse_manifest(raw: bytes) -> Manifest:
-    """Reads and checks a manifest; IntegrityError names the key that is wrong."""
+    """Reads and checks a manifest. IntegrityError names the key that is wrong."""
     if len(raw) > MANIFEST_LIMIT:
         raise IntegrityError(f"{MANIFEST} has {len(raw)} bytes, over the limit of {MANIFEST_LIMIT}")
     try:
@@ -270,7 +274,7 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 
 def check_variant_name(name: str) -> str | None:
-    """Why a name cannot be a variant's or an adapter's, or None."""
+    """Returns the reason a variant or an adapter cannot have this name, or None."""
     if not _VARIANT_NAME.fullmatch(name):
         return "use letters, digits, '.', '_' and '-', at most 64, a letter or digit first"
     if name.lower() in RESERVED_VARIANTS or name.split(".")[0].lower() in _DEVICE_NAMES:
@@ -300,7 +304,7 @@ def _check_version(text: object) -> int:
 
 
 def _decode(kind: Any, value: Any, path: str, *, skip_unknown: bool) -> Any:
-    """The value as the annotated type; IntegrityError where it is of another one."""
+    """Returns the value as the annotated type, or raises IntegrityError if it has another."""
 
     def fail(expected: str) -> typing.NoReturn:
         raise IntegrityError(f"{MANIFEST}: {path or 'top level'} should be {expected}, not {json.dumps(value)[:80]}")
@@ -374,7 +378,7 @@ def _check_names(manifest: Manifest) -> None:
 
 
 def _check_references(manifest: Manifest) -> None:
-    """Every name that one part of the manifest uses must stand in another."""
+    """Checks that every name that a part of the manifest uses is defined in another."""
     wrong: list[str] = []
     if manifest.default_variant not in manifest.variants:
         wrong.append(f"default_variant {manifest.default_variant!r} is not a variant")

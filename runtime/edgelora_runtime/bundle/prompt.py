@@ -1,4 +1,4 @@
-"""Prompts as callers give them (text, messages or token ids), and their tokens."""
+"""Prompts as text, messages or token ids, and their tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """A prompt's tokens; InputError for a list of anything but messages or token ids."""
+    """Returns a prompt's tokens.
+
+    Raises InputError for a list of anything but messages or token ids.
+    """
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
     messages = [item for item in prompt if isinstance(item, Mapping)]
@@ -31,7 +34,10 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
 
 
 def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: bool = False) -> list[int]:
-    """The tokens; InputError if there are none, more than the context holds, or one outside the vocabulary."""
+    """Checks the tokens of a prompt and returns them as a list.
+
+    Raises InputError if there are none, more than the context holds, or one outside the vocabulary.
+    """
     tokens = list(token_ids)
     if not tokens:
         raise InputError("the prompt is empty: it has no tokens; give at least one character")
@@ -43,7 +49,10 @@ def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: b
 
 
 def find_routed_text(tokenizer: Tokenizer, prompt: Prompt, model: ModelEntry) -> str:
-    """The text that a router sees: a prompt's own text, the last request among its messages, or the text of its tokens."""
+    """Returns the text that a router sees.
+
+    It is a prompt's own text, the last request among its messages, or the text of its tokens.
+    """
     if isinstance(prompt, str):
         return prompt
     messages = [item for item in prompt if isinstance(item, Mapping)]

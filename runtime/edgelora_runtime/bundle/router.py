@@ -1,4 +1,7 @@
-"""Picks a variant for a prompt: a linear model over hashed n-grams of its bytes, in plain numpy."""
+"""The router: a linear model over hashed n-grams that picks a variant for a prompt.
+
+It hashes n-grams of the prompt's bytes, in plain numpy.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +41,8 @@ class Route:
     """The variant that a prompt goes to.
 
     confidence: probability of the likeliest class, which is the variant's own unless this is a fallback. fallback: whether the
-    prompt resembles none of the router's variants, or the confidence is below the bundle's threshold. milliseconds: time to
-    route it, which for a bundle's first prompt includes loading the router.
+    prompt resembles none of the router's variants, or the confidence is below the bundle's threshold. milliseconds: time to route
+    it. For a bundle's first prompt, this includes loading the router.
     """
 
     variant: str
@@ -61,7 +64,7 @@ class Router:
 
     @classmethod
     def read(cls, raw: bytes, entry: RouterEntry) -> Router:
-        """Parses a router file; IntegrityError says what is wrong with it."""
+        """Parses a router file. IntegrityError says what is wrong with it."""
         try:
             tensors = load(raw)
         except (SafetensorError, KeyError, TypeError, ValueError) as error:  # the last three for types that numpy lacks
@@ -85,7 +88,10 @@ class Router:
         return cls(entry, weights, bias)
 
     def probabilities(self, text: str) -> NDArray[np.float64]:
-        """The probability of each class for a text, float64 (classes,), in the order of the entry's classes."""
+        """Returns the probability of each class for a text, float64 (classes,).
+
+        Classes are in the order of the entry's.
+        """
         buckets, values = count_ngrams(text, len(self._by_bucket))
         # einsum calls no BLAS, whose threads would compete with those of onnxruntime and cost more than they save.
         scores = self._bias + np.einsum("m,mc->c", values, self._by_bucket[buckets])
@@ -94,7 +100,7 @@ class Router:
         return found
 
     def pick(self, text: str) -> tuple[str, float, bool]:
-        """The variant, confidence and fallback of a text's Route."""
+        """Returns the variant, confidence and fallback of a text's Route."""
         likelihoods = self.probabilities(text)
         best = int(likelihoods.argmax())
         variant, confidence = self._entry.classes[best].variant, float(likelihoods[best])
@@ -111,13 +117,13 @@ class LazyRouter:
         self._router: Router | None = None
 
     def route(self, text: str) -> Route:
-        """The route of a text; UsageError if the bundle has no router."""
+        """Returns the route of a text. Raises UsageError if the bundle has no router."""
         started = time.perf_counter()
         picked = self._load().pick(text)
         return Route(*picked, milliseconds=(time.perf_counter() - started) * 1e3)
 
     def clear(self) -> None:
-        """Frees the router; a later call loads it again."""
+        """Frees the router. A later call loads it again."""
         self._router = None
 
     def _load(self) -> Router:
@@ -159,7 +165,10 @@ def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
 
 
 def find_last_request(messages: Sequence[Message]) -> str:
-    """The text that a conversation is routed by: the user's last message, or the last message if no user speaks."""
+    """Returns the text that a conversation is routed by.
+
+    It is the user's last message, or the last message if no user speaks.
+    """
     asked = [message for message in messages if message.get("role") == "user"] or messages
     content = asked[-1].get("content")
     if not isinstance(content, str):

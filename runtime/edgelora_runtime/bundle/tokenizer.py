@@ -1,4 +1,4 @@
-"""Text to tokens and back: the tokenizer, its chat template in a sandbox, and decoding in pieces of whole characters."""
+"""The tokenizer, its chat template in a sandbox, and decoding in pieces of whole characters."""
 
 from __future__ import annotations
 
@@ -42,24 +42,27 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """One more than the highest token id; ids may have gaps."""
+        """One more than the highest token id. Ids may have gaps."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
     def to_json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
+        """Returns the tokenizer as the text of a tokenizer.json."""
         text: str = self._tokenizer.to_str()
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a plain prompt, with the special tokens that the tokenizer itself adds."""
+        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
         return list(self._tokenizer.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation, ending where the assistant's answer starts."""
+        """Returns the tokens of a conversation, up to where the assistant's answer starts."""
         return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
 
     def render_chat(self, messages: Sequence[Message]) -> str:
-        """The conversation as the template renders it; InputError if there is no template or it fails."""
+        """Renders a conversation with the chat template.
+
+        Raises InputError if there is no template or it fails.
+        """
         if self._template is None:
             raise InputError("this bundle has no chat template; pass the prompt as text")
         pieces: list[str] = []
@@ -87,17 +90,18 @@ class Tokenizer:
         return "".join(pieces)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of tokens, without special ones."""
+        """Returns the text of tokens, without special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
 
 
 class IncrementalDecoder:
-    """Decodes tokens one by one; for valid UTF-8, the pieces joined equal decode() of all tokens.
+    """A decoder that takes tokens one by one.
 
-    A token can end in the middle of a character, and some decoders look at the token before (a leading space). So each piece is
-    the difference between two decodings of a short window, and text that ends in U+FFFD waits for more tokens.
-    keep_space: the text may start with a space, which some decoders would drop.
+    For valid UTF-8, the pieces joined equal decode() of all tokens. A token can end in the middle of a character, and some
+    decoders look at the token before (a leading space). So each piece is the difference between two decodings of a short window,
+    and text that ends in U+FFFD waits for more tokens. keep_space: the text may start with a space, which some decoders would
+    drop.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False) -> None:
@@ -107,7 +111,7 @@ class IncrementalDecoder:
         self._read = len(self._ids)  # tokens whose text has been returned
 
     def push(self, token: int) -> str:
-        """The text that this token completes: often its own, sometimes none."""
+        """Returns the text that this token completes: often its own, sometimes none."""
         self._ids.append(token)
         before, after = self._decode_window()
         if after.endswith(_REPLACEMENT) or len(after) <= len(before):
@@ -116,7 +120,7 @@ class IncrementalDecoder:
         return after[len(before) :]
 
     def flush(self) -> str:
-        """The remaining text; an unfinished character becomes U+FFFD."""
+        """Returns the remaining text. An unfinished character becomes U+FFFD."""
         before, after = self._decode_window()
         self._window = self._read = len(self._ids)
         return after[len(before) :]
@@ -127,7 +131,7 @@ class IncrementalDecoder:
 
 
 def load_tokenizer(raw: bytes) -> RustTokenizer:
-    """Parses a tokenizer.json; IntegrityError if it is not one."""
+    """Parses a tokenizer.json. Raises IntegrityError if it is not one."""
     try:
         return RustTokenizer.from_str(raw.decode())
     except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is not an Exception
@@ -161,7 +165,10 @@ def _raise_exception(message: str) -> None:
 
 
 def _token_text(value: object) -> str:
-    """The text of a special token in tokenizer_config.json, which is text or an object with text."""
+    """Returns the text of a special token in tokenizer_config.json.
+
+    The token is text, or an object with text.
+    """
     if isinstance(value, dict):
         value = value.get("content")
     return value if isinstance(value, str) else ""

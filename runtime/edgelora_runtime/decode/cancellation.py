@@ -1,4 +1,4 @@
-"""How a request ends early: through a call from any thread, or at a deadline."""
+"""Cancellation of a request, by a call from any thread or at a deadline."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import time
 
 
 class GenerationCancelled(Exception):  # noqa: N818  (not an error: the text so far is the answer)
-    """Ends the decode loop between two steps. reason: the generation's finish_reason, "cancelled" or "timeout"."""
+    """A signal that ends the decode loop between two steps.
+
+    reason: the generation's finish_reason, "cancelled" or "timeout".
+    """
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -14,14 +17,14 @@ class GenerationCancelled(Exception):  # noqa: N818  (not an error: the text so 
 
 
 class Cancellation:
-    """Tells a request when to end. timeout: seconds from now; None for no limit."""
+    """A request's signal to end. timeout: seconds from now, or None for no limit."""
 
     def __init__(self, timeout: float | None = None) -> None:
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._cancelled = False
 
     def cancel(self) -> None:
-        """Ends the request before its next step; safe from any thread."""
+        """Ends the request before its next step. Safe from any thread."""
         self._cancelled = True
 
     def check(self) -> None:

@@ -1,4 +1,7 @@
-"""Proposes draft tokens: a text goes on as it did after the same tokens before, in itself or in an adapter's training data."""
+"""Draft tokens, taken from what followed the same tokens before.
+
+That is earlier in the text itself, or in an adapter's training data.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ _TRIAL = 16  # requests
 
 
 class DraftToken(NamedTuple):
-    """A token that may come next. kind: its class in AcceptanceStatistics. rate: the recent acceptance rate of that class."""
+    """A token that may come next.
+
+    kind: its class in AcceptanceStatistics. rate: the recent acceptance rate of that class.
+    """
 
     token: int
     kind: int
@@ -29,7 +35,7 @@ class DraftToken(NamedTuple):
 
 
 class AcceptanceStatistics:
-    """How drafting went recently for one variant or mix: acceptance rates by class, and the cost of a token.
+    """Recent acceptance rates by class, and the cost of a token, for one variant or mix.
 
     The classes are the number of tokens of the text that matched, then shares in a table, then those shares where the text
     agrees. Threads share an instance without a lock.
@@ -42,15 +48,18 @@ class AcceptanceStatistics:
         self._requests = 0
 
     def rate_text_match(self, token: int, matching: int) -> DraftToken:
-        """A draft token that followed the last `matching` tokens elsewhere in the text."""
+        """Rates a draft token that followed the last `matching` tokens elsewhere in the text."""
         return self._rate(token, matching - 1)
 
     def rate_table_entry(self, token: int, share: float, *, agrees: bool) -> DraftToken:
-        """A draft token from a table, with its share in the training data. agrees: whether the text proposes it, too."""
+        """Rates a draft token from a table, by its share in the training data.
+
+        agrees: whether the text proposes it, too.
+        """
         return self._rate(token, len(_TEXT_RATES) + agrees * _SHARES + min(int(share * _SHARES), _SHARES - 1))
 
     def record(self, draft: DraftToken, token: int) -> None:
-        """Records which token was drawn where a draft token was proposed."""
+        """Records the token that was drawn where a draft token was proposed."""
         self._rates[draft.kind] += ((draft.token == token) - self._rates[draft.kind]) * _NEWEST
 
     def record_cost(self, cost: float) -> None:
@@ -58,7 +67,10 @@ class AcceptanceStatistics:
         self._cost += (cost - self._cost) * _NEWEST_COST
 
     def recommend(self) -> bool:
-        """Whether the next request should speculate: yes if it paid recently. Now and then, the opposite, to measure it again."""
+        """True if the next request should speculate, since it paid recently.
+
+        Now and then it is the opposite, to measure again.
+        """
         self._requests += 1
         return (self._cost < 1) != (self._requests % _TRIAL == 0)
 
@@ -67,7 +79,10 @@ class AcceptanceStatistics:
 
 
 class Drafter:
-    """Proposes draft tokens for one text as it grows. end_tokens: never proposed, since nothing is read after them."""
+    """A source of draft tokens for one text as it grows.
+
+    end_tokens: never proposed, since nothing is read after them.
+    """
 
     def __init__(
         self,
@@ -93,10 +108,10 @@ class Drafter:
         self._text.append(token)
 
     def propose(self, limit: int, min_rate: float = 0.0) -> list[DraftToken]:
-        """The likeliest continuation, at most `limit` tokens; each is proposed as if all before it were accepted.
+        """Returns the likeliest continuation, at most `limit` tokens.
 
-        min_rate: the search ends where the probability that a token and all before it are accepted falls below this; the first
-        token is proposed in any case.
+        Each token is proposed as if all before it were accepted. min_rate: the search ends where the probability that a token and
+        all before it are accepted falls below this. The first token is proposed in any case.
         """
         drafts: list[DraftToken] = []
         tail = tuple(self._text[-MAX_CONTEXT:])

@@ -1,4 +1,4 @@
-"""Structured output: masks tokens so that the answer fits a JSON schema, a regular expression or a grammar."""
+"""Structured output: token masks for a JSON schema, a regular expression or a grammar."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ _QUOTED = re.compile(r"\n *[0-9]+ \| |<non-verbose/>")  # where llguidance's rea
 
 
 class Constraint:
-    """The state of one answer in its grammar. end_tokens: the model's, which are allowed where the grammar accepts."""
+    """The state of one answer in its grammar.
+
+    end_tokens: the model's, which are allowed where the grammar accepts.
+    """
 
     def __init__(self, name: str, matcher: LLMatcher, vocab_size: int, end_tokens: Sequence[int]) -> None:
         self._name = name
@@ -44,9 +47,9 @@ class Constraint:
         self.mask(np.zeros(vocab_size, np.float32))  # refuses a grammar that no text fits before the prompt is read
 
     def mask(self, logits: Floats) -> Floats:
-        """The logits, float32 (V,), with -inf for tokens that cannot come next; the next call overwrites them.
+        """Returns the logits, float32 (V,), with -inf for tokens that cannot come next.
 
-        Raises UsageError if no token can, or if llguidance reaches its limit of steps.
+        The next call overwrites them. Raises UsageError if no token can come next, or if llguidance reaches its limit of steps.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._check()  # a matcher that failed allows the end tokens, like one that has finished
@@ -60,7 +63,7 @@ class Constraint:
         return self._masked
 
     def advance(self, token: int) -> bool:
-        """Consumes a token that the mask allowed; returns whether anything but the end can follow."""
+        """Consumes a token that the mask allowed. Returns True if anything but the end can follow."""
         self._matcher.consume_token(token)
         self._check()
         return not self._matcher.is_stopped()
@@ -71,7 +74,10 @@ class Constraint:
 
 
 class Grammars:
-    """Makes constraints for a bundle's tokenizer, which llguidance reads on first use. Safe to call from many threads."""
+    """A factory of constraints for a bundle's tokenizer. Safe to call from many threads.
+
+    llguidance reads the tokenizer on first use.
+    """
 
     def __init__(self, tokenizer: Tokenizer, model: ModelEntry) -> None:
         self._source = tokenizer
@@ -83,10 +89,10 @@ class Grammars:
     def compile(
         self, json_schema: Mapping[str, Any] | str | None = None, regex: str | None = None, grammar: str | None = None
     ) -> Constraint | None:
-        """The constraint of a request; None if it has none.
+        """Returns the constraint of a request, or None if it has none.
 
-        Raises UsageError for what llguidance cannot read or does not support, and for a tokenizer of a kind that it
-        does not; MissingExtraError if it is not installed.
+        Raises UsageError for what llguidance cannot read or does not support, and for a tokenizer of a kind that it does not
+        support. Raises MissingExtraError if it is not installed.
         """
         given = {"json_schema": json_schema, "regex": regex, "grammar": grammar}
         names = [name for name, value in given.items() if value is not None]
@@ -112,7 +118,7 @@ class Grammars:
         return Constraint(names[0], matcher, self._size, self._end_tokens)
 
     def clear(self) -> None:
-        """Frees llguidance's copy of the tokenizer; a later call makes it again."""
+        """Frees llguidance's copy of the tokenizer. A later call makes it again."""
         self._tokenizer = None
 
     def _load_tokenizer(self) -> LLTokenizer:
@@ -130,7 +136,10 @@ class Grammars:
 
 
 def _write_schema(schema: Mapping[str, Any] | str) -> str:
-    """A schema as JSON text; ValueError or TypeError if it is not an object or holds a value that JSON lacks."""
+    """Returns a schema as JSON text.
+
+    Raises ValueError or TypeError if it is not an object or holds a value that JSON lacks.
+    """
     value = json.loads(schema) if isinstance(schema, str) else dict(schema)
     if not isinstance(value, dict):
         raise TypeError(f"{type(value).__name__} is no schema; use an object, such as {{}} for any JSON")
@@ -138,12 +147,18 @@ def _write_schema(schema: Mapping[str, Any] | str) -> str:
 
 
 def _find_reason(matcher: LLMatcher) -> str:
-    """Why a matcher failed, on one line, without the source that llguidance quotes below its reason."""
+    """Returns the reason a matcher failed, on one line.
+
+    The source that llguidance quotes below its reason is left out.
+    """
     reason = _shorten(_QUOTED.split(matcher.get_error(), maxsplit=1)[0])
     return "nothing can follow that fits; loosen the constraint" if reason.startswith("NoExtension") else reason
 
 
 def _shorten(reason: str) -> str:
-    """The start and the end of a reason, on one line; in between, it may quote a whole pattern."""
+    """Returns the start and the end of a reason, on one line.
+
+    In between, it may quote a whole pattern.
+    """
     line = " ".join(reason.split())
     return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"

@@ -1,4 +1,7 @@
-"""Log probabilities of tokens under the model's own distribution, before temperature, filters and constraints."""
+"""Log probabilities of tokens under the model's own distribution.
+
+They are taken before temperature, filters and constraints.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
 class TokenLogprob:
     """A token that was written and its natural log probability.
 
-    top: (token, log probability) of the likeliest tokens, likeliest first; the written token appears only if it is one of them.
+    top: (token, log probability) of the likeliest tokens, likeliest first. The written token appears only if it is one of them.
     """
 
     token: int
@@ -26,7 +29,10 @@ class TokenLogprob:
 
 
 def rate_token(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:
-    """The log probability of a token and of the `count` likeliest, for logits of shape (V,); computed in float64."""
+    """Returns the log probability of a token and of the `count` likeliest.
+
+    logits: of shape (V,). Computed in float64.
+    """
     values = logits.astype(np.float64)
     largest = values.max()
     total = largest + np.log(np.exp(values - largest).sum())

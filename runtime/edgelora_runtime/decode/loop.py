@@ -1,4 +1,4 @@
-"""The decode loop: takes a prompt's tokens, yields pieces of text, and reports what they cost."""
+"""The decode loop, which takes a prompt's tokens, yields pieces of text, and reports their cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SINKS = 4  # first tokens that a context shift keeps: as many as the paper find
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a switch cost.
+    """The cost of a switch.
 
     milliseconds: from the call until the variant can run. cold: whether its session had to be created. bytes_mapped: bytes of the
     blobs and adapters that were opened for it. kv_reused_tokens: tokens of earlier requests that its KV cache still holds.
@@ -45,9 +45,10 @@ class Generation:
 
     tokens: what the model wrote, without the end token. finish_reason: "stop" (an end token, a stop string, or the end of a
     constraint), "length", "cancelled" or "timeout". reused_tokens: tokens of the prompt that came from the KV cache. prefill_ms:
-    time to read the rest of the prompt and write the first token. decode_ms: time to write all others. route: how the variant was
-    chosen, if the request said "auto". dropped_tokens: tokens that context shifts dropped. logprobs: one per token, if requested.
-    drafted_tokens: draft tokens that steps read along. accepted_tokens: how many of these were accepted; each saved a step.
+    time to read the rest of the prompt and write the first token. decode_ms: time to write all others. route: the router's choice
+    of variant, if the request said "auto". dropped_tokens: tokens that context shifts dropped. logprobs: one per token, if
+    requested. drafted_tokens: draft tokens that steps read along. accepted_tokens: the number of these that were accepted. Each
+    saved a step.
     """
 
     text: str
@@ -67,9 +68,10 @@ class Generation:
 
 
 class TextStream:
-    """An iterator over pieces of text, each of whole characters. `generation` is set once the iterator is exhausted.
+    """An iterator over pieces of text, each of whole characters.
 
-    `async for` works like `for` and runs each step in a thread; cancelling the task ends the generation.
+    `generation` is set once the iterator is exhausted. `async for` works like `for` and runs each step in a thread. Cancelling
+    the task ends the generation.
     """
 
     def __init__(self, pieces: Generator[str, None, Generation], cancellation: Cancellation) -> None:
@@ -104,11 +106,14 @@ class TextStream:
         return piece
 
     def cancel(self) -> None:
-        """Ends the generation before its next step; the text so far is the answer. Safe from any thread."""
+        """Ends the generation before its next step. Safe from any thread.
+
+        The text so far is the answer.
+        """
         self._cancellation.cancel()
 
     def close(self) -> None:
-        """Ends the generation and drops the answer; the KV cache keeps what was read so far."""
+        """Ends the generation and drops the answer. The KV cache keeps what was read so far."""
         self._pieces.close()
 
 
@@ -118,7 +123,10 @@ def continue_prompt(
     tokenizer: Tokenizer,
     reader: Reader,
 ) -> Generator[str, None, Generation]:
-    """Reads the part of the prompt that the cache lacks, then writes token by token. Yields text, returns the Generation."""
+    """Reads the part of the prompt that the cache lacks, then writes token by token.
+
+    Yields text and returns the Generation.
+    """
     started = first_token = time.perf_counter()
     cache = reader.cache
     reused = min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
@@ -184,9 +192,10 @@ def continue_prompt(
 
 
 def _shift_context(text: Sequence[int], context: int, more: int) -> list[int]:
-    """A context shift: what stays of a text that outgrew the context, so that `more` tokens fit, up to half a context.
+    """Shortens a text that outgrew the context.
 
-    The first tokens stay, since attention rests on them (arXiv 2309.17453, section 3.1), and so do the last; the middle goes.
+    Afterwards `more` tokens fit, up to half a context. The first tokens stay, since attention rests on them (arXiv 2309.17453,
+    section 3.1), and so do the last. The middle is dropped.
     """
     kept = min(context, context - min(more, context // 2) + 1)  # the last token is never read back
     first = min(_SINKS, kept // 2)

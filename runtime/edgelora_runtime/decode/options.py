@@ -1,4 +1,7 @@
-"""The options of a request, each declared once with its type, default, help and check; every front end reads them from here."""
+"""The options of a request, each declared once with its type, default, help and check.
+
+Every front end reads them from here.
+"""
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +13,11 @@ from edgelora_runtime.errors import UsageError, list_wrong
 
 @dataclass(frozen=True)
 class Option:
-    """What the type of an option does not say.
+    """The details of an option that its type does not give.
 
     default: the value of an option that a call leaves out. help: one sentence, for --help and reference pages. choices: the
-    values that the option takes; any value where empty. accepts: whether a value can be used. allowed: what to use if it cannot.
+    values that the option takes, or any value where empty. accepts: whether a value can be used. allowed: what to use if it
+    cannot.
     """
 
     default: Any
@@ -27,11 +31,11 @@ _INFINITY = float("inf")
 
 
 class GenerateOptions(TypedDict, total=False):
-    """The keyword arguments of Runtime.stream(), generate() and generate_async(); all of them are optional.
+    """The keyword arguments of Runtime.stream(), generate() and generate_async(), all optional.
 
-    overflow: with "slide", a text that outgrows the context loses its middle as often as necessary, and the runtime reads what is
-    left again: what llama.cpp calls a context shift. json_schema, regex, grammar: the whole answer fits the constraint if its
-    finish_reason is "stop" and no stop string ended it; an answer cut short is the start of one that fits. speculation: draft
+    overflow: with "slide", a text that outgrows the context loses its middle as often as necessary, and the runtime reads the
+    rest again. llama.cpp calls this a context shift. json_schema, regex, grammar: the whole answer fits the constraint if its
+    finish_reason is "stop" and no stop string ended it. An answer cut short is the start of one that fits. speculation: draft
     tokens never change which token is drawn from given logits, but steps of several rows round differently from steps of one row.
     Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives
     the same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer
@@ -155,7 +159,10 @@ _CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def resolve_options(given: Mapping[str, object]) -> GenerateOptions:
-    """Every option of a request: those given, and the defaults of the others. Raises one UsageError that lists every mistake."""
+    """Returns every option of a request: those given, and the defaults of the others.
+
+    Raises one UsageError that lists every mistake.
+    """
     unknown = [_describe_unknown(name) for name in given if name not in OPTIONS]
     options = {name: given.get(name, option.default) for name, option in OPTIONS.items()}
     wrong = [*unknown, *_list_wrong_values(options), *_list_conflicts(options)]

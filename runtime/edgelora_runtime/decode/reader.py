@@ -1,4 +1,7 @@
-"""Reads a text into a KV cache and returns the logits of its positions, with or without draft tokens."""
+"""Readers of a text into a KV cache, with or without draft tokens.
+
+They return the logits of its positions.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Reader:
-    """Reads one request's tokens with its model, its KV cache and its LoRA inputs."""
+    """A reader of one request's tokens, with its model, KV cache and LoRA inputs."""
 
     drafted = accepted = 0  # draft tokens that were read, and how many of them were accepted
 
@@ -38,22 +41,24 @@ class Reader:
         self.model.reserve(self.cache, positions)
 
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for draft tokens)
-        """Appends tokens to the cache; returns the logits (V,) after the last one, which the next call overwrites.
+        """Appends tokens to the cache and returns the logits (V,) after the last one.
 
-        room: how many more tokens the request can use. check: called before each step; may raise to end here.
+        The next call overwrites them. room: how many more tokens the request can use. check: called before each step. It may
+        raise to end here.
         """
         logits: Floats = self.model.read(self.cache, tokens, live=self.live, check=check)[0]
         return logits
 
 
 class SpeculatingReader(Reader):
-    """Reads draft tokens along, so that one step gives the logits of several positions.
+    """A reader that reads draft tokens along.
 
-    Each token is drawn from the logits of its own position, one after another, as without draft tokens; a draft token only
-    decides whether these logits are there already. It is therefore accepted with the probability that the model gives it, and
-    where it is rejected, the draw is one of the other tokens. This is speculative sampling (arXiv 2211.17192, section 2.3) for a
-    draft model that is certain of its tokens, and it uses random numbers exactly as decoding without drafts does. The cache's
-    tokens are only those that were drawn; keys and values of rejected draft tokens follow theirs until they are overwritten.
+    One step then gives the logits of several positions. Each token is drawn from the logits of its own position, one after
+    another, as without draft tokens. A draft token only decides whether these logits are there already. It is therefore accepted
+    with the probability that the model gives it, and where it is rejected, the draw is one of the other tokens. This is
+    speculative sampling (arXiv 2211.17192, section 2.3) for a draft model that is certain of its tokens, and it uses random
+    numbers exactly as decoding without drafts does. The cache's tokens are only those that were drawn. Keys and values of
+    rejected draft tokens follow theirs until they are overwritten.
 
     onnxruntime's kernels for one row, both of int4 products with AVX2 and of attention, round differently from those for several
     rows, which agree with each other for any number of rows. With min_rows = MIN_ROWS no step has one row: a step without draft
@@ -109,10 +114,10 @@ class SpeculatingReader(Reader):
         return self._logits[0]
 
     def _draft(self, limit: int, seconds: list[float], *, follows_prompt: bool) -> list[int]:
-        """As many draft tokens as pay, and now and then another number. Those that are not read still serve the statistics.
+        """Returns as many draft tokens as pay, and now and then another number.
 
-        seconds: of steps with 0 to `limit` draft tokens. After a prompt, a draft token costs only its own row, since the rest of
-        the step is needed anyway.
+        Those that are not read still serve the statistics. seconds: of steps with 0 to `limit` draft tokens. After a prompt, a
+        draft token costs only its own row, since the rest of the step is needed anyway.
         """
         break_even = find_break_even(seconds)
         self._drafts = self._drafter.propose(limit, break_even)
@@ -124,12 +129,18 @@ class SpeculatingReader(Reader):
         return [draft.token for draft in self._drafts[:count]]
 
     def _record_cost(self, seconds: float) -> None:
-        """Records what the newest token took, if the cost of a plain step is known to compare it with."""
+        """Records the cost of the newest token.
+
+        Does nothing until the cost of a plain step is known to compare it with.
+        """
         if self.model.costs.plain is not None:
             self._statistics.record_cost(seconds / self.model.costs.plain)
 
     def _step(self, tokens: Sequence[int], drafted: Sequence[int], check: Callable[[], None]) -> list[Floats]:
-        """The logits after the tokens and after each draft token; the cache's tokens do not include the draft."""
+        """Returns the logits after the tokens and after each draft token.
+
+        The cache's tokens do not include the draft.
+        """
         rows = [*tokens, *drafted]
         if len(rows) < self._min_rows and self.cache.tokens:
             rows.insert(0, self.cache.tokens[-1])

@@ -1,4 +1,4 @@
-"""One request: its prompt's tokens, and everything that its options say about how to continue them."""
+"""One request: its prompt's tokens, and the options for continuing them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt and how to continue it. It serves one generation, since stop, cancellation and constraint have a state.
+    """A prompt and how to continue it.
 
-    prompt: token ids. end_tokens: the model's own; none where the request ignores them. context: tokens that the model sees at
-    once; a text that outgrows it loses its middle, so max_tokens of a request that must not is small enough. route, logprobs: as
-    in Generation and GenerateOptions. constraint: what the answer must fit.
+    A request serves one generation, since stop, cancellation and constraint have a state. prompt: token ids. end_tokens: the
+    model's own, or none where the request ignores them. context: tokens that the model sees at once. A text that outgrows it
+    loses its middle, so max_tokens is small enough in a request that must not lose it. route, logprobs: as in Generation and
+    GenerateOptions. constraint: what the answer must fit.
     """
 
     prompt: Sequence[int]
@@ -48,7 +49,7 @@ def build_request(
     constraint: Constraint | None,
     route: Route | None,
 ) -> Request:
-    """A request from its options, which must be complete, and its prompt's tokens."""
+    """Builds a request from its options, which must be complete, and its prompt's tokens."""
     room = model.context_length - len(prompt) + 1  # the last token is never read back
     return Request(
         prompt=prompt,

@@ -1,4 +1,4 @@
-"""Chooses the next token from logits: the likeliest, or a draw after temperature, top-k, top-p and min-p."""
+"""The choice of the next token: the likeliest, or a draw after temperature, top-k, top-p and min-p."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIRST_SLICE, _GROWTH = 64, 8  # tokens that are sorted first, and the factor by
 
 @dataclass(frozen=True)
 class Sampling:
-    """The options of a request that say how its tokens are drawn; GenerateOptions says what each of them means."""
+    """The options that say how a request's tokens are drawn. See GenerateOptions."""
 
     temperature: float
     top_k: int
@@ -34,7 +34,10 @@ class Sampling:
 
     @classmethod
     def of(cls, options: GenerateOptions) -> Sampling:
-        """The sampling of a request. options: complete, as resolve_options() returns them."""
+        """Returns the sampling of a request.
+
+        options: complete, as resolve_options() returns them.
+        """
         return cls(
             temperature=options["temperature"],
             top_k=options["top_k"],
@@ -46,7 +49,10 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens one after another. prompt: token ids, which count as seen for the repetition penalty."""
+    """A sampler that draws tokens one after another.
+
+    prompt: token ids, which count as seen for the repetition penalty.
+    """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
@@ -54,7 +60,7 @@ class Sampler:
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else None
 
     def draw(self, logits: Floats) -> int:
-        """The next token for logits of shape (V,), which are not modified."""
+        """Draws the next token from logits of shape (V,), which are not modified."""
         settings = self._sampling
         if self._seen:
             logits = _penalize(logits, np.fromiter(self._seen, np.int64), settings.repetition_penalty)
@@ -76,22 +82,26 @@ def _penalize(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats
 
 
 def take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
-    """The tokens of the `count` largest logits, largest first; of equal ones, the lowest token id first."""
+    """Returns the tokens of the `count` largest logits, largest first.
+
+    Of equal ones, the lowest token id comes first.
+    """
     last = logits.size - count
     tokens = np.sort(np.argpartition(logits, last)[last:]) if last > 0 else np.arange(logits.size)
     return tokens[np.argsort(-logits[tokens], kind="stable")]
 
 
 def _weigh(logits: Floats, largest: np.float32, temperature: float) -> NDArray[np.float64]:
-    """Probabilities relative to that of the likeliest token."""
+    """Returns probabilities relative to that of the likeliest token."""
     weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
     return weights
 
 
 def _take_likely(logits: Floats, settings: Sampling, take_largest: TakeLargest) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The likeliest tokens, at least as many as top-p and min-p can keep, and their probabilities among all tokens.
+    """Returns the likeliest tokens and their probabilities among all tokens.
 
-    Only a slice is sorted, which grows until it is large enough: the filters drop most of the vocabulary's long tail.
+    They are at least as many as top-p and min-p can keep. Only a slice is sorted, which grows until it is large enough: the
+    filters drop most of the vocabulary's long tail.
     """
     weights = _weigh(logits, logits.max(), settings.temperature)
     total = weights.sum()
@@ -110,10 +120,11 @@ def _take_likely(logits: Floats, settings: Sampling, take_largest: TakeLargest) 
 def keep_likely(
     logits: Floats, settings: Sampling, take_largest: TakeLargest = take_largest
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The tokens that can be drawn, likeliest first, and their probabilities (float64, sum 1).
+    """Returns the tokens that can be drawn, likeliest first, and their probabilities.
 
-    Filters apply in the order top-k, top-p, min-p, each to the distribution after temperature; the likeliest token always stays.
-    Without filters, nothing is sorted: all tokens by id. take_largest: the function that sorts.
+    Probabilities are float64 and sum to 1. Filters apply in the order top-k, top-p, min-p, each to the distribution after
+    temperature. The likeliest token always stays. Without filters, nothing is sorted: all tokens by id. take_largest: the
+    function that sorts.
     """
     if 0 < settings.top_k < logits.size:
         tokens = take_largest(logits, settings.top_k)

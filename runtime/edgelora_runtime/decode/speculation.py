@@ -1,4 +1,4 @@
-"""Decides whether a request reads draft tokens along with its steps, and gives it a reader that does."""
+"""Speculation: whether a request reads draft tokens along, and the reader that does."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class DraftTables:
         self._tables: dict[str, DraftTable] = {}  # by file
 
     def load(self, adapters: Sequence[str]) -> list[DraftTable]:
-        """The tables of those adapters that have one."""
+        """Returns the tables of those adapters that have one."""
         files = [self._bundle.manifest.adapters[name].draft_table for name in adapters]
         return [self._load_file(file) for file in files if file is not None]
 
     def clear(self) -> None:
-        """Frees the tables; a later request reads them again."""
+        """Frees the tables. A later request reads them again."""
         self._tables.clear()
 
     def _load_file(self, file: str) -> DraftTable:
@@ -43,9 +43,9 @@ class DraftTables:
 
 
 class Speculation:
-    """Opens the readers of a bundle's requests, and remembers how drafting went for each variant and mix.
+    """The readers of a bundle's requests, and a record of drafting for each variant and mix.
 
-    tables, make_drafter, estimate: where draft tokens come from, and how the costs of steps are estimated.
+    tables, make_drafter: the source of draft tokens. estimate: the function that estimates the costs of steps.
     """
 
     def __init__(
@@ -63,7 +63,10 @@ class Speculation:
         self._statistics: dict[tuple[str, ...], AcceptanceStatistics] = {}  # by graph and adapters, whatever their weights
 
     def open_reader(self, mode: str, choice: Choice, request: Request, plain: Reader) -> Reader:
-        """The reader of a request: the plain one, or one that speculates in its place. mode: the option `speculation`."""
+        """Opens the reader of a request: the plain one, or one that speculates in its place.
+
+        mode: the option `speculation`.
+        """
         if mode == "off" or self._bundle.manifest.model.cache == "growing":  # growing caches have no room for draft tokens
             return plain
         adapters = self._find_adapters(choice)
@@ -75,11 +78,11 @@ class Speculation:
         return SpeculatingReader(plain, drafter, statistics, min_rows=min_rows, estimate=self._estimate)
 
     def clear(self) -> None:
-        """Frees the tables; a later request reads them again."""
+        """Frees the tables. A later request reads them again."""
         self._tables.clear()
 
     def _find_adapters(self, choice: Choice) -> list[str]:
-        """The adapters that a variant or mix adds, without those that it subtracts."""
+        """Returns the adapters that a variant or mix adds, without those that it subtracts."""
         manifest = self._bundle.manifest
         weights = manifest.variants[choice.label].mix if choice.live is None else dict(choice.live)
         return [name for name, weight in weights.items() if weight >= 0 and name in manifest.adapters]

@@ -1,4 +1,4 @@
-"""Stop strings in a stream: holds text back exactly as long as it could still become a stop string."""
+"""Stop strings in a stream. Text is held back exactly as long as it could become one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ if TYPE_CHECKING:
 
 
 class StopFilter:
-    """Passes text on until a stop string appears; drops the stop string and all that follows."""
+    """A filter that passes text on until a stop string appears.
+
+    It drops the stop string and all that follows.
+    """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if isinstance(stop, str):
@@ -19,7 +22,7 @@ class StopFilter:
         self.stopped = False
 
     def push(self, text: str) -> str:
-        """The text that can be shown now."""
+        """Returns the text that can be shown now."""
         if self.stopped:
             return ""
         self._held += text
@@ -34,11 +37,11 @@ class StopFilter:
         return shown
 
     def flush(self) -> str:
-        """The text that was held back, after the last push()."""
+        """Returns the text that was held back, after the last push()."""
         shown, self._held = self._held, ""
         return shown
 
 
 def _overlap(text: str, word: str) -> int:
-    """Length of the longest suffix of text that is a proper prefix of word."""
+    """Returns the length of the longest suffix of text that is a proper prefix of word."""
     return next((n for n in range(min(len(text), len(word) - 1), 0, -1) if text.endswith(word[:n])), 0)

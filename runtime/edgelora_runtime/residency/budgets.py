@@ -1,4 +1,4 @@
-"""How many bytes loaded models, cached prompts and live mixes may take."""
+"""Budgets in bytes for loaded models, cached prompts and live mixes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _LIVE_SHARE, _MIN_LIVE = 0.1, 32 << 20  # of the live graph's blobs, and in byte
 
 
 def find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[int | None, int | None]:
-    """Bytes for loaded models and for cached prompts: as given, otherwise a share of the free memory; None for no limit."""
+    """Returns the bytes for loaded models and for cached prompts.
+
+    They are as given, otherwise a share of the free memory. None means no limit.
+    """
     given = parse_bytes(models), parse_bytes(prompts)
     free = find_free_memory() if None in given else None
     shares = (None, None) if free is None else (int(free * _MODELS_SHARE), int(free * _PROMPTS_SHARE))
@@ -23,5 +26,8 @@ def find_budgets(models: int | str | None, prompts: int | str | None) -> tuple[i
 
 
 def find_live_budget(blobs: Mapping[str, int]) -> int:
-    """Bytes for live adapters: a share of the live graph's blobs (bytes by name), so many mixes cost little more than one."""
+    """Returns the bytes for live adapters, a share of the live graph's blobs (bytes by name).
+
+    Many mixes then cost little more than one.
+    """
     return max(_MIN_LIVE, int(_LIVE_SHARE * sum(blobs.values())))

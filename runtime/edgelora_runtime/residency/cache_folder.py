@@ -1,4 +1,4 @@
-"""Where the platform keeps caches."""
+"""The platform's cache folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def find_cache_folder() -> Path:
-    """The user's cache folder, which may not exist yet."""
+    """Returns the user's cache folder, which may not exist yet."""
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches"
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Live adapters at run time: reads their files and makes the graph's inputs for requested mixes."""
+"""Live adapters at run time: their files, and the graph's inputs for requested mixes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ FILE_LIMIT = 1 << 32  # bytes of an adapter file
 
 
 def read_adapter(raw: bytes, name: str) -> AdapterTensors:
-    """Parses an adapter file; IntegrityError unless it holds fp16 matrices lora_A and lora_B for each of its modules."""
+    """Parses an adapter file.
+
+    Raises IntegrityError unless it holds fp16 matrices lora_A and lora_B for each of its modules.
+    """
     try:
         tensors = load(raw)
     except SafetensorError as error:
@@ -43,9 +46,9 @@ def read_adapter(raw: bytes, name: str) -> AdapterTensors:
 
 
 class LiveMixes:
-    """Makes the LoRA inputs of a bundle's live mixes, and keeps those that were used last.
+    """The LoRA inputs of a bundle's live mixes. Those that were used last are kept.
 
-    budget: bytes of adapter tensors and LoRA inputs to keep; the least recently used go first, and the last mix always stays.
+    budget: bytes of adapter tensors and LoRA inputs to keep. The least recently used go first, and the last mix always stays.
     packed_cache: stores the inputs of live variants, which are then mapped and do not count toward the budget.
     """
 
@@ -61,7 +64,10 @@ class LiveMixes:
         )  # tensors by adapter, inputs by mix
 
     def get(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> tuple[LoraInputs, int]:
-        """The inputs of a mix in that type, and the bytes made for them: 0 if they were kept, as the same mapping."""
+        """Returns the inputs of a mix in that type, and the bytes made for them.
+
+        The bytes are 0 if the inputs were kept, as the same mapping.
+        """
         with self._lock:
             if mix in self._mapped:
                 return self._mapped[mix], 0
@@ -73,7 +79,7 @@ class LiveMixes:
 
     @property
     def bytes(self) -> int:
-        """Bytes that are kept now."""
+        """The bytes that are kept now."""
         with self._lock:
             return sum(map(_count_bytes, self._kept.values()))
 
@@ -83,7 +89,10 @@ class LiveMixes:
             self._mapped.clear()
 
     def _open(self, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs:
-        """Maps the inputs of a live variant from the packed cache, after writing them there; makes those of other mixes."""
+        """Opens the inputs of a mix.
+
+        Those of a live variant are mapped from the packed cache, after writing them there. Those of other mixes are made.
+        """
         cache = self._packed_cache if mix in self._variants else None
         mapped = None if cache is None else cache.find_inputs(self._bundle, mix, lora_type)
         if mapped is None:

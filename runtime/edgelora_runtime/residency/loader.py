@@ -1,4 +1,7 @@
-"""Loads the models of a bundle's graphs: as one session, or as stages that graphs share and that open in parallel."""
+"""The loader of a bundle's graphs, as whole sessions or shared stages.
+
+Stages open in parallel.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +32,13 @@ _SPIN_BELOW = 32 << 20  # bytes of weights; a step over more takes much longer t
 
 
 class Loader:
-    """Loads the graphs of a bundle; models share the stages that are open.
+    """A loader of a bundle's graphs. Models share the stages that are open.
 
-    kernels: edgelora's kernels, which read blobs as they are: nothing is packed, so graphs are loaded whole and packed_cache is
-    not used. whole: loads graphs whole in any case. spin_below: bytes of weights of a graph below which its threads spin between
-    steps.
-    open_stage: opens one; see session/stage.py. blobs: for each graph, the bytes of its blobs. sizes: for each graph, the bytes
-    of weights that its stages pack; a graph without stages is its own only stage.
+    kernels: edgelora's kernels, which read blobs in their stored form. Nothing is packed, so graphs are loaded whole and
+    packed_cache is not used. whole: loads graphs whole in any case. spin_below: bytes of weights of a graph below which its
+    threads spin between steps.
+    open_stage: opens one. See session/stage.py. blobs: for each graph, the bytes of its blobs. sizes: for each graph, the bytes
+    of weights that its stages pack. A graph without stages is its own only stage.
     """
 
     def __init__(
@@ -68,7 +71,10 @@ class Loader:
         self.sizes = {graph: _count_packed(bundle.manifest, stages) for graph, stages in self._chains.items()}
 
     def load(self, graph: str) -> Model:
-        """Loads the model of a graph. Stages that are not open yet open in parallel, the largest first."""
+        """Loads the model of a graph.
+
+        Stages that are not open yet open in parallel, the largest first.
+        """
         largest_first = sorted(self.sizes[graph], key=lambda file: -self.sizes[graph][file])
         keep_freed = contextlib.nullcontext() if self._packed_cache is None else reuse_freed_memory()
         with ThreadPoolExecutor(self._threads or os.cpu_count(), "edgelora-load") as pool, keep_freed:
@@ -88,7 +94,7 @@ class Loader:
         )
 
     def is_mapped(self, file: str) -> bool:
-        """Whether the weights that a stage reads are mapped, or would be if it were open."""
+        """True if the weights that a stage reads are mapped, or would be if it were open."""
         stage = self._stages.find(file)
         if stage is not None:
             return stage.mapped
@@ -115,12 +121,15 @@ class Loader:
         return open_here(self._bundle.path(file))
 
     def _count_bytes(self, file: str) -> int:
-        """Bytes of the largest graph that a stage belongs to."""
+        """Returns the bytes of the largest graph that a stage belongs to."""
         return max(sum(self.blobs[graph].values()) for graph, sizes in self.sizes.items() if file in sizes)
 
 
 def _check_slots(stage: Stage, manifest: Manifest, graph: str) -> None:
-    """Refuses a graph whose live inputs differ from the manifest's slots, also in order: kernels find factors by position."""
+    """Refuses a graph whose live inputs differ from the manifest's slots.
+
+    Their order counts, since kernels find factors by position.
+    """
     slots = [name for slots in manifest.live_slots for name in (slots.a, *slots.b)]
     names = [value.name for value in stage.session.get_overridable_initializers()]
     if slots != [name for name in names if name not in (FACTORS, KEEP)]:
@@ -128,7 +137,7 @@ def _check_slots(stage: Stage, manifest: Manifest, graph: str) -> None:
 
 
 def _count_packed(manifest: Manifest, stages: Sequence[StageEntry]) -> dict[str, int]:
-    """An upper bound of the bytes of weights that each stage packs.
+    """Returns an upper bound of the bytes of weights that each stage packs.
 
     No stage packs what several of them map, such as norms and rotary tables, except a tied embedding: the head, the last stage,
     packs that.

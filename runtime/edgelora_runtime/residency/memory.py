@@ -1,4 +1,4 @@
-"""Memory sizes as users write them, free memory of the machine, memory of a process, and control over glibc's freed memory."""
+"""Memory sizes, free memory, a process's memory, and control over glibc's freed memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 def parse_bytes(size: int | str | None) -> int | None:
-    """Bytes of a size such as 4294967296, "4GiB" or "512 MB"; both spellings mean powers of 1024. None stays None."""
+    """Parses a size such as 4294967296, "4GiB" or "512 MB" to bytes.
+
+    Both spellings mean powers of 1024. None stays None.
+    """
     if size is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", str(size), re.IGNORECASE)
@@ -30,7 +33,10 @@ def parse_bytes(size: int | str | None) -> int | None:
 
 
 def find_free_memory() -> int | None:
-    """Bytes available without swapping, within the control group's limit if there is one; None if the system does not say."""
+    """Returns the bytes available without swapping, or None if the system does not say.
+
+    A control group's limit counts if there is one.
+    """
     if sys.platform == "win32":
         return _ask_windows()
     free = [value for value in (_read_meminfo(), _read_cgroup()) if value is not None]
@@ -43,7 +49,10 @@ def find_free_memory() -> int | None:
 
 
 def find_anonymous_memory(process: int | str = "self") -> int | None:
-    """Bytes of a process that no file backs (RssAnon of Linux's /proc); None if there is no such process or figure."""
+    """Returns the bytes of a process that no file backs (RssAnon of Linux's /proc).
+
+    Returns None if there is no such process or figure.
+    """
     try:
         lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -52,9 +61,10 @@ def find_anonymous_memory(process: int | str = "self") -> int | None:
 
 
 def return_freed_memory() -> None:
-    """Returns freed memory to the system, where glibc keeps it for later allocations; does nothing with another libc.
+    """Returns freed memory to the system.
 
-    glibc keeps whole pages of freed memory as long as anything is allocated above them.
+    glibc keeps freed memory for later allocations, and whole pages of it as long as anything is allocated above them. Does
+    nothing with another libc.
     """
     library = _find_glibc()
     if library is not None:
@@ -63,10 +73,11 @@ def return_freed_memory() -> None:
 
 @contextmanager
 def reuse_freed_memory() -> Iterator[None]:
-    """Keeps freed memory for the next allocation, which then causes no page faults; does nothing without glibc.
+    """Keeps freed memory for the next allocation, which then causes no page faults.
 
-    For work that allocates and frees large buffers again and again. The settings hold for the whole process. Afterwards they are
-    the largest values that glibc's own tuning reaches (M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in mallopt(3)).
+    Does nothing without glibc. For work that allocates and frees large buffers again and again. The settings hold for the whole
+    process. Afterwards they are the largest values that glibc's own tuning reaches (M_MMAP_THRESHOLD and M_TRIM_THRESHOLD in
+    mallopt(3)).
     """
     library = _find_glibc()
     if library is None:
@@ -99,7 +110,10 @@ def _read_meminfo() -> int | None:
 
 
 def _read_cgroup() -> int | None:
-    """Bytes that a container may still use: its limit less its use without the page cache (control groups v2)."""
+    """Returns the bytes that a container may still use (control groups v2).
+
+    They are its limit less its use, not counting the page cache.
+    """
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text(encoding="ascii").strip() for name in ("memory.max", "memory.current"))

@@ -1,4 +1,7 @@
-"""Keeps models loaded under a budget of bytes: each is loaded once, when first needed, and the least recently used goes first."""
+"""Loaded models under a budget of bytes.
+
+Each is loaded once, when first needed, and the least recently used goes first.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class MemoryUsage:
     """The memory of loaded graphs, in bytes.
 
     graphs: their files, least recently used first. mapped: the blobs of all graphs, each counted once. shared: the blobs that two
-    or more graphs map. private: what each graph holds alone, mainly packed copies. live: the tensors of live adapters and the
-    LoRA inputs made from them. kv_caches: keys and values that no request uses at the moment.
+    or more graphs map. private: what the graphs hold besides mapped blobs, mainly packed copies. live: the tensors of live
+    adapters and the LoRA inputs made from them. kv_caches: keys and values that no request uses at the moment.
     """
 
     graphs: tuple[str, ...]
@@ -40,9 +43,9 @@ class LoadedModels:
     """Loaded models by graph.
 
     load: makes a model of a graph. blobs: for each graph, the bytes of its blobs. stages: for each graph, the bytes of weights
-    that its stages pack; stages of one name are shared. budget: bytes of MemoryUsage.private; None for no limit. is_mapped:
+    that its stages pack. Stages of one name are shared. budget: bytes of MemoryUsage.private, or None for no limit. is_mapped:
     whether the weights that a stage reads are mapped, or would be if it were open (Loader). A requested model is loaded even if
-    it alone exceeds the budget. A model that was evicted while a stream runs it counts until the stream ends.
+    it exceeds the budget by itself. A model that was evicted while a stream runs it counts until the stream ends.
     """
 
     def __init__(
@@ -65,7 +68,10 @@ class LoadedModels:
         self._pins: Counter[str] = Counter()
 
     def get(self, graph: str) -> tuple[Model, bool]:
-        """A graph's model, and whether it had to be loaded; a caller that asks while it loads waits for it."""
+        """Returns a graph's model, and whether it had to be loaded.
+
+        A caller that asks while it loads waits for it.
+        """
         with self._lock:
             found = self._models.get(graph)
             if found is None:
@@ -106,7 +112,7 @@ class LoadedModels:
             self._pins.clear()
 
     def measure(self, live: int, kv_caches: int) -> MemoryUsage:
-        """The memory in use now. live, kv_caches: as counted by their owners."""
+        """Measures the memory in use now. live, kv_caches: as counted by their owners."""
         with self._lock:
             graphs = tuple(self._models)
             counts: Counter[str] = Counter()
@@ -130,11 +136,14 @@ class LoadedModels:
             del model
 
     def _evictable(self) -> Iterable[str]:
-        """Graphs that may be evicted, least recently used first: not those that are pinned or still loading."""
+        """Returns the graphs that may be evicted, least recently used first.
+
+        Pinned ones and those still loading may not.
+        """
         return [name for name, future in self._models.items() if future.done() and name not in self._pins]
 
     def _held(self, *more: str) -> int:
-        """Private bytes of all loaded stages, together with those of more graphs."""
+        """Returns the private bytes of all loaded stages, together with those of more graphs."""
         held = {
             stage: size
             for graph in (*self._models, *list(self._leaving.values()), *more)
@@ -143,5 +152,8 @@ class LoadedModels:
         return sum(int(size * (_MAPPED if self._is_mapped(stage) else _PACKED)) for stage, size in held.items())
 
     def _forget(self, reference: weakref.ref[Model]) -> None:
-        """Called when a model is freed: at any moment and in any thread, also one that holds the lock."""
+        """Removes a freed model from the count.
+
+        Called at any moment and in any thread, also one that holds the lock.
+        """
         self._leaving.pop(reference, None)

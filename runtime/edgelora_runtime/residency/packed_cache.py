@@ -1,14 +1,14 @@
-"""Packed weights and LoRA inputs on this machine's disk, mapped by every session and process that uses them.
+"""Packed weights and LoRA inputs on disk, mapped by every session and process that uses them.
 
 onnxruntime packs a graph's int4 weights for the CPU it runs on, into private memory of each session. Written to a file, the
-packed weights are mapped instead: another session costs little memory of its own, and the system pages weights in and out like
-any file. The LoRA inputs of live variants are stored the same way. Packed files depend on the CPU and on onnxruntime's version,
-so they are made where they are used and never shipped.
+packed weights are mapped instead: another session costs little private memory, and the system pages weights in and out like any
+file. The LoRA inputs of live variants are stored the same way. Packed files depend on the CPU and on onnxruntime's version, so
+they are made where they are used and never shipped.
 
 An entry is a folder named by a digest of everything its content depends on. It holds GRAPH and WEIGHTS as onnxruntime writes
-them, or INPUTS, concatenated, with their SHAPES; and ENTRY, the sizes of the files. It is made under another name and renamed
-once it is complete, so several processes may make the same one. Entries are trusted like the user's own files: a folder that
-others can write is refused, and blobs are checked against the manifest's hashes before they are packed.
+them, or INPUTS, concatenated, with their SHAPES. It also holds ENTRY, the sizes of the files. It is made under another name and
+renamed once it is complete, so several processes may make the same one. Entries are trusted like the user's own files: a folder
+that others can write is refused, and blobs are checked against the manifest's hashes before they are packed.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ _DISK_SHARE = 3  # upper bound of an entry's bytes per byte of its blobs (measur
 class PackedCache:
     """A folder of packed weights.
 
-    folder: by default one in the platform's cache folder. budget: bytes, as a number or like "8GiB"; the least recently used
-    entries are deleted first. Pass it as Runtime(packed_cache=…); several runtimes and processes may share one folder. Raises
+    folder: by default one in the platform's cache folder. budget: bytes, as a number or like "8GiB". The least recently used
+    entries are deleted first. Pass it as Runtime(packed_cache=…). Several runtimes and processes may share one folder. Raises
     UsageError for a folder that cannot be made, belongs to someone else, or can be written by others.
     """
 
@@ -72,15 +72,18 @@ class PackedCache:
             raise UsageError(f"others can write the packed cache {self.folder}; name a folder that only you can write")
 
     def find(self, bundle: Bundle, graph: StageEntry) -> Path | None:
-        """The graph that maps packed weights, if there is an entry; marks it as just used."""
+        """Returns the graph that maps packed weights, if there is an entry.
+
+        Marks the entry as just used.
+        """
         entry = self._find(_name_graph(bundle, graph))
         return None if entry is None else entry / GRAPH
 
     def write(self, bundle: Bundle, graph: StageEntry) -> Path | None:
-        """Packs a graph's weights and writes them; None if that fails or they are too large for the budget or the disk.
+        """Packs a graph's weights and writes them.
 
-        Takes several times as long as loading and, meanwhile, the memory of two sessions. Raises IntegrityError for a bundle that
-        differs from its manifest.
+        Returns None if that fails or they are too large for the budget or the disk. Takes several times as long as loading and,
+        meanwhile, the memory of two sessions. Raises IntegrityError for a bundle that differs from its manifest.
         """
         limit = _DISK_SHARE * sum(bundle.manifest.files[name].size for name in graph.blobs)
         if limit > self._budget:
@@ -92,22 +95,28 @@ class PackedCache:
         return self.find(bundle, graph)
 
     def find_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any]) -> LoraInputs | None:
-        """The mapped LoRA inputs of a live mix in that type, if there is an entry."""
+        """Returns the mapped LoRA inputs of a live mix in that type, if there is an entry."""
         entry = self._find(_name_inputs(bundle, mix, lora_type))
         return None if entry is None else _map_inputs(entry)
 
     def write_inputs(self, bundle: Bundle, mix: LiveWeights, lora_type: np.dtype[Any], inputs: LoraInputs) -> LoraInputs | None:
-        """Writes LoRA inputs and maps them; None if they are too large for the budget or the disk."""
+        """Writes LoRA inputs and maps them.
+
+        Returns None if they are too large for the budget or the disk.
+        """
         size = sum(array.nbytes for array in inputs.values())
         self._write(_name_inputs(bundle, mix, lora_type), size, lambda folder: _write_inputs(inputs, folder))
         return self.find_inputs(bundle, mix, lora_type)
 
     def measure(self) -> int:
-        """Bytes of all entries."""
+        """Returns the bytes of all entries."""
         return sum(_measure(entry) for entry in self._entries())
 
     def clear(self) -> None:
-        """Deletes all entries. Sessions that map one keep it until they close; on Windows, so does the cache."""
+        """Deletes all entries.
+
+        Sessions that map one keep it until they close. On Windows, so does the cache.
+        """
         for entry in self._entries():
             self._delete(entry)
 
@@ -120,7 +129,10 @@ class PackedCache:
         return entry
 
     def _write(self, name: str, limit: int, fill: Callable[[Path], None]) -> None:
-        """Makes an entry of at most `limit` bytes; makes none if that is too much or writing fails."""
+        """Makes an entry of at most `limit` bytes.
+
+        Makes none if that is too much or writing fails.
+        """
         if limit > self._budget:
             return
         entry = self.folder / name
@@ -137,7 +149,10 @@ class PackedCache:
                 self._publish(folder, entry)
 
     def _publish(self, folder: Path, entry: Path) -> None:
-        """Renames a folder to the entry. An entry that another process published meanwhile stays, unless it is damaged."""
+        """Renames a folder to the entry.
+
+        An entry that another process published meanwhile stays, unless it is damaged.
+        """
         try:
             folder.rename(entry)
         except OSError:
@@ -146,7 +161,7 @@ class PackedCache:
                 folder.rename(entry)
 
     def _entries(self) -> list[Path]:
-        """Least recently used first."""
+        """Returns the entries, least recently used first."""
         used = []
         for entry in self.folder.iterdir():
             if entry.name.startswith("."):
@@ -170,7 +185,7 @@ class PackedCache:
             self._delete(entries.pop(0))
 
     def _delete(self, entry: Path) -> None:
-        """Renames the entry first, so that nobody finds half of it."""
+        """Deletes an entry. It is renamed first, so that nobody finds half of it."""
         leaving = self.folder / f"{_LEAVING}{entry.name}-{os.getpid()}"
         with contextlib.suppress(OSError):
             entry.rename(leaving)
@@ -178,7 +193,7 @@ class PackedCache:
 
 
 def find_packed_folder() -> Path:
-    """The default folder for packed weights."""
+    """Returns the default folder for packed weights."""
     return find_cache_folder() / "edgelora" / "packed"
 
 
@@ -200,7 +215,10 @@ def _digest(**parts: object) -> str:
 
 @cache
 def _describe_cpu() -> str:
-    """The CPU's instructions, by which onnxruntime chooses kernels, as far as the system lists them."""
+    """Returns the CPU's instructions, as far as the system lists them.
+
+    onnxruntime chooses kernels by these.
+    """
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(" ".join(line.split()) for line in lines if line.lower().startswith(("flags", "features")))

@@ -1,4 +1,4 @@
-"""KV caches of earlier requests, for later requests on the same choice that start with the same tokens."""
+"""KV caches of earlier requests, for later ones on the same choice with the same first tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,10 @@ class SavedPrompt:
 
 
 class PromptCache:
-    """Idle KV caches, the least recently used first. budget: bytes of keys and values; None for no limit."""
+    """Idle KV caches, the least recently used first.
+
+    budget: bytes of keys and values, or None for no limit.
+    """
 
     def __init__(self, budget: int | None = None) -> None:
         self._budget = budget
@@ -57,20 +60,20 @@ class PromptCache:
             return sum(entry.cache.bytes for entry in self._entries)
 
     def copy(self) -> list[SavedPrompt]:
-        """Copies of all cached prompts, the least recently used first."""
+        """Copies all cached prompts, the least recently used first."""
         with self._lock:
             return [SavedPrompt.of(entry.choice, entry.cache) for entry in self._entries if entry.cache.tokens]
 
     def count_tokens(self, choice: Choice) -> int:
-        """The number of tokens in the longest cache of this choice."""
+        """Returns the number of tokens in the longest cache of this choice."""
         with self._lock:
             return max((len(entry.cache.tokens) for entry in self._entries if entry.choice == choice), default=0)
 
     def take(self, choice: Choice, tokens: Sequence[int], new: Callable[[], KVCache]) -> KVCache:
-        """The cache that shares the longest prefix with the tokens, for one request alone, which must put() it back.
+        """Takes the cache that shares the longest prefix with the tokens.
 
-        If the request would drop more of the cache than it uses, as when two conversations share only their first lines, the
-        prefix is copied, and the cache stays for its own conversation.
+        One request has it to itself and must put() it back. If the request would drop more of the cache than it uses, as when two
+        conversations share only their first lines, the prefix is copied, and the cache stays for its own conversation.
         """
         with self._lock:
             mine = [entry for entry in self._entries if entry.choice == choice]

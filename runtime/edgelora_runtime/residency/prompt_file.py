@@ -1,4 +1,7 @@
-"""Cached prompts on disk: one safetensors file of keys and values, with the hashes of the graphs and adapters they belong to."""
+"""Cached prompts on disk: a safetensors file of keys and values.
+
+The file also holds the hashes of the graphs and adapters that they belong to.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,11 @@ _FORMAT = "edgelora prompts 1"
 
 
 def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPrompt]) -> int:
-    """Writes prompts to a file atomically; returns their number. Raises ResourceError if the file cannot be written.
+    """Writes prompts to a file atomically. Returns their number.
 
-    Tensors are {number}.{layer}.key and .value, (kv_heads, tokens, head_size). For each number, the metadata lists the SHA-256 of
-    the graph (which names its weights by hash), the SHA-256 and weight of each live adapter, and the tokens.
+    Raises ResourceError if the file cannot be written. Tensors are {number}.{layer}.key and .value, (kv_heads, tokens,
+    head_size). For each number, the metadata lists the SHA-256 of the graph (which names its weights by hash), the SHA-256 and
+    weight of each live adapter, and the tokens.
     """
     path = Path(path)
     files = bundle.manifest.files
@@ -57,9 +61,10 @@ def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPromp
 
 
 def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPrompt]:
-    """Reads the prompts of a file, without those whose graph or live adapters the bundle does not have, byte for byte.
+    """Reads the prompts of a file.
 
-    Raises InputError for another kind of file, and for keys and values that do not fit the model.
+    Leaves out those whose graph or live adapters the bundle does not have, byte for byte. Raises InputError for another kind of
+    file, and for keys and values that do not fit the model.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -96,7 +101,10 @@ def _adapter_hash(manifest: Manifest, name: str) -> str:
 
 
 def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> Choice | None:
-    """The choice in this bundle for the graph and adapters that an entry names by hash; None if it lacks any of them."""
+    """Returns the choice for the graph and adapters that an entry names by hash.
+
+    Returns None if this bundle lacks any of them.
+    """
     graphs = {variant.graphs[target].file: name for name, variant in reversed(manifest.variants.items())}
     graph = next((graph for graph in graphs if manifest.files[graph].sha256 == entry["graph"]), None)
     if graph is None:
@@ -110,7 +118,7 @@ def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> C
 
 
 def _check(prompt: SavedPrompt, manifest: Manifest) -> SavedPrompt:
-    """Refuses what a KV cache of this model could not hold."""
+    """Refuses a prompt that a KV cache of this model could not hold."""
     model, tokens = manifest.model, prompt.tokens
     shape = (model.kv_heads, len(tokens), model.head_size)
     if not 0 < len(tokens) <= model.context_length:

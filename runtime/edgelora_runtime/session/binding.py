@@ -1,4 +1,7 @@
-"""Binds the inputs and outputs of a step: arrays by address, or a cache on its device, to the stages that use them."""
+"""The binding of a step's inputs and outputs to its stages.
+
+Arrays are bound by address, a cache on its device.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Binding:
-    """The inputs and outputs of sessions that run one after the other. A name has one array for all sessions.
+    """The inputs and outputs of sessions that run one after another.
 
-    Arrays are not copied: the caller keeps them alive and in place. The binding owns the arrays that pass from one session to the
-    next.
+    A name has one array for all sessions. Arrays are not copied: the caller keeps them alive and in place. The binding owns the
+    arrays that pass from one session to the next.
     """
 
     def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
@@ -42,7 +45,10 @@ class Binding:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
     def optional_input(self, name: str, array: NDArray[np.generic]) -> None:
-        """Binds an input that has a default in the graph; onnxruntime accepts only OrtValues for these."""
+        """Binds an input that has a default in the graph.
+
+        onnxruntime accepts only OrtValues for these.
+        """
         value = ort.OrtValue.ortvalue_from_numpy(array)
         for binding in self._find_readers(name):
             binding.bind_ortvalue_input(name, value)
@@ -54,11 +60,17 @@ class Binding:
         self._writers[present].bind_ortvalue_output(present, buffer)
 
     def output(self, name: str, array: NDArray[np.generic], shape: tuple[int, ...] | None = None) -> None:
-        """Binds an array, or the start of it, as an output; its shape must be the one that the graph writes."""
+        """Binds an array, or the start of it, as an output.
+
+        Its shape must be the one that the graph writes.
+        """
         self._writers[name].bind_output(name, "cpu", 0, array.dtype, array.shape if shape is None else shape, array.ctypes.data)
 
     def run(self, **lengths: int) -> None:
-        """Runs the sessions in order. lengths: of the symbolic axes of the arrays that pass between them."""
+        """Runs the sessions in order.
+
+        lengths: of the symbolic axes of the arrays that pass between them.
+        """
         if lengths != self._lengths:
             self._make_room(lengths)
         for session, binding in self._parts:
@@ -70,7 +82,10 @@ class Binding:
         return self._readers[name]
 
     def _make_room(self, lengths: dict[str, int]) -> None:
-        """Binds the arrays that pass between sessions. Two sets are enough: a session reads one and writes the other."""
+        """Binds the arrays that pass between sessions.
+
+        Two sets are enough: a session reads one and writes the other.
+        """
         self._lengths, self._arrays = lengths, {}
         for place, values in enumerate(self._crossing):
             for index, value in enumerate(values):

@@ -1,4 +1,7 @@
-"""The LoRA factors of a weighted mix as a graph's inputs: as floats for each product, or packed for edgelora's kernels."""
+"""The LoRA factors of a weighted mix as graph inputs.
+
+They are floats for each product, or packed for edgelora's kernels.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,11 @@ _ALIGNMENT = 64
 
 
 def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]], float_type: np.dtype[Any]) -> LoraInputs:
-    """The inputs that compute Σ w·B·A exactly: ranks add up, and each weight is multiplied into its adapter's B.
+    """Returns the inputs that compute Σ w·B·A exactly.
 
-    Returns for each product A (parts * R, K) and for each part B (R, N), in the float type. Parts of unequal rank are padded with
-    zeros, since one A serves them all. An empty mix gives rank 0, which is the bare base.
+    Ranks add up, and each weight is multiplied into its adapter's B. Each product has A (parts * R, K), and each part B (R, N),
+    in the float type. Parts of unequal rank are padded with zeros, since one A serves them all. An empty mix gives rank 0, which
+    is the bare base.
     """
     inputs: dict[str, Floats] = {}
     for slot in slots:
@@ -54,7 +58,10 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, fl
 
 
 def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]]) -> LoraInputs:
-    """The same mix as one input of bytes: fp16 factors unchanged, weights apart (docs/reference/bundle-format.md)."""
+    """Packs a mix, as in stack_mix(), into one input of bytes.
+
+    Factors stay fp16 and unchanged, with weights apart (docs/reference/bundle-format.md).
+    """
     collected = [_collect(slot, mix) for slot in slots]
     table = np.zeros((len(slots), _SLOT), np.int64)
     size = 8 + table.nbytes
@@ -72,7 +79,7 @@ def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, flo
 
 
 def _lay_out(slot: LiveSlots, rank: int) -> list[tuple[np.dtype[Any], tuple[int, ...]]]:
-    """The arrays of a slot in their order: the weights, A, and a B for each part."""
+    """Returns the arrays of a slot in their order: the weights, A, and a B for each part."""
     parts, half = len(slot.modules), np.dtype(np.float16)
     weights = (np.dtype(np.float32), (parts, rank))
     a = (half, (parts, rank, _GROUP * _count_groups(slot.columns)))
@@ -99,7 +106,7 @@ def _fill(
 
 
 def _collect(slot: LiveSlots, mix: Sequence[tuple[AdapterTensors, float]]) -> tuple[list[list[WeightedFactors]], int]:
-    """The adapters' factors for a product, part by part, and the rank of the padded parts."""
+    """Returns the adapters' factors for a product, part by part, and the padded parts' rank."""
     parts = [
         [(tensors[f"{m}.lora_A"], tensors[f"{m}.lora_B"], weight) for tensors, weight in mix if f"{m}.lora_A" in tensors]
         for m in slot.modules

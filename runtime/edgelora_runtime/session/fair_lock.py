@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 
 
 class FairLock:
-    """First come, first served: a thread that releases the lock and acquires it again queues behind all that wait.
+    """A first-come, first-served lock.
 
-    threading.Lock guarantees no order, and a stream that steps in a tight loop would take it again and again.
+    A thread that releases the lock and acquires it again queues behind all that wait. threading.Lock guarantees no order, and a
+    stream that steps in a tight loop would take it again and again.
     """
 
     def __init__(self) -> None:

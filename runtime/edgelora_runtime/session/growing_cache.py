@@ -1,4 +1,7 @@
-"""The KV cache of graphs that write past and new positions, concatenated, into another tensor at each step."""
+"""The KV cache of graphs that write past and new positions into another tensor at each step.
+
+That tensor holds both, concatenated.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class GrowingCache(KVCache):
-    """Two sets of flat buffers (kv_heads * capacity * head_size): a step reads one set and writes the other, then they swap.
+    """Two sets of flat buffers (kv_heads * capacity * head_size), which swap after each step.
 
-    The graph reads or writes the start of a buffer, viewed as (1, kv_heads, positions, head_size), so no step allocates.
+    A step reads one set and writes the other. The graph reads or writes the start of a buffer, viewed as (1, kv_heads, positions,
+    head_size), so no step allocates.
     """
 
     _copies = 2
@@ -65,7 +69,10 @@ class GrowingCache(KVCache):
         self._past, self._present, self._held = past, present, held
 
     def _cut(self) -> None:
-        """Drops the positions of tokens that rewind() removed. This moves the heads closer together, so it is a copy."""
+        """Drops the positions of tokens that rewind() removed.
+
+        This moves the heads closer together, so it is a copy.
+        """
         length = len(self.tokens)
         if length == self._held:
             return

@@ -1,4 +1,7 @@
-"""The KV cache of graphs that write in place: one buffer is both past and present, and each step fills its next positions."""
+"""The KV cache of graphs that write in place.
+
+One buffer is both past and present, and each step fills its next positions.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class InPlaceCache(KVCache):
-    """Buffers (1, kv_heads, capacity, head_size); later steps overwrite the positions after the tokens.
+    """Buffers (1, kv_heads, capacity, head_size) that steps write in place.
 
-    memory: the device of the buffers, by onnxruntime's name.
+    Later steps overwrite the positions after the tokens. memory: the device of the buffers, by onnxruntime's name.
     """
 
     def __init__(self, entry: ModelEntry, float_type: np.dtype[Any], memory: str = "cpu") -> None:
@@ -62,7 +65,10 @@ class InPlaceCache(KVCache):
         self._buffers, self._capacity = buffers, capacity
 
     def _place(self, array: Floats) -> ort.OrtValue:
-        """The array on the cache's device: the array itself in main memory, a copy elsewhere."""
+        """Places an array on the cache's device.
+
+        In main memory this is the array itself, elsewhere a copy.
+        """
         try:
             return ort.OrtValue.ortvalue_from_numpy(array, self._memory, 0)
         except Exception as error:  # onnxruntime's exceptions have no common base

@@ -1,4 +1,4 @@
-"""Chooses CPU kernels: edgelora's, if the package edgelora-kernels is installed, or onnxruntime's."""
+"""The choice of CPU kernels: onnxruntime's, or edgelora's if edgelora-kernels is installed."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _MIN_BLOCK = 32  # weights; activations are rounded in chunks of this size
 
 @dataclass(frozen=True)
 class Kernels:
-    """edgelora's kernels: an operator library for products with int4 weights, attention, and live adapters.
+    """edgelora's kernels, as an operator library.
 
-    In sessions that register it, its operators replace onnxruntime's and the graph's functions. They read weights as a bundle's
-    blobs store them, so nothing is packed when a session opens, and all sessions and processes map the same bytes.
-    instruction_set: the one that it uses on this machine.
+    It covers products with int4 weights, attention, and live adapters. In sessions that register it, its operators replace
+    onnxruntime's and the graph's functions. They read weights as a bundle's blobs store them, so nothing is packed when a session
+    opens, and all sessions and processes map the same bytes. instruction_set: the one that it uses on this machine.
     """
 
     library: Path
@@ -34,9 +34,9 @@ class Kernels:
 
 
 def choose_kernels(name: str, grid: QuantizationEntry, *, provider: str, target: str) -> Kernels | None:
-    """The kernels for a bundle's grid: edgelora's, or None for onnxruntime's. name: one of KERNELS; "auto" prefers edgelora's.
+    """Chooses the kernels for a bundle's grid: edgelora's, or None for onnxruntime's.
 
-    Raises UsageError for "edgelora" if edgelora's kernels cannot run the bundle.
+    name: one of KERNELS. "auto" prefers edgelora's. Raises UsageError for "edgelora" if edgelora's kernels cannot run the bundle.
     """
     if name not in KERNELS:
         raise UsageError(f"kernels {name!r} are not supported; use one of {', '.join(KERNELS)}")
@@ -58,7 +58,7 @@ def _why_not(grid: QuantizationEntry, provider: str, target: str) -> str | None:
 
 @cache
 def find_kernels() -> Kernels | None:
-    """Edgelora's kernels, if they are installed and support this machine."""
+    """Finds edgelora's kernels, if they are installed and support this machine."""
     if importlib.util.find_spec("edgelora_kernels") is None:
         return None
     import edgelora_kernels
@@ -68,7 +68,7 @@ def find_kernels() -> Kernels | None:
 
 
 def explain_absence() -> str:
-    """Why find_kernels() finds none, as the rest of a sentence."""
+    """Returns the reason find_kernels() finds none, as the rest of a sentence."""
     if importlib.util.find_spec("edgelora_kernels") is None:
         return "are not installed (pip install edgelora-kernels)"
     return "do not support this machine's instruction set"

@@ -1,4 +1,7 @@
-"""The interface of a KV cache, however a graph writes it: the tokens that were read, and the buffers to bind."""
+"""The interface of a KV cache: the tokens that were read, and the buffers to bind.
+
+It is the same however a graph writes the cache.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +29,8 @@ _SMALLEST = 256  # positions; the capacity doubles from here as needed
 class KVCache(ABC):
     """Keys and values of the tokens that one variant has read.
 
-    float_type: of keys and values. tokens: the token at each position. logits: float32 (1, kept, V), written by the last step;
-    they belong to the cache and not to the model, since a cache has one owner.
+    float_type: of keys and values. tokens: the token at each position. logits: float32 (1, kept, V), written by the last step.
+    They belong to the cache and not to the model, since a cache has one owner.
     """
 
     _copies = 1  # buffers of each key and value
@@ -42,44 +45,59 @@ class KVCache(ABC):
     @property
     @abstractmethod
     def capacity(self) -> int:
-        """Positions that fit into its buffers, in tokens."""
+        """The positions that fit into its buffers, in tokens."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the keys and values that were written; reserved memory that was never touched takes none."""
+        """The bytes of the keys and values that were written.
+
+        Reserved memory that was never touched takes none.
+        """
         position = 2 * self._entry.layers * self._entry.kv_heads * self._entry.head_size * self._float_type.itemsize
         return self._copies * self._peak * position
 
     @abstractmethod
     def bind(self, binding: Binding, count: int, keep: int) -> None:
-        """Binds its buffers for a step that reads `count` tokens and writes the logits of the last `keep`."""
+        """Binds its buffers for a step of `count` tokens that writes the logits of the last `keep`."""
 
     @abstractmethod
     def state(self, length: int) -> dict[str, Floats]:
-        """Views of the first `length` tokens' keys and values by {layer}.key and {layer}.value, (kv_heads, length, head_size)."""
+        """Returns views of the first `length` tokens' keys and values.
+
+        They are named {layer}.key and {layer}.value, each (kv_heads, length, head_size).
+        """
 
     @abstractmethod
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
-        """Allocates new buffers for that many positions and copies the state into the first ones; {} for no state."""
+        """Allocates new buffers for that many positions.
+
+        Copies the state into the first ones. {} is no state.
+        """
 
     def reserve(self, positions: int) -> None:
-        """Makes room for at least that many positions and keeps the content; untouched memory costs nothing."""
+        """Makes room for at least that many positions and keeps the content.
+
+        Untouched memory costs nothing.
+        """
         if positions > self.capacity:
             self._allocate_buffers(positions, self.state(len(self.tokens)))
 
     def restore(self, tokens: Sequence[int], state: Mapping[str, Floats]) -> None:
-        """Replaces the content by a copy of another cache's tokens and state."""
+        """Replaces the content with a copy of another cache's tokens and state."""
         self._allocate_buffers(len(tokens), state)
         self.tokens = list(tokens)
         self._peak = max(self._peak, len(tokens))
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Adds the tokens of a step, which wrote their keys and values into the bound buffers."""
+        """Adds the tokens of a step, whose keys and values are in the bound buffers."""
         self.tokens.extend(tokens)
         self._peak = max(self._peak, len(self.tokens))
 
     def drop_logits(self) -> None:
-        """Frees the last step's logits, which take half a megabyte per position with a large vocabulary."""
+        """Frees the last step's logits.
+
+        They take half a megabyte per position with a large vocabulary.
+        """
         self.logits: NDArray[np.float32] = np.empty((1, 0, self._entry.vocab_size), np.float32)
         self._rows = self.logits  # the memory that they use: with speculation, the number of positions varies
 
@@ -88,7 +106,10 @@ class KVCache(ABC):
         del self.tokens[length:]
 
     def _fit_logits(self, keep: int) -> None:
-        """Makes room for the logits of `keep` positions; reuses the memory if it is large enough, but not too large."""
+        """Makes room for the logits of `keep` positions.
+
+        Reuses the memory if it is large enough, but not too large.
+        """
         if self.logits.shape[1] != keep:
             if not keep <= self._rows.shape[1] <= _KEPT_ROWS:
                 self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
@@ -101,7 +122,7 @@ class KVCache(ABC):
         return min(capacity, self._entry.context_length)
 
     def _allocate(self, shape: tuple[int, ...]) -> list[Floats]:
-        """One array per layer."""
+        """Allocates one array per layer."""
         try:
             return [np.zeros(shape, self._float_type) for _ in range(self._entry.layers)]
         except MemoryError as error:
@@ -109,7 +130,7 @@ class KVCache(ABC):
 
 
 def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
-    """The length of the longest common prefix of two sequences."""
+    """Returns the length of the longest common prefix of two sequences."""
     length = 0
     for one, other in zip(first, second, strict=False):
         if one != other:

@@ -42,10 +42,12 @@ _FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32),
 
 
 class Model:
-    """A graph that is ready to run, as one stage or several: one step at a time, for any number of caches and live mixes.
+    """A graph that is ready to run, as one stage or several.
+
+    It runs one step at a time, for any number of caches and live mixes.
 
     step_lock: models that share it run one step at a time between them, since they compete for the same cores.
-    opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16; logits are float32.
+    opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16. Logits are float32.
     lora_type: of its LoRA inputs: float_type or PACKED. has_states: whether it supports read_states(). costs: seconds of its
     steps over few tokens.
     """
@@ -85,7 +87,7 @@ class Model:
         return cls([stage], entry, name=graph.name, provider=provider)
 
     def new_cache(self) -> KVCache:
-        """An empty cache of the kind that the graph writes."""
+        """Creates an empty cache of the kind that the graph writes."""
         return new_cache(self._entry, self.float_type, self._provider.memory)
 
     def read(
@@ -97,11 +99,11 @@ class Model:
         keep: int = 1,
         check: Callable[[], None] | None = None,
     ) -> Floats:
-        """Appends tokens to the cache; returns the logits (keep, V) of the last `keep` of them.
+        """Appends tokens to the cache and returns the logits (keep, V) of the last `keep` of them.
 
-        live: the LoRA inputs to run with; passing the same mapping again saves binding it. check: called before each chunk of a
-        long prompt; may raise to end here, and the cache then holds the chunks so far. The returned array belongs to the cache,
-        and the next call with this cache overwrites it. The caller ensures that the tokens fit in the context.
+        live: the LoRA inputs to run with. Passing the same mapping again saves binding it. check: called before each chunk of a
+        long prompt. It may raise to end here, and the cache then holds the chunks so far. The returned array belongs to the
+        cache, and the next call with this cache overwrites it. The caller ensures that the tokens fit in the context.
         """
         start = 0
         while True:
@@ -124,9 +126,9 @@ class Model:
                 return logits
 
     def read_states(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Iterator[Floats]:
-        """The states after the final norm, float32 (T, hidden_size) for some positions at a time, from an empty cache.
+        """Yields the states after the final norm, float32 (T, hidden_size), from an empty cache.
 
-        Requires has_states. The head runs as well, so there are few positions at a time.
+        Requires has_states. Each array has few positions, because the head runs as well.
         """
         steps, cache = _Steps(self._sessions), self.new_cache()
         self.reserve(cache, len(tokens))
@@ -138,7 +140,10 @@ class Model:
             yield states[0].astype(np.float32, copy=False)
 
     def reserve(self, cache: KVCache, positions: int) -> None:
-        """Makes room for that many positions at once, so that no step has to; untouched memory costs nothing."""
+        """Makes room for that many positions at once, so that no step has to.
+
+        Untouched memory costs nothing.
+        """
         cache.reserve(min(positions, self._entry.context_length))
 
     @contextmanager
@@ -152,7 +157,7 @@ class Model:
 
 
 class _Steps:
-    """Runs steps, and binds only what changed since the last one."""
+    """A graph's steps. Each binds only what changed since the last one."""
 
     def __init__(self, sessions: Sequence[ort.InferenceSession]) -> None:
         self._binding = Binding(sessions)
@@ -164,7 +169,10 @@ class _Steps:
     def run(
         self, cache: KVCache, tokens: Sequence[int], live: LoraInputs | None, keep: int, states: NDArray[Any] | None = None
     ) -> None:
-        """One step over tokens. The last `keep` get logits, and hidden states if an array (1, keep, hidden_size) is given."""
+        """Runs one step over tokens.
+
+        The last `keep` get logits, and hidden states if an array (1, keep, hidden_size) is given.
+        """
         total = len(cache.tokens) + len(tokens)
         cache.bind(self._binding, len(tokens), keep)
         if live is not self._live:
@@ -186,12 +194,18 @@ class _Steps:
 
 
 def new_cache(entry: ModelEntry, float_type: np.dtype[Any], memory: str) -> KVCache:
-    """An empty cache of the kind that a manifest's graphs write. memory: its device, by onnxruntime's name."""
+    """Creates an empty cache of the kind that a manifest's graphs write.
+
+    memory: its device, by onnxruntime's name.
+    """
     return GrowingCache(entry, float_type) if entry.cache == "growing" else InPlaceCache(entry, float_type, memory)
 
 
 def _read_inputs_and_outputs(sessions: Sequence[ort.InferenceSession], entry: ModelEntry, name: str) -> tuple[Values, Values]:
-    """The inputs and outputs of a chain of sessions, without the values that pass from one to the next."""
+    """Returns the inputs and outputs of a chain of sessions.
+
+    The values that pass from one to the next are left out.
+    """
     inputs = [{value.name: value for value in session.get_inputs()} for session in sessions]
     outputs = [{value.name: value for value in session.get_outputs()} for session in sessions]
     crossing: set[str] = set()
@@ -207,7 +221,7 @@ def _read_inputs_and_outputs(sessions: Sequence[ort.InferenceSession], entry: Mo
 
 
 def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
-    """The common type of all floating-point inputs and present outputs."""
+    """Returns the common type of all floating-point inputs and present outputs."""
     kinds = {value.type for value in values if value.type != "tensor(int64)" and value.name != "logits"}
     if len(kinds) != 1 or not _FLOAT_TYPES.keys() >= kinds:
         raise IntegrityError(f"{name} has a KV cache of {', '.join(sorted(kinds))}; it should be float32 or float16 throughout")
@@ -215,7 +229,10 @@ def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
 
 
 def _compare_shapes(values: Values, entry: ModelEntry) -> list[str]:
-    """One message per input or output whose sizes differ from those that caches, logits and states are allocated with."""
+    """Returns one message per input or output with other sizes than the manifest's.
+
+    Caches, logits and states are allocated with the manifest's.
+    """
     shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
     layers = min(entry.layers, len(values))  # a manifest can claim any number of layers
     wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}

@@ -1,4 +1,7 @@
-"""Execution providers of onnxruntime by the names that users give them. They are looked up on first use."""
+"""Execution providers of onnxruntime, by the names that users give them.
+
+They are looked up on first use.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class Provider:
     """One execution provider.
 
     name: one of PROVIDERS. target: the graphs that are built for it. implementation: onnxruntime's name for it. memory: the
-    device of a KV cache, by onnxruntime's name. device: the OrtEpDevice to pass to a session; None to choose by name.
+    device of a KV cache, by onnxruntime's name. device: the OrtEpDevice to pass to a session, or None to choose by name.
     """
 
     name: str
@@ -41,10 +44,11 @@ CPU = Provider("cpu", "cpu", "CPUExecutionProvider", "cpu")
 
 
 def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider:
-    """The provider of that name; if it is missing, UsageError says what to install.
+    """Finds the provider of that name.
 
-    architecture: the manifest's, since not every provider computes every architecture correctly. gpu_graphs: whether the bundle
-    has graphs for a GPU; if so, "auto" is the first provider that finds a GPU, otherwise the CPU.
+    If it is missing, UsageError says what to install. architecture: the manifest's, since not every provider computes every
+    architecture correctly. gpu_graphs: whether the bundle has graphs for a GPU. If so, "auto" is the first provider that finds a
+    GPU, otherwise the CPU.
     """
     if name not in PROVIDERS:
         raise UsageError(f"provider {name!r} is not supported; use one of {', '.join(PROVIDERS)}")
@@ -63,7 +67,10 @@ def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider
 
 
 def open_session(graph: Path, options: ort.SessionOptions, provider: Provider) -> ort.InferenceSession:
-    """Opens a session. Raises IntegrityError if the CPU cannot open the graph, UsageError if another provider cannot."""
+    """Opens a session.
+
+    Raises IntegrityError if the CPU cannot open the graph, UsageError if another provider cannot.
+    """
     try:
         if provider.device is not None:
             options.add_provider_for_devices([provider.device], {})
@@ -79,7 +86,10 @@ def open_session(graph: Path, options: ort.SessionOptions, provider: Provider) -
 
 
 def explain_failure(provider: Provider, task: str, error: Exception) -> IntegrityError | UsageError:
-    """The error for a failure of onnxruntime: on the CPU the graph is at fault, elsewhere the choice of provider may be."""
+    """Returns the error for a failure of onnxruntime.
+
+    On the CPU the graph is at fault. Elsewhere the choice of provider may be.
+    """
     reason = str(error).splitlines()[0][:300]
     if provider is CPU:
         return IntegrityError(f"onnxruntime cannot {task}: {reason}")
@@ -117,7 +127,10 @@ def _find_webgpu(architecture: str) -> Provider:
 
 @cache
 def _register_webgpu() -> bool:
-    """Registers the WebGPU plugin with onnxruntime, once per process; False if it is not installed."""
+    """Registers the WebGPU plugin with onnxruntime, once per process.
+
+    Returns False if it is not installed.
+    """
     try:
         import onnxruntime_ep_webgpu
     except ImportError:
@@ -128,7 +141,7 @@ def _register_webgpu() -> bool:
 
 
 def _explain_no_memory(device: str) -> str | None:
-    """Why a device cannot hold tensors; None if it can."""
+    """Returns the reason a device cannot hold tensors, or None if it can."""
     try:
         ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32), device, 0)
     except Exception as error:  # as in open_session

@@ -1,4 +1,4 @@
-"""Open sessions of graphs and of stages of graphs, shared by all models that run them."""
+"""Open sessions of graphs and of their stages, shared by all models that run them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def open_stage(
     """Opens a graph.
 
     spin: whether threads spin until the next step, which saves a small model a tenth of a step but takes cores from a session
-    that runs right after. whole: whether it is a whole graph; threads of stages spin for a shorter time. packed: whether the
-    graph comes from PackedCache. kernels: edgelora's kernels; None for onnxruntime's.
+    that runs right after. whole: whether it is a whole graph. Threads of stages spin for a shorter time. packed: whether the
+    graph comes from PackedCache. kernels: edgelora's kernels, or None for onnxruntime's.
     """
     options = ort.SessionOptions()
     options.log_severity_level = _ERRORS_ONLY
@@ -69,7 +69,7 @@ def open_stage(
 
 
 class Stages:
-    """Stages by file: each is open once, for as long as some model refers to it.
+    """Stages by file. Each is open once, for as long as some model refers to it.
 
     open_file: opens the stage of a file. Callers that ask for one stage at the same time share it.
     """
@@ -81,7 +81,7 @@ class Stages:
         self._opening: dict[str, Future[Stage]] = {}
 
     def get(self, file: str) -> tuple[Stage, bool]:
-        """A stage, and whether this call opened it."""
+        """Returns a stage, and whether this call opened it."""
         with self._lock:
             held, opening = self._held.get(file), self._opening.get(file)
             if held is not None:
@@ -104,6 +104,6 @@ class Stages:
         return stage, True
 
     def find(self, file: str) -> Stage | None:
-        """The stage of a file, if it is open."""
+        """Returns the stage of a file, if it is open."""
         with self._lock:
             return self._held.get(file)

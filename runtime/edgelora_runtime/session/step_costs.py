@@ -1,4 +1,7 @@
-"""What steps cost on this machine by the number of tokens that they read, and how many draft tokens that makes worthwhile."""
+"""Measured costs of steps on this machine, by the number of tokens that they read.
+
+They determine how many draft tokens are worthwhile.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ _PROBE = 32  # steps between two that try another number of draft tokens, so tha
 
 
 class StepCosts:
-    """Seconds of one model's steps: an average for steps of one row, and a line for steps of more, as each row adds the same."""
+    """Seconds of one model's steps.
+
+    They are an average for steps of one row, and a line for steps of more, as each row adds the same.
+    """
 
     def __init__(self) -> None:
         self.plain: float | None = None  # a step of one row; None until there was one
@@ -23,7 +29,10 @@ class StepCosts:
         self._steps = 0
 
     def note(self, rows: int, seconds: float) -> None:
-        """Adds a step to the measurements; one that other work slowed to more than twice its estimate counts as twice."""
+        """Adds a step to the measurements.
+
+        A step that other work slowed to more than twice its estimate counts as twice.
+        """
         if rows < MIN_ROWS:
             self.plain = (
                 seconds if self.plain is None else self.plain + (min(seconds, 2 * self.plain) - self.plain) * _NEWEST_PLAIN
@@ -40,7 +49,10 @@ class StepCosts:
         self._products = keep * self._products + rows * seconds
 
     def estimate(self, limit: int, min_rows: int) -> list[float]:
-        """Seconds of steps with 0 to `limit` draft tokens, each of min_rows or more; [] before the first measurement."""
+        """Returns the seconds of steps with 0 to `limit` draft tokens.
+
+        Each step has min_rows rows or more. Returns [] before the first measurement.
+        """
         if not self._weight and self.plain is None:
             return []
         fixed, slope = self._fit()
@@ -50,14 +62,20 @@ class StepCosts:
         return seconds
 
     def probe(self, chosen: int, limit: int) -> int:
-        """The chosen number of draft tokens; now and then one more, up to `limit`, or none."""
+        """Returns the chosen number of draft tokens.
+
+        Now and then it is one more, up to `limit`, or none.
+        """
         self._steps += 1
         if self._steps % _PROBE:
             return chosen
         return min(limit, chosen + 1) if self._steps // _PROBE % 2 else 0
 
     def _fit(self) -> tuple[float, float]:
-        """Seconds of a step without rows and of each row, by least squares; close to _FIRST_SLOPE while the rows hardly vary."""
+        """Returns the seconds of a step without rows and of each row, by least squares.
+
+        The latter is close to _FIRST_SLOPE while the rows hardly vary.
+        """
         if not self._weight:
             plain = self.plain or 0.0
             return plain * (1 - _FIRST_SLOPE), plain * _FIRST_SLOPE
@@ -69,19 +87,25 @@ class StepCosts:
 
 
 def find_break_even(seconds: list[float]) -> float:
-    """The acceptance rate below which a draft token cannot pay: the average cost of one more, in steps without any."""
+    """Returns the acceptance rate below which a draft token cannot pay.
+
+    It is the average cost of one more, in steps without any.
+    """
     return (seconds[-1] / seconds[0] - 1) / (len(seconds) - 1) if len(seconds) > 1 else 0.0
 
 
 def count_likely(rates: list[float], min_rate: float) -> int:
-    """How many draft tokens are accepted, together with all before them, with at least that probability."""
+    """Counts the draft tokens that are accepted with a probability of at least min_rate.
+
+    The probability is that of accepting a token and all before it.
+    """
     return sum(reached >= min_rate for reached in accumulate(rates, mul))
 
 
 def choose_length(rates: list[float], seconds: list[float]) -> int:
-    """The number of draft tokens that gives the most tokens per second.
+    """Returns the number of draft tokens that gives the most tokens per second.
 
-    rates: acceptance rate of each draft token if all before it are accepted. seconds: of steps with 0, 1, … draft tokens; no
+    rates: acceptance rate of each draft token if all before it are accepted. seconds: of steps with 0, 1, … draft tokens. No
     longer drafts are considered.
     """
     best, tokens, reached = 0, 1.0, 1.0
