@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from benchmarks.composition_data import Prepared
     from edgelora.in_torch.mixed_model import MixedModel
 
-WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for every method with one weight for all adapters
+WEIGHTS = (0.25, 0.4, 0.6, 1.0)  # tried for each method with one weight for all adapters
 DATA_FREE = (
     "linear",
     "ties",

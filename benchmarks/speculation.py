@@ -73,7 +73,7 @@ def main() -> None:
         print_json(results)
         return
     rows = [[str(n), f"{each['cost']:.2f}", f"{each['pays_from']:.2f}"] for n, each in enumerate(results["steps"], 1)]
-    print_table("steps, in steps of one row", ["guesses", "cost", "break-even share of accepted draft tokens"], rows)
+    print_table("steps, in steps of one row", ["draft tokens", "cost", "break-even share of accepted draft tokens"], rows)
     if "tasks" in results:
         keys = list(next(iter(results["tasks"].values())))
         rows = [[task, *(str(each[key]) for key in keys)] for task, each in results["tasks"].items()]
@@ -124,7 +124,7 @@ def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, t
     for mode, each in zip(MODES, decoding[1:], strict=True):
         low, high = np.percentile(decoding[0][drawn].sum(axis=1) / each[drawn].sum(axis=1), [2.5, 97.5])
         ratios[mode] = f"{decoding[0].sum() / each.sum():.2f} ({low:.2f}–{high:.2f})"
-    return {**ratios, "right guesses": round(accepted / max(drafted, 1), 2), "of all tokens": round(accepted / tokens, 2)}
+    return {**ratios, "accepted draft tokens": round(accepted / max(drafted, 1), 2), "of all tokens": round(accepted / tokens, 2)}
 
 
 def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int | None) -> dict[str, str]:
@@ -136,11 +136,11 @@ def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int
                 yield runtime.generate(prompt, variant=variant, max_tokens=MAX_TOKENS, speculation=mode).tokens
 
     with patch.object(Drafter, "propose", lambda drafter, limit, min_rate=0.0: []):
-        unguessed = list(answer("on"))
-    guessed, plain = list(answer("on")), list(answer("off"))
-    same = sum(one == other for one, other in zip(guessed, unguessed, strict=True))
-    alike = sum(one == other for one, other in zip(guessed, plain, strict=True))
-    return {"same without guesses": f"{same} of {len(prompts)}", "same as off": f"{alike} of {len(prompts)}"}
+        undrafted = list(answer("on"))
+    drafted_answers, plain = list(answer("on")), list(answer("off"))
+    same = sum(one == other for one, other in zip(drafted_answers, undrafted, strict=True))
+    alike = sum(one == other for one, other in zip(drafted_answers, plain, strict=True))
+    return {"same without draft tokens": f"{same} of {len(prompts)}", "same as off": f"{alike} of {len(prompts)}"}
 
 
 def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict[str, float]]:
@@ -163,13 +163,13 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
             seconds.append(time.perf_counter() - started)
         costs.append([each / seconds[0] for each in seconds])
     medians = np.median(costs[1:], axis=0)[MIN_ROWS - 1 :].tolist()
-    return [{"cost": cost, "pays_from": find_break_even(cost, guesses)} for guesses, cost in enumerate(medians, 1)]
+    return [{"cost": cost, "pays_from": find_break_even(cost, draft_tokens)} for draft_tokens, cost in enumerate(medians, 1)]
 
 
-def find_break_even(cost: float, guesses: int) -> float:
-    """The acceptance rate p at which 1 + p + p² + … + p^guesses tokens equal a step's cost. Above 1 if no rate does."""
+def find_break_even(cost: float, draft_tokens: int) -> float:
+    """The acceptance rate p at which 1 + p + p² + … + p^draft_tokens tokens equal a step's cost. Above 1 if no rate does."""
     shares = np.arange(0, 1001) / 1000
-    worth = np.sum([shares**power for power in range(guesses + 1)], axis=0) >= cost
+    worth = np.sum([shares**power for power in range(draft_tokens + 1)], axis=0) >= cost
     return float(shares[worth.argmax()]) if worth.any() else float("inf")
 
 

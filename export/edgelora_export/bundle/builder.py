@@ -163,6 +163,7 @@ class BundleBuilder:
         Ensures: its cpu graph is written.
         """
         manifest = self._describe([self.variants[name]], (CPU.name,))
+        manifest = replace(manifest, files=describe_files(self._folder))
         return_freed_memory()  # of quantization, the teacher and an earlier session. The new session may pack the whole model
         with Runtime(Bundle(self._folder, manifest), provider="cpu") as runtime:
             yield runtime
@@ -240,7 +241,7 @@ class BundleBuilder:
             return Measurement(found, runtime.kernels)
 
     def _describe(self, variants: Sequence[Variant], targets: Sequence[str]) -> Manifest:
-        """Writes graphs and live adapters of some variants. Returns the folder's manifest with only these variants."""
+        """Writes graphs and live adapters of some variants. Returns a manifest with only these variants, and no files yet."""
         plan = self._plan
         graphs = write_graphs(plan, self._folder, variants, self._weights, targets)
         files = write_live_adapters(plan, self._folder, variants)
@@ -262,7 +263,7 @@ class BundleBuilder:
                 )
                 for variant in variants
             },
-            files=describe_files(self._folder),
+            files={},
             router=None if plan.router is None else plan.router.entry,
         )
 

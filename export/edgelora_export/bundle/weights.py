@@ -39,12 +39,6 @@ class BundleWeights:
         self.shared: StoredWeights | None = None
         self.bare: StoredWeights | None = None
 
-    @property
-    def blobs(self) -> set[str]:
-        """Names of the blobs of all weights."""
-        stored = (self.shared, self.bare, *self._merged.values())
-        return set().union(*(weights.blobs for weights in stored if weights is not None))
-
     def get(self, variant: Variant) -> StoredWeights:
         """Returns a variant's weights. A live variant, or one without a delta, has those of the bare base."""
         weights = self._merged.get(variant.name, self.bare)

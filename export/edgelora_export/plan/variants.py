@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -94,10 +94,6 @@ class Quantization:
         """Lists the patterns of int8 that match no product."""
         products = list(products)
         return [pattern for pattern in self.int8 if not any(fnmatchcase(product, pattern) for product in products)]
-
-    def raise_to_int8(self, products: Iterable[str]) -> Quantization:
-        """Returns the same quantization with more products in 8 bits."""
-        return replace(self, int8=(*self.int8, *products))
 
 
 @dataclass(frozen=True)

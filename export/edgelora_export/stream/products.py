@@ -42,7 +42,7 @@ def store_products(
     """Stores every product of a merge. Returns them together with the `shared` weights.
 
     Requires: `shared` holds norms, rotary tables and the embedding, all in storage.folder.
-    Ensures: the result has a weight for every product of the decoder, and `finished` lists each one that was stored.
+    Ensures: the result has a weight for each product of the decoder, and `finished` lists each one that was stored.
 
     finished: products that an earlier run stored, which are not stored again. bare: the bare base's weights, which are reused for
     products that the delta does not change. on_layer: called with each layer's index before its products are stored.

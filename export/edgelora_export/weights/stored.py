@@ -42,11 +42,6 @@ class StoredWeights:
     def __or__(self, other: StoredWeights) -> StoredWeights:
         return StoredWeights(self.tensors | other.tensors, self.grids | other.grids)
 
-    @property
-    def blobs(self) -> set[str]:
-        """Names of the blobs that hold the tensors."""
-        return {tensor.location for tensor in self.tensors.values()}
-
     def select(self, product: str) -> StoredWeights:
         """Returns the tensors and the grid of one product."""
         tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
