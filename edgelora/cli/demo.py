@@ -41,7 +41,7 @@ def demo(
 
 
 def show_demo(report: DemoReport) -> None:
-    """Prints the scores and switching times as a table, and how to go on from here."""
+    """Prints scores and switching times as a table, and what to do next."""
     tasks = list(report.test_rows)
     columns = ["variant", *tasks, "first switch", "switch back"]
     switches = {switch.variant: switch for switch in report.switches}
