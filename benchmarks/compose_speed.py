@@ -1,4 +1,4 @@
-"""Time and memory of composing adapters at a real model's shape, and core-space methods against their full-space twins.
+"""Time and memory of composing adapters at a real model's shape.
 
     make test                                                          # sets up .venv
     .venv/bin/python -m benchmarks.compose_speed
@@ -6,8 +6,9 @@
 
 Adapters are random (shapes.py), on every linear layer. Each method composes the whole model into an adapter of the summed rank,
 through the command line, reading and writing included. Methods are interleaved: each round runs every method once. Memory is the
-process's anonymous memory, as in export_memory.py. The twins need SVDs of whole ΔW, so they are timed on one module per shape,
-and scaled by the number of modules of that shape. Both sides of that comparison start with their inputs in memory.
+process's anonymous memory, as in export_memory.py. Core-space methods are also compared with their full-space twins. The twins
+need SVDs of whole ΔW, so they are timed on one module per shape, and scaled by the number of modules of that shape. Both sides of
+that comparison start with their inputs in memory.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ WEIGHTS = (0.5, 0.6, -0.3, 0.4, 0.7, -0.2)
 
 @dataclass(frozen=True)
 class Figures:
-    """The cost of composing the whole model with one method: seconds per round, and peak anonymous memory."""
+    """The cost of composing the whole model with one method.
+
+    It is seconds per round, and peak anonymous memory.
+    """
 
     seconds: tuple[float, ...]
     peak_bytes: int
@@ -48,9 +52,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method on factors and its twin on whole deltas. Seconds are medians for the whole model; ratio is the twin's over ours.
+    """A method on factors and its twin on whole deltas.
 
-    difference: largest relative difference of the two results over the modules.
+    Seconds are medians for the whole model, and ratio is the twin's over ours. difference: largest relative difference of the two
+    results over the modules.
     """
 
     seconds: float
@@ -110,7 +115,7 @@ def main() -> None:
 
 
 def write_adapters(shape: Shape, cache: Path, count: int, rank: int) -> list[Path]:
-    """Random adapters of a checkpoint that does not exist; nothing reads it."""
+    """Writes random adapters of a checkpoint that does not exist. Nothing reads it."""
     report(f"writing {count} adapters of {shape.name}")
     cache.mkdir(parents=True, exist_ok=True)
     folders = [cache / f"all-linear-{rank}-{seed}" for seed in range(count)]
@@ -137,7 +142,7 @@ def measure_composing(adapters: list[Path], methods: list[str], rounds: int) -> 
 
 
 def compare_twins(shape: Shape, count: int, rank: int, rounds: int) -> dict[str, Comparison]:
-    """Compares methods on factors with their twins on whole deltas, interleaved, for each module shape."""
+    """Compares methods on factors with their twins on deltas, interleaved, per module shape."""
     sizes = Counter(size for name, size in shape.tensors() if name.removesuffix(".weight").endswith(ALL_LINEAR))
     weights = WEIGHTS[:count]
     ours, theirs = ({name: [0.0] * rounds for name in TWINS} for _ in range(2))

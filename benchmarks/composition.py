@@ -1,14 +1,15 @@
-"""Composition on real tasks: how much mixes of different adapters keep of each, by method, against control arms.
+"""Composition on real tasks: what mixes keep of each adapter, by method, against control arms.
 
     make test                                                                    # sets up .venv
     .venv/bin/python -m benchmarks.composition --output composition-run          # hours on two cores: most of it trains adapters
 
-Four domains of slot filling share one format and contradict each other; slots, sql and medical are far apart. Adapters learn from
-the .train files, except for 100 rows each. Those rows choose the weight of each data-free method (one for all adapters), and
-they are the only labels that learned mixes see. Scores are on the .test files: slot F1, or the loss if completions are not slots.
-They are normalized: F1 relative to that of the task's own plain adapter, or the share of that adapter's loss reduction that is
-kept (NAI). As the base's F1 is 0, both definitions agree there. Intervals are 95% bootstrap intervals over rows. Results are kept
-in --output and not measured again. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+Four domains of slot filling share one format and contradict each other. The tasks slots, sql and medical are far apart. Adapters
+learn from the .train files, except for 100 rows each. Those rows choose the weight of each data-free method (one for all
+adapters), and they are the only labels that learned mixes see. Scores are on the .test files: slot F1, or the loss if completions
+are not slots. They are normalized: F1 relative to that of the task's own plain adapter, or the share of that adapter's loss
+reduction that is kept (NAI). As the base's F1 is 0, both definitions agree there. Intervals are 95% bootstrap intervals over
+rows. Results are kept in --output and not measured again. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA,
+or ../shared/…).
 """
 
 from __future__ import annotations
@@ -96,7 +97,10 @@ def measure(prepared: Prepared, tasks: Sequence[str], name: str) -> dict[str, tu
 
 
 def score_rows(model: MixedModel, arm: Arm, task: str, rows: Sequence[Row]) -> Doubles:
-    """Per row a numerator and a denominator: F1's two counts if completions are slots, else nats and tokens."""
+    """Scores each row as a numerator and a denominator.
+
+    They are F1's two counts if completions are slots, else nats and tokens.
+    """
     model.set_mix(arm.mixes[task])
     if not task.startswith("slots"):
         return model.losses(rows)
@@ -110,7 +114,10 @@ def normalise(counts: Doubles, own: Doubles, base: Doubles) -> float:
 
 
 def summarise(found: Sequence[Mapping[str, tuple[int, dict[str, Doubles]]]], tasks: Sequence[str]) -> list[list[str]]:
-    """A table row per arm: mean over tasks and seeds with its interval, worst task, each task, configurations tried."""
+    """Makes a table row per arm.
+
+    It has the mean over tasks and seeds with its interval, the worst task, each task, and configurations tried.
+    """
     generator = np.random.default_rng(0)
     sizes = {task: len(found[0]["base"][1][task]) for task in tasks}
     picks = [{task: generator.integers(0, size, size) for task, size in sizes.items()} for _ in range(RESAMPLES)]

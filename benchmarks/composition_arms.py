@@ -1,4 +1,4 @@
-"""The arms of composition.py: mixes by every method, by PEFT and on data, and the controls."""
+"""The arms of composition.py: mixes by every method, by PEFT and on data, and controls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ PEFT_KINDS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to serve all tasks. mixes: the mix for each task, None for the base. tried: number of configurations tried."""
+    """One way to serve all tasks.
+
+    mixes: the mix for each task, None for the base. tried: number of configurations tried.
+    """
 
     name: str
     mixes: Mapping[str, Mix | None]
@@ -54,7 +57,10 @@ class Arm:
 
 
 def list_arms(prepared: Prepared, tasks: Sequence[str], model: MixedModel, store: Path) -> Iterator[Arm]:
-    """Yields the arms for a set of tasks. Slow results are kept in the seed's folder."""
+    """Yields the arms for a set of tasks.
+
+    Slow results are kept in the seed's folder.
+    """
     plain = {task: prepared.plain[task] for task in tasks}
     alone = {task: _only(adapter) for task, adapter in plain.items()}
     yield Arm("base", dict.fromkeys(tasks))
@@ -100,7 +106,10 @@ def choose(
     model: MixedModel,
     store: Path,
 ) -> Arm:
-    """The candidate with the least loss on the labelled rows, relative to each task's own adapter. Kept in a file."""
+    """Chooses the candidate with the least loss on the labelled rows.
+
+    Losses are relative to each task's own adapter. The choice is kept in a file.
+    """
     chosen = store / f"{name_file(name)}.choice"
     if chosen.exists():
         return Arm(name, candidates[int(chosen.read_text())], len(candidates))
@@ -139,7 +148,10 @@ def _learned(
     grain: str = "core",
     written: int = 0,
 ) -> Arm:
-    """A mix learned on data, kept in the seed's folder. written: prompts that adapters complete; they double the steps."""
+    """Learns a mix on data, and keeps it in the seed's folder.
+
+    written: prompts that adapters complete. They double the steps.
+    """
     folder = prepared.mix(adapters, name.removeprefix("composable: "))
     if not folder.exists():
         print_note(f"learning {folder.name}")
@@ -175,7 +187,10 @@ def _compose_with_peft(
 
 
 def _with_random(prepared: Prepared, adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> Iterator[tuple[str, Mix]]:
-    """Per task, the linear mix of its own adapter with random ones of the other adapters' norms in every module."""
+    """Yields per task the linear mix of its own adapter with random ones.
+
+    The random ones have the other adapters' norms in every module.
+    """
     for task, own in adapters.items():
         mixed = {task: own}
         for place, (name, adapter) in enumerate(adapters.items()):

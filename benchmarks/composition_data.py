@@ -1,4 +1,7 @@
-"""The tasks, splits and adapters of composition.py. Adapters are trained once and kept in its folder."""
+"""The tasks, splits and adapters of composition.py.
+
+Adapters are trained once and kept in its folder.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ ALL, FEW = "slots-all", "slots-few"  # one adapter trained on all domains' rows,
 
 @dataclass(frozen=True)
 class Prepared:
-    """The adapters and rows of one seed, by task. Composable adapters and the two controls are optional.
+    """The adapters and rows of one seed, by task.
 
-    labelled: files of the rows that no adapter was trained on. tests: rows that are used for nothing else.
+    Composable adapters and the two controls are optional. labelled: files of the rows that no adapter was trained on. tests: rows
+    that are used for nothing else.
     """
 
     base: str
@@ -57,7 +61,10 @@ def name_file(text: str) -> str:
 def prepare(
     base: Path, data: Path, output: Path, seed: int, count: int, tasks: Sequence[str], *, composable: bool = False
 ) -> Prepared:
-    """Splits the rows and trains missing adapters. count: test rows per task. Only the four domains have controls."""
+    """Splits the rows and trains missing adapters.
+
+    count: test rows per task. Only the four domains have controls.
+    """
     splits = output / "rows"
     splits.mkdir(parents=True, exist_ok=True)
     for task in tasks:

@@ -1,11 +1,11 @@
-"""Exports the mixes of composition.py to int4, merged and live, and separates the loss of composing from that of quantizing.
+"""Exports the mixes of composition.py to int4, merged and live.
 
     .venv/bin/python -m benchmarks.composition --output composition-run --set "four domains"
     .venv/bin/python -m benchmarks.composition_int4 --output composition-run
 
-The figure is slot F1 on the .test files, averaged over the four domains, for each domain's own adapter and for each mix: in
-float32 in torch, and exported with GPTQ in onnxruntime, merged and live. Composition loss: own adapters minus the mix, both in
-float32. Quantization loss: the mix in float32 minus the exported mix.
+It separates the loss of composing from that of quantizing. The figure is slot F1 on the .test files, averaged over the four
+domains, for each domain's own adapter and for each mix: in float32 in torch, and exported with GPTQ in onnxruntime, merged and
+live. Composition loss: own adapters minus the mix, both in float32. Quantization loss: the mix in float32 minus the exported mix.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def main() -> None:
 
 
 def measure(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """Mean F1 over the domains by mix: float32, merged, live. Kept in the seed's folder."""
+    """Measures mean F1 over the domains by mix: float32, merged, live.
+
+    Results are kept in the seed's folder.
+    """
     store = prepared.folder / "scores" / "int4.json"
     if store.exists():
         kept: dict[str, dict[str, float]] = json.loads(store.read_text())

@@ -1,11 +1,12 @@
-"""Compares searched weights with equal weights: three distant tasks, three seeds, on rows that no choice was made on.
+"""Compares searched weights with equal weights, on rows that no choice was made on.
 
     make test                                           # sets up .venv
     .venv/bin/python -m benchmarks.composition_search --output search-run      # an hour on two cores: most of it trains adapters
 
-100 rows of each task's training file are held out of training. `compose search` uses half of them and reports on the other half.
-Then the best mix and the best equal weights are measured on rows of the .test file. Intervals are 95% bootstrap
-intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or ../shared/…).
+There are three distant tasks and three seeds. 100 rows of each task's training file are held out of training. `compose search`
+uses half of them and reports on the other half. Then the best mix and the best equal weights are measured on rows of the .test
+file. Intervals are 95% bootstrap intervals over rows. Needs the base `pocket` and the data (EDGELORA_MODELS, EDGELORA_DATA, or
+../shared/…).
 """
 
 from __future__ import annotations
@@ -78,7 +79,10 @@ def main() -> None:
 
 
 def split_rows(data: Path, folder: Path, held_out: int) -> dict[str, tuple[Path, Path]]:
-    """Per task a file of rows to train on, and a file of `held_out` distinct rows that are not in the first."""
+    """Splits each task into a file of rows to train on, and a file of held-out rows.
+
+    The latter has `held_out` distinct rows that are not in the first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
     for task in TASKS:
@@ -89,7 +93,10 @@ def split_rows(data: Path, folder: Path, held_out: int) -> dict[str, tuple[Path,
 
 
 def measure(base: Path, adapters: Mapping[str, Path], report: SearchReport, tests: Mapping[str, list[Row]]) -> dict[str, object]:
-    """What the best mix and equal weights keep on the test rows, and the gain with its interval, here and in the report."""
+    """Measures what the best mix and equal weights keep on the test rows.
+
+    Also returns the gain with its interval, here and in the report.
+    """
     model = MixedModel.open(str(base))
     opened = {name: Adapter.open(folder, name) for name, folder in adapters.items()}
 

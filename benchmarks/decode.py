@@ -1,15 +1,15 @@
-"""Prefill and decode speed at a real model's shape, against onnxruntime-genai and llama.cpp on the same machine.
+"""Prefill and decode speed at a real model's shape, against onnxruntime-genai and llama.cpp.
 
     python -m venv peers && peers/bin/pip install -r benchmarks/peers.txt
     python -m benchmarks.decode --shape llama-3.2-1b --peers-python peers/bin/python
     python -m benchmarks.decode --shape llama-3.2-1b --peers-python peers/bin/python --check    # same model?
 
-All engines get the same checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32 by each engine's own tool
-(peer_models.py). --block-size changes ours, for speed only, as the weights lie on the grid of 32. Runs are interleaved (A B C
-A B C), each engine in its own process, idle in between. Each round has a new prompt, so no prompt cache helps. `llama.cpp` is the
-result of `llama-quantize` with Q4_0, whose tied head has 6 or 8 bits; `llama.cpp-pure` has a 4-bit head, like the others. Loading
-is from a warm page cache. The share of memory bandwidth is that of our weights: each decoded token reads all of them once, the
-tied embedding as the head.
+All engines run on the same machine, and get the same checkpoint of random weights (shapes.py), quantized to int4 in blocks of 32
+by each engine's own tool (peer_models.py). --block-size changes ours, for speed only, as the weights lie on the grid of 32. Runs
+are interleaved (A B C A B C), each engine in its own process, idle in between. Each round has a new prompt, so no prompt cache
+helps. `llama.cpp` is the result of `llama-quantize` with Q4_0, whose tied head has 6 or 8 bits. `llama.cpp-pure` has a 4-bit
+head, like the others. Loading is from a warm page cache. The share of memory bandwidth is that of our weights: each decoded token
+reads all of them once, the tied embedding as the head.
 """
 
 from __future__ import annotations
@@ -95,7 +95,10 @@ class Report:
 
 
 def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int, threads: int) -> tuple[dict[str, Figures], float]:
-    """Runs a warm-up with the first prompt, then a round per further prompt over all engines. Also measures memory bandwidth."""
+    """Runs a warm-up with the first prompt, then a round per further prompt.
+
+    Each round is over all engines. Also measures memory bandwidth.
+    """
     figures: dict[str, Figures] = {}
     for name, worker in workers.items():
         warm = worker.ask(verb="warm", prompt=prompts[0], tokens=WARM_UP)
@@ -113,7 +116,10 @@ def measure(workers: dict[str, Worker], prompts: list[list[int]], tokens: int, t
 
 
 def measure_bandwidth(threads: int) -> float:
-    """Bytes per second that `threads` threads together read from arrays too large for any cache, best of five."""
+    """Measures bytes per second that `threads` threads together read, best of five.
+
+    They read from arrays too large for any cache.
+    """
     arrays = [np.ones(BANDWIDTH_BYTES // 8, np.int64) for _ in range(threads)]
     seconds = []
     with ThreadPoolExecutor(threads) as pool:
@@ -173,9 +179,9 @@ def format_table(found: Report) -> str:
 
 
 def check_models(workers: dict[str, Worker], prompt: list[int]) -> dict[str, float]:
-    """The correlation of each engine's logits after the prompt with those of transformers in fp32, unquantized.
+    """Correlates each engine's logits after the prompt with those of transformers.
 
-    Empty without the reference.
+    The reference is in fp32, unquantized. Empty without it.
     """
     if REFERENCE not in workers:
         return {}
@@ -202,7 +208,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measures or checks, and prints; 1 if a check fails."""
+    """Measures or checks, and prints. Returns 1 if a check fails."""
     arguments = parse_arguments()
     shape = SHAPES[arguments.shape]
     cache = arguments.cache.resolve() / f"v{CACHE_VERSION}" / shape.name

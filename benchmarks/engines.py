@@ -1,11 +1,11 @@
-"""The engines that decode.py compares, each in a worker process that takes and answers JSON lines.
+"""The engines that decode.py compares, each in a worker process.
 
     python -m benchmarks.engines ENGINE MODEL --threads 2 --length 256
 
-A worker imports only its own engine, so a peer's interpreter needs no edgelora. `--length` is the number of positions of the KV
-cache. The first output line gives the loading time; then the worker answers requests: `warm`, `round`, `reload` and `logits`.
-Every engine does the same work in a round: a prefill of the prompt with logits for its last position only, a greedy first token,
-then N single-token passes, each followed by a greedy pick.
+A worker takes and answers JSON lines. It imports only its own engine, so a peer's interpreter needs no edgelora. `--length` is
+the number of positions of the KV cache. The first output line gives the loading time. Then the worker answers requests: `warm`,
+`round`, `reload` and `logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last
+position only, a greedy first token, then N single-token passes, each followed by a greedy pick.
 """
 
 from __future__ import annotations
@@ -47,7 +47,10 @@ class Engine(Protocol):
     settings: str  # describes its configuration; final after warm_up
 
     def run_round(self, prompt: list[int], count: int) -> Round:
-        """Reads the prompt into an empty cache and picks a token, then runs `count` picked tokens one by one."""
+        """Reads the prompt into an empty cache and picks a token.
+
+        Then runs `count` picked tokens one by one.
+        """
 
     def warm_up(self, prompt: list[int], count: int) -> None:
         """Runs once untimed, and picks the fastest settings if the engine offers a choice."""
@@ -60,7 +63,10 @@ class Engine(Protocol):
 
 
 def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: int) -> Round:
-    """Times one call of `prefill` and `count` calls of `step`; each returns the token that it picked."""
+    """Times one call of `prefill` and `count` calls of `step`.
+
+    Each returns the token that it picked.
+    """
     start = time.perf_counter()
     tokens = [prefill()]
     middle = time.perf_counter()
@@ -70,7 +76,10 @@ def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: i
 
 
 class EdgeloraEngine:
-    """edgelora as an app calls it: times include detokenization, and loading includes the tokenizer."""
+    """edgelora as an app calls it.
+
+    Times include detokenization, and loading includes the tokenizer.
+    """
 
     def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (the cache grows as needed)
         import edgelora_runtime
@@ -178,7 +187,7 @@ class LlamaCppEngine:
         self.settings = "fp16 KV cache"
 
     def open_model(self) -> Any:
-        """Loads the weights; llama.cpp packs them for some CPUs."""
+        """Loads the weights, which llama.cpp packs for some CPUs."""
         model = self.library.llama_model_load_from_file(str(self.path).encode(), self.library.llama_model_default_params())
         if not model:
             raise RuntimeError(f"llama.cpp cannot load {self.path}")
@@ -194,7 +203,10 @@ class LlamaCppEngine:
         return self.library.llama_init_from_model(self.model, options)
 
     def run(self, tokens: list[int]) -> Floats:
-        """Runs tokens. Returns the logits of the last one, float32 (vocab,), valid until the next run."""
+        """Runs tokens, and returns the logits of the last one, float32 (vocab,).
+
+        They are valid until the next run.
+        """
         batch = self.batch
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
@@ -246,7 +258,10 @@ class LlamaCppEngine:
 
 
 class TransformersEngine:
-    """The reference for checking logits: transformers on the unquantized checkpoint in fp32. Never timed."""
+    """The reference for checking logits, never timed.
+
+    It is transformers on the unquantized checkpoint in fp32.
+    """
 
     def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (no cache)
         import torch
@@ -261,7 +276,7 @@ class TransformersEngine:
         raise NotImplementedError(f"the reference runs no rounds ({len(prompt)} + {count} tokens)")
 
     def warm_up(self, prompt: list[int], count: int) -> None:
-        """Does nothing: the reference is not timed."""
+        """Does nothing, as the reference is not timed."""
 
     def reload(self) -> None:
         raise NotImplementedError("the reference is not timed")
@@ -296,7 +311,10 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_stdout() -> TextIO:
-    """Reserves standard output for the protocol. Everything else written to it then goes to standard error."""
+    """Reserves standard output for the protocol.
+
+    Everything else written to it then goes to standard error.
+    """
     protocol = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return protocol

@@ -1,14 +1,14 @@
-"""Memory and time of an export at a real model's shape: a base and three merged variants, next to onnxruntime-genai's builder.
+"""Memory and time of an export at a real model's shape, next to onnxruntime-genai's builder.
 
     make test                                                              # sets up .venv
     .venv/bin/python -m benchmarks.export_memory --method rtn              # minutes
     .venv/bin/python -m benchmarks.export_memory --method gptq             # hours on two cores
     .venv/bin/python -m benchmarks.export_memory --method rtn --peers-python peers/bin/python
 
-Weights are random (shapes.py). The three adapters have rank 16 and change only attention. Memory is anonymous memory (RssAnon in
-/proc, so Linux only) of the exporting process and its children, sampled 50 times per second. Pages of mapped files do not count,
-as the system can drop them. The builder makes one model, from the unchanged checkpoint: each variant would need a merged
-checkpoint and the same time again.
+The export is of a base and three merged variants. Weights are random (shapes.py). The three adapters have rank 16 and change only
+attention. Memory is anonymous memory (RssAnon in /proc, so Linux only) of the exporting process and its children, sampled 50
+times per second. Pages of mapped files do not count, as the system can drop them. The builder makes one model, from the unchanged
+checkpoint: each variant would need a merged checkpoint and the same time again.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ MIB = 2**20
 class Figures:
     """The cost of one export.
 
-    variant_share: bytes that only one merged variant maps, over the base variant's bytes; the largest, None without merged
-    variants. merged, live: how many variants with an adapter ended merged or live, as the gate can turn merged ones live; None
-    for the peer.
+    variant_share: bytes that only one merged variant maps, over the base variant's bytes. It is the largest, or None without
+    merged variants. merged, live: how many variants with an adapter ended merged or live, as the gate can turn merged ones live.
+    They are None for the peer.
     """
 
     peak_bytes: int
@@ -130,7 +130,10 @@ def measure_builder(cache: Path, python: Path) -> Figures:
 
 
 def watch(command: list[str]) -> Figures:
-    """Runs a command and samples its memory. If it fails, exits with the end of its output."""
+    """Runs a command and samples its memory.
+
+    If it fails, exits with the end of its output.
+    """
     start, peak = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)

@@ -1,4 +1,4 @@
-"""How much of an adapter int4 loses: GPTQ against rounding to nearest, and against onnxruntime-genai's builder.
+"""Fidelity of adapters in int4: GPTQ against rounding to nearest, and against onnxruntime-genai's builder.
 
     make test                                           # sets up .venv
     .venv/bin/python -m benchmarks.fidelity --output fidelity-run      # about an hour on two cores: most of it trains adapters
@@ -72,7 +72,10 @@ def main() -> None:
 
 
 def measure(base: Path, data: Path, folder: Path, seed: int, count: int, peer: Path | None) -> list[tuple[str, dict[str, Any]]]:
-    """Per task, each row's divergence by arm, and slot F1 by arm if the completions are slots."""
+    """Measures each row's divergence per task and arm.
+
+    Also slot F1 by arm, if the completions are slots.
+    """
     adapters = {task: train_adapter(base, data / f"{task}.train.jsonl", folder / task, seed) for task in TASKS}
     variants = {task: VariantRecipe({task: 1.0}, merge_base="float") for task in TASKS}  # the teacher's own base
     for method in METHODS:
@@ -165,7 +168,10 @@ def load_peer(base: Path, adapter: Path, folder: Path, peer: Path) -> Logits:
 
 
 def report(divergences: dict[str, dict[str, list[Doubles]]], scores: dict[str, dict[str, list[float]]], *, as_json: bool) -> None:
-    """Prints the tables: divergence per task and arm, GPTQ's share of each other arm's, and slot F1."""
+    """Prints the tables.
+
+    They are divergence per task and arm, GPTQ's share of each other arm's, and slot F1.
+    """
     generator = np.random.default_rng(0)
     arms = list(next(iter(divergences.values())))
     table, ratios = [], []
@@ -192,7 +198,10 @@ def mean(rows: Doubles) -> float:
 
 
 def interval(ours: Sequence[Doubles], theirs: Sequence[Doubles], generator: np.random.Generator) -> str:
-    """The ratio of two mean divergences, averaged over sets of rows, with a bootstrap interval over rows."""
+    """Formats the ratio of two mean divergences, averaged over sets of rows.
+
+    It has a bootstrap interval over rows.
+    """
     ratio = np.mean([mean(one) for one in ours]) / np.mean([mean(other) for other in theirs])
     drawn = []
     for _ in range(RESAMPLES):

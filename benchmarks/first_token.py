@@ -1,12 +1,13 @@
-"""The cost before an app's first token: seconds of a fresh process, and bytes of the installed packages, next to the peers'.
+"""The cost before an app's first token: start time and package size.
 
     make test                                                        # sets up .venv
     .venv/bin/python -m benchmarks.first_token                       # exports pocket in int4 and times it
     .venv/bin/python -m benchmarks.first_token --bundle B --peers-python peers/bin/python
 
-Time runs from before `import edgelora_runtime` to the first piece of text, in a new process each round. The files are in the
-system's page cache, as on every start but the first. Sizes cover a package and all its requirements, by pip's lists of files,
-without compiled Python. A peer is measured if --peers-python names an interpreter that has it.
+It measures the seconds of a fresh process and the bytes of the installed packages, ours and the peers'. Time runs from before
+`import edgelora_runtime` to the first piece of text, in a new process each round. The files are in the system's page cache, as on
+every start but the first. Sizes cover a package and all its requirements, by pip's lists of files, without compiled Python. A
+peer is measured if --peers-python names an interpreter that has it.
 """
 
 from __future__ import annotations
@@ -70,7 +71,10 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Report:
-    """seconds: medians over rounds, per part and in total. bytes: per package, with its requirements."""
+    """The result of a run.
+
+    seconds: medians over rounds, per part and in total. bytes: per package, with its requirements.
+    """
 
     seconds: dict[str, float]
     bytes: dict[str, int]
@@ -111,7 +115,10 @@ def make_bundle(output: Path) -> Path:
 
 
 def time_starts(bundle: Path, prompt: str, rounds: int) -> dict[str, float]:
-    """Median seconds per part of a start, and in total. Leaves out the first start, which fills the page cache."""
+    """Times the parts of a start, as median seconds per part and in total.
+
+    Leaves out the first start, which fills the page cache.
+    """
     found = []
     for _ in range(rounds + 1):
         command = [sys.executable, "-c", START, str(bundle), prompt]
@@ -124,7 +131,10 @@ def time_starts(bundle: Path, prompt: str, rounds: int) -> dict[str, float]:
 
 
 def measure_size(python: Path, package: str) -> int:
-    """Bytes of a package and its requirements in an interpreter's environment. 0 if it is not installed."""
+    """Sums the bytes of a package and its requirements in an interpreter's environment.
+
+    Returns 0 if it is not installed.
+    """
     printed = subprocess.run([str(python), "-c", SIZE, package], check=True, capture_output=True, text=True).stdout
     return sum(json.loads(printed).values())
 

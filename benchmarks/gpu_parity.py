@@ -1,10 +1,11 @@
-"""The gpu target on a real GPU: greedy tokens and logits through CUDA and WebGPU, against fp16 torch on the merged model.
+"""The gpu target on a real GPU, against fp16 torch on the merged model.
 
     python -m benchmarks.gpu_parity --base BASE [--adapter ADAPTER] [--tokens 64] [--prompt TEXT …]
 
-Every execution provider that finds a GPU runs the bundle twice: with fp16 weights, which must write torch's tokens, and in int4,
-which must write the tokens of the same graph on the CPU provider. Without a GPU the script says so and exits. Checks of the gpu
-target that need no GPU are in tests/export/graph/test_gpu_target.py.
+It compares greedy tokens and logits, through CUDA and WebGPU. Every execution provider that finds a GPU runs the bundle twice:
+with fp16 weights, which must write torch's tokens, and in int4, which must write the tokens of the same graph on the CPU
+provider. Without a GPU the script says so and exits. Checks of the gpu target that need no GPU are in
+tests/export/graph/test_gpu_target.py.
 """
 
 from __future__ import annotations

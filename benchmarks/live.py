@@ -1,12 +1,12 @@
-"""The cost of a live adapter per token: decode and prefill times of a live variant over a merged one's, interleaved.
+"""The cost of a live adapter per token, relative to a merged one.
 
     make test                                                          # sets up .venv
     .venv/bin/python -m benchmarks.live --shape llama-3.2-1b
     .venv/bin/python -m benchmarks.live --shape smollm2-135m
 
-Weights are random (shapes.py), int4 in blocks of 32. The adapter has rank 16 on every linear layer of the decoder. A merged
-variant runs the same products as the bare base with other codes, so the bare base represents it. Both variants are open in one
-process and interleaved, with a new prompt each round.
+Figures are decode and prefill times of a live variant over a merged one's. Weights are random (shapes.py), int4 in blocks of 32.
+The adapter has rank 16 on every linear layer of the decoder. A merged variant runs the same products as the bare base with other
+codes, so the bare base represents it. Both variants are open in one process and interleaved, with a new prompt each round.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ def export_bundle(shape: Shape, cache: Path, rank: int) -> Path:
 
 
 def measure(runtime: Runtime, shape: Shape, rounds: int, prompt: int, tokens: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by phase and variant, one value per round: prefill of the whole prompt, and decode per token."""
+    """Measures seconds by phase and variant, one value per round.
+
+    The phases are prefill of the whole prompt, and decode per token.
+    """
     found: dict[str, dict[str, list[float]]] = {"prefill": {}, "decode, per token": {}}
     for turn in range(rounds + 1):
         for name in (MERGED, LIVE):

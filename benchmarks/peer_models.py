@@ -39,18 +39,19 @@ def build_genai(checkpoint: Path, folder: Path) -> None:
 
 
 def permute_rotary_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders Q or K rows from halves (Hugging Face) to neighbouring pairs (GGUF's `llama`), per head.
+    """Reorders Q or K rows from halves to neighbouring pairs, per head.
 
-    Source: `LlamaModel.permute` of llama.cpp's convert_hf_to_gguf.py.
+    Halves are Hugging Face's order, pairs that of GGUF's `llama`. Source: `LlamaModel.permute` of llama.cpp's
+    convert_hf_to_gguf.py.
     """
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, 2, half, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def rotary_divisors(config: dict[str, Any]) -> np.ndarray | None:
-    """Llama 3's divisor of each rotary frequency, float32 (head_dim / 2,), or None without scaling.
+    """Computes Llama 3's divisor of each rotary frequency, float32 (head_dim / 2,).
 
-    Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
+    Returns None without scaling. Source: `LlamaModel.generate_extra_tensors` of llama.cpp's convert_hf_to_gguf.py.
     """
     scaling = config.get("rope_scaling")
     if not scaling:

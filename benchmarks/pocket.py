@@ -1,4 +1,7 @@
-"""The real base and tasks that benchmarks share: their folders, held-out rows, and adapters that are trained once."""
+"""The real base and tasks that benchmarks share.
+
+It finds their folders, holds rows out, and trains adapters once.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,10 @@ def find_data() -> Path:
 
 
 def hold_out(rows: Sequence[Row], count: int) -> tuple[list[Row], list[Row]]:
-    """Splits rows into rows to train on and `count` distinct held-out rows that are not among them."""
+    """Splits rows into training rows and `count` distinct held-out rows.
+
+    No held-out row is among the training rows.
+    """
     distinct = list(dict.fromkeys(rows))
     random.Random(0).shuffle(distinct)
     apart = set(distinct[:count])
@@ -43,7 +49,7 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
 
 def train_adapter(base: Path, rows: Path, folder: Path, seed: int, *, steps: int = STEPS, composable: int | None = None) -> Path:
-    """An adapter's folder. Trains the adapter if the folder is missing."""
+    """Trains an adapter if its folder is missing. Returns the folder."""
     if not folder.exists():
         print_note(f"training {folder.name}, seed {seed}")
         train(TrainConfig(str(base), rows, folder, lr=LEARNING_RATE, max_steps=steps, seed=seed, composable=composable))

@@ -1,10 +1,10 @@
-"""Routing without a second model: accuracy per task, calibration of the confidence, and cost of a pick.
+"""Routing without a second model: accuracy per task, calibration, and cost of a pick.
 
     make test                                       # sets up .venv
     .venv/bin/python -m benchmarks.routing          # a minute on two cores
     .venv/bin/python -m benchmarks.routing --adapters FOLDER --json
 
-Needs the task data (EDGELORA_DATA, or ../shared/data). Routers learn from the .train files; figures are on the .test files.
+Needs the task data (EDGELORA_DATA, or ../shared/data). Routers learn from the .train files. Figures are on the .test files.
 --adapters: a folder with an adapter per slots domain, named after its data, on the base `pocket` (EDGELORA_MODELS,
 or ../shared/models). It adds slot F1 of variant "auto" next to that of each domain's own variant, int4 by rounding to nearest.
 """
@@ -108,7 +108,10 @@ def calibrate(confidences: np.ndarray[Any, Any], right: np.ndarray[Any, Any]) ->
 
 
 def time_pick(router: Router, text: str) -> float:
-    """Microseconds per pick, the median of many, in this thread's CPU time, as other programs may be running."""
+    """Times a pick in microseconds, as the median of many.
+
+    It is this thread's CPU time, as other programs may be running.
+    """
     times = []
     for _ in range(REPEATS):
         started = time.thread_time()
@@ -118,7 +121,7 @@ def time_pick(router: Router, text: str) -> float:
 
 
 def measure_f1(base: Path, data: Path, folder: Path, limit: int | None) -> dict[str, dict[str, float]]:
-    """Slot F1 by domain, of the domain's own variant and of the variant that the router picks."""
+    """Measures slot F1 by domain, of its own variant and of the router's pick."""
     recipe = Recipe(
         base=str(base),
         adapters={domain: folder / domain for domain in SLOTS},

@@ -128,7 +128,10 @@ def make_config(shape: Shape) -> dict[str, object]:
 
 
 def draw_tensor(shape: Shape, name: str, size: tuple[int, ...]) -> Iterator[np.ndarray]:
-    """Yields one tensor in runs of fp16 values. Each tensor has its own seed, so the order of tensors does not matter."""
+    """Yields one tensor in runs of fp16 values.
+
+    Each tensor has its own seed, so the order of tensors does not matter.
+    """
     generator = np.random.default_rng(zlib.crc32(f"{shape.name}/{name}".encode()))
     left, run = int(np.prod(size)), 1 << 22
     if len(size) == 1:  # a norm's weight: around one
@@ -144,7 +147,7 @@ def draw_tensor(shape: Shape, name: str, size: tuple[int, ...]) -> Iterator[np.n
 
 
 def write_weights(shape: Shape, path: Path) -> None:
-    """Writes the safetensors file run by run, so that no whole tensor is in memory.
+    """Writes the safetensors file run by run. No whole tensor is in memory.
 
     Format: https://github.com/huggingface/safetensors#format
     """
@@ -195,7 +198,10 @@ def make_tokenizer(shape: Shape) -> dict[str, object]:
 
 
 def write_checkpoint(shape: Shape, cache: Path) -> Path:
-    """The folder of a checkpoint of this shape under `cache`. Writes it if it is missing."""
+    """Returns the folder of a checkpoint of this shape under `cache`.
+
+    Writes it if it is missing.
+    """
     folder = cache / "checkpoint"
     if folder.exists():
         return folder
@@ -221,9 +227,9 @@ def write_checkpoint(shape: Shape, cache: Path) -> Path:
 
 
 def write_adapter(shape: Shape, checkpoint: Path, folder: Path, modules: Sequence[str], *, rank: int, seed: int) -> Path:
-    """Writes a random fp16 LoRA adapter in PEFT's format on these modules of every layer, if it is missing.
+    """Writes a random fp16 LoRA adapter in PEFT's format, if it is missing.
 
-    Its change of a weight, 2 * B @ A, has ADAPTER_SIZE times the weight's norm.
+    It is on these modules of every layer. Its change of a weight, 2 * B @ A, has ADAPTER_SIZE times the weight's norm.
     """
     if folder.exists():
         return folder

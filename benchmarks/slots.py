@@ -1,4 +1,4 @@
-"""Slot filling on a real base: how much of an NF4 adapter remains after merging into int4, running live, and mixing.
+"""Slot filling with an NF4 adapter after merging into int4, running live, and mixing.
 
     make test                                     # sets up .venv
     .venv/bin/python -m benchmarks.slots          # about 10 minutes on two cores

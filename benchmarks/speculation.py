@@ -3,12 +3,12 @@
     python -m benchmarks.speculation --output run              # trains adapters and exports them, if run has none yet
     python -m benchmarks.speculation --bundle BUNDLE --steps   # only costs: steps with 0 to 8 draft tokens, for any bundle
 
-Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and
-beginnings of stories on the bare base, which has no draft table. None of them is cached. For each prompt the modes run in random
-order with pauses, as onnxruntime's threads keep spinning after a step and slow other runtimes down. Decode time is an answer's
-time minus that of reading its prompt without draft tokens, because the step that reads the prompt also reads draft tokens. Each
-prompt counts with its median over rounds. A speed-up is the sum of these without speculation over the sum with it; its 95%
-interval comes from resampling prompts. Answers are greedy.
+Needs the base `pocket`, the rows and the stories of benchmarks/pocket.py. Prompts are those of the .test files, and beginnings of
+stories on the bare base, which has no draft table. None of them is cached. For each prompt the modes run in random order with
+pauses, as onnxruntime's threads keep spinning after a step and slow other runtimes down. Decode time is an answer's time minus
+that of reading its prompt without draft tokens, because the step that reads the prompt also reads draft tokens. Each prompt
+counts with its median over rounds. A speed-up is the sum of these without speculation over the sum with it. Its 95% interval
+comes from resampling prompts. Answers are greedy.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def main() -> None:
 
 
 def make_bundle(output: Path) -> Path:
-    """Exports an int4 bundle of the real base, with an adapter and its draft table per task."""
+    """Exports an int4 bundle of the real base.
+
+    It has an adapter and its draft table per task.
+    """
     bundle = output / "bundle"
     if not bundle.exists():
         adapters = {
@@ -102,7 +105,10 @@ def find_prompts(count: int) -> dict[str, list[str]]:
 
 
 def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, threads: int | None) -> dict[str, Any]:
-    """Speed ratios by mode, after an uncounted round. Each mode has its own runtime, so each adapts on its own."""
+    """Measures speed ratios by mode, after an uncounted round.
+
+    Each mode has its own runtime, so each adapts separately.
+    """
     modes = ("off", *MODES)
     runtimes = [Runtime(bundle, cache_budget=0, threads=threads, provider="cpu") for _ in modes]
     reading, writing = np.empty((2, rounds + 1, len(modes), len(prompts)))  # milliseconds
@@ -128,7 +134,10 @@ def compare_speed(bundle: Path, variant: str, prompts: list[str], rounds: int, t
 
 
 def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int | None) -> dict[str, str]:
-    """How many answers agree with the same kernels without draft tokens, and how many with no speculation."""
+    """Counts the answers that draft tokens leave unchanged.
+
+    It compares with the same kernels without draft tokens, and with no speculation.
+    """
 
     def answer(mode: str) -> Iterator[tuple[int, ...]]:
         with Runtime(bundle, threads=threads, provider="cpu") as runtime:
@@ -144,7 +153,10 @@ def compare_answers(bundle: Path, variant: str, prompts: list[str], threads: int
 
 
 def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict[str, float]]:
-    """For steps with 1 to 8 draft tokens: the cost in one-row steps, median over rounds, and the break-even acceptance rate."""
+    """Measures the cost of steps with 1 to 8 draft tokens.
+
+    It is in one-row steps, the median over rounds, with the break-even acceptance rate.
+    """
     manifest = bundle.manifest
     graph = manifest.variants[manifest.default_variant].graphs["cpu"].file
     kernels = choose_kernels("auto", manifest.quantization, provider="cpu", target="cpu")
@@ -167,7 +179,10 @@ def measure_steps(bundle: Bundle, rounds: int, threads: int | None) -> list[dict
 
 
 def find_break_even(cost: float, draft_tokens: int) -> float:
-    """The acceptance rate p at which 1 + p + p² + … + p^draft_tokens tokens equal a step's cost. Above 1 if no rate does."""
+    """Finds the acceptance rate at which a step's cost equals its tokens.
+
+    It is the p at which 1 + p + p² + … + p^draft_tokens tokens equal a step's cost. Above 1 if no rate does.
+    """
     shares = np.arange(0, 1001) / 1000
     worth = np.sum([shares**power for power in range(draft_tokens + 1)], axis=0) >= cost
     return float(shares[worth.argmax()]) if worth.any() else float("inf")

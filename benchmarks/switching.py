@@ -1,11 +1,12 @@
-"""The cost of switching at a real model's shape, in time and memory, next to loading a model in llama.cpp and onnxruntime-genai.
+"""The cost of switching at a real model's shape, in time and memory.
 
     python -m benchmarks.switching --shape llama-3.2-1b --peers-python peers/bin/python    # peers: see decode.py
 
-Weights are random: a base, merged variants that differ in their attention, and eight live adapters on every linear layer. Cold:
-the variant is unloaded, its files are in the system's page cache, and either no variant is loaded or another one is. For both,
-peers must reload their model, in a process that has loaded it before. All engines are interleaved. A cached context is one that
-the variant read before others ran. Memory is what the process holds after one token, without keys and values.
+The peers' cost is that of loading a model in llama.cpp and onnxruntime-genai. Weights are random: a base, merged variants that
+differ in their attention, and eight live adapters on every linear layer. Cold: the variant is unloaded, its files are in the
+system's page cache, and either no variant is loaded or another one is. For both, peers must reload their model, in a process that
+has loaded it before. All engines are interleaved. A cached context is one that the variant read before others ran. Memory is what
+the process holds after one token, without keys and values.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ RETURNS = 5  # switches to a cached context, each after another variant ran
 
 @dataclass
 class Figures:
-    """Milliseconds, one value per round and variant. cold: by loader: plain (edgelora), packed (with a packed cache), the peers.
+    """Milliseconds, one value per round and variant.
 
-    beside: the same while another merged variant is loaded. steps: time to the first token after a cached context, over that of
-    a decode step.
+    cold: by loader: plain (edgelora), packed (with a packed cache), the peers. beside: the same while another merged variant is
+    loaded. steps: time to the first token after a cached context, over that of a decode step.
     """
 
     warm: list[float] = field(default_factory=list)
@@ -71,7 +72,7 @@ class Memory:
     """Memory of variants: the process's anonymous memory, and the weights that it maps.
 
     merged: the own memory of a further merged variant, over its weights. live: the memory of eight live variants over that of
-    one. Each without and with a packed cache; mapped files of factors do not count.
+    one. Each without and with a packed cache. Mapped files of factors do not count.
     """
 
     merged: tuple[float, float]
@@ -143,7 +144,10 @@ def export_bundle(shape: Shape, cache: Path) -> Path:
 
 
 def measure_memory(bundle: Path, packed: PackedCache, threads: int, kernels: str) -> Memory:
-    """Measures memory, each case in its own process. One-time costs of the first variant, such as onnxruntime's, do not count."""
+    """Measures memory, each case in its own process.
+
+    One-time costs of the first variant, such as onnxruntime's, do not count.
+    """
     manifest = Bundle.open(bundle).manifest
     sizes = [sum(manifest.blob_bytes(manifest.variants[name].graphs["cpu"]).values()) for name in MERGED[1:]]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -160,7 +164,10 @@ def measure_memory(bundle: Path, packed: PackedCache, threads: int, kernels: str
 
 
 def hold(bundle: Path, packed: PackedCache | None, variants: Sequence[str], threads: int, kernels: str) -> list[int]:
-    """Anonymous memory before any variant, and after each variant wrote a token, with all previous ones loaded."""
+    """Measures anonymous memory before any variant, and after each variant wrote a token.
+
+    All previous variants stay loaded.
+    """
     held = [find_anonymous_memory() or 0]
     with Runtime(bundle, threads=threads, kernels=kernels, packed_cache=packed, memory_budget="64GiB", cache_budget=0) as runtime:
         for variant in variants:

@@ -1,4 +1,7 @@
-"""The engines' models and processes: builds missing models, starts a worker per engine, and describes the machine."""
+"""The engines' models and processes, and a description of the machine.
+
+Missing models are built, and each engine has a worker.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ OURS, REFERENCE = "edgelora", "transformers"
 
 @dataclass(frozen=True)
 class Peer:
-    """How to make a peer's model: its package and module, and the arguments of peer_models.py."""
+    """The package and module of a peer's model, and the arguments of peer_models.py."""
 
     package: str
     module: str
@@ -39,7 +42,7 @@ PEERS = {
 
 
 class UnavailableError(Exception):
-    """An engine is unavailable; the message says why."""
+    """An engine is unavailable. The message says why."""
 
 
 class Worker:
@@ -85,7 +88,10 @@ class Worker:
 def start_workers(
     names: list[str], cache: Path, peers_python: str, threads: int, length: int, block_size: int = 32
 ) -> tuple[dict[str, Worker], dict[str, str]]:
-    """Starts a worker per engine, building missing models. Returns reasons for engines without one. block_size: of ours."""
+    """Starts a worker per engine, building missing models.
+
+    Also returns reasons for engines without one. block_size: of ours.
+    """
     models: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for name in names:
@@ -125,7 +131,10 @@ def export_bundle(cache: Path, block_size: int) -> Path:
 
 
 def build_peer(peer: Peer, python: str, cache: Path) -> Path:
-    """The peer's model. Builds it in the peers' environment unless this version of the peer has done so before."""
+    """Returns the peer's model.
+
+    Builds it in the peers' environment unless this version of the peer has done so before.
+    """
     probe = f"import importlib.metadata, {peer.module}; print(importlib.metadata.version('{peer.package}'))"
     found = subprocess.run([python, "-c", probe], capture_output=True, text=True)
     if found.returncode != 0:
@@ -139,14 +148,20 @@ def build_peer(peer: Peer, python: str, cache: Path) -> Path:
 
 
 def run_tool(command: list[str], what: str) -> None:
-    """Runs a command. Raises UnavailableError with the end of its output if it fails."""
+    """Runs a command.
+
+    Raises UnavailableError with the end of its output if it fails.
+    """
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise UnavailableError(f"cannot be {what}: {last_line(done.stderr)}")
 
 
 def read_once(model: Path) -> None:
-    """Reads a model's files into the page cache, so that loading is equally warm for all engines."""
+    """Reads a model's files into the page cache.
+
+    Loading is then equally warm for all engines.
+    """
     for path in [model] if model.is_file() else [path for path in model.rglob("*") if path.is_file()]:
         with path.open("rb") as file:
             while file.read(1 << 24):
@@ -169,7 +184,10 @@ def default_cache() -> Path:
 
 
 def count_cores() -> int:
-    """The physical cores that this process may use. Without Linux's topology files, the logical ones."""
+    """Counts the physical cores that this process may use.
+
+    Without Linux's topology files, counts the logical ones.
+    """
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     siblings = set()
@@ -197,7 +215,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 class OtherWork:
-    """The share of the CPU that went to neither this process nor its workers since the start. Linux only."""
+    """The share of the CPU that went to neither this process nor its workers.
+
+    It counts from the start. Linux only.
+    """
 
     def __init__(self, workers: dict[str, Worker]) -> None:
         self.paths = [Path(f"/proc/{pid}/stat") for pid in (os.getpid(), *(w.process.pid for w in workers.values()))]

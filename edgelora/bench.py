@@ -1,4 +1,4 @@
-"""Measures what a bundle's variants cost on this machine: switching, prefill, decode and memory."""
+"""Measures switching, prefill, decode and memory of a bundle's variants on this machine."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class BenchReport:
 
     Memory is in bytes, with all variants loaded. kernels: Runtime.kernels. mapped: weights on disk, each blob counted once.
     shared: the part of these that several variants map. private: everything else they take, mainly onnxruntime's packed copies.
-    resident: the process's memory that no file backs; None if the system does not tell.
+    resident: the process's memory that no file backs, or None if the system does not tell.
     """
 
     variants: dict[str, VariantFigures]

@@ -27,12 +27,11 @@ _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What diagnose() found.
+    """The result of diagnose().
 
-    python, system: versions. cores: logical cores. memory: bytes, None if unknown. providers: onnxruntime's execution
-    providers. kernels: the instruction set of edgelora's own kernels, None if they are absent. packages: version per package,
-    None if it is not installed. packed_cache: the folder, and the bytes in it. advice: one line per thing to do, empty if all
-    is well.
+    python, system: versions. cores: logical cores. memory: bytes, None if unknown. providers: onnxruntime's execution providers.
+    kernels: the instruction set of edgelora's own kernels, None if they are absent. packages: version per package, None if it is
+    not installed. packed_cache: the folder, and the bytes in it. advice: one line per thing to do, empty if all is well.
     """
 
     python: str

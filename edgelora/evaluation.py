@@ -48,9 +48,10 @@ def evaluate(
     max_tokens: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Scores:
-    """Scores one variant, or one live mix, on rows. The other arguments are those of Runtime.generate.
+    """Scores one variant, or one live mix, on rows.
 
-    With variant "auto", the router picks a variant by each row's prompt alone; that variant writes and rates the completion.
+    The other arguments are those of Runtime.generate. With variant "auto", the router picks a variant by each row's prompt only,
+    and that variant writes and rates the completion.
     """
     if not rows:
         raise InputError("there are no rows to evaluate")
@@ -82,7 +83,7 @@ def score_variant(
     mix: Mapping[str, float] | None = None,
     max_tokens: int = 64,
 ) -> float:
-    """Only the main score, without the loss: half the work of evaluate()."""
+    """Computes only the main score, without the loss, at half the work of evaluate()."""
     written = [runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows]
     return main_score(written, [row.completion for row in rows])
 
@@ -90,7 +91,7 @@ def score_variant(
 def completion_loss(
     runtime: Runtime, row: Row, *, variant: str | None = None, mix: Mapping[str, float] | None = None
 ) -> tuple[float, int]:
-    """A completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
+    """Returns a completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
     prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
     start = max(1, shared_prefix(prompt, whole))  # a token may span prompt and completion, and the first token has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]

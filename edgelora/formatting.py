@@ -18,12 +18,15 @@ def format_bytes(size: float) -> str:
 
 
 def format_share(share: float | None) -> str:
-    """A share as a percentage with one decimal; a dash for None."""
+    """Formats a share as a percentage with one decimal, and None as a dash."""
     return "–" if share is None else f"{100 * share:.1f}"
 
 
 def to_json(value: object) -> str:
-    """A value as JSON on one line; dataclasses become objects and paths become strings."""
+    """Formats a value as JSON on one line.
+
+    Dataclasses become objects and paths become strings.
+    """
     return json.dumps(_to_plain(value), ensure_ascii=False)
 
 

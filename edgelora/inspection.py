@@ -1,4 +1,4 @@
-"""Describes a bundle: the size of each variant, the bytes that variants share, and the manifest's figures."""
+"""Describes a bundle: variant sizes, shared bytes, and the manifest's figures."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ class VariantDescription:
 
 @dataclass(frozen=True)
 class BundleDescription:
-    """A bundle. bytes: size of all files. shared_bytes: size of the files that more than one variant maps."""
+    """A bundle.
+
+    bytes: size of all files. shared_bytes: size of the files that more than one variant maps.
+    """
 
     bytes: int
     shared_bytes: int
@@ -60,7 +63,7 @@ class BundleDescription:
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:
-    """Describes a bundle from its manifest, and counts the bytes that each variant maps."""
+    """Describes a bundle from its manifest, and counts each variant's mapped bytes."""
     manifest = bundle.manifest
     sizes = {name: entry.size for name, entry in manifest.files.items()}
 

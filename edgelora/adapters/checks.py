@@ -1,4 +1,4 @@
-"""Checks that adapters fit each other and a base: the same base weights, the same shapes."""
+"""Checks that adapters share a base and fit its shapes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
 
 def check_same_base(adapters: Mapping[str, Adapter], base_sha256: str | None = None) -> None:
-    """Raises InputError for adapters trained on different bases, or on a base other than the given one; lists every mismatch.
+    """Raises InputError for adapters of different bases, or of another base than the given one.
 
-    An adapter without edgelora.json does not record its base's weights, so only its shapes are compared.
+    The error lists the mismatches. An adapter without edgelora.json does not record its base's weights, so only its shapes are
+    compared.
     """
     known = {name: adapter.provenance for name, adapter in adapters.items() if adapter.provenance is not None}
     wrong: list[str] = []
@@ -49,7 +50,7 @@ def _name_base(provenance: Provenance) -> str:
 
 
 def check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
-    """Raises InputError for adapters whose matrices do not fit the base; lists every mismatch."""
+    """Raises InputError for adapters whose matrices do not fit the base."""
     fitting = {part.module: (part.out_features, part.in_features) for linear in decoder.linears for part in linear.parts}
     for tensor in (decoder.embedding, decoder.head):
         fitting[tensor.removesuffix(".weight")] = (decoder.vocab_size, decoder.hidden_size)
@@ -57,7 +58,7 @@ def check_shapes(adapters: Mapping[str, Adapter], decoder: Decoder) -> None:
 
 
 def compare_shapes(adapters: Mapping[str, Adapter], fitting: Mapping[str, tuple[int, int]]) -> None:
-    """Raises InputError for adapters whose matrices differ from the shapes (N, K) in `fitting`, by module."""
+    """Raises InputError for adapters whose shapes differ from `fitting`: (N, K) by module."""
     wrong = [
         f"{module} is {rows}x{columns} in {name}, {fitting[module][0]}x{fitting[module][1]} in the base"
         for name, adapter in adapters.items()

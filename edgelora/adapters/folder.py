@@ -1,4 +1,7 @@
-"""Adapters on disk: PEFT LoRA folders, read module by module, and the edgelora.json that records their origin."""
+"""Adapters on disk: PEFT LoRA folders, and edgelora.json with their origin.
+
+Weights are read module by module.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,9 @@ _WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, which replaces 
 class Provenance:
     """The origin of an adapter.
 
-    base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training; "mixed" for a
-    mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
-    folder; "" if unknown. init: how A and B were initialized; "composed: …" or "learned: …" for a mix.
+    base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training, or "mixed" for
+    a mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
+    folder, or "" if unknown. init: how A and B were initialized, or "composed: …" or "learned: …" for a mix.
     """
 
     base_name: str
@@ -78,10 +81,11 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An opened PEFT LoRA adapter: ΔW = scale · B · A for each target module, or as its kind (DoRA, PiSSA, …) defines it.
+    """An opened PEFT LoRA adapter.
 
+    ΔW is scale · B · A for each target module, or what its kind (DoRA, PiSSA, …) defines.
     Satisfies edgelora_export's Delta, and LowRank for modules where why_not_low_rank() is empty.
-    shapes: per module (N, K, r); r is 0 for a layer saved whole. kinds: the tensors that the file holds for each module.
+    shapes: per module (N, K, r), with r = 0 for a layer saved whole. kinds: the tensors that the file holds for each module.
     """
 
     name: str
@@ -123,7 +127,10 @@ class Adapter:
         return max(rank for _, _, rank in self.shapes.values())
 
     def scale(self, module: str) -> float:
-        """α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732). Patterns in the config may set a module's own α and r."""
+        """Returns α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732).
+
+        Patterns in the config may set a module's own α and r.
+        """
         rank = self.shapes[module][2]
         patterns = self.config.get("alpha_pattern") or {}
         # PEFT's rule: the first pattern that matches a whole dotted suffix of the name (peft.utils.get_pattern_key).
@@ -132,7 +139,10 @@ class Adapter:
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
     def why_not_low_rank(self, module: str) -> str:
-        """Why a module's ΔW is not the product of the stored factors; empty if it is."""
+        """Explains why a module's ΔW is not the product of the stored factors.
+
+        Returns "" if it is.
+        """
         kinds = self.kinds[module]
         if not kinds.isdisjoint(_WHOLE):
             return "a whole layer that it saves"
@@ -144,13 +154,16 @@ class Adapter:
         return not self.kinds[module].isdisjoint(_EMBEDDING_FACTORS)
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
-        """A, float32 (r, K), and B, float32 (N, r), with the scale folded into B."""
+        """Returns A, float32 (r, K), and B, float32 (N, r), scale included."""
         if reason := self.why_not_low_rank(module):
             raise InputError(f"adapter {self.name}: {module} is {reason}, no product of two factors; export it merged")
         return self._factors(module)
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW, float32 (N, K). weight: the base's, (N, K); modules that are not low-rank need it."""
+        """Returns ΔW, float32 (N, K).
+
+        weight: the base's, (N, K). Modules that are not low-rank need it.
+        """
         reason = self.why_not_low_rank(module)
         if not reason:
             a, b = self._factors(module)
@@ -197,7 +210,7 @@ class Adapter:
 def _read_shapes(
     path: Path, label: str, config: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[int, int, int]], dict[str, frozenset[str]]]:
-    """(N, K, r) per module, and the tensors that the file holds for each."""
+    """Reads (N, K, r) per module, and the tensors that the file holds for it."""
     if not path.is_file():
         raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not supported, save it as safetensors")
     try:

@@ -1,4 +1,4 @@
-"""ΔW of LoRA kinds that depend on the base's weight: DoRA, PiSSA, OLoRA. Functions from arrays to arrays."""
+"""ΔW of LoRA kinds that depend on the base's weight: DoRA, PiSSA, OLoRA."""
 
 from __future__ import annotations
 
@@ -30,13 +30,19 @@ _BASE_CHANGING_INITS = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
 
 def base_init(config: Mapping[str, Any]) -> str | None:
-    """The init that subtracted its factors from the base, "pissa" or "olora"; None if the base was left unchanged."""
+    """Finds the init that subtracted its factors from the base: "pissa" or "olora".
+
+    Returns None if the base was left unchanged.
+    """
     init = config.get("init_lora_weights", True)
     return init.lower() if isinstance(init, str) and init.lower() in _FROM_BASE else None
 
 
 def unsupported(config: Mapping[str, Any]) -> list[str]:
-    """Why an adapter's ΔW cannot be computed from the adapter and the base: one reason per setting."""
+    """Explains why ΔW cannot be computed from the adapter and the base.
+
+    Returns one reason per setting.
+    """
     reasons = []
     if config.get("peft_type") != "LORA":
         reasons.append(f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be mixed")
@@ -56,10 +62,11 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Floats:
-    """What PEFT subtracted from a base's weight (N, K) when it initialized the factors.
+    """Recomputes the product that PEFT subtracted from a base's weight (N, K) on initialization.
 
     pissa: the best approximation of that rank (arXiv 2404.02948). olora: scale times the product of Q's first columns and R's
-    first rows (arXiv 2406.01775). Libraries choose the signs of singular vectors and of Q's columns; they cancel in the product.
+    first rows (arXiv 2406.01775). Libraries choose the signs of singular vectors and of Q's columns, but they cancel in the
+    product.
     """
     if kind == "pissa":
         u, s, vt = np.linalg.svd(weight, full_matrices=False)
@@ -71,6 +78,9 @@ def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Float
 
 
 def rescale_rows(weight: Floats, magnitude: Floats) -> Floats:
-    """DoRA: scales each row of W + ΔW to its trained norm, magnitude (N,) (arXiv 2402.09353, equation 5)."""
+    """Scales each row of W + ΔW to its trained norm, magnitude (N,).
+
+    This is DoRA's equation 5 (arXiv 2402.09353).
+    """
     rescaled: Floats = weight * (magnitude / np.linalg.norm(weight, axis=1))[:, None]
     return rescaled

@@ -1,4 +1,7 @@
-"""Adapters made to be mixed: each one's A is frozen to its own slot, a set of rows of a shared orthonormal basis."""
+"""Adapters made to be mixed: each A is frozen to its own slot.
+
+A slot is a set of rows of a shared orthonormal basis.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ if TYPE_CHECKING:
 
 
 def basis_rows(module: str, columns: int, slot: int, rank: int) -> Floats:
-    """Rows slot · rank to (slot + 1) · rank of a module's basis, float32 (rank, K), orthogonal to the rows of every other slot.
+    """Computes a slot's rows of a module's basis, float32 (rank, K).
 
-    The basis is a discrete cosine transform (DCT-II) with random signs and a random order of frequencies. The module's name
-    seeds both, so everybody gets the same basis, and only the requested rows are computed. A row's norm is √(K / 3r), so that
-    the mean of ‖Ax‖² is ‖x‖² / 3, as with Kaiming initialization of one row.
+    These are rows slot · rank to (slot + 1) · rank, orthogonal to the rows of every other slot.
+
+    The basis is a discrete cosine transform (DCT-II) with random signs and a random order of frequencies. The module's name seeds
+    both, so everybody gets the same basis, and only the requested rows are computed. A row's norm is √(K / 3r), so that the mean
+    of ‖Ax‖² is ‖x‖² / 3, as with Kaiming initialization of one row.
     Training only B on orthogonal random A's: arXiv 2402.16842, section 5. The same for merging: arXiv 2504.07448.
     """
     if slot < 0 or (slot + 1) * rank > columns:
@@ -36,7 +41,10 @@ def basis_rows(module: str, columns: int, slot: int, rank: int) -> Floats:
 
 
 def freeze_slot(model: Any, slot: int) -> None:
-    """Sets every A of a PEFT model to a slot of its module's basis and freezes it, so that only B is trained."""
+    """Freezes every A of a PEFT model to a slot of its module's basis.
+
+    Only B is then trained.
+    """
     import torch
 
     for name, module in model.named_modules():

@@ -1,4 +1,4 @@
-"""The command line: assembles the verbs, and reports every failure as one line and an exit code."""
+"""The command line: its verbs, and every failure as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs the command line. Every failure is one line on standard error and an exit code.
+    """Runs the command line.
 
-    arguments: without the program's name; None for those of the process.
+    Every failure is one line on standard error and an exit code.
+    arguments: without the program's name, or None for those of the process.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in arguments

@@ -60,13 +60,16 @@ def open_runtime(
 
 
 def is_given(context: typer.Context, name: str) -> bool:
-    """Whether the user set an option, rather than leaving it at its default."""
+    """True if the user set the option, even to its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
 
 
 def read_option_file(path: Path | None, option: str) -> str | None:
-    """The text of the file that an option names, or None if the option is absent. Raises InputError for an unreadable file."""
+    """Reads the text of the file that an option names.
+
+    Returns None if the option is absent. Raises InputError for an unreadable file.
+    """
     return None if path is None else read_text(path, option)
 
 

@@ -45,10 +45,11 @@ def chat(
 
 
 def run_chat(runtime: Runtime, options: GenerateOptions, *, quiet: bool) -> list[dict[str, str]]:
-    """Reads lines until /quit or the end of input; returns the turns as {"variant", "prompt", "answer"}.
+    """Reads lines until /quit or the end of input.
 
-    A bundle with a chat template gets the conversation so far, one without gets each line as a prompt of its own.
-    options: of each request; with variant "auto" the bundle's router picks one for each line, from that line alone.
+    Returns the turns as {"variant", "prompt", "answer"}. A bundle with a chat template gets the conversation so far. One without
+    gets each line as a separate prompt.
+    options: of each request. With variant "auto" the bundle's router picks one for each line, from that line only.
     quiet: answers are not printed.
     """
     current = _switch(runtime, options.get("variant"))
@@ -89,12 +90,12 @@ def run_chat(runtime: Runtime, options: GenerateOptions, *, quiet: bool) -> list
 
 
 def describe_route(route: Route) -> str:
-    """One line that says which variant a router chose, and how sure it was."""
+    """Names the variant that a router chose, and how sure it was."""
     return f"routed to {route.variant} ({'fallback, ' if route.fallback else ''}confidence {route.confidence:.2f})"
 
 
 def _switch(runtime: Runtime, variant: str | None) -> str:
-    """Makes a variant ready, or the router; returns what the next turns ask for."""
+    """Makes a variant ready, or the router. Returns what the next turns ask for."""
     if variant == AUTO:
         runtime.route("")  # loads the router, or says that there is none
         print_note("each turn goes to the variant that the router picks for it")
@@ -105,7 +106,10 @@ def _switch(runtime: Runtime, variant: str | None) -> str:
 
 
 def _read_line(prompt: str) -> str | None:
-    """A line without its end, None where the input ends. The prompt goes to standard error."""
+    """Reads a line without its end, or None at the end of input.
+
+    The prompt goes to standard error.
+    """
     if sys.stdin.isatty():
         print(prompt, end="", file=sys.stderr, flush=True)
     line = sys.stdin.readline()
@@ -113,7 +117,7 @@ def _read_line(prompt: str) -> str | None:
 
 
 def _obey(runtime: Runtime, line: str, messages: list[dict[str, str]], current: str) -> str:
-    """Does what a line with a slash says; returns what the next turns ask for."""
+    """Obeys a line with a slash. Returns what the next turns ask for."""
     verb, _, name = line.partition(" ")
     if verb == "/switch":
         try:

@@ -1,4 +1,4 @@
-"""`edgelora compose`: mixes adapters into one, and groups the verbs below it: search, learn and report."""
+"""`edgelora compose`: mixes adapters into one, and groups search, learn and report."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("edgelora-demo"),
+    output: Annotated[Path, typer.Option(help="Folder for all that the demo writes.")] = Path("edgelora-demo"),
     seed: SeedOption = 1,  # docs/log.md says why not 0
     base: Annotated[str | None, typer.Option(help="A base to use instead of the built-in one; needs --data.")] = None,
     data: Annotated[
@@ -41,7 +41,7 @@ def demo(
 
 
 def show_demo(report: DemoReport) -> None:
-    """Prints the scores and switching times as a table, and how to go on from here."""
+    """Prints scores and switching times as a table, and what to do next."""
     tasks = list(report.test_rows)
     columns = ["variant", *tasks, "first switch", "switch back"]
     switches = {switch.variant: switch for switch in report.switches}

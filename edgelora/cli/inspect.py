@@ -1,4 +1,4 @@
-"""`edgelora inspect` and `edgelora verify`: shows what a bundle holds, and checks its bytes against the manifest."""
+"""`edgelora inspect` and `edgelora verify`: shows a bundle, and checks its bytes against the manifest."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _show_router(router: RouterEntry) -> None:
 
 
 def _describe_merge_base(item: VariantDescription) -> str:
-    """The base that a mix was merged into, and the loss on each base that was tried."""
+    """Names the base that a mix was merged into, and the loss on each base tried."""
     if item.kind == "live" or not item.mix:
         return "–"
     name = f"trained, {item.trained_on}" if item.merge_base == "trained" else item.merge_base

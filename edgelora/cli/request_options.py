@@ -1,4 +1,4 @@
-"""The options of a request on the command line: typer's options, made from the declarations in the runtime."""
+"""Typer's options for requests, made from the runtime's declarations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 class _Adaptation(NamedTuple):
-    """An option that the command line takes in another form. type: of that form. convert: makes the runtime's value of it."""
+    """An option that the command line takes in another form.
+
+    type: of that form. convert: makes the runtime's value of it.
+    """
 
     type: Any
     help: str
@@ -38,9 +41,10 @@ _ADAPTATIONS = {
 
 
 def takes_request_options(*names: str, **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Gives a verb the request options of those names, in place of its **options, which then are what Runtime.stream() takes.
+    """Gives a verb the named request options, in place of its **options.
 
-    An option that is absent is left out, so that the runtime's default holds. defaults: where the verb has one of its own.
+    The verb then gets **options as Runtime.stream() takes them. An option that is absent is left out, so that the runtime's
+    default holds. defaults: the verb's own.
     """
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:

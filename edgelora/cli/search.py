@@ -84,7 +84,7 @@ def search(
 
 
 def show_search(report: SearchReport) -> None:
-    """Prints the scores as a table, then the best mix and the lines that put it into a recipe."""
+    """Prints the scores as a table, then the best mix and its lines for a recipe."""
     confirmed = all(kept for _, kept in report.rows.values())
     rows = ", ".join(f"{(kept if confirmed else searched)} {task}" for task, (searched, kept) in report.rows.items())
     named = {"base": report.base, **report.adapters, "equal weights": report.equal.figures, "best": report.best.figures}

@@ -1,4 +1,4 @@
-"""What `edgelora compose report` prints: a line for each pair, the adapters' own scores, and what is worth compiling."""
+"""The output of `edgelora compose report`: pairs, the adapters' own scores, and mixes worth compiling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terminal output: tables and JSON on standard output, notes and progress bars on standard error."""
+"""Terminal output: tables and JSON on stdout, notes and progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
 @contextmanager
 def show_progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a progress bar on standard error, driven by a callback (done, total, what). Silent unless that is a terminal."""
+    """Shows a progress bar on standard error, if that is a terminal.
+
+    Yields a callback (done, total, what) that drives it.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

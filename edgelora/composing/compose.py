@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ComposeReport:
-    """What was written. rank: the largest over the modules.
+    """The result of composing.
 
-    largest_error, mean_error: the error ‖ΔW - B·A‖ / ‖ΔW‖ over the modules; 0 where the rank represents the mix exactly.
+    rank: the largest over the modules. largest_error, mean_error: the error ‖ΔW - B·A‖ / ‖ΔW‖ over the modules, 0 where the rank
+    represents the mix exactly.
     """
 
     output: Path
@@ -68,7 +69,7 @@ def compose(
 ) -> ComposeReport:
     """Mixes adapters, given as name → (folder, weight), into one adapter.
 
-    Methods on factors are exact; their rank is at most the sum of the ranks. Other methods give the nearest matrices of that
+    Methods on factors are exact, and their rank is at most the sum of the ranks. Other methods give the nearest matrices of that
     rank. rank: truncates both kinds to this rank, or to less where a module has less. The report gives the errors. Raises
     InputError for adapters that cannot be mixed, and for an output that exists and is not an adapter.
     """
@@ -86,7 +87,10 @@ def write_mix(
     rank: int | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> ComposeReport:
-    """Writes a mix as one adapter; see compose. All adapters of the mix take part."""
+    """Writes a mix as one adapter, as compose() does.
+
+    All adapters of the mix take part.
+    """
     check_composable(mix.adapters)
     factors: dict[str, tuple[Floats, Floats]] = {}
     errors: list[float] = []
@@ -106,7 +110,10 @@ def write_mix(
 
 
 def check_composable(adapters: Mapping[str, Adapter]) -> None:
-    """Raises InputError for adapters of embeddings: a LoRA adapter of linear layers cannot hold their mix."""
+    """Raises InputError for adapters of embeddings.
+
+    A LoRA adapter of linear layers cannot hold their mix.
+    """
     if wrong := sorted({module for adapter in adapters.values() for module in adapter.modules if adapter.is_embedding(module)}):
         raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
 
@@ -114,7 +121,10 @@ def check_composable(adapters: Mapping[str, Adapter]) -> None:
 def write_composed(
     output: Path, factors: Mapping[str, tuple[Floats, Floats]], first: Adapter, provenance: Provenance | None
 ) -> None:
-    """Writes factors A (r, K) and B (N, r) by module, scales folded in, as a PEFT folder. first: one of the mixed adapters."""
+    """Writes factors A (r, K) and B (N, r) by module as a PEFT folder.
+
+    Scales are folded in. first: one of the mixed adapters.
+    """
     tensors: dict[str, NDArray[np.float32]] = {}
     for module, (a, b) in factors.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -136,7 +146,10 @@ def compose_mergekit(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> ComposeReport:
-    """Writes the merge that a mergekit YAML file describes as one adapter; see compose and read_mergekit."""
+    """Writes the merge that a mergekit YAML file describes as one adapter.
+
+    See compose and read_mergekit.
+    """
     config = read_mergekit(path)
     for note in config.notes:
         on_note(f"{path}: {note}")
@@ -144,7 +157,10 @@ def compose_mergekit(
 
 
 def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
-    """Yields a safetensors file in pieces. The library's own writer would copy all tensors twice."""
+    """Yields a safetensors file in pieces.
+
+    The library's own writer would copy all tensors twice.
+    """
     header, offset = {}, 0
     for name, values in tensors.items():
         header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [offset, offset + values.nbytes]}
@@ -157,7 +173,7 @@ def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memory
 
 
 def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
-    """PEFT's config, with α = r for every module, so that the scale is 1."""
+    """Makes PEFT's config, with α = r for each module. The scale is then 1."""
     common = max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != common}
     return {
@@ -179,7 +195,10 @@ def _peft_config(ranks: Mapping[str, int], first: Adapter) -> dict[str, object]:
 def derive_provenance(
     adapters: Mapping[str, Adapter], init: str, factors: Mapping[str, tuple[Floats, Floats]]
 ) -> Provenance | None:
-    """The provenance of a mix. None if an adapter has none, as it is then not known to share the base."""
+    """Derives the provenance of a mix.
+
+    Returns None if an adapter has none, as it is then not known to share the base.
+    """
     origins = [adapter.provenance for adapter in adapters.values()]
     if any(origin is None for origin in origins):
         return None

@@ -28,7 +28,10 @@ MERGED = "edgelora_merge.json"  # records what was merged; also marks the folder
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The checkpoint that was written. modules: how many modules' weights changed."""
+    """The checkpoint that was written.
+
+    modules: how many modules' weights changed.
+    """
 
     output: Path
     base_sha256: str
@@ -46,9 +49,10 @@ def merge_into(
     dtype: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> MergeReport:
-    """Adds a mix of adapters, given as name → (folder, weight), to a base and saves the sum.
+    """Adds a mix of adapters to a base and saves the sum.
 
-    base: a local folder or a hub id. dtype: float32, float16 or bfloat16; None for the base's own type.
+    base: a local folder or a hub id. adapters: name → (folder, weight). dtype: float32, float16 or bfloat16, or None for the
+    base's own type.
     Raises InputError for adapters that do not fit the base, and for an output that exists and is not such a checkpoint.
     """
     if dtype is not None and dtype not in DTYPES:

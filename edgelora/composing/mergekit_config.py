@@ -1,6 +1,6 @@
-"""Reads a mergekit configuration that merges LoRA adapters of one base. Refuses everything else, with the reason.
+"""Reads a mergekit configuration that merges LoRA adapters of one base.
 
-The schema and its rules are those of mergekit's config.py and plan.py at
+Everything else is refused, with the reason. The schema and its rules are those of mergekit's config.py and plan.py at
 https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit.
 """
 
@@ -34,12 +34,18 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Setting:
-    """A mergekit parameter. The first case whose filter is in the tensor's name applies; the filter None is in all."""
+    """A mergekit parameter.
+
+    The first case whose filter is in the tensor's name applies. The filter None is in all.
+    """
 
     cases: tuple[tuple[str | None, Number], ...]
 
     def value(self, tensor: str, depth: float) -> float | None:
-        """The value for a tensor, named with ".weight". depth: 0 in the first layer or outside the layers, 1 in the last."""
+        """Returns the value for a tensor, named with ".weight".
+
+        depth: 0 in the first layer or outside the layers, 1 in the last.
+        """
         for part, number in self.cases:
             if part is None or part in tensor:
                 return _interpolate(number, depth)
@@ -55,7 +61,10 @@ Settings: TypeAlias = "Mapping[str, Setting]"
 
 @dataclass(frozen=True)
 class MergeSource:
-    """One entry of the list of models. adapter: None for the bare base. settings: the entry's own parameters."""
+    """One entry of the list of models.
+
+    adapter: None for the bare base. settings: the entry's own parameters.
+    """
 
     adapter: Path | None
     settings: Settings
@@ -65,7 +74,7 @@ class MergeSource:
 class MergekitConfig:
     """A merge.
 
-    settings: parameters for all models. layers: the base's number of layers; None if no gradient needs it. notes: messages for
+    settings: parameters for all models. layers: the base's number of layers, or None if no gradient needs it. notes: messages for
     the user.
     """
 
@@ -82,7 +91,7 @@ class MergekitConfig:
         return default if found is None else found
 
     def own(self, source: MergeSource, name: str, module: str) -> float | None:
-        """A model's parameter for one module: its own, else the shared one."""
+        """Returns a model's own parameter for one module, or else the shared one."""
         for settings in (source.settings, self.settings):
             if name in settings and (found := settings[name].value(*self._place(module))) is not None:
                 return found
@@ -98,8 +107,9 @@ class MergekitConfig:
 
 
 def read_mergekit(path: Path | str) -> MergekitConfig:
-    """Reads a YAML file. Folders in it are relative to the working directory, as in mergekit.
+    """Reads a mergekit YAML file.
 
+    Folders in it are relative to the working directory, as in mergekit.
     Raises InputError, which lists every key or value that does not apply to adapters of one base, with the reason, and
     MissingExtraError without pyyaml.
     """
@@ -119,7 +129,7 @@ def read_mergekit(path: Path | str) -> MergekitConfig:
 
 
 def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> MergekitConfig:
-    """Makes a MergekitConfig from parsed YAML; see read_mergekit."""
+    """Makes a MergekitConfig from parsed YAML, as read_mergekit() does."""
     wrong: list[str] = []
     method = value.get("merge_method")
     if method not in MERGEKIT_METHODS:
@@ -136,7 +146,10 @@ def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> Me
 
 
 def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tuple[str, list[MergeSource]]:
-    """The base that all models share, and the models. Appends mistakes to `wrong`."""
+    """Reads the base that all models share, and the models.
+
+    Appends mistakes to `wrong`.
+    """
     entries = []
     for place, model in enumerate(value.get("models") or (), 1):
         where = f"models[{place}]"
@@ -172,7 +185,10 @@ def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tup
 
 
 def _check_top(value: Mapping[str, Any], wrong: list[str]) -> list[str]:
-    """Returns notes on keys without effect. Appends to `wrong` the keys that an adapter cannot represent."""
+    """Returns notes on keys without effect.
+
+    Appends to `wrong` the keys that an adapter cannot represent.
+    """
     notes = []
     reasons = {
         "slices": "moves layers, which an adapter cannot",

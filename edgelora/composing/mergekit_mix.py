@@ -1,7 +1,8 @@
-"""Computes a mergekit merge of LoRA adapters on ΔW, module by module, with mergekit's results on whole float32 models.
+"""Computes a mergekit merge of LoRA adapters on ΔW, module by module.
 
-The formulas are those of mergekit's linear.py, generalized_task_arithmetic.py and sparsify.py at
-https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit. Only DARE's random draws differ.
+The results are mergekit's on whole float32 models. The formulas are those of mergekit's linear.py, generalized_task_arithmetic.py
+and sparsify.py at https://github.com/arcee-ai/mergekit/tree/a6e402884ba9bc30da7f23e8304a35f19485de95/mergekit. Only DARE's random
+draws differ.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Scaled(TransformedDelta):
 
 @dataclass(frozen=True)
 class MergekitMix:
-    """The mix that a configuration describes, with its adapters opened and named. Satisfies edgelora_export's Delta.
+    """The mix that a configuration describes, with its adapters opened and named.
 
-    sources: by adapter name; entries of the bare base stay in the configuration. seed: for DARE's draws.
+    Satisfies edgelora_export's Delta. sources: by adapter name. Entries of the bare base stay in the configuration. seed: for
+    DARE's draws.
     """
 
     config: MergekitConfig
@@ -85,7 +87,10 @@ class MergekitMix:
         return sum(adapter.shapes[module][2] for adapter in self._present(module).values())
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW, float32 (N, K). weight: the base's, which some kinds of adapters need."""
+        """Returns ΔW, float32 (N, K).
+
+        weight: the base's, which some kinds of adapters need.
+        """
         deltas: dict[str, Rows] = {
             name: adapter.dense(module, weight) if adapter.why_not_low_rank(module) else Product(*adapter.factors(module))
             for name, adapter in self._present(module).items()
@@ -106,7 +111,10 @@ class MergekitMix:
         )
 
     def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]:
-        """A, float32 (r, K), B, float32 (N, r), and the relative error of B·A: 0 for sums, else that of the summed rank."""
+        """Returns A, float32 (r, K), B, float32 (N, r), and the relative error of B·A.
+
+        The error is 0 for sums, else that of the summed rank.
+        """
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
         if self.config.method in _SUM_METHODS:
@@ -123,7 +131,10 @@ class MergekitMix:
         return bool(self.config.shared("normalize", module, float(self.config.method in ("linear", "ties"))))
 
     def _weights(self, module: str) -> dict[str, float]:
-        """Each adapter's weight in a module. Adapters without the module count too: for mergekit their ΔW is 0."""
+        """Returns each adapter's weight in a module.
+
+        Adapters without the module count too: for mergekit their ΔW is 0.
+        """
         return {name: self._weight(source, name, module) for name, source in self.sources.items()}
 
     def _weight(self, source: MergeSource, name: str, module: str) -> float:
@@ -191,7 +202,10 @@ def _sum(parts: Sequence[Floats], weights: Sequence[float]) -> Floats:
 
 
 def _elect(parts: Sequence[Floats], weights: Sequence[float], factor: float, *, normalize: bool) -> Floats:
-    """The sum of the weighted entries that have the elected sign, over their weights. The sign is + where votes cancel."""
+    """Divides the sum of the weighted entries with the elected sign by their weights.
+
+    The sign is + where votes cancel.
+    """
     votes = np.stack([part * np.float32(weight) for part, weight in zip(parts, weights, strict=True)])
     agrees = np.where(votes.sum(axis=0) >= 0, votes > 0, votes < 0)
     total: Floats = np.where(agrees, votes, np.float32(0)).sum(axis=0)

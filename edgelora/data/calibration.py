@@ -1,4 +1,4 @@
-"""Gathers calibration data for quantizing and judging variants: the adapters' training rows, and general text."""
+"""Calibration data to quantize and judge variants on: training rows and general text."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ MIN_FIT_TOKENS = 16384  # to quantize on, if the data have that many; wide model
 HELD_OUT_TOKENS = 2048  # to judge variants on
 GENERAL_TEXT = "general_text.jsonl"  # ships with edgelora, so that GPTQ never sees only a task's format
 GENERAL_SHARE = 0.1  # its maximum share of the tokens to quantize on, beside adapters' data; docs/log.md has the figures
-_HELD_OUT_SHARE = 8  # one row in this many is held out, up to HELD_OUT_TOKENS; the same for general text alone
+_HELD_OUT_SHARE = 8  # one row in this many is held out, up to HELD_OUT_TOKENS; the same with only general text
 
 
 def find_training_data(adapter: Adapter) -> Path | None:
-    """The file that an adapter was trained on. None if edgelora.json does not name it, or if it is gone or has changed."""
+    """Finds the file that an adapter was trained on.
+
+    Returns None if edgelora.json does not name it, or if it is gone or has changed.
+    """
     provenance = adapter.provenance
     if provenance is None or not provenance.data_file:
         return None
@@ -49,11 +52,11 @@ def hash_data(path: Path) -> str:
 def gather_calibration(
     files: Sequence[Path], encode: Encode, *, widest: int, general_share: float = 0.0, seed: int = 0
 ) -> Calibration:
-    """Draws samples from shuffled data files, interleaved, and holds a part of each file out.
+    """Draws interleaved samples from shuffled data files, and holds a part of each out.
 
-    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product; second
+    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product. Second
     moments from fewer than twice as many tokens mislead GPTQ. general_share: the maximum share of edgelora's own general text
-    among the tokens to quantize on; 1 for nothing else. Variants are never judged on that text.
+    among the tokens to quantize on, 1 for nothing else. Variants are never judged on that text.
     """
     budget = max(MIN_FIT_TOKENS, 2 * widest)
     shuffled = [_shuffle(path, seed) for path in dict.fromkeys(files)]
@@ -111,7 +114,7 @@ def _general_file() -> bytes:
 
 
 def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
-    """Samples of the general text that ships with edgelora, shuffled, and the SHA-256 of its file."""
+    """Reads shuffled samples of the general text, and the SHA-256 of its file."""
     texts = read_general_text()
     random.Random(seed).shuffle(texts)  # noqa: S311  (not for secrets)
     samples = [sample for text in texts if (sample := _encode(text, encode)) is not None]
@@ -119,21 +122,24 @@ def _read_general(encode: Encode, seed: int) -> tuple[list[Sample], str]:
 
 
 def _label(path: Path, files: Sequence[Path]) -> str:
-    """A file's name, preceded by its folder's if two files have the same name."""
+    """Returns a file's name, after its folder's if two files share it."""
     names = [other.name for other in dict.fromkeys(files)]
     label = path.name if names.count(path.name) == 1 else f"{path.resolve().parent.name}/{path.name}"
     return "".join(filter(str.isprintable, label))
 
 
 def _shuffle(path: Path, seed: int) -> list[Row | str]:
-    """A file's rows or texts, in an order that depends on their number and the seed."""
+    """Reads a file's rows or texts, shuffled by their number and the seed."""
     items: list[Row | str] = [*_read_texts(path)] or [*read_rows(path)]
     random.Random(f"{seed} {len(items)}").shuffle(items)  # noqa: S311  (not for secrets)
     return items
 
 
 def _read_texts(path: Path) -> list[str]:
-    """The texts of a file of {"text": …} lines. Empty if its first line is something else."""
+    """Reads the texts of {"text": …} lines.
+
+    Returns [] if the first line is something else.
+    """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         values = [json.loads(line) for line in lines]
@@ -147,7 +153,7 @@ def _read_texts(path: Path) -> list[str]:
 
 
 def _encode(item: Row | str, encode: Encode) -> Sample | None:
-    """A row or text as tokens. None if no token is left to predict."""
+    """Encodes a row or text. Returns None if no token is left to predict."""
     if isinstance(item, str):
         tokens = encode(item)[:MAX_SAMPLE_TOKENS]
         return Sample(tuple(tokens)) if len(tokens) > 1 else None

@@ -11,14 +11,20 @@ from edgelora_runtime.errors import InputError
 
 @dataclass(frozen=True)
 class Row:
-    """One example. completion: what the model should write after the prompt, including any leading space."""
+    """One example.
+
+    completion: what the model should write after the prompt, including any leading space.
+    """
 
     prompt: str
     completion: str
 
 
 def read_rows(path: Path | str) -> list[Row]:
-    """Reads a JSONL file, skipping blank lines. InputError names the file and the first line that is not a row."""
+    """Reads a JSONL file, skipping blank lines.
+
+    InputError names the file and the first line that is not a row.
+    """
     text = read_text(Path(path), "data file")
     rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not rows:
@@ -27,7 +33,10 @@ def read_rows(path: Path | str) -> list[Row]:
 
 
 def read_text(path: Path, what: str) -> str:
-    """Reads a file that the user named. Raises InputError, in which `what` says what the file is, if it cannot be read."""
+    """Reads a file that the user named.
+
+    Raises InputError if it cannot be read. what: names the file in that error.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

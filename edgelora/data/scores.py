@@ -23,7 +23,9 @@ def main_score(written: Sequence[str], right: Sequence[str]) -> float:
 
 
 def parse_slots(text: str) -> Slots | None:
-    """The slots of `name = value; name = value`; no slots for `none`; None for text of any other form.
+    """Parses slots of the form `name = value; name = value`.
+
+    `none` has no slots. Returns None for text of any other form.
 
     >>> sorted(parse_slots("size = large; item = tea"))
     [('item', 'tea'), ('size', 'large')]
@@ -38,22 +40,28 @@ def parse_slots(text: str) -> Slots | None:
 
 
 def slot_f1(written: Sequence[str], right: Sequence[str]) -> float | None:
-    """Micro-averaged F1 over (slot, value) pairs. None if the right completions are not slots.
+    """Returns the micro-averaged F1 over (slot, value) pairs.
 
-    A written completion that is not in slot form counts as having no slots.
+    None if the right completions are not slots. A written completion that is not in slot form counts as having no slots.
     """
     counts = _count_slots(written, right)
     return None if counts is None else sum(hits for hits, _ in counts) / sum(pairs for _, pairs in counts)
 
 
 def count_scores(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]]:
-    """Per row a numerator and a denominator; main_score is the quotient of their sums."""
+    """Returns a numerator and a denominator per row.
+
+    main_score is the quotient of their sums.
+    """
     slots = _count_slots(written, right)
     return slots or [(one.strip() == other.strip(), 1) for one, other in zip(written, right, strict=True)]
 
 
 def _count_slots(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]] | None:
-    """Per row, twice the right pairs, and the pairs in both texts. None if the right completions are not slots."""
+    """Counts per row twice the right pairs, and the pairs in both texts.
+
+    Returns None if the right completions are not slots.
+    """
     truths = [parse_slots(text) for text in right]
     if any(truth is None for truth in truths) or not any(truths):
         return None

@@ -1,4 +1,7 @@
-"""The demo: the whole pipeline on a small model. Code makes its tasks and its base, so nothing is downloaded."""
+"""The demo: the whole pipeline on a small model.
+
+Code makes its tasks and its base, so nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def run_demo(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> DemoReport:
-    """Runs the pipeline on the built-in base and tasks, or on the user's base and rows.
+    """Runs the pipeline on the built-in base and tasks, or the user's.
 
     base: folder or hub id. data: a file of rows per task, two at least. on_note is told when each stage begins.
     """

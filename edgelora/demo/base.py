@@ -1,4 +1,7 @@
-"""Makes the demo's base: a tokenizer and a tiny Llama, pretrained in two minutes on generated text."""
+"""Makes the demo's base: a tokenizer and a tiny Llama.
+
+The model is pretrained in two minutes on generated text.
+"""
 
 from __future__ import annotations
 
@@ -58,8 +61,9 @@ def make_base(
     seed: int = 0,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> float:
-    """Pretrains the base and saves it in the Hugging Face layout. Returns the smoothed final loss, in nats per token.
+    """Pretrains the base and saves it in the Hugging Face layout.
 
+    Returns the smoothed final loss, in nats per token.
     Calls on_progress(done, total, what) after every step. Raises MissingExtraError without torch or transformers.
     """
     settings = settings or BaseSettings()
@@ -82,7 +86,10 @@ def make_base(
 
 
 def make_tokenizer(vocabulary: int, seed: int) -> Any:
-    """Trains a byte-level BPE tokenizer on the general text. Digits are single tokens, and every text starts with <s>."""
+    """Trains a byte-level BPE tokenizer on the general text.
+
+    Digits are single tokens, and every text starts with <s>.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -134,7 +141,10 @@ def _make_model(settings: BaseSettings, vocabulary: int) -> Any:
 def _pretrain(
     model: Any, tokenizer: Any, settings: BaseSettings, seed: int, on_progress: Callable[[int, int, str], None]
 ) -> float:
-    """Trains on the general commands, with the loss on their answers only. Returns the smoothed final loss."""
+    """Trains on the general commands, with the loss on their answers only.
+
+    Returns the smoothed final loss.
+    """
     import torch
 
     from edgelora.demo.muon import Muon
@@ -167,7 +177,10 @@ def _pretrain(
 
 
 def _rate(step: int, settings: BaseSettings) -> float:
-    """The learning rate as a share of its peak: linear warm-up, constant for half of the steps, then linear decay to 2%."""
+    """Returns the learning rate as a share of its peak.
+
+    It warms up linearly, stays constant for half of the steps, then decays linearly to 2%.
+    """
     return min(1.0, (step + 1) / settings.warmup_steps, max(0.02, 2 * (1 - step / settings.steps)))
 
 
@@ -176,7 +189,10 @@ def _draw_rows(rng: random.Random, count: int) -> list[Row]:
 
 
 def _draw_batches(rng: random.Random, size: int) -> Iterator[list[Row]]:
-    """Yields batches of rows of similar length, in random order, endlessly. Less padding halves the work."""
+    """Yields batches of rows of similar length, endlessly and in random order.
+
+    Less padding halves the work.
+    """
     pool = 16
     while True:
         rows = sorted(_draw_rows(rng, size * pool), key=lambda row: len(row.prompt) + len(row.completion))
@@ -186,7 +202,10 @@ def _draw_batches(rng: random.Random, size: int) -> Iterator[list[Row]]:
 
 
 def _encode(tokenizer: Any, rows: Sequence[Row]) -> tuple[Any, Any]:
-    """Token ids and labels, int64 (rows, T), of prompt, completion and end. Prompts and padding have no labels."""
+    """Encodes rows as token ids and labels, int64 (rows, T).
+
+    A row is prompt, completion and end. Prompts and padding have no labels.
+    """
     import torch
 
     prompts = tokenizer([row.prompt for row in rows])["input_ids"]

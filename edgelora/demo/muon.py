@@ -1,4 +1,7 @@
-"""The Muon optimizer in float32. torch's computes in bfloat16, at a second per demo step on CPUs without bfloat16 units."""
+"""The Muon optimizer in float32.
+
+torch's computes in bfloat16, at a second per demo step on CPUs without bfloat16 units.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ _MOMENTUM = 0.95
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the orthogonalized momentum of each matrix, with decoupled weight decay as in AdamW."""
+    """An optimizer that steps along the orthogonalized momentum of each matrix.
+
+    Weight decay is decoupled, as in AdamW.
+    """
 
     def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -39,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix (N, K) with the same singular vectors, and singular values near 1."""
+    """Returns a matrix (N, K) with the same singular vectors, and singular values near 1."""
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
     wide = matrix.T if tall else matrix

@@ -51,7 +51,7 @@ class Date:
 
 @dataclass(frozen=True)
 class Order:
-    """One line of an order in a café; extra is empty for none."""
+    """One line of an order in a café. extra is empty for none."""
 
     count: int
     size: str

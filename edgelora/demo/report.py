@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Switch:
-    """Times of two switches to a variant, in milliseconds. first: creates its session. back: returns to it after others."""
+    """Times of two switches to a variant, in milliseconds.
+
+    first: creates its session. back: returns to it after others.
+    """
 
     variant: str
     first: float
@@ -21,8 +24,9 @@ class Switch:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """The demo's results. Scores are shares from 0 to 1, on test rows that no choice was made on.
+    """The demo's results.
 
+    Scores are shares from 0 to 1, on test rows that no choice was made on.
     torch: each task's score with its adapter in PEFT, on the base of its training. scores: per variant and task, in onnxruntime.
     written: number of answers by each adapter that the mix was learned from. kept: the mix's score on each task, as a share of
     the single adapter's. seconds: per stage.

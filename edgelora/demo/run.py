@@ -1,4 +1,4 @@
-"""The demo's pipeline on one small model: train adapters, mix them, export, evaluate, switch."""
+"""The demo's pipeline: train adapters, mix them, export, evaluate, switch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ RESERVED_VARIANTS = BASE, NAIVE_SUM, MIX, MIX_LIVE = "base", "naive-sum", "mix",
 
 
 class Stopwatch:
-    """Times the stages of a run. seconds: per stage, in order. on_note is told when a stage begins."""
+    """A stopwatch for the stages of a run.
+
+    seconds: per stage, in order. on_note is told when a stage begins.
+    """
 
     def __init__(self, on_note: OnNote = lambda note: None) -> None:
         self.seconds: dict[str, float] = {}
@@ -57,7 +60,7 @@ def run_built_in_demo(
     on_progress: OnProgress = lambda done, total, what: None,
     on_note: OnNote = lambda note: None,
 ) -> DemoReport:
-    """Runs the pipeline on the base and the tasks that come with edgelora."""
+    """Runs the pipeline on the built-in base and tasks."""
     settings = settings or DemoSettings()
     watch = Stopwatch(on_note)
     with watch.stage("pretrain a small base"):
@@ -94,7 +97,10 @@ def run_user_demo(
     on_progress: OnProgress = lambda done, total, what: None,
     on_note: OnNote = lambda note: None,
 ) -> DemoReport:
-    """Runs the pipeline on the user's base and rows. A fifth of each file is held out for testing."""
+    """Runs the pipeline on the user's base and rows.
+
+    A fifth of each file is held out for testing.
+    """
     for name in data:  # before minutes of training
         if reason := "the demo's own variant has that name" if name in RESERVED_VARIANTS else check_variant_name(name):
             raise InputError(f"--data {name}=…: {reason}; choose another name")
@@ -122,7 +128,10 @@ def run_user_demo(
 
 
 def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
-    """A task from shuffled rows, with no prompt in both splits and at most 200 test rows."""
+    """Makes a task from shuffled rows, with at most 200 test rows.
+
+    No prompt is in both splits.
+    """
     distinct = list({row.prompt: row for row in rows}.values())
     if len(distinct) < 10:
         raise InputError(f"{name} has {len(distinct)} distinct prompts; give at least 10 rows")
@@ -149,8 +158,9 @@ def run_pipeline(
     watch: Stopwatch,
     on_progress: OnProgress,
 ) -> DemoReport:
-    """Runs everything after the base: trains the adapters, mixes them, exports a bundle, scores and switches its variants.
+    """Runs everything after the base.
 
+    Trains the adapters, mixes them, exports a bundle, scores and switches its variants.
     configs: how to train each task's adapter, by task name. mix, seed: how to mix them.
     """
     in_torch = {}
@@ -192,7 +202,10 @@ def run_pipeline(
 
 
 def _list_variants(adapters: Sequence[str]) -> dict[str, str]:
-    """The TOML of each variant: the base, each adapter alone, their plain sum, and the mix both merged and live."""
+    """Lists the TOML of each variant.
+
+    These are the base, each single adapter, their plain sum, and the mix both merged and live.
+    """
     return {
         BASE: "mix = {}",
         **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
@@ -207,7 +220,10 @@ def _format_mix(weights: Mapping[str, float]) -> str:
 
 
 def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
-    """Writes a recipe as a user would. Paths are absolute, so that the recipe works from any folder."""
+    """Writes a recipe as a user would.
+
+    Paths are absolute, so that the recipe works from any folder.
+    """
     found = str(Path(base).resolve()) if Path(base).exists() else base
     lines = [f"base = {_quote(found)}", "", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MixSettings:
-    """How adapters are mixed on what they write; see LearnConfig. The defaults are for a user's own base."""
+    """The settings for mixing adapters on what they write, as in LearnConfig.
+
+    The defaults are for a user's own base.
+    """
 
     written: int = 200
     steps: int = 240
@@ -27,7 +30,7 @@ class DemoSettings:
     """The base, rows and adapters of the built-in demo.
 
     Small adapters on the attention of the first two layers interfere less than larger ones: they recognize the task's command,
-    and leave the base's knowledge alone. max_tokens: the longest answer, with some margin. mix: adapters this small need a large
+    and leave the base's knowledge intact. max_tokens: the longest answer, with some margin. mix: adapters this small need a large
     learning rate.
     """
 

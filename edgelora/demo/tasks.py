@@ -1,10 +1,10 @@
-"""Makes the demo's data: three small text tasks with exact answers, and the general text that its base is pretrained on.
+"""Makes the demo's data: three small text tasks, and general text.
 
-From commands of the form "Command: text", the base learns words (month names, numbers, a menu) and answer formats. It also
-learns to answer UNKNOWN to commands that it was not taught. Each task is a new command, in a format that the base knows, so an
-adapter teaches a command and not a language. Part of a task's rows are the base's own, unknown commands included, so the adapter
-learns to leave other commands alone. Both keep the changes of the weights small, and small changes add up well; docs/log.md
-lists what did not.
+The tasks have exact answers, and the base is pretrained on the general text. From commands of the form "Command: text", the base
+learns words (month names, numbers, a menu) and answer formats. It also learns to answer UNKNOWN to commands that it was not
+taught. Each task is a new command, in a format that the base knows, so an adapter teaches a command and not a language. Part of a
+task's rows are the base's own, unknown commands included, so the adapter learns to leave other commands alone. Both keep the
+changes of the weights small, and small changes add up well. docs/log.md lists what did not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ UNKNOWN = "unknown command"
 
 @dataclass(frozen=True)
 class TaskSizes:
-    """Rows per task. general: rows of the base's own commands, added only to the training rows."""
+    """Rows per task.
+
+    general: rows of the base's own commands, added only to the training rows.
+    """
 
     train: int = 3000
     general: int = 4000
@@ -64,7 +67,7 @@ def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Ta
 
 
 def general_row(rng: random.Random) -> Row:
-    """A row of a command that the base learns, or of an unknown command."""
+    """Draws a row of a command that the base learns, or of an unknown one."""
     return rng.choice((_date_command, _order_command, _price_command, _unknown_command))(rng)
 
 

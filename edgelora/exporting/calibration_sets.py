@@ -1,4 +1,4 @@
-"""What each variant of a recipe is quantized and measured on, gathered once per set of adapters."""
+"""Calibration sets of a recipe's variants, gathered once per set of adapters."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class CalibrationSets:
         return self._sets[key]
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; InputError if the base has no tokenizer.json."""
+        """Encodes a text. Raises InputError if the base has no tokenizer.json."""
         return list(self._tokenizer.encode(text).ids)
 
     @cached_property

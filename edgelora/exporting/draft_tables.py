@@ -1,4 +1,7 @@
-"""Makes draft tables: counts which token follows each short context in the adapters' training data."""
+"""Makes draft tables, which count the tokens that follow each short context.
+
+They count in the adapters' training data.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,20 @@ _SAME_SHARE = 0.1  # a longer context is left out if it predicts the same token 
 def make_draft_tables(
     adapters: Mapping[str, Adapter], encode: Callable[[str], list[int]], end_token: int | None
 ) -> dict[str, bytes]:
-    """The bytes of a draft table per adapter, for adapters whose training data are still where edgelora.json says."""
+    """Packs a draft table per adapter.
+
+    Adapters whose training data are no longer where edgelora.json says get none.
+    """
     files = {name: find_training_data(adapter) for name, adapter in adapters.items()}
     samples = {name: gather_samples(path, encode, MAX_TOKENS) for name, path in files.items() if path is not None}
     return {name: count_continuations(each, end_token).dump() for name, each in samples.items()}
 
 
 def count_continuations(samples: Iterable[Sample], end_token: int | None) -> DraftTable:
-    """Counts the tokens of each sample from its start on. end_token: the token after a completion, None if unknown."""
+    """Counts the tokens of each sample from its start on.
+
+    end_token: the token after a completion, None if unknown.
+    """
     counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
     for sample in samples:
         is_whole_row = sample.start > 1 and len(sample.tokens) < MAX_SAMPLE_TOKENS

@@ -1,4 +1,7 @@
-"""`edgelora export`: from a recipe to a bundle. docs/how/walk.md tells it function by function."""
+"""`edgelora export`: from a recipe to a bundle.
+
+docs/how/walk.md tells it function by function.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,9 @@ def export(
     on_progress: OnProgress = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> Manifest:
-    """Builds the bundle of a recipe, given as a file or as a Recipe; returns its manifest.
+    """Builds the bundle of a recipe and returns its manifest.
 
-    calibration: general text or rows, and gate: the policy. Each replaces the recipe's own.
+    recipe: a file or a Recipe. calibration: general text or rows, and gate: the policy. Each replaces the recipe's own.
     Raises InputError for a recipe, base or adapter that cannot be used, IntegrityError for a variant that does not pass the gate,
     MissingExtraError for method auto-round without its package, ResourceError for a full disk. The output folder is then
     as it was.
@@ -70,7 +73,10 @@ def export(
 
 
 def _export_traced(sources: Sources, router: PackedRouter | None, output: Path, on_progress: OnProgress) -> Manifest:
-    """Exports a base without a native graph through Optimum: rounded to nearest, and not measured."""
+    """Exports a base without a native graph through Optimum.
+
+    Weights are rounded to nearest, and not measured.
+    """
     recipe, model_type = sources.recipe, sources.base.config.get("model_type")
     if recipe.gate.policy == "fail":
         raise InputError(f"--gate fail: a {model_type} is exported through Optimum, whose variants are not judged")

@@ -1,4 +1,7 @@
-"""From a recipe to the plan of a bundle: opens base and adapters, makes the mixes, and says what each variant is."""
+"""Plans a bundle from a recipe.
+
+It opens base and adapters, makes the mixes, and describes each variant.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ class Sources:
 
     @property
     def entries(self) -> dict[str, AdapterEntry]:
-        """What the manifest says of the adapters."""
+        """The manifest's entries for the adapters."""
         return {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in self.adapters.items()}
 
 
@@ -102,7 +105,10 @@ def plan_bundle(
 
 
 def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
-    """A recipe's variant as the exporter and the manifest describe it, before calibration and merge base are known."""
+    """Makes a recipe's variant as the exporter and the manifest describe it.
+
+    Calibration and merge base are not known yet.
+    """
     mix = Mix(adapters, variant.mix, variant.method, variant.density, variant.seed) if variant.mix else None
     by_module = {adapter: weight for adapter, weight in variant.mix.items() if isinstance(weight, Mapping)}
     weights = {a: weight.get(EVERYWHERE, 0.0) if isinstance(weight, Mapping) else weight for a, weight in variant.mix.items()}
@@ -123,7 +129,10 @@ def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter])
 def _plan_variants(
     sources: Sources, sets: CalibrationSets, decoder: Decoder, on_note: Callable[[str], None]
 ) -> tuple[Variant, ...]:
-    """The recipe's variants with their calibration sets, and with the base that their adapters were trained on."""
+    """Makes the recipe's variants.
+
+    Each has its calibration set, and the base that its adapters were trained on.
+    """
     recipe = sources.recipe
     planned, unknown = [], []
     for name, variant in recipe.variants.items():
@@ -154,7 +163,10 @@ def _plan_variants(
 
 
 def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """The adapters that can be applied as factors; InputError, with the reason, for a live variant of one that cannot."""
+    """Finds the adapters that can be applied as factors.
+
+    Raises InputError, with the reason, for a live variant of one that cannot.
+    """
     reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
     for name, variant in recipe.variants.items():
         if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
@@ -179,7 +191,10 @@ def _why_not_live(adapter: Adapter) -> str:
 
 
 def _hash_plan(plan: BundlePlan, recipe: Recipe) -> str:
-    """One hash of all that decides the weights of a bundle: the code, the base, the adapters, the mixes, what GPTQ sees."""
+    """Hashes everything that decides the weights of a bundle.
+
+    That is the code, the base, the adapters, the mixes, and what GPTQ sees.
+    """
     mixes = (recipe.merge_base, dict(recipe.variants), dict(plan.adapters))
     calibrations = [plan.base_calibration, *(variant.calibration for variant in plan.variants)]
     parts = (__version__, plan.base.sha256, plan.quantization, mixes, calibrations)

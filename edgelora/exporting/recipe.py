@@ -1,4 +1,7 @@
-"""Reads recipe.toml: the base, the adapters, and the mixes that become variants. Reports all mistakes in one message."""
+"""Reads recipe.toml: the base, the adapters, and the mixes that become variants.
+
+All mistakes are reported in one message.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ KINDS = ("merged", "live")
 class VariantRecipe:
     """One variant of a recipe.
 
-    mix: per adapter a number, or numbers by pattern of module names; {} for the bare base. density, seed: for methods that use
+    mix: per adapter a number, or numbers by pattern of module names. {} is the bare base. density, seed: for methods that use
     them. merge_base: None for the recipe's.
     """
 
@@ -43,11 +46,12 @@ class VariantRecipe:
 
 @dataclass(frozen=True)
 class RouterRecipe:
-    """A router, which picks a variant for each prompt. It learns from the prompts that the variants' adapters were trained on.
+    """A router, which picks a variant for each prompt.
 
-    variants: the variants to choose from; None for all that have training data. fallback: the variant for prompts unlike any of
-    theirs; None for the default. threshold: the confidence below which the fallback is used as well. data: by variant, files of
-    rows to use instead of its adapters' training data.
+    It learns from the prompts that the variants' adapters were trained on.
+    variants: the variants to choose from, or None for all that have training data. fallback: the variant for prompts unlike any
+    of theirs, or None for the default. threshold: the confidence below which the fallback is used as well. data: by variant,
+    files of rows to use instead of its adapters' training data.
     """
 
     variants: tuple[str, ...] | None = None
@@ -60,12 +64,12 @@ class RouterRecipe:
 class Recipe:
     """A bundle to build.
 
-    base: a local folder or a hub id. adapters: folder by name. default: the variant that a runtime starts with; None for the
-    first. context_length: positions of the bundle; None for the model's own, up to a limit. calibration: general text or rows to
-    quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their adapters. targets:
-    what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into: float,
-    trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
-    router. draft_tables: whether to include draft tables for speculation; they contain fragments of the adapters' training data.
+    base: a local folder or a hub id. adapters: folder by name. default: the variant that a runtime starts with, or None for the
+    first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general text or rows
+    to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their adapters.
+    targets: what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into:
+    float, trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
+    router. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training data.
     """
 
     base: str
@@ -83,17 +87,20 @@ class Recipe:
 
 
 def read_recipe(path: Path | str) -> Recipe:
-    """Reads a recipe file. Paths in it are relative to its folder. InputError lists every mistake."""
+    """Reads a recipe file.
+
+    Paths in it are relative to its folder. InputError lists every mistake.
+    """
     path = Path(path)
     return parse_recipe(read_toml(path, "a recipe says what to export"), path.parent, str(path))
 
 
 def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") -> Recipe:
-    """Makes a Recipe from parsed TOML; see read_recipe."""
+    """Makes a Recipe from parsed TOML, as read_recipe() does."""
     wrong: list[str] = []
 
     def take(table: Mapping[str, Any], where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
-        """The known keys of a table that have the right type; notes all others."""
+        """Returns the known keys of a table that have the right type. Notes all others."""
         wrong.extend(f"{where}{key} is not a known key; known: {', '.join(keys)}" for key in table if key not in keys)
         taken = {}
         for key, known in keys.items():

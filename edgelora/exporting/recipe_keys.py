@@ -1,4 +1,7 @@
-"""The keys of recipe.toml: the types each takes and what it means, for the parser and for the reference page."""
+"""The keys of recipe.toml, with their types and meanings.
+
+The parser and the reference page use them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Key:
-    """A key of a table. types: what its TOML value may be. meaning: one line for the docs."""
+    """A key of a table.
+
+    types: what its TOML value may be. meaning: one line for the docs.
+    """
 
     meaning: str
     types: tuple[type, ...]

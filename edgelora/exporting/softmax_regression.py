@@ -1,4 +1,7 @@
-"""Multinomial logistic regression on sparse rows, in numpy. The problem is convex, so the result depends only on the data."""
+"""Multinomial logistic regression on sparse rows, in numpy.
+
+The problem is convex, so the result depends only on the data.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ _TEMPERATURES = np.geomspace(0.25, 4.0, 65)
 
 @dataclass(frozen=True)
 class SparseRows:
-    """A sparse matrix (count, width) as its M entries: rows and columns, int64 (M,), and values, float64 (M,)."""
+    """A sparse matrix (count, width), as its M entries.
+
+    rows, columns: int64 (M,). values: float64 (M,).
+    """
 
     rows: Indices
     columns: Indices
@@ -56,8 +62,9 @@ class SparseRows:
 
 
 def fit_softmax(rows: SparseRows, labels: Indices, classes: int, *, penalty: float) -> tuple[Doubles, Doubles]:
-    """Fits weights (classes, width) and bias (classes,). Every class counts the same, however many rows it has.
+    """Fits weights (classes, width) and bias (classes,).
 
+    Every class counts the same, however many rows it has.
     labels: class of each row, int64 (count,). The loss is the mean over classes of each class's mean negative log likelihood, in
     nats, plus penalty / 2 · ‖weights‖².
     """
@@ -78,7 +85,10 @@ def fit_softmax(rows: SparseRows, labels: Indices, classes: int, *, penalty: flo
 
 
 def find_temperature(scores: Doubles, labels: Indices) -> float:
-    """The temperature: the divisor of scores (count, classes) at which their softmax has the least loss. 1 without rows."""
+    """Finds the divisor of scores (count, classes) at which their softmax has the least loss.
+
+    Returns 1 without rows.
+    """
     if not len(labels):
         return 1.0
     importance, at = balance(labels), np.arange(len(labels))
@@ -87,7 +97,10 @@ def find_temperature(scores: Doubles, labels: Indices) -> float:
 
 
 def balance(labels: Indices) -> Doubles:
-    """Row weights, float64 (count,), that sum to 1 and give each class that occurs the same total."""
+    """Returns row weights, float64 (count,), that sum to 1.
+
+    Each class that occurs has the same total.
+    """
     counts = np.bincount(labels)
     weights: Doubles = 1 / counts[labels] / np.count_nonzero(counts)
     return weights
@@ -144,5 +157,8 @@ def _approximate_newton(gradient: Doubles, pairs: Sequence[tuple[Doubles, Double
 
 
 def _dot(one: Doubles, other: Doubles) -> float:
-    """The dot product without BLAS, whose threads sum in varying order and are slow on busy cores."""
+    """Returns the dot product without BLAS.
+
+    BLAS threads sum in varying order, and are slow on busy cores.
+    """
     return float((one * other).sum())

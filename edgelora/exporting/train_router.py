@@ -1,4 +1,7 @@
-"""Trains the router that edgelora_runtime.bundle.router runs, on the prompts of the variants' training data."""
+"""Trains the router that edgelora_runtime.bundle.router runs.
+
+It learns from the prompts of the variants' training data.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class _Prompt:
 
 
 def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter | None:
-    """Trains the router that a recipe asks for. Returns None if it asks for none.
+    """Trains the router that a recipe asks for, if any.
 
     Raises InputError for variants without prompts, and for variants that would learn from the same prompts.
     """
@@ -63,7 +66,7 @@ def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter
 def assign_data(recipe: Recipe, router: RouterRecipe, adapters: Mapping[str, Adapter]) -> dict[str, list[Path]]:
     """The files whose prompts the router learns to send to each variant.
 
-    An adapter's training data go to one variant: the first whose mix is this adapter alone, or else the first whose mix has it
+    An adapter's training data go to one variant: the first whose mix is only this adapter, or else the first whose mix has it
     with a weight above 0. Files that the recipe names for a variant replace its adapters' data.
     """
     names = list(dict.fromkeys((*(router.variants or recipe.variants), *router.data)))
@@ -112,11 +115,12 @@ def _find_owners(mixes: Mapping[str, Mapping[str, Weight]]) -> dict[str, str]:
 def train_router(
     prompts: Mapping[str, Sequence[str]], *, fallback: str, threshold: float = 0.0, max_ngrams: int = MAX_NGRAMS
 ) -> PackedRouter:
-    """Trains a router that sends each prompt to the variant with similar prompts, and all others to the fallback.
+    """Trains a router that sends each prompt to the variant with similar prompts.
 
+    All other prompts go to the fallback.
     prompts: by variant. threshold: the confidence below which the fallback is used as well. max_ngrams: per class, each n-gram of
-    a prompt counted once; prompts beyond are left out. A class of its own, for prompts unlike any variant's, is trained on the
-    sentences of edgelora's general text.
+    a prompt counted once. Prompts beyond are left out.
+    A separate class, for prompts unlike any variant's, is trained on the sentences of edgelora's general text.
     Raises InputError for a variant with too few prompts to learn from.
     """
     classes: list[str | None] = [*prompts, None]
@@ -153,7 +157,7 @@ def train_router(
 
 
 def _choose_prompts(label: int, texts: Sequence[str], max_ngrams: int) -> list[_Prompt]:
-    """Takes a class's texts, in the order of their hashes, up to its budget of n-grams."""
+    """Takes a class's texts, in the order of their hashes, up to max_ngrams."""
     chosen: list[_Prompt] = []
     room = max_ngrams
     for digest, text in sorted((hashlib.sha256(text.encode(errors="replace")).digest(), text) for text in texts):
@@ -171,5 +175,8 @@ def _sentences() -> list[str]:
 
 
 def _is_added(weight: Weight) -> bool:
-    """Whether a mix adds an adapter in some module, rather than leaving it out or subtracting it."""
+    """True if a mix adds an adapter in some module.
+
+    Leaving it out or subtracting it does not count.
+    """
     return max(weight.values(), default=0.0) > 0 if isinstance(weight, Mapping) else weight > 0

@@ -1,4 +1,7 @@
-"""The quantized base of training (NF4 or int4) with a mix on top, expressed as a change of the float base."""
+"""A mix on the quantized base of training, as a change of the float base.
+
+The base is in NF4 or int4.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def hold_weight(weight: Floats, quantization: Held) -> Floats:
 class OnTrainedBase:
     """A mix on the quantized base of training. Satisfies edgelora_export's Delta.
 
-    held: modules whose weights training held in 4 bits. modules: the modules that change; the others keep the float weights.
+    held: modules whose weights training held in 4 bits. modules: the modules that change. The others keep the float weights.
     """
 
     mix: Mix
@@ -55,24 +58,27 @@ class OnTrainedBase:
     modules: Set[str]
 
     def dense(self, module: str, weight: Floats) -> Floats:
-        """The replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
+        """Returns the replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
         base = hold_weight(weight, self.quantization) if module in self.held else weight
         change = base - weight
         return change + self.mix.dense(module, base) if module in self.mix.modules else change
 
 
 def find_quantization(mix: Mix) -> Held | None:
-    """How training held the base of a mix. None if it was unquantized, is unknown, or differs between adapters."""
+    """Finds how training held the base of a mix.
+
+    Returns None if it was unquantized, is unknown, or differs between adapters.
+    """
     origins = [mix.adapters[name].provenance for name in mix.weights]
     found = {None if origin is None else origin.base_quantization for origin in origins}
     return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
 
 
 def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> TrainedBase:
-    """A mix on its trained base, in the exporter's form.
+    """Returns a mix on its trained base, in the exporter's form.
 
-    bitsandbytes quantizes the decoder's linear layers, but not the embedding and the head; int4 quantizes these as well.
-    Raises MissingExtraError for nf4 without bitsandbytes.
+    bitsandbytes quantizes the decoder's linear layers, but not the embedding and the head. int4 quantizes these as well. Raises
+    MissingExtraError for nf4 without bitsandbytes.
     """
     if quantization == "nf4" and find_spec("bitsandbytes") is None:
         raise MissingExtraError("bitsandbytes", "train")

@@ -1,4 +1,7 @@
-"""A base in torch on which mixes are set and removed, to score mixes before anything is exported."""
+"""A base in torch on which mixes are set and removed.
+
+It scores mixes before anything is exported.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,12 @@ IGNORED = -100  # torch's default ignore_index: a position without a target
 
 @dataclass(frozen=True)
 class FactorStack:
-    """The stacked factors of several adapters for one module, which adds B · (weights[owner] ∘ A·x) to its output.
+    """The stacked factors of several adapters for one module.
 
+    The stack adds B · (weights[owner] ∘ A·x) to the module's output.
     a: float32 (R, K). b: float32 (N, R), scales folded in. owner: int64 (R,), the adapter of each row of A. weights: float32
-    (T,), one per adapter. Every forward pass reads them: change them in place to change the mix, or let them require gradients
-    to learn them.
+    (T,), one per adapter. Every forward pass reads them: change them in place to change the mix, or let them require gradients to
+    learn them.
     """
 
     a: torch.Tensor
@@ -47,9 +51,10 @@ class FactorStack:
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """A padded batch of rows. rows: int64 (B,), their indices among all rows. ids: int64 (B, S), padded at the end.
+    """A padded batch of rows.
 
-    targets: int64 (B, S), the completions' tokens at their positions, and IGNORED elsewhere.
+    rows: int64 (B,), their indices among all rows. ids: int64 (B, S), padded at the end. targets: int64 (B, S), the completions'
+    tokens at their positions, and IGNORED elsewhere.
     """
 
     rows: NDArray[np.int64]
@@ -58,7 +63,10 @@ class CompletionBatch:
 
 
 class MixedModel:
-    """A base in float32 that holds one mix at a time. The base's own weights are kept, so rounding errors do not accumulate."""
+    """A base in float32 that holds one mix at a time.
+
+    The base's own weights are kept, so rounding errors do not accumulate.
+    """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
@@ -67,7 +75,10 @@ class MixedModel:
 
     @classmethod
     def open(cls, base: str) -> MixedModel:
-        """Loads a folder or hub id in float32, on a GPU if there is one. Raises InputError if transformers cannot load it."""
+        """Loads a folder or hub id in float32, on a GPU if there is one.
+
+        Raises InputError if transformers cannot load it.
+        """
         import torch
         from transformers import AutoTokenizer
 
@@ -78,9 +89,9 @@ class MixedModel:
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     def set_mix(self, mix: Mix | None) -> None:
-        """Sets a mix by any method, in place of the current one. None restores the bare base.
+        """Sets a mix by any method, in place of the current one.
 
-        Takes extra memory for a second copy of the weights of the modules that the mix changes.
+        None restores the bare base. Takes extra memory for a second copy of the weights of the modules that the mix changes.
         """
         import torch
 
@@ -96,13 +107,16 @@ class MixedModel:
             module.weight = torch.nn.Parameter((weight + delta).T if transposed else weight + delta, requires_grad=False)
 
     def set_stacks(self, stacks: Mapping[str, FactorStack]) -> None:
-        """Sets factors on modules, by name, in place of the current mix; see FactorStack."""
+        """Sets factors on modules, by name, in place of the current mix."""
         self._clear()
         for name, stack in stacks.items():
             self._hooks.append(self._module(name).register_forward_hook(_add_factors(stack)))
 
     def encode(self, row: Row) -> tuple[list[int], int]:
-        """A row's tokens, and the index of the first one after its prompt, as evaluation.completion_loss counts it."""
+        """Encodes a row. Also returns the index of the first token after its prompt.
+
+        The index is as in evaluation.completion_loss.
+        """
         prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
         return whole, max(1, shared_prefix(prompt, whole))
 
@@ -124,7 +138,10 @@ class MixedModel:
             yield CompletionBatch(np.array(places), ids.to(self.model.device), targets.to(self.model.device))
 
     def nats(self, batch: CompletionBatch) -> torch.Tensor:
-        """Each row's negative log likelihood of its completion, in nats, float32 (B,). Gradients reach the weights of stacks."""
+        """Computes each row's negative log likelihood of its completion, in nats, float32 (B,).
+
+        Gradients reach the weights of stacks.
+        """
         import torch
 
         places = (batch.targets != IGNORED).any(dim=0).nonzero()
@@ -151,7 +168,7 @@ class MixedModel:
         return found
 
     def loss(self, rows: Sequence[Row]) -> float:
-        """The mean negative log likelihood of the completions, in nats per token, as in evaluation.Scores."""
+        """Returns the mean loss of the completions, in nats per token, as in evaluation.Scores."""
         nats, tokens = self.losses(rows).sum(axis=0)
         return float(nats / tokens)
 
@@ -180,9 +197,10 @@ class MixedModel:
 
 
 def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict[str, FactorStack]:
-    """Stacks the factors of adapters by module. The weights start at 0, in the order of the adapters.
+    """Stacks the factors of adapters by module.
 
-    Raises InputError for adapters that are not products of factors of linear layers.
+    The weights start at 0, in the order of the adapters. Raises InputError for adapters that are not products of factors of
+    linear layers.
     """
     import torch
 
@@ -211,7 +229,7 @@ def _add_factors(stack: FactorStack) -> Callable[[Any, Any, Any], Any]:
 
 
 def _is_transposed(module: Any) -> bool:
-    """Whether a layer stores its weight as (K, N), as GPT-2's do."""
+    """True if a layer stores its weight as (K, N), as GPT-2's do."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)

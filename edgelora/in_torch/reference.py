@@ -1,4 +1,7 @@
-"""Runs an adapter with PEFT and torch on the base it was trained on: the reference for exported variants."""
+"""Runs an adapter with PEFT and torch on the base of its training.
+
+This is the reference for exported variants.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ def write_with_torch(
     max_tokens: int = 64,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
-    """Completes the rows' prompts by greedy decoding with an adapter in PEFT, or with the bare base if adapter is None."""
+    """Completes the rows' prompts by greedy decoding with an adapter in PEFT.
+
+    adapter: None for the bare base.
+    """
     from peft import PeftModel
 
     with quiet_libraries(whole_process=False):
@@ -42,7 +48,10 @@ def write_completions(
     max_tokens: int,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> list[str]:
-    """Completes the rows' prompts by greedy decoding with a transformers model, in batches of similar length."""
+    """Completes the rows' prompts by greedy decoding with a transformers model.
+
+    Batches hold prompts of similar length.
+    """
     import torch
     from transformers import GenerationConfig
 

@@ -31,15 +31,15 @@ _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate
 class TrainConfig:
     """The settings of a training run.
 
-    base: folder or hub id. data: JSONL rows; the loss is on completions only. output: folder for the adapter.
-    quant: how the base is held during training: nf4 (bitsandbytes, double-quantized; arXiv 2305.14314), int4 (the grid that
+    base: folder or hub id. data: JSONL rows. The loss is on completions only. output: folder for the adapter.
+    quant: how the base is held during training: nf4 (bitsandbytes, double-quantized, arXiv 2305.14314), int4 (the grid that
     export writes, so training sees the weights that ship) or none.
-    rank, alpha: LoRA's (arXiv 2106.09685); rslora scales by alpha / √rank. target_modules: None for every linear layer except
-    the head. epochs: passes over the data; max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning rate,
-    reached after warmup (a share of all steps), then decaying linearly to 0. max_length: in tokens; longer rows are cut.
+    rank, alpha: LoRA's (arXiv 2106.09685). rslora scales by alpha / √rank. target_modules: None for each linear layer except the
+    head. epochs: passes over the data. max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning rate,
+    reached after warmup (a share of all steps), then decaying linearly to 0. max_length: in tokens. Longer rows are cut.
     gradient_checkpointing: recompute activations to save memory.
-    composable: for adapters to be mixed: the slot of the shared basis that A is frozen to, a different one for each adapter; see
-    adapters/orthogonal_slots.py. None trains A as well.
+    composable: for adapters to be mixed: the slot of the shared basis that A is frozen to, a different one for each adapter (see
+    adapters/orthogonal_slots.py). None trains A as well.
     """
 
     base: str
@@ -84,7 +84,10 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainReport:
-    """The result of a training run. train_loss: mean over all steps, in nats per completion token. seconds: training only."""
+    """The result of a training run.
+
+    train_loss: mean over all steps, in nats per completion token. seconds: training only.
+    """
 
     output: Path
     rows: int
@@ -106,8 +109,9 @@ def read_train_config(path: Path) -> dict[str, Any]:
 
 
 def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> TrainReport:
-    """Trains one adapter and writes it as a PEFT folder with fp16 factors and an edgelora.json.
+    """Trains one adapter and writes it as a PEFT folder.
 
+    The folder has fp16 factors and an edgelora.json.
     Computes in fp32 on a CPU, and in bf16 or fp16 on a GPU. Calls on_progress(done, total, "steps") after every step.
     Raises InputError for unusable data, base or output, and then leaves the output unchanged.
     """
@@ -141,7 +145,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
 
 
 def load_base(base: str, quant: str) -> tuple[Any, Any]:
-    """Loads a base as training holds it, and its tokenizer, on a GPU if there is one."""
+    """Loads a base as training holds it, and its tokenizer.
+
+    The base is on a GPU if there is one.
+    """
     _require_packages()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -171,7 +178,10 @@ def _require_packages() -> None:
 
 
 def compute_dtype() -> Any:
-    """bf16 on GPUs that support it, fp16 on other GPUs, and fp32 on a CPU, where half precision is several times slower."""
+    """Chooses bf16 on GPUs that support it, fp16 on other GPUs, and fp32 on a CPU.
+
+    Half precision is several times slower on a CPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -251,7 +261,10 @@ def _progress_callback(on_progress: Callable[[int, int, str], None]) -> Any:
 
 
 def _save_adapter(model: Any, folder: Path) -> None:
-    """Writes PEFT's two files, with factors in fp16. Deletes PEFT's model card, which is an empty template."""
+    """Writes PEFT's two files, with factors in fp16.
+
+    Deletes PEFT's model card, which is an empty template.
+    """
     import torch
 
     for name, parameter in model.named_parameters():
@@ -262,7 +275,7 @@ def _save_adapter(model: Any, folder: Path) -> None:
 
 
 def _round_to_int4(model: Any) -> None:
-    """Rounds every linear weight and the embedding to the grid that export writes, in place."""
+    """Rounds every linear weight and the embedding to export's grid, in place."""
     import torch
     from transformers.pytorch_utils import Conv1D
 
@@ -278,7 +291,10 @@ def _round_to_int4(model: Any) -> None:
 
 
 def _relative(file: Path, folder: Path) -> str:
-    """A file's path relative to a folder. The absolute path if there is no relative one, as between drives."""
+    """Returns a file's path relative to a folder.
+
+    The path is absolute if there is no relative one, as between drives.
+    """
     try:
         return Path(os.path.relpath(file, folder)).as_posix()
     except ValueError:

@@ -1,4 +1,7 @@
-"""Distillation: examples with the token probabilities of each row's own adapter, and the loss of a mix on them."""
+"""Distillation: examples with teacher probabilities, and the loss of a mix on them.
+
+A row's teacher is its own adapter.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ if TYPE_CHECKING:
     from edgelora.adapters.folder import Adapter
     from edgelora.in_torch.mixed_model import MixedModel
 
-WRITTEN_TOKENS = 256  # longer completions that an adapter writes are dropped, as they are unfinished
+WRITTEN_TOKENS = 256  # longer completions that an adapter writes are dropped as unfinished
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Example:
 
 
 def write_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """Completes up to `count` of the rows' distinct prompts with the adapter alone."""
+    """Completes up to `count` of the rows' distinct prompts with the adapter."""
     prompts = list(dict.fromkeys(row.prompt for row in rows))
     random.Random(seed).shuffle(prompts)  # noqa: S311  (not for secrets)
     _set_alone(model, adapter)
@@ -43,7 +46,10 @@ def write_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row], count: 
 
 
 def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> list[Example]:
-    """Encodes rows with their adapter's probabilities, which take 2 bytes per completion token and vocabulary entry."""
+    """Encodes rows with their adapter's probabilities.
+
+    These take 2 bytes per completion token and vocabulary entry.
+    """
     import torch
 
     end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
@@ -60,10 +66,10 @@ def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> lis
 
 
 def distillation_loss(model: MixedModel, batch: Sequence[Sequence[Example]], share: float) -> torch.Tensor:
-    """The loss (1 - share) · negative log likelihood + share · KL(adapter ‖ mix), in nats per token.
+    """Computes (1 - share) · negative log likelihood + share · KL(adapter ‖ mix).
 
-    It is the mean over adapters of their means: in a mean over all tokens, tasks with short completions would hardly count.
-    batch: examples by adapter. share: LearnConfig.distillation_share.
+    The loss is in nats per token, the mean over adapters of their means: in a mean over all tokens, tasks with short completions
+    would hardly count. batch: examples by adapter. share: LearnConfig.distillation_share.
     """
     import torch
 

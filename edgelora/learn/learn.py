@@ -1,4 +1,7 @@
-"""Mixes adapters on data: RegMean on the adapters' own rows, then training steps on a few labelled rows."""
+"""Mixes adapters on data: RegMean, then training on a few labelled rows.
+
+RegMean uses the adapters' own rows.
+"""
 
 from __future__ import annotations
 
@@ -46,16 +49,16 @@ class LearnConfig:
     """The adapters to mix, and the data to mix them on.
 
     base: folder or hub id. adapters: folders by name. output: folder for the mixed adapter.
-    labelled: JSONL rows by adapter; a few suffice, and they should be rows that the adapters were not trained on. Without
+    labelled: JSONL rows by adapter. A few suffice, and they should be rows that the adapters were not trained on. Without
     labelled and written rows the start is the result. prompts: JSONL rows by adapter for RegMean, which uses their completions
-    only as further input; by default the adapter's training rows.
-    written: how many prompts of those rows each adapter completes itself; the mix also learns from these completions.
+    only as further input. By default the adapter's training rows.
+    written: how many prompts of those rows each adapter completes itself. The mix also learns from these completions.
     start: regmean, or linear for equal weights.
     grain: what is learned. module: a weight per adapter and module (LoRA Soups, arXiv 2410.13025). rank: a weight per row of A.
     core: a matrix between a module's stacked A's and B's, as in LoRA-XS (arXiv 2405.17604). factors: all entries of A and B, a
-    short training that starts from the merge; the other grains only reweight it.
-    rows: labelled rows to use per adapter. steps, batch_size, lr: of AdamW, with linear decay after warmup; lr None for the
-    grain's default. distillation_share: share of the loss on the adapters' own probabilities; the rest is on the labels.
+    short training that starts from the merge. The other grains only reweight it.
+    rows: labelled rows to use per adapter. steps, batch_size, lr: of AdamW, with linear decay after warmup. lr: None for the
+    grain's default. distillation_share: share of the loss on the adapters' own probabilities. The rest is on the labels.
     """
 
     base: str
@@ -101,10 +104,10 @@ class LearnConfig:
 
 @dataclass(frozen=True)
 class LearnReport:
-    """What was learned.
+    """The result of learning.
 
-    rows: labelled rows by adapter; {} without any. weights: how many numbers were learned. loss: mean of the last steps, in nats
-    per token; None if nothing was learned.
+    rows: labelled rows by adapter, {} without any. weights: how many numbers were learned. loss: mean of the last steps, in nats
+    per token, or None if nothing was learned.
     """
 
     output: Path
@@ -121,10 +124,11 @@ def learn(
     on_progress: OnProgress = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> LearnReport:
-    """Mixes adapters into one of their summed rank, on data, and writes it as a PEFT folder.
+    """Mixes adapters on data into one of their summed rank.
 
-    Without rows to learn from, the result is RegMean's. Raises InputError for adapters that do not fit each other or the base,
-    for missing data, and for an output that exists and is not an adapter; the output is then unchanged.
+    The mix is written as a PEFT folder. Without rows to learn from, it is RegMean's.
+    Raises InputError for adapters that do not fit each other or the base, for missing data, and for an output that exists and is
+    not an adapter. The output is then unchanged.
     """
     base = Base.find(config.base)
     adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
@@ -207,7 +211,10 @@ def _gather_examples(
     labelled: Mapping[str, Sequence[Row]],
     on_progress: OnProgress,
 ) -> dict[str, list[Example]]:
-    """The examples to learn from, by adapter: its labelled rows, and those that it writes for other prompts."""
+    """Gathers the examples to learn from, by adapter.
+
+    These are its labelled rows, and those that it writes for other prompts.
+    """
     rows = {name: list(labelled.get(name, ())) for name in adapters}
     for done, (name, path) in enumerate(_find_prompts(config, adapters).items() if config.written else ()):
         on_progress(done, len(adapters), f"{name} writes")
@@ -252,7 +259,7 @@ class _TrainableStack:
             tensor.requires_grad_()
 
     def stack(self) -> FactorStack:
-        """The stack for MixedModel. Gradients flow through it to the learned tensors."""
+        """Returns the stack for MixedModel. Gradients reach the learned tensors."""
         return FactorStack(self._a if self._core is None else self._core @ self._a, self._b, self._owner, self._weights)
 
     def factors(self) -> Factors:

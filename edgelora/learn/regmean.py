@@ -1,4 +1,7 @@
-"""RegMean: merges adapters by least squares, so that the mix acts on each adapter's inputs as that adapter does."""
+"""RegMean: merges adapters by least squares on their inputs.
+
+The mix acts on each adapter's inputs as that adapter does.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,13 @@ def solve_regmean(
     samples: Mapping[str, Sequence[Sample]],
     on_layer: Callable[[int], None] = lambda index: None,
 ) -> dict[str, dict[str, Factors]]:
-    """Solves RegMean: factors A (r, K), B (N, r) by module and adapter, whose plain sum over the adapters is the mix.
+    """Solves RegMean for factors A (r, K), B (N, r) by module and adapter.
 
+    Their plain sum over the adapters is the mix.
     Let X (T, K) be the inputs of a product on the samples of adapter t, with only t on the base, and G_t = XᵀX / T. Then
-    ΔW = (Σ Δ_t G_t) (Σ G_t)⁻¹ is the least-squares fit to every adapter on its own inputs (arXiv 2212.09849, equation 2). B
-    stays the same and A becomes A_t G_t (Σ G)⁻¹, so the rank is the sum of the ranks. Streams the base: memory holds one layer,
-    the samples' hidden states, and G per adapter for each product of that layer.
+    ΔW = (Σ Δ_t G_t) (Σ G_t)⁻¹ is the least-squares fit to every adapter on its own inputs (arXiv 2212.09849, equation 2). B stays
+    the same and A becomes A_t G_t (Σ G)⁻¹, so the rank is the sum of the ranks. Streams the base: memory holds one layer, the
+    samples' hidden states, and G per adapter for each product of that layer.
     """
     stream = LayerStream(decoder)
     hidden = {name: embed(base, decoder, samples[name], adapters[name]) for name in adapters}
@@ -58,7 +62,10 @@ def solve_regmean(
 
 
 def _solve_module(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str, Floats]) -> dict[str, Factors]:
-    """The factors of one module. sums: G (K, K) of its product on each adapter's samples."""
+    """Solves the factors of one module.
+
+    sums: G (K, K) of its product on each adapter's samples.
+    """
     places = _columns(part)
     own = {name: moments[np.ix_(places, places)].astype(np.float64) for name, moments in sums.items()}
     for matrix in own.values():
@@ -73,7 +80,7 @@ def _solve_module(part: Part, adapters: Mapping[str, Adapter], sums: Mapping[str
 
 
 def _columns(part: Part) -> NDArray[np.intp]:
-    """The position of each of a module's checkpoint inputs among the inputs of its product, (K,)."""
+    """Finds a module's checkpoint inputs among the inputs of its product: positions (K,)."""
     if part.columns is None:
         return np.arange(part.in_features)
     # Number the inputs from 1, so that padding of heads is 0; float32 holds these numbers exactly.

@@ -1,4 +1,7 @@
-"""A mix: adapters with weights and a merge method, computed on ΔW in float32, module by module."""
+"""A mix: adapters with weights and a merge method.
+
+ΔW is computed in float32, module by module.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Mix:
 
     @cached_property
     def modules(self) -> Set[str]:
-        """The modules that at least one adapter changes with a weight other than 0."""
+        """The modules that an adapter changes with a weight other than 0."""
         return {module for name in self.weights for module in self.adapters[name].modules if self.weight(name, module)}
 
     def weight(self, name: str, module: str) -> float:
@@ -80,11 +83,17 @@ class Mix:
         return f"{self.method}({', '.join([terms, *(f'{name} {value:g}' for name, value in self.options().items())])})"
 
     def rank(self, module: str) -> int:
-        """The summed rank of the adapters that take part in a module. Methods on factors are exact at this rank."""
+        """Sums the ranks of the adapters that take part in a module.
+
+        Methods on factors are exact at this rank.
+        """
         return sum(self.adapters[name].shapes[module][2] for name in self._names(module))
 
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
-        """ΔW of the mix, float32 (N, K). weight: the base's, which some kinds of adapters need."""
+        """Returns ΔW of the mix, float32 (N, K).
+
+        weight: the base's, which some kinds of adapters need.
+        """
         names, method = self._names(module), MIX_METHODS[self.method]
         reasons = {name: self.adapters[name].why_not_low_rank(module) for name in names}
         if method.factored is not None and not any(reasons.values()):
@@ -101,14 +110,17 @@ class Mix:
         return method.dense(deltas, self._weights(module, names), **self._arguments(module, names))
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
-        """A, float32 (r, K), and B, float32 (N, r): exact for methods on factors, else the nearest of the summed rank."""
+        """Returns A, float32 (r, K), and B, float32 (N, r).
+
+        They are exact for methods on factors, else the nearest of the summed rank.
+        """
         a, b, _ = self.factors_with_error(module)
         return a, b
 
     def factors_with_error(self, module: str, rank: int | None = None) -> tuple[Floats, Floats, float]:
-        """As factors(), with the relative error ‖ΔW - B·A‖ / ‖ΔW‖. rank: truncate to the nearest product of this rank.
+        """Returns factors() with the relative error ‖ΔW - B·A‖ / ‖ΔW‖.
 
-        Raises InputError for adapters that are not products of two factors.
+        rank: truncate to the nearest product of this rank. Raises InputError for adapters that are not products of two factors.
         """
         if rank is not None and rank < 1:
             raise InputError(f"rank = {rank}: use 1 or more")
@@ -119,7 +131,10 @@ class Mix:
         return truncate(self.dense(module), rank or self.rank(module))
 
     def _names(self, module: str) -> list[str]:
-        """The adapters that change a module with a weight other than 0, sorted so that their order does not affect rounding."""
+        """Lists the adapters that change a module with a weight other than 0.
+
+        They are sorted, so that their order does not affect rounding.
+        """
         return [name for name in sorted(self.weights) if module in self.adapters[name].modules and self.weight(name, module)]
 
     def _weights(self, module: str, names: Sequence[str]) -> list[float]:
@@ -137,5 +152,8 @@ class Mix:
 
 
 def draw_seed(seed: int, module: str, name: str) -> int:
-    """The seed for an adapter's draws in a module. It does not depend on other adapters or modules."""
+    """Draws the seed for an adapter's draws in a module.
+
+    It does not depend on other adapters or modules.
+    """
     return int.from_bytes(hashlib.sha256(f"{seed}\0{module}\0{name}".encode()).digest()[:8], "little")

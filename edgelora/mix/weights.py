@@ -1,4 +1,4 @@
-"""The weights of a mix: a number per adapter, or numbers by pattern of module names."""
+"""Weights of a mix: a number per adapter, or numbers by module pattern."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Weight: TypeAlias = float | Mapping[str, float]
-"""A number for all modules, or numbers by fnmatch pattern of module names. The last matching pattern wins; without one, 0."""
+"""A number for all modules, or numbers by fnmatch pattern of module names. The last matching pattern wins, else 0."""
 
 EVERYWHERE = "*"
 
@@ -47,7 +47,10 @@ def idle_patterns(weight: Weight, modules: Iterable[str]) -> list[str]:
 
 
 def check_weight(weight: Any, where: str) -> list[str]:
-    """The mistakes in a weight from a file. It must be a finite number, or a table of them. where: its place in the file."""
+    """Lists the mistakes in a weight from a file.
+
+    It must be a finite number, or a table of them. where: its place in the file.
+    """
     if isinstance(weight, Mapping):
         wrong = [] if weight else [f"{where} = {{}} is empty; give at least one pattern a weight"]
         return wrong + [mistake for pattern, value in weight.items() for mistake in _check_number(value, f'{where}."{pattern}"')]
@@ -61,7 +64,10 @@ def _check_number(value: Any, where: str) -> list[str]:
 
 
 def read_weights(path: Path) -> dict[str, Weight]:
-    """Reads a TOML file of weights: [weights] with a number per adapter, or [weights.NAME] with a number per pattern."""
+    """Reads a TOML file of weights.
+
+    It has [weights] with a number per adapter, or [weights.NAME] with a number per pattern.
+    """
     value = read_toml(path, "it gives weights by pattern of module names")
     table = value.get("weights")
     wrong = [f"{key} is not a known key; known: weights" for key in value if key != "weights"]

@@ -1,4 +1,7 @@
-"""The files of `edgelora compose report`: the figures, a page for people, and a recipe of the variants worth compiling."""
+"""The files of `edgelora compose report`: figures, a page for people, and a recipe.
+
+The recipe has the variants worth compiling.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ _SHARE_KEPT = ("0 or less: nothing kept", "1: all of it")
 
 
 def write_composition(report: CompositionReport, output: Path) -> list[Path]:
-    """Writes report.json, report.html and recipe.toml into a folder, in place of an older report there."""
+    """Writes report.json, report.html and recipe.toml, replacing an older report."""
     recipe = render_recipe(report.plan, report.base, {name: one.folder for name, one in report.adapters.items()}, output)
     files = {FIGURES: to_json(report) + "\n", PAGE: render_composition(report, recipe), RECIPE: recipe}
     with staged_folder(output, marker=FIGURES) as folder:
@@ -152,7 +155,7 @@ def _render_adapters(report: CompositionReport) -> Html:
 
 
 def _compare_adapters(report: CompositionReport) -> Iterator[HeatMap]:
-    """Heat maps with a row for each task and a column for each adapter that is mixed in."""
+    """Draws heat maps with a row per task and a column per mixed-in adapter."""
     names = [*report.adapters]
     pairs = {frozenset(pair.pair): pair for pair in report.pairs}
 
@@ -194,7 +197,10 @@ def _compare_adapters(report: CompositionReport) -> Iterator[HeatMap]:
 
 
 def _compare_layers(report: CompositionReport) -> Iterator[HeatMap]:
-    """Heat maps with a column for each layer, and a row for each pair or for each task of a pair."""
+    """Draws heat maps with a column per layer.
+
+    Rows are the pairs, or the tasks of each pair.
+    """
     layers = [layer.removeprefix("layer ") for layer in report.layers]
 
     def draw(title: str, note: str, scale: Scale, ends: tuple[str, str], rows: Mapping[str, list[float | None]]) -> HeatMap:

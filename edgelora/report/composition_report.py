@@ -1,4 +1,4 @@
-"""`edgelora compose report`: compares adapters, and decides for each pair whether to merge them or to route between them."""
+"""`edgelora compose report`: compares adapters, and decides for each pair to merge or route."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class AdapterFigures:
-    """One adapter. rank: its largest. modules: how many it changes. norm: ‖ΔW‖ over all of them."""
+    """One adapter.
+
+    rank: its largest. modules: how many it changes. norm: ‖ΔW‖ over all of them.
+    """
 
     folder: Path
     sha256: str
@@ -59,7 +62,7 @@ class AdapterFigures:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a linear mix of two adapters should keep of each.
+    """A prediction of what a linear mix of two adapters keeps of each.
 
     inputs: "data" if they are those of the tasks' rows on the base, "adapters" if there are no rows. Energies are then for the
     inputs that each ΔW was likely built from, and kept is the lower of two figures: for these inputs, and for inputs that point
@@ -77,7 +80,10 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision for a pair. choice: merge or route. basis: measured or predicted. reason: the figure that decided."""
+    """The decision for a pair.
+
+    choice: merge or route. basis: measured or predicted. reason: the figure that decided.
+    """
 
     choice: str
     basis: str
@@ -107,9 +113,10 @@ class PairReport:
 
 @dataclass(frozen=True)
 class CompositionReport:
-    """All adapters and pairs. base: as given. layers: their names, in order. rows: how many each task was measured on.
+    """All adapters and pairs.
 
-    base_scores: by task. scores: by adapter and task. Both are empty without data. mixes_tried: how many were measured.
+    base: as given. layers: their names, in order. rows: how many each task was measured on. base_scores: by task. scores: by
+    adapter and task. Both are empty without data. mixes_tried: how many were measured.
     """
 
     base: str | None
@@ -134,10 +141,10 @@ def report_composition(
 ) -> CompositionReport:
     """Compares adapters, given as name → folder, and plans which mixes to compile.
 
-    base: folder or hub id. data: for each adapter, rows that it was not trained on; the first `limit` of them are used, and
-    every pair is measured in torch. It needs a base. budget: bytes of the bundle, or without a base of what variants add to it.
-    Raises UsageError for arguments that do not fit together, InputError for adapters that cannot be mixed or are not products
-    of two factors, MissingExtraError for data without torch and transformers.
+    base: folder or hub id. data: for each adapter, rows that it was not trained on. The first `limit` of them are used, and every
+    pair is measured in torch, which needs a base. budget: bytes of the bundle, or without a base of what variants add to it.
+    Raises UsageError for arguments that do not fit together, InputError for adapters that cannot be mixed or are not products of
+    two factors, MissingExtraError for data without torch and transformers.
     """
     tasks = _read_tasks(adapters, base, data or {}, limit)
     if tasks and (missing := [name for name in ("torch", "transformers") if find_spec(name) is None]):
@@ -182,7 +189,10 @@ def report_composition(
 
 
 def decide_merge_or_route(prediction: Prediction, score: PairScore | None) -> Verdict:
-    """Merge if both tasks keep enough, route otherwise. What was measured decides; without it, the prediction does."""
+    """Decides to merge if both tasks keep enough, and to route otherwise.
+
+    Measured figures decide. Without them, the prediction does.
+    """
     if score is not None:
         worst, found = min(score.tasks.items(), key=lambda item: (item[1].holds, -item[1].excess))
         reason = (
@@ -199,7 +209,10 @@ def decide_merge_or_route(prediction: Prediction, score: PairScore | None) -> Ve
 def _read_tasks(
     adapters: Mapping[str, Path | str], base: str | None, data: Mapping[str, Path | str], limit: int
 ) -> dict[str, list[Row]]:
-    """The rows of each adapter's task. One UsageError names everything that is wrong with the arguments."""
+    """Reads the rows of each adapter's task.
+
+    One UsageError names everything that is wrong with the arguments.
+    """
     wrong = []
     if len(adapters) < 2:
         wrong.append("compose report compares adapters: give at least two as NAME=FOLDER")
@@ -221,7 +234,10 @@ def _factors(adapters: Mapping[str, Adapter], module: str) -> list[Factors | Non
 
 
 def _observe(scorer: PairScorer, modules: Sequence[str], on_step: Callable[[str], None]) -> list[dict[str, Doubles]]:
-    """For each task, the moments of its inputs on the bare base; see observe_moments."""
+    """Observes, for each task, the moments of its inputs on the bare base.
+
+    See observe_moments.
+    """
     readers = {
         module: np.concatenate([pair[0] for pair in _factors(scorer.adapters, module) if pair is not None])
         for module in modules
@@ -240,7 +256,10 @@ def _compare(
     moments: Sequence[Mapping[str, Doubles]] | None,
     on_step: Callable[[str], None],
 ) -> tuple[dict[str, ModuleFigures], list[OutputInterference]]:
-    """The figures of each module, and views of the outputs: see Prediction.inputs. Loads one module's factors at a time."""
+    """Computes the figures of each module, and views of the outputs.
+
+    See Prediction.inputs. Loads one module's factors at a time.
+    """
     figures: dict[str, ModuleFigures] = {}
     products: dict[str, Doubles] = {}
     even: dict[str, Doubles] = {}
@@ -254,7 +273,7 @@ def _compare(
         product = np.stack([output_products(stack, one) for one in seen])
         layer = _layer(module)
         products[layer] = products.get(layer, 0) + product
-        # With E xxᵀ = 1, E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩ for every task.
+        # With E xxᵀ = 1, E⟨Δp·x, Δq·x⟩ = ⟨Δp, Δq⟩ for each task.
         even[layer] = even.get(layer, 0) + np.stack([figures[module].inner] * len(adapters))
     views = [relate_outputs(products)]
     return figures, views if moments is not None else [*views, relate_outputs(even)]
@@ -292,7 +311,10 @@ def _report_pair(
 
 
 def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder: Decoder | None, budget: int | None) -> Plan:
-    """Plans the variants. The candidates are all single adapters, and the pairs with the verdict merge."""
+    """Plans the variants.
+
+    The candidates are all single adapters, and the pairs with the verdict merge.
+    """
     candidates = [
         Candidate(name, {name: 1.0}, {name: 1.0}, count_merged_bytes([adapter], decoder)) for name, adapter in adapters.items()
     ]
@@ -309,7 +331,7 @@ def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder:
 
 
 def _name_mix(pair: tuple[str, str], taken: Set[str]) -> str:
-    """A name for a pair's variant that is not taken and not too long."""
+    """Finds a name for a pair's variant, not taken and not too long."""
     name = "-".join(pair)[:60]
     return next(one for one in (name, *(f"{name}-{place}" for place in range(2, 100))) if one not in taken)
 
@@ -322,7 +344,7 @@ def _by_layer(figures: Mapping[str, ModuleFigures]) -> dict[str, list[ModuleFigu
 
 
 def _layer(module: str) -> str:
-    """The layer that a module belongs to; the module's own name outside of layers."""
+    """Names the layer of a module, or the module itself outside of layers."""
     match = _LAYER.search(module)
     return f"layer {match[1]}" if match else module
 

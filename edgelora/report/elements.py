@@ -18,7 +18,10 @@ class Html(str):
 
 
 def element(name: str, /, *children: str, **attributes: str | int | None) -> Html:
-    """One element. Attributes drop a trailing underscore, use hyphens for the others, and are left out where they are None."""
+    """Renders one element.
+
+    Attributes drop a trailing underscore, use hyphens for the others, and are left out where they are None.
+    """
     given = "".join(f' {_spell(key)}="{escape(str(value))}"' for key, value in attributes.items() if value is not None)
     return Html(f"<{name}{given}>" if name in _EMPTY else f"<{name}{given}>{join(children)}</{name}>")
 
@@ -29,5 +32,8 @@ def join(parts: Iterable[str]) -> Html:
 
 
 def _spell(key: str) -> str:
-    """The attribute that a Python keyword argument stands for: class_ is class, aria_label is aria-label."""
+    """Spells the attribute that a Python keyword argument means.
+
+    class_ is class, aria_label is aria-label.
+    """
     return key.rstrip("_").replace("_", "-")

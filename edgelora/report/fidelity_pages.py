@@ -1,4 +1,4 @@
-"""The pages of `edgelora export --report`: an index of a bundle's variants, and a page for each that was measured."""
+"""The pages of `edgelora export --report`: an index, and a page per measured variant."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _COLUMNS = ("variant", "mix", "outcome", "adapter kept", "KL mean", "KL p99", "s
 
 
 def write_fidelity(bundle: Bundle, folder: Path) -> list[Path]:
-    """Writes index.html and a page for each measured variant into a folder; returns their paths, the index first."""
+    """Writes index.html and a page for each measured variant into a folder.
+
+    Returns their paths, the index first.
+    """
     pages = render_fidelity(bundle.folder.resolve().name, describe_bundle(bundle))
     folder.mkdir(parents=True, exist_ok=True)
     for file, page in pages.items():
@@ -48,7 +51,10 @@ def render_fidelity(bundle: str, described: BundleDescription) -> dict[str, Html
 
 
 def name_files(variants: Iterable[str]) -> dict[str, str]:
-    """A file name for each variant's page: safe in a link, and unique even on disks that ignore case."""
+    """Names a file for each variant's page.
+
+    Names are safe in a link, and unique even on disks that ignore case.
+    """
     files: dict[str, str] = {}
     taken = {INDEX}
     for variant in variants:
@@ -60,7 +66,10 @@ def name_files(variants: Iterable[str]) -> dict[str, str]:
 
 
 def render_index(bundle: str, described: BundleDescription, files: Mapping[str, str]) -> Html:
-    """The page that compares all variants. files: the page of each variant that has one."""
+    """Renders the page that compares all variants.
+
+    files: the page of each variant that has one.
+    """
     grid = described.quantization
     weights = "float32 weights" if grid.bits == 32 else f"int{grid.bits} weights ({grid.method}, blocks of {grid.block_size})"
     model = join(
@@ -123,14 +132,17 @@ def _list_variant(item: VariantDescription, default: str, file: str | None) -> l
 
 
 def _name_outcome(found: FidelityEntry | None) -> str:
-    """The outcome as a label; as plain words where the gate had nothing to check."""
+    """Names the outcome as a label, or in plain words.
+
+    Words are for variants in which the gate had nothing to check.
+    """
     if found is None:
         return "not measured"
     return found.outcome if found.outcome == "measured" else render_chip(found.outcome, solid=found.outcome == "passed")
 
 
 def _draw_bytes(described: BundleDescription) -> Html:
-    """Where a bundle's bytes are: in files that variants share, in those of each alone, and in the rest."""
+    """Draws a bundle's bytes: in shared files, in each variant's own, and in the rest."""
     own = {item.name: item.private_bytes for item in described.variants}
     rest = described.bytes - described.shared_bytes - sum(own.values())
     sizes = [

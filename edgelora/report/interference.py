@@ -1,4 +1,7 @@
-"""How much low-rank deltas interfere: sign conflicts, shared subspaces, cosines. Pure functions of their factors."""
+"""Interference of low-rank deltas: sign conflicts, shared subspaces, cosines.
+
+The functions are pure, and take the deltas' factors.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class Stack:
 
     @classmethod
     def of(cls, factors: Sequence[Factors | None]) -> Stack:
-        """From A (r, K) and B (N, r) of each delta, None for a delta that does not change the module. One must change it."""
+        """Stacks A (r, K) and B (N, r) of each delta.
+
+        None stands for a delta that does not change the module. At least one must change it.
+        """
         given = [(place, pair) for place, pair in enumerate(factors) if pair is not None]
         places = np.concatenate([np.full(len(a), place) for place, (a, _) in given])
         return cls(
@@ -55,7 +61,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class ModuleFigures:
-    """Figures for every two of T deltas of one module, all float64 (T, T).
+    """Figures for each two of T deltas of one module, all float64 (T, T).
 
     inner: ⟨Δi, Δj⟩. loud: number of entries that are negligible in neither. opposed: how many of them have opposite signs.
     mass: Σ min(|Δi|, |Δj|) over all entries. opposed_mass: the same over entries with opposite signs, half of what cancels in
@@ -73,11 +79,12 @@ class ModuleFigures:
 
 @dataclass(frozen=True)
 class Interference:
-    """Two deltas compared over one or more modules. A figure is 0 where there is nothing to compare.
+    """Two deltas compared over one or more modules.
 
+    A figure is 0 where there is nothing to compare.
     cosine: ⟨Δi, Δj⟩ / (‖Δi‖ ‖Δj‖). sign_conflict: share with opposite signs of the entries that are negligible in neither.
-    weighted_conflict: the same share of Σ min(|Δi|, |Δj|). row_overlap, column_overlap: overlap() of what they read and of
-    what they write, the mean over modules that both change. norms: ‖Δi‖ and ‖Δj‖. modules: how many both change.
+    weighted_conflict: the same share of Σ min(|Δi|, |Δj|). row_overlap, column_overlap: overlap() of what they read and of what
+    they write, the mean over modules that both change. norms: ‖Δi‖ and ‖Δj‖. modules: how many both change.
     """
 
     cosine: float
@@ -90,7 +97,10 @@ class Interference:
 
 
 def compare_deltas(stack: Stack) -> ModuleFigures:
-    """All figures of the deltas of one module. Forms their entries a few rows at a time."""
+    """Computes all figures of the deltas of one module.
+
+    Forms their entries a few rows at a time.
+    """
     count = len(stack.owner)
     inner = inner_products(stack)
     loud, opposed, mass, opposed_mass = _compare_signs(stack, np.sqrt(np.diag(inner)))
@@ -121,21 +131,28 @@ def summarize(figures: Sequence[ModuleFigures], i: int, j: int) -> Interference:
 
 
 def inner_products(stack: Stack) -> Doubles:
-    """⟨Δi, Δj⟩ of every two deltas, float64 (T, T). It is the sum of BᵢᵀBⱼ ∘ AᵢAⱼᵀ, so no delta is formed."""
+    """Computes ⟨Δi, Δj⟩ of every two deltas, float64 (T, T).
+
+    It is the sum of BᵢᵀBⱼ ∘ AᵢAⱼᵀ, so no delta is formed.
+    """
     return stack.sum_blocks((stack.b.T @ stack.b) * (stack.a @ stack.a.T))
 
 
 def find_spaces(a: Doubles, b: Doubles) -> tuple[Doubles, Doubles]:
-    """Orthonormal bases of what Δ = B·A reads, float64 (K, r), and of what it writes, float64 (N, r). r is the rank of Δ."""
+    """Finds orthonormal bases of what Δ = B·A reads, and of what it writes.
+
+    They are float64 (K, r) and (N, r), where r is the rank of Δ.
+    """
     u, s, vt = decompose_product(a, b)
     rank = count_directions(s, float(s[0])) if len(s) else 0
     return vt[:rank].T, u[:, :rank]
 
 
 def overlap(one: Doubles, other: Doubles) -> float:
-    """‖VᵢᵀVⱼ‖² / min(r) of two orthonormal bases, the mean squared cosine of their principal angles.
+    """Computes the mean squared cosine of two orthonormal bases' principal angles.
 
-    It is 0 for orthogonal spaces, 1 if one contains the other, and r / K for two random spaces of rank r in K dimensions.
+    This is ‖VᵢᵀVⱼ‖² / min(r): 0 for orthogonal spaces, 1 if one contains the other, and r / K for two random spaces of rank r in
+    K dimensions.
     """
     return _share(float(np.square(one.T @ other).sum()), min(one.shape[1], other.shape[1]))
 

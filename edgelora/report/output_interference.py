@@ -1,4 +1,4 @@
-"""How loud adapters are on each other's inputs, and how much of each a mix should therefore keep."""
+"""Loudness of adapters on each other's inputs, and how much a mix should keep of each."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ CANDIDATES = tuple(round(0.1 * step, 1) for step in range(2, 13))  # weights tri
 
 @dataclass(frozen=True)
 class OutputInterference:
-    """E⟨Δp·x, Δq·x⟩ / E‖Δi·x‖² for the inputs x of task i: float64 (T, T, T), by i, p and q. Task i is that of adapter i.
+    """The terms E⟨Δp·x, Δq·x⟩ / E‖Δi·x‖² for the inputs x of task i.
 
+    float64 (T, T, T), by i, p and q. Task i is that of adapter i.
     layers: by layer, over all its modules. overall: the mean over layers.
     """
 
@@ -33,11 +34,17 @@ class OutputInterference:
     overall: Doubles
 
     def energy(self, i: int, j: int, layer: str | None = None) -> float:
-        """Interference energy E‖Δj·x‖² / E‖Δi·x‖² on task i: 0 if j writes nothing for i's inputs, 1 if it is as loud as i."""
+        """Returns the interference energy E‖Δj·x‖² / E‖Δi·x‖² on task i.
+
+        It is 0 if j writes nothing for i's inputs, 1 if it is as loud as i.
+        """
         return float((self.overall if layer is None else self.layers[layer])[i, j, j])
 
     def error(self, i: int, weights: Mapping[int, float]) -> float:
-        """E‖(Σ w·Δ)·x - Δi·x‖² / E‖Δi·x‖² on task i: the share of the adapter's effect that a weighted sum should lose."""
+        """Returns E‖(Σ w·Δ)·x - Δi·x‖² / E‖Δi·x‖² on task i.
+
+        This is the share of the adapter's effect that a weighted sum should lose.
+        """
         missing = np.zeros(len(self.overall))
         missing[list(weights)] = list(weights.values())
         missing[i] -= 1
@@ -45,21 +52,24 @@ class OutputInterference:
 
 
 def choose_weights(views: Sequence[OutputInterference], i: int, j: int) -> tuple[float, float]:
-    """The weights of two adapters, out of CANDIDATES, with the smallest worst error on either task and in any view."""
+    """Chooses the weights of two adapters, out of CANDIDATES.
+
+    They have the smallest worst error on either task and in any view.
+    """
     tried = [(one, other) for one in CANDIDATES for other in CANDIDATES]
     return min(tried, key=lambda pair: max(worst_error(views, task, {i: pair[0], j: pair[1]}) for task in (i, j)))
 
 
 def worst_error(views: Sequence[OutputInterference], i: int, weights: Mapping[int, float]) -> float:
-    """The largest error of a weighted sum on task i, over several views of its inputs."""
+    """Returns the largest error of a weighted sum on task i, over several views of its inputs."""
     return max(view.error(i, weights) for view in views)
 
 
 def relate_outputs(products: Mapping[str, Doubles]) -> OutputInterference:
-    """Scales sums of output_products by layer, each float64 (T, T, T), to the energy of each task's own adapter.
+    """Scales sums of output_products to the energy of each task's own adapter.
 
-    Where an adapter does not change a layer, the mean energy of its other layers takes the place of its energy there: what other
-    adapters do in that layer disturbs its task too.
+    The sums are by layer, each float64 (T, T, T). Where an adapter does not change a layer, the mean energy of its other layers
+    takes the place of its energy there: what other adapters do in that layer disturbs its task too.
     """
     own = np.array([np.einsum("iii->i", product) for product in products.values()])
     means = np.array([column[column > 0].mean() if column.any() else np.inf for column in own.T])
@@ -71,15 +81,19 @@ def relate_outputs(products: Mapping[str, Doubles]) -> OutputInterference:
 
 
 def output_products(stack: Stack, moments: Doubles) -> Doubles:
-    """E⟨Δi·x, Δj·x⟩ of every two deltas, float64 (T, T). moments: E (A·x)(A·x)ᵀ of the inputs x, float64 (R, R)."""
+    """Computes E⟨Δi·x, Δj·x⟩ of every two deltas, float64 (T, T).
+
+    moments: E (A·x)(A·x)ᵀ of the inputs x, float64 (R, R).
+    """
     return stack.sum_blocks((stack.b.T @ stack.b) * moments)
 
 
 def likely_moments(stack: Stack, place: int) -> Doubles:
-    """E (A·x)(A·x)ᵀ, float64 (R, R), up to a factor, for the inputs that one of the deltas was likely trained on.
+    """Estimates E (A·x)(A·x)ᵀ, float64 (R, R), up to a factor.
 
-    Gradient descent builds a weight's change from its inputs, so ΔᵀΔ stands in for E xxᵀ without data (arXiv 2503.08099). It
-    also shows the A that training started from: adapters from different seeds seem to ignore each other's inputs.
+    The inputs x are those that one of the deltas was likely trained on. Gradient descent builds a weight's change from its
+    inputs, so without data ΔᵀΔ replaces E xxᵀ (arXiv 2503.08099). It also shows the A that training started from: adapters from
+    different seeds seem to ignore each other's inputs.
     """
     own = stack.rows(place)
     shared = stack.a @ stack.a[own].T
@@ -87,8 +101,9 @@ def likely_moments(stack: Stack, place: int) -> Doubles:
 
 
 def observe_moments(model: MixedModel, rows: Sequence[Row], readers: Mapping[str, Floats]) -> dict[str, Doubles]:
-    """E (A·x)(A·x)ᵀ by module, float64 (R, R), over all tokens of the rows, prompts included, with the model as it is set.
+    """Averages (A·x)(A·x)ᵀ by module, float64 (R, R), over all tokens of the rows.
 
+    Prompts are included, and the model is used as it is set.
     readers: by module, the A of all adapters, stacked, float32 (R, K).
     """
     import torch

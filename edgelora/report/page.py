@@ -1,4 +1,7 @@
-"""The frame and style that all report pages share: title, sections, tables. A page is one file that loads nothing else."""
+"""The frame and style of all report pages: title, sections, tables.
+
+A page is one file that loads nothing else.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-
 
 
 def render_page(title: str, lead: str, *sections: str, context: str = "", links: Sequence[tuple[str, str]] = ()) -> Html:
-    """A whole page. context: what the browser's tab shows after the title. links: text and address of pages above this one."""
+    """Renders a whole page.
+
+    context: what the browser's tab shows after the title. links: text and address of pages above this one.
+    """
     head = element(
         "head",
         element("meta", charset="utf-8"),
@@ -43,7 +49,7 @@ def _read_style() -> str:
 
 
 def render_section(key: str, heading: str, *parts: str) -> Html:
-    """A part of a page under a heading; #key leads to it."""
+    """Renders a part of a page under a heading, which #key leads to."""
     return element("section", element("h2", heading, id=key), *parts, aria_labelledby=key)
 
 
@@ -70,7 +76,10 @@ def render_cards(facts: Iterable[tuple[str, str, str]]) -> Html:
 
 
 def render_table(label: str, columns: Sequence[str], rows: Iterable[Sequence[str]], figures: Iterable[int] = ()) -> Html:
-    """A table whose first column names its rows. label: its name, for screen readers. figures: columns to align right."""
+    """Renders a table whose first column names its rows.
+
+    label: its name, for screen readers. figures: columns to align right.
+    """
     right = frozenset(figures)
 
     def style(place: int) -> str | None:
@@ -97,7 +106,7 @@ def render_facts(label: str, facts: Iterable[tuple[str, str]]) -> Html:
 
 
 def render_scroll(label: str, content: Html) -> Html:
-    """A box that scrolls sideways, by keyboard too, where its content is wider than the page."""
+    """Renders a box that scrolls sideways, by keyboard too, if its content is wider than the page."""
     return element("div", content, class_="scroll", role="region", aria_label=label, tabindex=0)
 
 

@@ -1,4 +1,4 @@
-"""Scores mixes of two adapters on both tasks, against the base and each adapter alone."""
+"""Scores mixes of two adapters on both tasks, against the base and single adapters."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ EXCESS = 0.1  # most nats per token above the adapter's own loss, for tasks with
 
 @dataclass(frozen=True)
 class TaskScore:
-    """loss: nats per token of the reference completions. slot_f1: of greedy completions, None if the references are not slots."""
+    """Scores on one task.
+
+    loss: nats per token of the reference completions. slot_f1: of greedy completions, None if the references are not slots.
+    """
 
     loss: float
     slot_f1: float | None
@@ -29,9 +32,10 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class MixScore:
-    """A mix on one task. kept_loss, kept_score: (mix - base) / (alone - base), None if the adapter gains nothing over the base.
+    """A mix on one task.
 
-    excess: nats per token above the loss of the adapter alone. kept: kept_score if there is one, else kept_loss.
+    kept_loss, kept_score: (mix - base) / (adapter - base), None if the adapter gains nothing over the base. excess: nats per
+    token above the adapter's own loss. kept: kept_score if there is one, else kept_loss.
     """
 
     loss: float
@@ -43,9 +47,9 @@ class MixScore:
 
     @property
     def holds(self) -> bool:
-        """Whether the mix does the task well enough to replace the task's adapter.
+        """True if the mix does the task well enough to replace its adapter.
 
-        Loss alone flatters a mix: most of what an adapter gains over a base that does not know the format is the format.
+        The loss by itself flatters a mix: most of what an adapter gains over a base that does not know the format is the format.
         """
         if self.kept_score is not None:
             return self.kept_score >= KEPT
@@ -54,7 +58,10 @@ class MixScore:
 
 @dataclass(frozen=True)
 class PairScore:
-    """The best mix of two adapters. weights: by adapter. tasks: by task. tried: how many were compared, on the same rows."""
+    """The best mix of two adapters.
+
+    weights: by adapter. tasks: by task. tried: how many were compared, on the same rows.
+    """
 
     weights: Mapping[str, float]
     tasks: Mapping[str, MixScore]
@@ -63,7 +70,10 @@ class PairScore:
 
 @dataclass(frozen=True)
 class PairScorer:
-    """A base in torch, the rows of each adapter's task, and the scores of the base and of each adapter alone on all tasks."""
+    """A base in torch, with the rows and scores that mixes are compared on.
+
+    tasks: the rows of each adapter's task. base, alone: the scores of the base and of each single adapter, on all tasks.
+    """
 
     model: MixedModel
     adapters: Mapping[str, Adapter]
@@ -79,7 +89,7 @@ class PairScorer:
         tasks: Mapping[str, Sequence[Row]],
         on_step: Callable[[str], None] = lambda what: None,
     ) -> PairScorer:
-        """Loads a base and scores it, then each adapter alone. Calls on_step before each."""
+        """Loads a base and scores it, then each single adapter. Calls on_step before each."""
         from edgelora.in_torch.mixed_model import MixedModel
 
         on_step("base")
@@ -96,7 +106,10 @@ class PairScorer:
     def score_pair(
         self, pair: tuple[str, str], tries: Sequence[tuple[float, float]], on_step: Callable[[str], None] = lambda what: None
     ) -> PairScore:
-        """Scores the best linear mix of two adapters: of the weights to try, those with the least excess on the worse task."""
+        """Scores the best linear mix of two adapters.
+
+        Of the weights to try, it has the least excess on the worse task.
+        """
         tasks = {name: self.tasks[name] for name in pair}
         losses = []
         for weights in tries:
@@ -118,7 +131,7 @@ class PairScorer:
 
 
 def rate_mix(mix: TaskScore, base: TaskScore, alone: TaskScore) -> MixScore:
-    """Rates a mix by the scores of the base and of the adapter alone."""
+    """Rates a mix by the scores of the base and of the single adapter."""
     by_loss = _kept(mix.loss, base.loss, alone.loss, better=base.loss - alone.loss)
     by_score = None
     if mix.slot_f1 is not None and base.slot_f1 is not None and alone.slot_f1 is not None:
@@ -136,6 +149,9 @@ def _score(model: MixedModel, tasks: Mapping[str, Sequence[Row]]) -> dict[str, T
 
 
 def _score_slots(model: MixedModel, rows: Sequence[Row]) -> float | None:
-    """Slot F1 of the model's greedy completions; None, without running it, if the references are not slots."""
+    """Scores slot F1 of the model's greedy completions.
+
+    Returns None, without running it, if the references are not slots.
+    """
     references = [row.completion for row in rows]
     return None if slot_f1(references, references) is None else slot_f1(model.write(rows), references)

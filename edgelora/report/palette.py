@@ -1,4 +1,7 @@
-"""The colors of the report pages: each has one meaning on every page, in a light and a dark theme."""
+"""The colors of the report pages, in a light and a dark theme.
+
+Each has one meaning on every page.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ BLACK, WHITE = "#000000", "#ffffff"
 
 @dataclass(frozen=True)
 class Theme:
-    """Colors of everything but heat maps. kept, disturbance, share: bars that mean what the scale of that name means."""
+    """Colors of everything but heat maps.
+
+    kept, disturbance, share: bars that mean what the scale of that name means.
+    """
 
     page: str
     surface: str
@@ -28,10 +34,11 @@ DARK = Theme("#121417", "#1b1e22", "#e8eaed", "#a6adb5", "#33383f", "#8cc2ff", "
 
 @dataclass(frozen=True)
 class Scale:
-    """A color scale with one meaning. Values past its ends get the color of the end.
+    """A color scale with one meaning.
 
-    name: of its CSS classes. low, high: the values at its ends. light, dark: colors at equal distances from low to high; those
-    between are mixed. The further a value is from 0, the darker is its color in the light theme, the lighter in the dark one.
+    Values past its ends get the color of the end.
+    name: of its CSS classes. low, high: the values at its ends. light, dark: colors at equal distances from low to high. Those
+    between are mixed. The further a value is from 0, the darker is its color in the light theme, and the lighter in the dark one.
     """
 
     name: str
@@ -75,18 +82,24 @@ SCALES = (KEPT, DISTURBANCE, SHARE, SIGN)
 
 
 def contrast(one: str, other: str) -> float:
-    """The contrast ratio of two colors, from 1 to 21, as WCAG 2.2 defines it."""
+    """Computes the contrast ratio of two colors, from 1 to 21, by WCAG 2.2."""
     lighter, darker = sorted((_luminance(one), _luminance(other)), reverse=True)
     return (lighter + 0.05) / (darker + 0.05)
 
 
 def ink_on(color: str) -> str:
-    """Black or white, whichever reads better on a color; the contrast is at least 4.58 on any."""
+    """Picks black or white, whichever reads better on a color.
+
+    The contrast is at least 4.58 on any.
+    """
     return max((BLACK, WHITE), key=lambda ink: contrast(color, ink))
 
 
 def render_colors() -> str:
-    """CSS: the themes as variables such as --text, and the steps of each scale as classes such as .kept-3."""
+    """Renders the CSS of themes and scales.
+
+    Themes become variables such as --text, and steps of a scale become classes such as .kept-3.
+    """
     return f"{_render_theme(LIGHT, dark=False)}@media screen and (prefers-color-scheme:dark){{{_render_theme(DARK, dark=True)}}}"
 
 

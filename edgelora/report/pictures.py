@@ -1,4 +1,7 @@
-"""Pictures of a report page, with legend and scale: heat maps and bars. They are HTML tables that show every figure as text."""
+"""Pictures of a report page, with legend and scale: heat maps and bars.
+
+They are HTML tables that show every figure as text.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,10 @@ class HeatMap:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar. value: in the chart's unit. figure: the value as it is shown. color: kept, disturbance or share."""
+    """A bar.
+
+    value: in the chart's unit. figure: the value as it is shown. color: kept, disturbance or share.
+    """
 
     name: str
     value: float
@@ -51,7 +57,7 @@ class Bar:
 
 
 def draw_heat_map(picture: HeatMap) -> Html:
-    """A table of colored cells with a figure in each, and the scale above it."""
+    """Draws a table of colored cells with figures, and the scale above it."""
     head = [
         element(
             "tr",
@@ -74,12 +80,15 @@ def draw_heat_map(picture: HeatMap) -> Html:
 
 
 def draw_heat_maps(pictures: Iterable[HeatMap]) -> Html:
-    """Several heat maps, small ones side by side where the page is wide enough."""
+    """Draws several heat maps, small ones side by side on a wide page."""
     return element("div", *map(draw_heat_map, pictures), class_="maps")
 
 
 def draw_bars(title: str, note: str, unit: str, bars: Sequence[Bar], legend: Mapping[str, str], most: float = 0.0) -> Html:
-    """Bars on an axis that starts at 0, and ends at a round value past all bars and past most. legend: what each color means."""
+    """Draws bars on an axis that starts at 0.
+
+    The axis ends at a round value past all bars and past most. legend: what each color means.
+    """
     end = round_up(max((most, *(bar.value for bar in bars))))
     keys = (element("span", element("span", class_=f"key {color}"), meaning) for color, meaning in legend.items())
     rows = [
@@ -106,7 +115,10 @@ def draw_bars(title: str, note: str, unit: str, bars: Sequence[Bar], legend: Map
 
 
 def round_up(value: float) -> float:
-    """The smallest of 1, 2, 4 and 8 times a power of ten that is at least a value; 1 for a value that is not above 0."""
+    """Rounds a value up to 1, 2, 4 or 8 times a power of ten.
+
+    Returns 1 for a value that is not above 0.
+    """
     if value < _LEAST:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
@@ -114,7 +126,10 @@ def round_up(value: float) -> float:
 
 
 def format_cell(value: float | None, *, sign: bool = False) -> str:
-    """A figure in few characters: two decimals below 10, fewer above, a dash for None. sign: whether to write + above 0."""
+    """Formats a figure in few characters.
+
+    It has two decimals below 10, and fewer above. None is a dash. sign: whether to write + above 0.
+    """
     if value is None:
         return NONE
     size = abs(value)

@@ -1,4 +1,7 @@
-"""Plans which mixes to merge into variants under a budget of bytes, and which adapters to keep live. Writes a recipe."""
+"""Plans which mixes to merge into variants, and which adapters to keep live.
+
+The plan keeps to a budget of bytes, and becomes a recipe.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +28,10 @@ _SCALE_BYTES = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A variant that could be compiled. kept: by task, the share of its adapter's effect that the variant keeps, 0 to 1.
+    """A variant that could be compiled.
 
-    bytes: of the weights that it does not share with the base.
+    kept: by task, the share of its adapter's effect that the variant keeps, 0 to 1. bytes: of the weights that it does not share
+    with the base.
     """
 
     name: str
@@ -38,7 +42,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ChosenVariant:
-    """A candidate worth its bytes. gain: what it added to the tasks' kept shares when it was chosen."""
+    """A candidate worth its bytes.
+
+    gain: what it added to the tasks' kept shares when it was chosen.
+    """
 
     name: str
     mix: Mapping[str, float]
@@ -48,11 +55,11 @@ class ChosenVariant:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to compile. merged: best gain per byte first. live: adapters whose tasks no merged variant serves.
+    """A plan of what to compile.
 
-    bytes: of everything. base_bytes: the base's part of them; None if no base was given, which then does not count.
-    live_bytes: of all adapters' factors, which the bundle holds if any adapter is live. budget: in bytes, None for no limit.
-    fits: whether everything is within the budget.
+    merged: best gain per byte first. live: adapters whose tasks no merged variant serves. bytes: of everything. base_bytes: the
+    base's part of them, or None if no base was given, which then does not count. live_bytes: of all adapters' factors, which the
+    bundle holds if any adapter is live. budget: in bytes, None for no limit. fits: whether everything is within the budget.
     """
 
     merged: tuple[ChosenVariant, ...]
@@ -67,11 +74,12 @@ class Plan:
 def plan_variants(
     candidates: Sequence[Candidate], tasks: Sequence[str], live_bytes: int, base_bytes: int | None, budget: int | None
 ) -> Plan:
-    """Takes the candidate with the largest gain per byte, and repeats until nothing fits or is worth its bytes.
+    """Takes the candidates with the largest gain per byte, one after another.
 
-    A candidate's gain is what it adds to each task's best kept share, summed over the tasks. So a mix that keeps two tasks
-    comes before a single adapter of the same size, and after it the single adapters gain only what the mix lost. Tasks that are
-    left without a variant are served live. Room is set aside for that if not everything fits merged.
+    It stops when nothing fits or is worth its bytes. A candidate's gain is what it adds to each task's best kept share, summed
+    over the tasks. So a mix that keeps two tasks comes before a single adapter of the same size, and after it the single adapters
+    gain only what the mix lost. Tasks that are left without a variant are served live. Room is set aside for that if not
+    everything fits merged.
     """
     fixed = base_bytes or 0
     room = math.inf if budget is None else budget - fixed
@@ -102,8 +110,9 @@ def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) 
 
 
 def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> int:
-    """Bytes that a merged variant of some adapters adds to a bundle: codes and scales of the products that they change.
+    """Counts the bytes that a merged variant of some adapters adds to a bundle.
 
+    They are codes and scales of the products that the adapters change.
     decoder: the base's, which tells which modules are stored as one product. Without it, each module counts as one.
     """
     shapes = {module: (rows, columns) for adapter in adapters for module, (rows, columns, _) in adapter.shapes.items()}
@@ -117,7 +126,10 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
 
 
 def count_base_bytes(decoder: Decoder) -> int:
-    """Bytes of the int4 base in a bundle, without norms and graph, which are a thousandth of it."""
+    """Counts the bytes of the int4 base in a bundle.
+
+    Norms and graph, a thousandth of it, do not count.
+    """
     linears = sum(_matrix_bytes(linear.rows, linear.columns) for linear in decoder.linears)
     return linears + len(vocab_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
 
@@ -132,7 +144,10 @@ def _matrix_bytes(rows: int, columns: int) -> int:
 
 
 def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], folder: Path) -> str:
-    """The plan as the text of a recipe.toml in a folder. Without a base, its line is a comment to fill in."""
+    """Renders the plan as the text of a recipe.toml in a folder.
+
+    Without a base, its line is a comment to fill in.
+    """
     lines = [f"base = {_quote(_seen_from(folder, base))}" if base else '# base = "path or hub id"', "", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(_seen_from(folder, os.fspath(path)))}" for name, path in adapters.items()]
     lines += ["", "[variants.base]", "mix = {}"]
@@ -154,5 +169,5 @@ def _quote(text: str) -> str:
 
 
 def _seen_from(folder: Path, path: str) -> str:
-    """A local path relative to a folder; a hub id as it is."""
+    """Returns a local path relative to a folder, or a hub id unchanged."""
     return os.path.relpath(path, folder).replace(os.sep, "/") if os.path.exists(path) else path  # noqa: PTH110  (may be a hub id)

@@ -1,4 +1,7 @@
-"""The page of one variant: how far it is from its unmerged adapter, and what each product keeps of the adapter's change."""
+"""The page of one variant, compared with its unmerged adapter.
+
+It shows their distance, and what each product keeps of the adapter's change.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ def name_mix(item: VariantDescription) -> str:
 
 
 def format_kept(found: FidelityEntry) -> str:
-    """The share of its adapters that a variant keeps; a dash for the bare base."""
+    """Formats the share of its adapters that a variant keeps. The bare base gets a dash."""
     return NONE if found.retention is None else f"{found.retention:.4f}"
 
 

@@ -1,1 +1,4 @@
-"""Searches the weights of a mix, and optionally its method and density, on held-out rows within a budget of trials."""
+"""Searches the weights of a mix on held-out rows, within a budget of trials.
+
+Method and density can be searched too.
+"""

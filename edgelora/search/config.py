@@ -26,12 +26,12 @@ class SearchConfig:
 
     base: folder or hub id. adapters: folders by name. data: held-out JSONL rows by task. A task is measured against the adapter
     of the same name, or else against the adapter that does best on it. output: folder for trials, report and adapter.
-    budget: configurations to try, including the base, each adapter alone and equal weights.
-    methods: names in MIX_METHODS. weights, density: lowest and highest. scale: range of a factor on all weights; None for 1.
+    budget: configurations to try, including the base, each single adapter and equal weights.
+    methods: names in MIX_METHODS. weights, density: lowest and highest. scale: range of a factor on all weights, or None for 1.
     objective: loss, in nats per token, or score (slot F1 or exact match of written completions), which takes much longer.
-    sampler: Optuna's: gp, a Gaussian process, which needs scipy; tpe; or auto, which is gp if scipy is installed.
-    confirm: the share of each task's rows to keep out of the search; the report is measured on them.
-    parallel: trials to propose at a time; with Ray they also run in parallel. address: Ray's; None to run in this process.
+    sampler: Optuna's gp (a Gaussian process, which needs scipy) or tpe, or auto, which is gp if scipy is installed.
+    confirm: the share of each task's rows to keep out of the search. The report is measured on them.
+    parallel: trials to propose at a time. With Ray they also run in parallel. address: Ray's, or None to run in this process.
     max_tokens: maximum number of tokens to write, with objective score.
     """
 

@@ -1,4 +1,7 @@
-"""Reads the rows of a search, refuses test splits under any name, and sets a part of the rows aside for the report."""
+"""Reads the rows of a search, and sets a part aside for the report.
+
+Test splits are refused under any name.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _TEST = re.compile(r"tests?(set|split)?\d*")
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A task's distinct rows. searched: rows to choose the weights on. confirmed: rows to measure the result on."""
+    """A task's distinct rows.
+
+    searched: rows to choose the weights on. confirmed: rows to measure the result on.
+    """
 
     searched: tuple[Row, ...]
     confirmed: tuple[Row, ...]
@@ -42,8 +48,9 @@ class HeldOut:
 def read_held_out(
     data: Mapping[str, Path], adapters: Mapping[str, Adapter], confirm: float, on_note: Callable[[str], None]
 ) -> dict[str, HeldOut]:
-    """Reads each task's rows and keeps the share `confirm` of them out of the search, chosen by a hash of their content.
+    """Reads each task's rows and keeps the share `confirm` out of the search.
 
+    The rows to keep out are chosen by a hash of their content.
     Raises InputError for a file that is a test split by its name, and for one that shares more than CHANCE_SHARE of its rows, or
     of the other's rows, with a test file beside it or beside an adapter's training data. Fewer shared rows are left out, with a
     note. A note also says how many rows an adapter was trained on.
@@ -68,7 +75,10 @@ def read_held_out(
 
 
 def is_test_file(path: Path) -> bool:
-    """Whether a file is a test split by its name: x.test.jsonl, test-2.jsonl, test/x.jsonl; but not latest.jsonl."""
+    """True if a file is a test split by its name.
+
+    x.test.jsonl, test-2.jsonl and test/x.jsonl are, and latest.jsonl is not.
+    """
     return any(_TEST.fullmatch(part) for part in [*re.split(r"[^a-z0-9]+", path.name.lower()), path.parent.name.lower()])
 
 

@@ -1,4 +1,7 @@
-"""The objective of a search: the share of its adapters' effect that a mix keeps, with confidence intervals."""
+"""The objective of a search: the share of its adapters' effect that a mix keeps.
+
+Differences between mixes have confidence intervals.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Objective:
-    """Per task the base's figure (a loss or a score), and the signed change (base - adapter) that one adapter alone makes.
+    """The base's figure per task, and the signed change that a single adapter makes.
 
-    A mix keeps (base - mix) / change of a task: 1 equals the adapter alone, 0 equals the base. This holds for losses and
-    scores, and makes tasks of different scales comparable.
+    A figure is a loss or a score, and its change is (base - adapter). A mix keeps (base - mix) / change of a task: 1 equals the
+    single adapter, 0 equals the base. This holds for losses and scores, and makes tasks of different scales comparable.
     """
 
     base: Mapping[str, float]
@@ -32,7 +35,7 @@ class Objective:
 
     @classmethod
     def read(cls, base: Mapping[str, float], alone: Mapping[str, Mapping[str, float]], *, higher_is_better: bool) -> Objective:
-        """Makes an objective from the figures of the base and of each adapter alone.
+        """Makes an objective from the figures of the base and of each single adapter.
 
         A task belongs to the adapter of the same name, or else to the adapter that does best on it. Raises InputError if that
         adapter is no better than the base.
@@ -53,9 +56,10 @@ class Objective:
         return float(np.mean([self._share(task, figures[task]) for task in self.base]))
 
     def difference(self, one: Mapping[str, Doubles], other: Mapping[str, Doubles], seed: int) -> tuple[float, float, float]:
-        """How much more one mix keeps than another, with a 95% bootstrap interval over rows.
+        """Measures how much more one mix keeps than another.
 
-        one, other: per task, on the same rows, numerators and denominators, float64 (rows, 2); see Scorer.score.
+        Returns the difference and its 95% bootstrap interval over rows.
+        one, other: per task, on the same rows, numerators and denominators, float64 (rows, 2), as from Scorer.score.
         """
         generator = np.random.default_rng(seed)
         drawn = np.zeros(RESAMPLES)

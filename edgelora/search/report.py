@@ -18,10 +18,10 @@ _BARE = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class MixFigures:
-    """A tried mix. searched: the share that it keeps (see Objective) on the search's rows.
+    """A tried mix.
 
-    kept, figures: the same share, and each task's loss or score, on the rows kept out of the search. Both shares are relative to
-    the adapters' changes on the search's rows.
+    searched: the share that it keeps (see Objective) on the search's rows. kept, figures: the same share, and each task's loss or
+    score, on the rows kept out of the search. Both shares are relative to the adapters' changes on the search's rows.
     """
 
     trial: int
@@ -36,8 +36,8 @@ class SearchReport:
     """The result of a search.
 
     configurations: how many were tried, including earlier runs. resumed: how many of them come from earlier runs. rows: per task
-    the number of rows searched on and kept out; if none are kept out, everything is measured on the search's rows. base,
-    adapters: figures per task on the rows kept out, of the bare base and of each adapter alone. difference: how much more the
+    the number of rows searched on and kept out. If none are kept out, everything is measured on the search's rows. base,
+    adapters: figures per task on the rows kept out, of the bare base and of each single adapter. difference: how much more the
     best mix keeps than equal weights, with its 95% interval. rank, largest_error: of the written adapter, see ComposeReport.
     written_kept: the share that the written adapter keeps, if it is not exactly the mix.
     """

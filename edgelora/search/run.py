@@ -1,4 +1,7 @@
-"""Runs a search: tries mixes on held-out rows, writes the best one as an adapter, and reports on other rows."""
+"""Runs a search: tries mixes on held-out rows, and writes the best as an adapter.
+
+It reports on other rows.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +42,11 @@ def search(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda text: None,
 ) -> SearchReport:
-    """Tries mixes on held-out rows, writes the best one as an adapter, and reports on rows that no mix was chosen on.
+    """Tries mixes on held-out rows and writes the best one as an adapter.
 
-    An interrupted run continues from its output folder, with the same trials as without the interruption. A run with a larger
-    budget continues a smaller one. Raises InputError for data of a test split, adapters that do not fit, and an output folder
-    that holds something else or the trials of another plan.
+    The report is on rows that no mix was chosen on. An interrupted run continues from its output folder, with the same trials as
+    without the interruption. A run with a larger budget continues a smaller one. Raises InputError for data of a test split,
+    adapters that do not fit, and an output folder that holds something else or the trials of another plan.
     """
     if missing := [name for name in ("optuna", "torch", "transformers") if find_spec(name) is None]:
         raise MissingExtraError(", ".join(missing), "search")
@@ -111,7 +114,10 @@ def search(
 
 
 def _check_factors(adapters: Mapping[str, Adapter]) -> None:
-    """Raises InputError, before anything runs, for adapters whose mix cannot be written as an adapter."""
+    """Raises InputError for adapters whose mix cannot be written as an adapter.
+
+    It is called before anything runs.
+    """
     wrong = [
         f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.why_not_low_rank(module)}"
         for name, adapter in adapters.items()
@@ -125,7 +131,10 @@ def _check_factors(adapters: Mapping[str, Adapter]) -> None:
 def _make_plan(
     config: SearchConfig, base: Base, adapters: Mapping[str, Adapter], held_out: Mapping[str, HeldOut]
 ) -> dict[str, Any]:
-    """The settings that determine the trials; a trial log must match them to be continued. Budget and machines do not count."""
+    """Lists the settings that determine the trials.
+
+    A trial log must match them to be continued. Budget and machines do not count.
+    """
     return {
         "base": base.sha256,
         "adapters": {name: adapter.sha256 for name, adapter in adapters.items()},
@@ -137,7 +146,10 @@ def _make_plan(
 
 
 def _measure_written(job: Job, objective: Objective, adapter: Path) -> float:
-    """The share that the written adapter keeps, if its rank does not represent the mix exactly."""
+    """Measures the share that the written adapter keeps.
+
+    It differs from the mix's where the rank does not represent the mix exactly.
+    """
     with open_workers(replace(job, adapters={"written": adapter}), 1, None) as workers:
         found = dict(workers.score({0: Point({"written": 1.0})}, "confirmed"))
     return objective.kept(sum_up(found[0]))

@@ -1,4 +1,4 @@
-"""The search space: the initial points, and the points that Optuna proposes after them."""
+"""The search space: initial points, and the points that Optuna proposes next."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ class Point:
 
 
 def read_point(config: SearchConfig, parameters: Parameters) -> Point:
-    """The mix that parameters encode. Weights and density are rounded to three decimals, as in the recipe."""
+    """Reads the mix that parameters encode.
+
+    Weights and density are rounded to three decimals, as in the recipe.
+    """
     method, scale = str(parameters["method"]), float(parameters.get("scale", 1.0))
     settings = {DENSITY: round(float(parameters.get(DENSITY, DEFAULT_DENSITY)), 3), "seed": config.seed}
     weights = {
@@ -44,9 +47,9 @@ def read_point(config: SearchConfig, parameters: Parameters) -> Point:
 
 
 def list_initial_points(config: SearchConfig) -> list[Parameters]:
-    """The points that every search tries first, whatever the ranges are.
+    """Lists the points that every search tries first, whatever the ranges are.
 
-    They are the base, each adapter alone at weight 1, and equal weights: the sum and the mean by the first method, and the sum
+    They are the base, each single adapter at weight 1, and equal weights: the sum and the mean by the first method, and the sum
     by every other method. If the range of weights has neither, its end farther from 0 replaces them.
     """
     alone = [{name: float(name == one) for name in config.adapters} for one in (None, *config.adapters)]
@@ -61,7 +64,7 @@ def list_initial_points(config: SearchConfig) -> list[Parameters]:
 
 
 def is_within(config: SearchConfig, parameters: Parameters) -> bool:
-    """Whether a point lies in the search space. Initial points may not."""
+    """True if a point lies in the search space. Initial points may not."""
     return all(
         parameters[name] in distribution.choices
         if name == "method"
@@ -71,9 +74,10 @@ def is_within(config: SearchConfig, parameters: Parameters) -> bool:
 
 
 def propose(config: SearchConfig, tried: Sequence[tuple[Parameters, float]], count: int) -> list[Parameters]:
-    """Proposes the next points, given the tried points with their values; higher is better.
+    """Proposes the next points, given the tried points and their values.
 
-    They depend only on these and the seed, so an interrupted search continues as if it had not been interrupted.
+    Higher values are better. The proposals depend only on these and the seed, so an interrupted search continues as if it had not
+    been interrupted.
     """
     import optuna
 
@@ -92,7 +96,10 @@ def propose(config: SearchConfig, tried: Sequence[tuple[Parameters, float]], cou
 
 
 def choose_sampler(config: SearchConfig) -> str:
-    """The name of the sampler to use. "auto" is gp if scipy is installed, which Optuna's gp needs, else tpe."""
+    """Names the sampler to use.
+
+    "auto" is gp if scipy is installed, which Optuna's gp needs, else tpe.
+    """
     if config.sampler == "gp" and find_spec("scipy") is None:
         raise MissingExtraError("scipy", "search")
     return config.sampler if config.sampler != "auto" else "tpe" if find_spec("scipy") is None else "gp"
@@ -110,7 +117,7 @@ def _make_sampler(name: str, seed: int) -> Any:
 
 
 def _make_parameters(config: SearchConfig, method: str, weights: Mapping[str, float], scale: float) -> Parameters:
-    """A point at the default density, or at the density in the range nearest to it."""
+    """Makes a point at the default density, or at the nearest one in the range."""
     parameters: dict[str, float | str] = {"method": method}
     space = _distributions(config)
     if DENSITY in space:
@@ -121,7 +128,10 @@ def _make_parameters(config: SearchConfig, method: str, weights: Mapping[str, fl
 
 
 def _distributions(config: SearchConfig) -> dict[str, Any]:
-    """Optuna's distribution of each parameter. All methods share one space, so density is drawn even for methods without it."""
+    """Makes Optuna's distribution of each parameter.
+
+    All methods share one space, so density is drawn even for methods without it.
+    """
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     found: dict[str, Any] = {"method": CategoricalDistribution(config.methods)}

@@ -1,4 +1,7 @@
-"""The trial log of a search: its plan and every scored trial, so that an interrupted search can continue."""
+"""The trial log of a search: its plan and every scored trial.
+
+An interrupted search continues from it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ TRIALS_FILE = "trials.jsonl"
 
 @dataclass(frozen=True)
 class Trial:
-    """A scored point. figures: per task a numerator and a denominator, summed over rows; their quotient is the loss or score."""
+    """A scored point.
+
+    figures: per task a numerator and a denominator, summed over rows. Their quotient is the loss or score.
+    """
 
     number: int
     parameters: Parameters
@@ -33,7 +39,7 @@ class Trial:
 
 
 class TrialLog:
-    """JSON lines in a search's folder: the plan, then the trials in the order in which they finished."""
+    """JSON lines in a search's folder: the plan, then the trials as they finished."""
 
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
         """Opens the folder's trial log, or starts one.

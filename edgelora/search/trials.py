@@ -1,4 +1,4 @@
-"""Runs the trials of a search: the initial points, then batches of points that the sampler proposes."""
+"""Runs the trials of a search: initial points, then batches from the sampler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 def run_trials(
     config: SearchConfig, trial_log: TrialLog, workers: Workers, on_progress: Progress
 ) -> tuple[list[Trial], Objective]:
-    """Runs all trials up to the budget, and returns them in order. Trials in the log are not run again."""
+    """Runs all trials up to the budget, and returns them in order.
+
+    Trials in the log are not run again.
+    """
     initial = list_initial_points(config)[: config.budget]
     trials = _run_batch(config, 0, initial, trial_log, workers, lambda done: on_progress(done, config.budget, "initial points"))
     base, *alone = (trial.quotients for trial in trials[: len(config.adapters) + 1])
@@ -40,9 +43,10 @@ def run_trials(
 
 
 def choose_best(config: SearchConfig, trials: Sequence[Trial], objective: Objective) -> tuple[Trial, Trial]:
-    """The best mix that was tried, and the best one with equal weights. Ties go to the earlier trial.
+    """Finds the best mix that was tried, and the best one with equal weights.
 
-    Single adapters count as mixes if the range of weights includes 0 and 1. The bare base does not count.
+    Ties go to the earlier trial. Single adapters count as mixes if the range of weights includes 0 and 1. The bare base does not
+    count.
     """
     whole = config.weights[0] <= 0 and config.weights[1] >= 1
     alone = trials[1 : len(config.adapters) + 1] if whole else []
@@ -60,7 +64,10 @@ def _run_batch(
     workers: Workers,
     on_done: Callable[[int], None],
 ) -> list[Trial]:
-    """Scores points, numbered from `start`, and returns their trials in order. Points that the log holds are not scored again."""
+    """Scores points, numbered from `start`, and returns their trials in order.
+
+    Points that the log holds are not scored again.
+    """
     numbered = dict(enumerate(batch, start))
     known = {number for number in numbered if (found := trial_log.trials.get(number)) and found.parameters == numbered[number]}
     points = {number: read_point(config, point) for number, point in numbered.items() if number not in known}

@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to score points. rows: by split (searched, confirmed) and task. For the rest see SearchConfig."""
+    """The inputs that a worker needs to score points.
+
+    rows: by split (searched, confirmed) and task. For the rest see SearchConfig.
+    """
 
     base: str
     adapters: Mapping[str, Path]
@@ -51,7 +54,10 @@ class Scorer:
         self._model = MixedModel.open(job.base)
 
     def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:
-        """The number, and per task and row a numerator and a denominator, float64 (rows, 2), such as nats and tokens."""
+        """Scores one point, and returns its number and figures.
+
+        Figures are per task and row a numerator and a denominator, float64 (rows, 2), such as nats and tokens.
+        """
         self._model.set_mix(Mix(self._adapters, point.weights, point.method, **point.settings))
         found = {}
         for task, rows in self._job.rows[split].items():
@@ -108,7 +114,7 @@ class RayWorkers:
 def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Workers]:
     """Opens workers for a job.
 
-    address: None for this process; local to start a Ray instance; auto, or an address, for a running cluster. Its machines need
+    address: None for this process, local to start a Ray instance, auto or an address for a running cluster. Its machines need
     edgelora, and base and adapters under the same paths. Raises MissingExtraError without Ray, and InputError if no cluster
     answers.
     """
@@ -139,9 +145,10 @@ def open_workers(job: Job, parallel: int, address: str | None) -> Iterator[Worke
 
 
 def plan_workers(machines: Sequence[Mapping[str, float]], parallel: int) -> tuple[int, dict[str, int]]:
-    """How many workers to start, at most `parallel`, and the resources of each: a GPU if there are any, else cores.
+    """Chooses the number of workers, at most `parallel`, and the resources of each.
 
-    A worker that asks for more than any machine has would wait forever, and so would a worker beyond the cluster's capacity.
+    Each gets a GPU if there are any, else cores. A worker that asks for more than any machine has would wait forever, and so
+    would a worker beyond the cluster's capacity.
     """
     if gpus := sum(int(machine.get("GPU", 0)) for machine in machines):
         return min(parallel, gpus), {"num_cpus": 1, "num_gpus": 1}

@@ -1,4 +1,7 @@
-"""Merge methods by name: what each works on, and which options it takes. A new method is one function and one line here."""
+"""Merge methods by name: what each works on, and its options.
+
+A new method is one function and one line here.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,13 @@ DENSITY, SEEDS = "density", "seeds"
 
 @dataclass(frozen=True)
 class Method:
-    """A way to merge several weighted ΔW into one. It has at least one of dense and factored.
+    """A way to merge several weighted ΔW into one.
 
+    It has at least one of dense and factored.
     summary: one line for --help and the docs.
     dense: a function from deltas (deltas.Rows, each (N, K)) and weights to ΔW (N, K).
-    factored: a function from pairs A (r, K), B (N, r) and weights to one such pair, exactly. It is preferred where all deltas
-    are products. reads: their keyword arguments: density, the share of entries to keep; seeds, one per delta.
+    factored: a function from pairs A (r, K), B (N, r) and weights to one such pair, exactly. It is preferred where all deltas are
+    products. reads: their keyword arguments: density, the share of entries to keep, and seeds, one per delta.
     """
 
     summary: str
@@ -40,7 +44,7 @@ class Method:
 
     @property
     def settings(self) -> tuple[str, ...]:
-        """The settings that a user gives: density, and one seed from which the deltas' seeds are drawn."""
+        """The user's settings: density, and the one seed that the deltas' seeds come from."""
         return tuple("seed" if name == SEEDS else name for name in self.reads)
 
 

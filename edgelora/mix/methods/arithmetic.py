@@ -28,17 +28,26 @@ def linear(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
 
 
 def linear_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The same sum as one product: the A's stacked as rows, and the weighted B's stacked as columns."""
+    """Computes the same sum as one product.
+
+    The A's are stacked as rows, and the weighted B's as columns.
+    """
     return stack_factors([(a, b * np.float32(weight)) for (a, b), weight in zip(factors, weights, strict=True)])
 
 
 def least_rank_factors(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The same sum, by its SVD, at the least rank that represents it to float32's rounding."""
+    """Computes the same sum by its SVD.
+
+    The rank is the least that represents it to float32's rounding.
+    """
     size = sum(abs(weight) * product_norm(a, b) for (a, b), weight in zip(factors, weights, strict=True))
     return least_factors(*decompose_product(*linear_factors(factors, weights)), size)
 
 
 def product_norm(a: Floats, b: Floats) -> float:
-    """The Frobenius norm of B·A: ‖B·A‖² is the sum of the entries of BᵀB ∘ AAᵀ."""
+    """Computes the Frobenius norm of B·A.
+
+    ‖B·A‖² is the sum of the entries of BᵀB ∘ AAᵀ.
+    """
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(np.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))))

@@ -1,4 +1,7 @@
-"""Core space: applies a method to small matrices that represent all adapters exactly (arXiv 2509.17786)."""
+"""Core space: applies a method to small matrices that represent all adapters.
+
+The representation is exact (arXiv 2509.17786).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def in_core_space(merge: Callable[..., Floats]) -> Callable[..., Factors]:
-    """Turns a method on deltas into one on factors A (r, K), B (N, r). It merges cores of at most (Σr, Σr); the result is exact.
+    """Turns a method on deltas into one on factors A (r, K), B (N, r).
 
+    It merges cores of at most (Σr, Σr), and the result is exact.
     U holds the left singular vectors of the B's stacked as columns, V the right ones of the A's stacked as rows. An adapter's
     core is Uᵀ·B·A·V, and U and Vᵀ map the merged core back, as in the paper's code
     (https://github.com/apanariello4/core-space-merging/blob/e66f357165fa879b05602a470e84b39b198f5a3b/task_merger.py).

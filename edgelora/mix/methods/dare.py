@@ -1,4 +1,7 @@
-"""DARE: drops entries of ΔW at random and rescales the rest, then sums or elects signs (arXiv 2311.03099)."""
+"""DARE: drops entries of ΔW at random and rescales the rest (arXiv 2311.03099).
+
+It then sums, or elects signs.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,10 @@ _STEPS = 1 << 16  # a probability is a multiple of 1 / _STEPS
 
 @dataclass(frozen=True)
 class Dropped(TransformedDelta):
-    """A delta whose entries are each kept with a probability, and divided by it. kept: the probability in 65536ths.
+    """A delta whose entries are each kept with a probability, and divided by it.
 
-    A row's draws depend only on the seed and the row's index, so any slice gives the same entries.
+    kept: the probability in 65536ths. A row's draws depend only on the seed and the row's index, so any slice gives the same
+    entries.
     """
 
     kept: int
@@ -47,17 +51,26 @@ class Dropped(TransformedDelta):
 
 
 def drop(delta: Rows, density: float, seed: int) -> Dropped:
-    """Keeps each entry with probability `density`, rounded to the nearest 65536th, and divides it by that probability."""
+    """Keeps each entry with probability `density`, and divides it by that.
+
+    The probability is rounded to the nearest 65536th.
+    """
     check_density(density)
     return Dropped(delta, max(1, round(density * _STEPS)), seed)
 
 
 def dare_linear(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
-    """DARE with task arithmetic. seeds: one per delta; deltas with the same seed drop the same entries."""
+    """Merges with DARE and task arithmetic.
+
+    seeds: one per delta. Deltas with the same seed drop the same entries.
+    """
     return linear([drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)], weights)
 
 
 def dare_ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float, seeds: Sequence[int]) -> Floats:
-    """DARE, then TIES without trimming: elect signs and average by count, as in PEFT and mergekit."""
+    """Merges with DARE, then TIES without trimming.
+
+    It elects signs and averages by count, as in PEFT and mergekit.
+    """
     dropped = [drop(delta, density, seed) for delta, seed in zip(deltas, seeds, strict=True)]
     return elect(dropped, weights)

@@ -1,4 +1,7 @@
-"""Deltas as the methods read them: in blocks of rows, from an array or from a product B·A that is never formed whole."""
+"""Deltas as the methods read them: in blocks of rows.
+
+They come from an array, or from a product B·A that is never formed whole.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,10 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Product:
-    """B·A as a matrix that is computed by slices of rows. a: (r, K). b: (N, r)."""
+    """B·A as a matrix that is computed by slices of rows.
+
+    a: (r, K). b: (N, r).
+    """
 
     a: Floats
     b: Floats
@@ -60,7 +66,10 @@ class Product:
 
 @dataclass(frozen=True)
 class TransformedDelta:
-    """A delta whose entries are transformed as they are read, with its shape and type. Subclasses define __getitem__."""
+    """A delta whose entries are transformed on reading.
+
+    Shape and type stay the same. Subclasses define __getitem__.
+    """
 
     delta: Rows
 
@@ -80,13 +89,19 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def map_row_blocks(find: Callable[[slice], Found], shape: tuple[int, ...]) -> list[Found]:
-    """Applies a function to each block of rows of a matrix (N, K), on all cores. Returns the results in order."""
+    """Applies a function to each block of rows of a matrix (N, K).
+
+    It uses all cores, and returns the results in order.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy releases the GIL
         return list(pool.map(find, row_blocks(shape)))
 
 
 def merge_row_blocks(merge: Callable[[Sequence[Floats]], Floats], deltas: Sequence[Rows]) -> Floats:
-    """Applies a function to the same block of rows of several matrices, and assembles the results into one matrix (N, K)."""
+    """Applies a function to the same block of rows of several matrices.
+
+    Assembles the results into one matrix (N, K).
+    """
     merged: Floats = np.empty(deltas[0].shape, deltas[0].dtype)
 
     def fill(rows: slice) -> None:

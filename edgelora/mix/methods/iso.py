@@ -1,4 +1,7 @@
-"""Isotropic merging: the sum, with all its singular values made equal (Iso-C, arXiv 2502.04959, section 4)."""
+"""Isotropic merging: the sum, with all its singular values made equal.
+
+Iso-C: arXiv 2502.04959, section 4.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""KnOTS: applies a method to the parts of one SVD of all deltas, concatenated (arXiv 2410.19735)."""
+"""KnOTS: applies a method to the parts of one SVD of all deltas.
+
+The deltas are concatenated (arXiv 2410.19735).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ if TYPE_CHECKING:
 
 
 def in_knots_space(merge: Callable[..., Floats]) -> Callable[..., Factors]:
-    """Turns a method on deltas into one on factors A (r, K), B (N, r) with KnOTS. The result is exact.
+    """Turns a method on deltas into one on factors A (r, K), B (N, r) with KnOTS.
 
-    [Δ₁ … Δ_T] = U·S·[V₁ … V_T]ᵀ, without directions below rounding. The method merges the S·V_tᵀ, each (p, K), and U maps the
-    result back. The wide matrix is never formed: after QR decompositions of the concatenated B's and of each Aᵀ, its singular
-    values are those of a matrix (Σr, Σr). Trimming is per module here; the paper's code trims all modules at once.
+    The result is exact. [Δ₁ … Δ_T] = U·S·[V₁ … V_T]ᵀ, without directions below rounding. The method merges the S·V_tᵀ, each (p,
+    K), and U maps the result back. The wide matrix is never formed: after QR decompositions of the concatenated B's and of each
+    Aᵀ, its singular values are those of a matrix (Σr, Σr). Trimming is per module here. The paper's code trims all modules at
+    once.
     """
 
     def merge_factors(factors: Sequence[Factors], weights: Sequence[float], **options: Any) -> Factors:

@@ -1,4 +1,7 @@
-"""Finds the largest singular values of a large matrix with a block Krylov method, in few products with the matrix."""
+"""Finds the largest singular values of a large matrix.
+
+A block Krylov method needs few products with the matrix.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +25,12 @@ _ORTHONORMAL = 1e-10  # maximum deviation of QᵀQ from the identity
 
 
 def find_largest(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubles, Doubles]:
-    """U (N, rank), s (rank,) and Vᵀ (rank, K) of approximately the largest singular values of a float32 matrix (N, K).
+    """Finds approximately the largest singular values of a float32 matrix (N, K).
 
-    They are exact on the space spanned by M·X, M·Mᵀ·M·X and so on, for random columns X (Musco and Musco, arXiv 1504.05477,
-    algorithm 2). Three such blocks are as accurate as subspace iteration after five passes. Products with M are in float32,
-    the small matrices in float64. size: the matrix's squared norm. N and K must be at least BLOCKS · (rank + SPARE).
+    Returns U (N, rank), s (rank,) and Vᵀ (rank, K). They are exact on the space spanned by M·X, M·Mᵀ·M·X and so on, for random
+    columns X (Musco and Musco, arXiv 1504.05477, algorithm 2). Three such blocks are as accurate as subspace iteration after five
+    passes. Products with M are in float32, the small matrices in float64. size: the matrix's squared norm. N and K must be at
+    least BLOCKS · (rank + SPARE).
     """
     if matrix.shape[0] <= matrix.shape[1]:
         return _search(matrix, rank, size)
@@ -59,7 +63,10 @@ def _search(matrix: Floats, rank: int, size: float) -> tuple[Doubles, Doubles, D
 
 
 def _continue(basis: Floats, columns: Floats) -> Floats:
-    """Orthonormal columns, orthogonal to a basis, that span the same space together with it as the given columns do."""
+    """Extends a basis by orthonormal columns.
+
+    They are orthogonal to the basis, and span the same space together with it as the given columns do.
+    """
     for _ in range(2 if basis.shape[1] else 1):  # a second pass removes what rounding left of the basis
         rest = columns - basis @ (basis.T @ columns)
         columns = orthonormalize(rest.astype(np.float64))[0].astype(np.float32)
@@ -67,11 +74,11 @@ def _continue(basis: Floats, columns: Floats) -> Floats:
 
 
 def orthonormalize(columns: Doubles) -> tuple[Doubles, Doubles]:
-    """A QR decomposition of tall columns: Q (N, p), orthonormal, and R (p, p), upper triangular.
+    """Decomposes tall columns into Q (N, p), orthonormal, and R (p, p), upper triangular.
 
-    It is CholeskyQR2: a Cholesky decomposition of the Gram matrix, done twice because once squares the condition number
-    (Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015). It needs only matrix products; LAPACK's
-    reflections take six times as long. Wide or dependent columns fall back to numpy's QR.
+    It is CholeskyQR2: a Cholesky decomposition of the Gram matrix, done twice because once squares the condition number (Yamamoto
+    et al., "Roundoff error analysis of the CholeskyQR2 algorithm", 2015). It needs only matrix products. LAPACK's reflections
+    take six times as long. Wide or dependent columns fall back to numpy's QR.
     """
     q, r = columns, np.eye(columns.shape[1])
     try:

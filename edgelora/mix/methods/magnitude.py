@@ -24,7 +24,10 @@ _MARGIN = 0.02  # half-width of the first bracket around the sample's estimate, 
 
 
 def magnitude(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """The sum of deltas that each keep only their largest entries; PEFT's magnitude_prune on ΔW."""
+    """Sums deltas that each keep only their largest entries.
+
+    This is PEFT's magnitude_prune on ΔW.
+    """
     return linear(trim_all(deltas, density), weights)
 
 
@@ -41,7 +44,10 @@ class Trimmed(TransformedDelta):
 
 
 def trim(delta: Rows, density: float) -> Trimmed:
-    """Zeroes all but the largest `density` share of a delta's entries. Entries equal to the threshold are all kept."""
+    """Zeroes all but the largest `density` share of a delta's entries.
+
+    Entries equal to the threshold are all kept.
+    """
     return Trimmed(delta, _EDGE * find_threshold(delta, density))
 
 

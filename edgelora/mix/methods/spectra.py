@@ -1,4 +1,7 @@
-"""Singular value decompositions in float64, of matrices and of products B·A without forming them; low-rank approximations."""
+"""Singular value decompositions in float64, and low-rank approximations.
+
+Products B·A are decomposed without forming them.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +27,16 @@ _NORMS = 1e-2  # above this share of the squared norm, the squared error can be 
 
 
 def decompose(matrix: Any) -> tuple[Doubles, Doubles, Doubles]:
-    """The SVD of a matrix: U (N, p), s (p,) and Vᵀ (p, K), in float64."""
+    """Decomposes a matrix by SVD into U (N, p), s (p,) and Vᵀ (p, K), in float64."""
     u, s, vt = np.linalg.svd(np.asarray(matrix, np.float64), full_matrices=False)
     return u, s, vt
 
 
 def decompose_product(a: Floats, b: Floats) -> tuple[Doubles, Doubles, Doubles]:
-    """The SVD of B·A, from QR decompositions of its factors. Forms nothing larger than the factors."""
+    """Decomposes B·A by SVD, from QR decompositions of its factors.
+
+    Forms nothing larger than the factors.
+    """
     left, middle = np.linalg.qr(b.astype(np.float64))
     right, other = np.linalg.qr(a.T.astype(np.float64))
     u, s, vt = np.linalg.svd(middle @ other.T, full_matrices=False)
@@ -45,37 +51,50 @@ def left_singular_vectors(matrix: Floats) -> Doubles:
 
 
 def stack_factors(factors: Sequence[Factors]) -> Factors:
-    """A (Σr, K) and B (N, Σr), whose product is the sum of the given products."""
+    """Stacks products into A (Σr, K) and B (N, Σr), whose product is their sum."""
     return np.concatenate([a for a, _ in factors]), np.concatenate([b for _, b in factors], axis=1)
 
 
 def split_evenly(u: Doubles, s: Doubles, vt: Doubles) -> Factors:
-    """A (p, K) and B (N, p), float32, with the square roots of the singular values in each."""
+    """Returns A (p, K) and B (N, p), float32.
+
+    Each has the square roots of the singular values.
+    """
     root = np.sqrt(s)
     return (root[:, None] * vt).astype(np.float32), (u * root).astype(np.float32)
 
 
 def count_directions(s: Doubles, size: float) -> int:
-    """The numerical rank: how many singular values, in descending order, exceed rounding. size: the Frobenius norm."""
+    """Counts the singular values that exceed rounding: the numerical rank.
+
+    s: in descending order. size: the Frobenius norm.
+    """
     return int(np.count_nonzero(s > ROUNDING * size))
 
 
 def least_factors(u: Doubles, s: Doubles, vt: Doubles, size: float) -> Factors:
-    """U·s·Vᵀ as factors of the least rank, at least 1. size: the Frobenius norm that rounding is relative to."""
+    """Returns U·s·Vᵀ as factors of the least rank, at least 1.
+
+    size: the Frobenius norm that rounding is relative to.
+    """
     rank = max(1, count_directions(s, size))
     return split_evenly(u[:, :rank], s[:rank], vt[:rank])
 
 
 def truncate_product(a: Floats, b: Floats, rank: int) -> tuple[Floats, Floats, float]:
-    """The nearest product of this rank to B·A (Eckart-Young): A (rank, K), B (N, rank) and the relative error."""
+    """Finds the nearest product of this rank to B·A (Eckart-Young).
+
+    Returns A (rank, K), B (N, rank) and the relative error.
+    """
     return _cut(*decompose_product(a, b), rank)
 
 
 def truncate(delta: Floats, rank: int) -> tuple[Floats, Floats, float]:
-    """The nearest matrix of this rank (Eckart-Young): A (rank, K), B (N, rank), and the relative error ‖Δ - B·A‖ / ‖Δ‖.
+    """Finds the nearest matrix of this rank (Eckart-Young), as factors.
 
-    Small matrices are decomposed whole, in float64. Large ones use a block Krylov method, whose error is within 0.4% of the
-    least possible; see krylov.py. The returned error is the actual error of the factors.
+    Returns A (rank, K), B (N, rank), and the relative error ‖Δ - B·A‖ / ‖Δ‖.
+    Small matrices are decomposed whole, in float64. Large ones use a block Krylov method, whose error is within 0.4% of the least
+    possible (see krylov.py). The returned error is the actual error of the factors.
     """
     rank = min(rank, *delta.shape)
     if BLOCKS * (rank + SPARE) > min(delta.shape):

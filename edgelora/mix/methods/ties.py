@@ -1,4 +1,7 @@
-"""TIES: trim, elect a sign per entry, and average the entries of that sign (arXiv 2306.01708, section 4)."""
+"""TIES: trims, elects a sign per entry, and averages the entries of that sign.
+
+Source: arXiv 2306.01708, section 4.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,21 @@ _TIE = 1e-6  # if the margin of a vote is below this share of all votes, roundin
 
 
 def ties(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """TIES with weights: the sum of the agreeing weighted entries, divided by their count.
+    """Merges by TIES with weights, dividing the agreeing entries' sum by their count.
 
-    Each Δ is trimmed to its largest `density` share and then weighted; the elected sign is that of the weighted sum. A delta
-    with a negative weight votes with flipped signs, and is subtracted where it agrees. The paper has no weights, and scales
-    the result by one λ: here that is the same weight for all. PEFT trims and divides the same way but elects on unweighted
-    deltas (merge_utils.py of 0.21), so a delta with a small weight can outvote the rest. mergekit elects the same way and
-    divides as ties_weighted.
+    Each Δ is trimmed to its largest `density` share and then weighted. The elected sign is that of the weighted sum. A delta with
+    a negative weight votes with flipped signs, and is subtracted where it agrees. The paper has no weights, and scales the result
+    by one λ: here that is the same weight for all. PEFT trims and divides the same way but elects on unweighted deltas
+    (merge_utils.py of 0.21), so a delta with a small weight can outvote the rest. mergekit elects the same way and divides as
+    ties_weighted.
     """
     return elect(trim_all(deltas, density), weights)
 
 
 def ties_weighted(deltas: Sequence[Rows], weights: Sequence[float], *, density: float) -> Floats:
-    """TIES that divides the agreeing weighted entries' sum by the sum of their weights: scaling all weights changes nothing.
+    """Merges by TIES, dividing the agreeing entries' sum by the sum of their weights.
 
-    This is mergekit's convention with normalize, its default for ties
+    Scaling all weights changes nothing. This is mergekit's convention with normalize, its default for ties
     (https://github.com/arcee-ai/mergekit/blob/0031a40ae4692ee2da83448668048a51bf8bbf4b/mergekit/merge_methods/generalized_task_arithmetic.py),
     except for negative weights: here their absolute values are summed, while mergekit's sum can be 0 or flip the sign.
     """
@@ -40,7 +43,10 @@ def ties_weighted(deltas: Sequence[Rows], weights: Sequence[float], *, density: 
 
 
 def elect(deltas: Sequence[Rows], weights: Sequence[float], shares: Sequence[float] | None = None) -> Floats:
-    """Per entry, the sum of the weighted deltas of the elected sign, divided by their count, or by the sum of their shares."""
+    """Sums per entry the weighted deltas of the elected sign.
+
+    The sum is divided by their count, or by the sum of their shares.
+    """
 
     def merge(parts: Sequence[Floats]) -> Floats:
         kind = parts[0].dtype

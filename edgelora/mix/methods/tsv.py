@@ -1,4 +1,7 @@
-"""Task singular vectors: makes the directions of all tasks orthogonal to each other (TSV-Merge, arXiv 2412.00081)."""
+"""Task singular vectors: makes all tasks' directions orthogonal.
+
+TSV-Merge: arXiv 2412.00081.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,13 @@ if TYPE_CHECKING:
 
 
 def tsv(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
-    """Concatenates the tasks' singular vectors, replaces U and V by the nearest orthogonal matrices, and recombines them.
+    """Makes the tasks' singular vectors orthogonal, and recombines them.
 
-    Each task's singular values are multiplied by its weight; the paper has one factor on the result. The paper's code
+    The vectors are concatenated, and U and V replaced by the nearest orthogonal matrices. Each task's singular values are
+    multiplied by its weight. The paper has one factor on the result. The paper's code
     (https://github.com/AntoAndGar/task_singular_vectors/blob/0f872b407d82e48052c0b5261acf4eca3ae3ced5/src/utils/TSVM_utils.py)
-    truncates each task to its largest min(N, K) / T directions so that all fit; here only if they would not fit otherwise.
+    truncates each task to its largest min(N, K) / T directions so that all fit. Here this happens only if they would not fit
+    otherwise.
     If tasks share directions, the concatenated vectors have a null space, and the nearest orthogonal matrix is not unique. The
     one of least norm is used, so that weights w and -w of one task cancel.
     """
@@ -42,7 +47,10 @@ def tsv(deltas: Sequence[Rows], weights: Sequence[float]) -> Floats:
 
 
 def _orthogonalize(columns: Doubles) -> Doubles:
-    """The nearest matrix with orthonormal columns (the polar factor), restricted to the directions that the columns span."""
+    """Returns the nearest matrix with orthonormal columns (the polar factor).
+
+    It is restricted to the directions that the columns span.
+    """
     u, s, vt = decompose(columns)
     spanned = s > ROUNDING * s[0]
     nearest: Doubles = u[:, spanned] @ vt[spanned]
