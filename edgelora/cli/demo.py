@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for all that the demo writes.")] = Path("edgelora-demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path("edgelora-demo"),
     seed: SeedOption = 1,  # docs/log.md says why not 0
     base: Annotated[str | None, typer.Option(help="A base to use instead of the built-in one; needs --data.")] = None,
     data: Annotated[

@@ -85,7 +85,7 @@ def test_one_adapter_at_weight_1_is_itself(method: str, adapters: dict[str, Adap
 
 @pytest.mark.parametrize("method", sorted(MIX_METHODS.keys() - {"dare_linear", "dare_ties"}))
 def test_w_and_minus_w_cancel(method: str, adapters: dict[str, Adapter]) -> None:
-    """For every kind of adapter. DARE is left out, as it drops different entries of each."""
+    """For each kind of adapter. DARE is left out, as it drops different entries of each."""
     for adapter in adapters.values():
         mix = Mix({"a": adapter, "b": adapter}, {"a": 0.7, "b": -0.7}, method, 0.4)
         for module in (Q, "model.layers.1.self_attn.k_proj"):
