@@ -1,4 +1,12 @@
-"""The errors that edgelora raises on purpose: one tree, with an exit code for each branch."""
+"""The errors that edgelora raises on purpose: one tree, with an exit code for each branch.
+
+EdgeloraError              1
+├── UsageError             2, also a ValueError
+├── MissingExtraError      2, also an ImportError
+├── InputError             3, also a ValueError
+├── IntegrityError         4
+└── ResourceError          5, also an OSError
+"""
 
 from __future__ import annotations
 
