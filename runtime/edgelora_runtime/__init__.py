@@ -1,5 +1,6 @@
 """A runtime for edgelora bundles on numpy, onnxruntime and tokenizers, without torch or transformers."""
 
+from edgelora_runtime import _telemetry as _telemetry
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.router import Route
