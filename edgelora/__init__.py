@@ -5,25 +5,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from edgelora_runtime import (
-    Bundle,
-    EdgeloraError,
-    GenerateOptions,
-    Generation,
-    InputError,
-    IntegrityError,
-    MemoryUsage,
-    MissingExtraError,
-    PackedCache,
-    Receipt,
-    ResourceError,
-    Route,
-    Runtime,
-    TextStream,
-    TokenLogprob,
-    UsageError,
-    __version__,
-)
+import edgelora_runtime
+from edgelora_runtime import __version__
+from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from edgelora.composing.compose import compose
@@ -31,6 +15,23 @@ if TYPE_CHECKING:
     from edgelora.exporting.export import export
     from edgelora.exporting.recipe import Recipe
     from edgelora.in_torch.train import TrainConfig, train
+    from edgelora_runtime import (
+        Bundle,
+        EdgeloraError,
+        GenerateOptions,
+        Generation,
+        InputError,
+        IntegrityError,
+        MemoryUsage,
+        PackedCache,
+        Receipt,
+        ResourceError,
+        Route,
+        Runtime,
+        TextStream,
+        TokenLogprob,
+        UsageError,
+    )
 
 __all__ = [
     "Bundle",
@@ -58,7 +59,7 @@ __all__ = [
     "train",
 ]
 
-# Loaded on first use, as they bring torch, onnx or more of edgelora: name → module.
+# Our own names that are loaded on first use, as the runtime's are: name → module.
 _LAZY = {
     "Recipe": "edgelora.exporting.recipe",
     "TrainConfig": "edgelora.in_torch.train",
@@ -71,6 +72,8 @@ _EXTRAS = {"onnx": "export", "onnx_ir": "export", "torch": "export", "transforme
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__ and name in edgelora_runtime.__all__:
+        return getattr(edgelora_runtime, name)
     if name not in _LAZY:
         raise AttributeError(f"module 'edgelora' has no attribute {name!r}")
     try:
@@ -82,4 +85,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

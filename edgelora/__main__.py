@@ -1,5 +1,5 @@
 """Runs the command line: `python -m edgelora`."""
 
-from edgelora.cli.app import main
+from edgelora.cli.entry import main
 
 main()

@@ -13,6 +13,7 @@ from edgelora.cli.bench import bench
 from edgelora.cli.chat import chat
 from edgelora.cli.demo import demo
 from edgelora.cli.doctor import doctor
+from edgelora.cli.entry import INTERRUPTED
 from edgelora.cli.evaluate import evaluate
 from edgelora.cli.export import export
 from edgelora.cli.inspect import inspect, verify
@@ -47,8 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in arguments
     try:
-        app(arguments, standalone_mode=False)
-        code = 0
+        result = app(arguments, standalone_mode=False)
+        code = _report("interrupted", INTERRUPTED, as_json) if result == INTERRUPTED else 0  # typer's own way to say Ctrl-C
     except typer.Exit as exit_:
         code = exit_.exit_code
     except _USAGE_ERROR as error:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except EdgeloraError as error:
         code = _report(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = _report("interrupted", INTERRUPTED, as_json)
     except ModuleNotFoundError as error:
         if os.environ.get("EDGELORA_DEBUG"):
             raise

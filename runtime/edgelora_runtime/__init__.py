@@ -1,23 +1,31 @@
-"""A runtime for edgelora bundles on numpy, onnxruntime and tokenizers, without torch or transformers."""
+"""A runtime for edgelora bundles on numpy, onnxruntime and tokenizers, without torch or transformers.
+
+Importing the package loads none of these. A name is loaded when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime import _telemetry as _telemetry
 from edgelora_runtime._version import __version__
-from edgelora_runtime.bundle.folder import Bundle
-from edgelora_runtime.bundle.router import Route
-from edgelora_runtime.decode.logprobs import TokenLogprob
-from edgelora_runtime.decode.loop import Generation, Receipt, TextStream
-from edgelora_runtime.decode.options import GenerateOptions
-from edgelora_runtime.errors import (
-    EdgeloraError,
-    InputError,
-    IntegrityError,
-    MissingExtraError,
-    ResourceError,
-    UsageError,
-)
-from edgelora_runtime.residency.models import MemoryUsage
-from edgelora_runtime.residency.packed_cache import PackedCache
-from edgelora_runtime.runtime import Runtime
+
+if TYPE_CHECKING:
+    from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.bundle.router import Route
+    from edgelora_runtime.decode.logprobs import TokenLogprob
+    from edgelora_runtime.decode.loop import Generation, Receipt, TextStream
+    from edgelora_runtime.decode.options import GenerateOptions
+    from edgelora_runtime.errors import (
+        EdgeloraError,
+        InputError,
+        IntegrityError,
+        MissingExtraError,
+        ResourceError,
+        UsageError,
+    )
+    from edgelora_runtime.residency.models import MemoryUsage
+    from edgelora_runtime.residency.packed_cache import PackedCache
+    from edgelora_runtime.runtime import Runtime
 
 __all__ = [
     "Bundle",
@@ -38,3 +46,32 @@ __all__ = [
     "UsageError",
     "__version__",
 ]
+
+_MODULES = {
+    "Bundle": "bundle.folder",
+    "EdgeloraError": "errors",
+    "GenerateOptions": "decode.options",
+    "Generation": "decode.loop",
+    "InputError": "errors",
+    "IntegrityError": "errors",
+    "MemoryUsage": "residency.models",
+    "MissingExtraError": "errors",
+    "PackedCache": "residency.packed_cache",
+    "Receipt": "decode.loop",
+    "ResourceError": "errors",
+    "Route": "bundle.router",
+    "Runtime": "runtime",
+    "TextStream": "decode.loop",
+    "TokenLogprob": "decode.logprobs",
+    "UsageError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

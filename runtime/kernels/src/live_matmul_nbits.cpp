@@ -2,8 +2,8 @@
 // product and a B for each.
 //
 // Graphs define these operators as functions of the inputs a and b in standard operators, which onnxruntime runs without this
-// library. The library reads the input `factors` instead, one for all products of a graph (docs/reference/bundle-format.md), since each
-// input costs a step a microsecond.
+// library. The library reads the input `factors` instead, one for all products of a graph (docs/reference/bundle-format.md),
+// since each input costs a step a microsecond.
 #include <cstring>
 
 #include "nbits_product.h"
