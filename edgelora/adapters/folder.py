@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes as ml_dtypes  # numpy knows bfloat16 only once this is imported
 import numpy as np
 from safetensors import SafetensorError, safe_open
 

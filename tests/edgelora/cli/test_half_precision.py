@@ -1,0 +1,86 @@
+"""Each verb takes bases and adapters in bfloat16 and float16, in a process of its own, where no other import helps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.tiny import load_base, make_adapter, make_base
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def edgelora(folder: Path, *arguments: object) -> str:
+    """Standard output of a verb that must succeed, run in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))}
+    command = [sys.executable, "-m", "edgelora", *map(str, arguments), "--json"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def convert(path: Path, dtype: torch.dtype) -> None:
+    """Stores a safetensors file's tensors in another type."""
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float16"])
+def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a base, two adapters, rows and a recipe; base and adapters in the type."""
+    folder, dtype = tmp_path_factory.mktemp(request.param), getattr(torch, request.param)
+    make_base(folder / "base")
+    model = load_base(folder / "base").to(dtype)
+    model.save_pretrained(folder / "base")
+    for seed, name in enumerate(("a", "b"), 1):
+        make_adapter(folder / "base", folder / name, seed=seed)
+        convert(folder / name / "adapter_model.safetensors", dtype)
+    rows = [json.dumps({"prompt": f"the cat number {n}", "completion": f" sat {n}"}) for n in range(24)]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "recipe.toml").write_text(
+        'base = "base"\n[adapters]\na = "a"\nb = "b"\n[quantization]\nmethod = "rtn"\n[variants.base]\nmix = {}\n'
+        '[variants.both]\nmix = { a = 0.5, b = 0.5 }\n[variants.any]\nmix = { a = 1.0 }\nkind = "live"\n',
+        encoding="utf-8",
+    )
+    yield folder
+
+
+def test_train_saves_its_adapter(workplace: Path) -> None:
+    train = ["train", "--base", "base", "--data", "rows.jsonl", "--output", "trained", "--max-steps", "1"]
+    assert json.loads(edgelora(workplace, *train))["steps"] == 1
+    assert (workplace / "trained" / "adapter_model.safetensors").is_file()
+    edgelora(workplace, "compose", "--adapter", "t=trained:1.0", "--adapter", "a=a:0.5", "--output", "mixed-trained")
+
+
+def test_compose(workplace: Path) -> None:
+    edgelora(workplace, "compose", "--adapter", "a=a:0.6", "--adapter", "b=b:0.6", "--method", "ties", "--output", "mixed")
+    edgelora(workplace, "compose", "--adapter", "a=a:1.0", "--merge-into", "base", "--output", "merged")
+    assert {tensor.dtype for tensor in load_file(workplace / "merged" / "model.safetensors").values()} == {
+        tensor.dtype for tensor in load_file(workplace / "base" / "model.safetensors").values()
+    }
+
+
+def test_compose_report(workplace: Path) -> None:
+    adapters = ["--adapter", "a=a", "--adapter", "b=b"]
+    edgelora(workplace, "compose", "report", *adapters, "--base", "base", "--output", "report")
+
+
+def test_compose_learn(workplace: Path) -> None:
+    adapters = ["--adapter", "a=a", "--adapter", "b=b", "--prompts", "a=rows.jsonl", "--prompts", "b=rows.jsonl"]
+    edgelora(workplace, "compose", "learn", "--base", "base", *adapters, "--output", "learned")
+
+
+def test_export_and_eval(workplace: Path) -> None:
+    edgelora(workplace, "export", "recipe.toml", "--output", "bundle", "--calibration", "rows.jsonl")
+    found = json.loads(edgelora(workplace, "eval", "bundle", "--variant", "both", "--data", "rows.jsonl", "--limit", "2"))
+    assert found["rows"] == 2
