@@ -37,6 +37,7 @@ ORDER = {
 LARGE_FOLDERS = {"edgelora/cli": "a file per verb"}
 MOST_MODULES = 13
 MOST_LINES = 450
+MOST_PARAMETERS = 7  # self among them
 LONG_MODULES: dict[str, str] = {}
 
 Graph = dict[str, set[str]]
@@ -158,6 +159,20 @@ def test_folders_and_modules_stay_small() -> None:
     folders = [path.parent.relative_to(ROOT).as_posix() for path in files if path.name != "__init__.py"]
     large = {folder for folder in folders if folders.count(folder) > MOST_MODULES}
     assert large == LARGE_FOLDERS.keys(), f"more than {MOST_MODULES} modules: {sorted(large)}"
+
+
+def test_functions_take_few_positional_parameters() -> None:
+    """A guide, like the sizes above. Verbs of the command line are exempt: typer makes an option of each parameter."""
+    many = [
+        f"{path.relative_to(ROOT).as_posix()}: {node.name}"
+        for package in PACKAGES
+        for path in sources(package)
+        if (PACKAGES["edgelora"] / "cli") not in path.parents
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and len([*node.args.posonlyargs, *node.args.args]) > MOST_PARAMETERS
+    ]
+    assert not many
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,6 @@ from edgelora.cli.bench import bench
 from edgelora.cli.chat import chat
 from edgelora.cli.demo import demo
 from edgelora.cli.doctor import doctor
-from edgelora.cli.entry import INTERRUPTED
 from edgelora.cli.evaluate import evaluate
 from edgelora.cli.export import export
 from edgelora.cli.inspect import inspect, verify
@@ -21,7 +20,7 @@ from edgelora.cli.run import run
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
-from edgelora_runtime.errors import EdgeloraError
+from edgelora_runtime.errors import INTERRUPTED, EdgeloraError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

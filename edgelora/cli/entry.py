@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells count
+from edgelora_runtime.errors import INTERRUPTED
 
 
 def main() -> NoReturn:

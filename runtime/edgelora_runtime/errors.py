@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+INTERRUPTED = 130  # exit code of Ctrl-C: 128 + SIGINT, as shells count
+
 
 class EdgeloraError(Exception):
     """Base of the tree. The message is one line: what is wrong, which value, and what to do."""
