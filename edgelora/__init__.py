@@ -68,7 +68,8 @@ _LAZY = {
     "export": "edgelora.exporting.export",
     "train": "edgelora.in_torch.train",
 }
-_EXTRAS = {"onnx": "export", "onnx_ir": "export", "torch": "export", "transformers": "export"}  # package → extra that has it
+# Packages that may be absent → the extra that has them.
+_EXTRAS = dict.fromkeys(("ml_dtypes", "onnx", "onnx_ir", "torch", "transformers"), "export")
 
 
 def __getattr__(name: str) -> Any:

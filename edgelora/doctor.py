@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RUNTIME = ("numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "typer", "rich")
 EXTRAS = {
-    "export": ("torch", "transformers", "onnx", "onnx-ir"),
+    "export": ("torch", "transformers", "onnx", "onnx-ir", "ml-dtypes"),
     "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets"),
 }
 

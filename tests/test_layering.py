@@ -221,7 +221,7 @@ def test_importing_has_no_side_effects() -> None:
 def test_a_missing_extra_is_named() -> None:
     done = run(
         "import sys\n"
-        "for name in ('onnx_ir', 'onnx', 'torch', 'transformers'): sys.modules[name] = None\n"
+        "for name in ('ml_dtypes', 'onnx_ir', 'onnx', 'torch', 'transformers'): sys.modules[name] = None\n"
         "import edgelora\n"
         "try: edgelora.export\n"
         "except edgelora.MissingExtraError as error: assert 'edgelora[export]' in str(error), error\n"
