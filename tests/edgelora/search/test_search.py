@@ -277,5 +277,5 @@ def test_trials_on_ray_are_those_of_one_process(inputs: dict[str, Any], tmp_path
     key = lambda item: item["trial"]  # noqa: E731
     assert sorted(read_trials(tmp_path / "r"), key=key) == read_trials(tmp_path / "l")
     assert on_ray.best == here.best
-    with pytest.raises(InputError, match="no Ray at"):
+    with pytest.raises(InputError, match="no Ray cluster at nowhere"):
         search(SearchConfig(**settings, output=tmp_path / "x", address="nowhere"))
