@@ -27,10 +27,11 @@ from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from edgelora.exporting.recipe import Recipe, VariantRecipe
     from edgelora_export.decoder.description import Decoder
+    from edgelora_export.plan.calibration import Calibration
     from edgelora_export.plan.variants import PackedRouter
 
 
@@ -87,21 +88,22 @@ def plan_bundle(
             "measured; give --calibration FILE.jsonl"
         )
     end_token = next(iter(read_end_tokens(base)), None)
-    plan = BundlePlan(
+    variants, base_calibration = _plan_variants(sources, sets, decoder, on_note), sets.of(adapters)
+    return BundlePlan(
         base,
         decoder,
-        _plan_variants(sources, sets, decoder, on_note),
+        variants,
         quantization=recipe.quantization,
         adapters=sources.entries,
         live_adapters=_choose_live(recipe, adapters),
-        base_calibration=sets.of(adapters),
+        base_calibration=base_calibration,
         gate=None if recipe.gate.policy == "off" else recipe.gate,
         default=recipe.default,
         targets=recipe.targets,
         router=router,
         draft_tables=make_draft_tables(adapters, sets.encode, end_token) if recipe.draft_tables else {},
+        resume_key=_hash_plan(sources, [base_calibration, *(variant.calibration for variant in variants)]),
     )
-    return replace(plan, resume_key=_hash_plan(plan, recipe))
 
 
 def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
@@ -190,12 +192,12 @@ def _why_not_live(adapter: Adapter) -> str:
     return ""
 
 
-def _hash_plan(plan: BundlePlan, recipe: Recipe) -> str:
+def _hash_plan(sources: Sources, calibrations: Sequence[Calibration]) -> str:
     """Hashes everything that decides the weights of a bundle.
 
     That is the code, the base, the adapters, the mixes, and what GPTQ sees.
     """
-    mixes = (recipe.merge_base, dict(recipe.variants), dict(plan.adapters))
-    calibrations = [plan.base_calibration, *(variant.calibration for variant in plan.variants)]
-    parts = (__version__, plan.base.sha256, plan.quantization, mixes, calibrations)
+    recipe = sources.recipe
+    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries)
+    parts = (__version__, sources.base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
