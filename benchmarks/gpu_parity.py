@@ -23,8 +23,8 @@ from edgelora.composing.merge_into_base import merge_into
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.session.providers import find_provider
@@ -88,7 +88,7 @@ def measure(
             merged = folder / "merged"
             if adapters:
                 merge_into(base, {name: (path, 1.0) for name, path in adapters.items()}, merged, dtype="float16")
-            device, expected = ask_torch(merged if adapters else Base.find(base).folder, texts, count)
+            device, expected = ask_torch(merged if adapters else Base.find(base).path, texts, count)
             against = f"torch fp16 on {device}"
         else:
             _, expected = ask_runtime(bundle, "cpu", texts, count)

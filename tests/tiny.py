@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from edgelora.adapters.kinds import base_init, initial_product, rescale_rows, unsupported
-from edgelora_export.weights.files import read_json
+from edgelora_export.base.files import read_json
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:

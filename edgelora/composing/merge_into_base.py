@@ -11,7 +11,7 @@ from edgelora.adapters.folder import Adapter
 from edgelora.mix.methods import DEFAULT_DENSITY
 from edgelora.mix.mix import Mix
 from edgelora_export.architectures import read_decoder
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_export.weights.checkpoint import DTYPES, write_checkpoint
 from edgelora_export.weights.merged import check_modules
 from edgelora_export.weights.publish import staged_folder, write_file
@@ -67,7 +67,7 @@ def merge_into(
     check_modules(decoder, mix.modules, "the mix", vocab=True)
     check_shapes(opened, decoder)
     origin = {
-        "base": found.folder.resolve().name,
+        "base": found.name,
         "base_sha256": found.sha256,
         "mix": dict(mix.weights),
         "method": method,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgelora_export.weights.files import read_json
+from edgelora_export.base.files import read_json
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:

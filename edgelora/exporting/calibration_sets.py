@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
     from edgelora.adapters.folder import Adapter
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
-    from edgelora_export.weights.base import Base
 
 
 class CalibrationSets:
@@ -51,7 +51,6 @@ class CalibrationSets:
 
     @cached_property
     def _tokenizer(self) -> RustTokenizer:
-        path = self._base.folder / TOKENIZER
-        if not path.is_file():
-            raise InputError(f"base {self._base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
-        return load_tokenizer(path.read_bytes())
+        if TOKENIZER not in self._base.texts:
+            raise InputError(f"base {self._base.path} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
+        return load_tokenizer(self._base.texts[TOKENIZER])

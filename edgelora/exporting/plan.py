@@ -18,10 +18,10 @@ from edgelora.exporting.trained_base import find_quantization, read_trained_base
 from edgelora.mix.mix import Mix
 from edgelora.mix.weights import EVERYWHERE
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.bundle.texts import read_end_tokens
 from edgelora_export.plan.variants import Variant
-from edgelora_export.weights.base import Base
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError, MissingExtraError

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from edgelora.exporting.recipe_keys import GATE, QUANTIZATION, ROUTER, TOP, VARIANT
 from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora.mix.weights import check_weight
+from edgelora_export.base.files import read_toml
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import MERGE_BASES, Quantization
-from edgelora_export.weights.files import read_toml
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_export.weights.torch_model import load_model, quiet_libraries
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
@@ -84,7 +84,7 @@ class MixedModel:
 
         found = Base.find(base)
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(found.folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
             model = load_model(found)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 

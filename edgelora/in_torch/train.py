@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.adapters.orthogonal_slots import freeze_slot
 from edgelora.data.rows import read_rows
+from edgelora_export.base.base import Base
+from edgelora_export.base.files import read_toml
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.base import Base
-from edgelora_export.weights.files import read_toml
 from edgelora_export.weights.publish import staged_folder
 from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
@@ -121,13 +121,13 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     rows = read_rows(config.data)
     base = Base.find(config.base)
     with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
-        trainer = _make_trainer(config, str(base.folder), folder, [vars(row) for row in rows], on_progress)
+        trainer = _make_trainer(config, str(base.path), folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - started
         _save_adapter(trainer.model, folder)
         provenance = Provenance(
-            base_name=base.folder.resolve().name,
+            base_name=base.name,
             base_sha256=base.sha256,
             base_quantization=config.quant,
             data_sha256=hashlib.sha256(config.data.read_bytes()).hexdigest(),

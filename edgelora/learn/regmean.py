@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from edgelora.adapters.folder import Adapter
     from edgelora.mix.methods.deltas import Factors
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder, Part
     from edgelora_export.plan.calibration import Sample
-    from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
     Doubles = NDArray[np.float64]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgelora_export.weights.files import read_toml
+from edgelora_export.base.files import read_toml
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:

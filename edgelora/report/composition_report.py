@@ -25,7 +25,7 @@ from edgelora.report.output_interference import (
 from edgelora.report.pair_scores import KEPT, PairScore, PairScorer, TaskScore
 from edgelora.report.precompiling import Candidate, Plan, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
 from edgelora_export.architectures import native_types, read_decoder
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import MissingExtraError, UsageError
 

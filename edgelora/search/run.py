@@ -22,7 +22,7 @@ from edgelora.search.space import Point, choose_sampler, read_point
 from edgelora.search.trial_log import Trial, TrialLog
 from edgelora.search.trials import choose_best, run_trials
 from edgelora.search.workers import Job, open_workers
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_export.weights.publish import write_file
 from edgelora_runtime.errors import InputError, MissingExtraError
 

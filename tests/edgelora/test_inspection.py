@@ -14,9 +14,9 @@ from edgelora.data.calibration import hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.report.fidelity_pages import write_fidelity
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle
 from tests.tiny import make_adapter
 

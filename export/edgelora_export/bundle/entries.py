@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from edgelora_export.base.base import Base
     from edgelora_export.bundle.plan import BundlePlan
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import Quantization, Variant
-    from edgelora_export.weights.base import Base
     from edgelora_export.weights.stored import StoredWeights
     from edgelora_runtime.bundle.manifest import FidelityEntry, GraphEntry
 
@@ -40,7 +40,7 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
 
 def describe_base(base: Base) -> BaseEntry:
     """Returns name and hash of a base."""
-    return BaseEntry("".join(filter(str.isprintable, base.folder.resolve().name)), base.sha256)
+    return BaseEntry("".join(filter(str.isprintable, base.name)), base.sha256)
 
 
 def describe_model(base: Base, decoder: Decoder) -> ModelEntry:

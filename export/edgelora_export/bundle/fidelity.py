@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder, Linear
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.plan.variants import Delta, Variant
-    from edgelora_export.weights.base import Base
     from edgelora_export.weights.stored import StoredWeights
 
     Floats = NDArray[np.float32]

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from edgelora_export.bundle.fidelity import measure_loss
 
 if TYPE_CHECKING:
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import Variant
-    from edgelora_export.weights.base import Base
 
 
 def choose_merge_base(base: Base, decoder: Decoder, variant: Variant) -> Variant:

@@ -15,10 +15,10 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from edgelora_export.base.base import Base
     from edgelora_export.bundle.gate import Gate
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import LowRank, PackedRouter, Variant
-    from edgelora_export.weights.base import Base
     from edgelora_runtime.bundle.manifest import AdapterEntry
 
 

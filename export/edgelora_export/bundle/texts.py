@@ -12,7 +12,7 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from edgelora_export.weights.base import Base
+    from edgelora_export.base.base import Base
 
 _GENERATION_CONFIG = "generation_config.json"
 _COPIED = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, "config.json", _GENERATION_CONFIG)
@@ -23,21 +23,20 @@ def copy_texts(base: Base, folder: Path) -> None:
 
     Raises InputError for a base without tokenizer.json.
     """
-    if not (base.folder / TOKENIZER).is_file():
-        raise InputError(f"base {base.folder} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
+    if TOKENIZER not in base.texts:
+        raise InputError(f"base {base.path} has no {TOKENIZER}; save its fast tokenizer there (save_pretrained does)")
     for name in _COPIED:
-        if (base.folder / name).is_file():
-            write_file(folder / name, [(base.folder / name).read_bytes()])
-    if not (folder / CHAT_TEMPLATE).exists() and (folder / TOKENIZER_CONFIG).exists():
-        template = json.loads((folder / TOKENIZER_CONFIG).read_bytes()).get("chat_template")
+        if name in base.texts:
+            write_file(folder / name, [base.texts[name]])
+    if not (folder / CHAT_TEMPLATE).exists() and TOKENIZER_CONFIG in base.texts:
+        template = json.loads(base.texts[TOKENIZER_CONFIG]).get("chat_template")
         if isinstance(template, str):
             write_file(folder / CHAT_TEMPLATE, [template.encode()])
 
 
 def read_generation_settings(base: Base) -> dict[str, Any]:
     """Reads the settings in generation_config.json that are not null. Returns {} without the file."""
-    path = base.folder / _GENERATION_CONFIG
-    settings: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    settings: dict[str, Any] = json.loads(base.texts.get(_GENERATION_CONFIG, b"{}"))
     return {key: value for key, value in settings.items() if value is not None}
 
 

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder, Linear, Part
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.plan.variants import Delta, Quantization
-    from edgelora_export.weights.base import Base
     from edgelora_export.weights.stored import Storage
 
     Floats = NDArray[np.float32]
@@ -196,7 +196,7 @@ def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization
             tokenizer: Any = PreTrainedTokenizerFast
             tuner: Any = AutoRound(
                 model,
-                tokenizer(tokenizer_file=str(base.folder / TOKENIZER)),  # required, but only used for texts
+                tokenizer(tokenizer_file=str(base.path / TOKENIZER)),  # required, but only used for texts
                 bits=BITS,
                 group_size=quantization.block_size,
                 sym=quantization.symmetric,

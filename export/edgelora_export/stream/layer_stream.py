@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     import onnx_ir as ir
     from numpy.typing import NDArray
 
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Sample
     from edgelora_export.plan.variants import Delta
     from edgelora_export.stream.layer_graph import WeightlessGraph
-    from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
     OnInput = Callable[[Floats], object]

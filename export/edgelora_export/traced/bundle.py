@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
+    from edgelora_export.base.base import Base
     from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
     from edgelora_export.traced.graph import Matrix
     from edgelora_export.traced.optimum import TracedDecoder
-    from edgelora_export.weights.base import Base
     from edgelora_runtime.bundle.manifest import AdapterEntry
 
 

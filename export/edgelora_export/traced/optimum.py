@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_export.weights.base import Base
+    from edgelora_export.base.base import Base
 
     Floats = NDArray[np.float32]
 

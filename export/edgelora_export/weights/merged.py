@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder, Linear, Norm, Part
     from edgelora_export.plan.variants import Delta
-    from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
 

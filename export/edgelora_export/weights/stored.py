@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import Delta, Quantization
-    from edgelora_export.weights.base import Base
 
     Floats = NDArray[np.float32]
 

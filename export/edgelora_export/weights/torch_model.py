@@ -13,7 +13,7 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from edgelora_export.weights.base import Base
+    from edgelora_export.base.base import Base
 
 _LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "trl")  # transformers has a verbosity of its own
 
@@ -24,9 +24,9 @@ def load_model(base: Base) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base.folder, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load base {base.folder} ({first_line(error)})") from error
+        raise InputError(f"transformers cannot load base {base.path} ({first_line(error)})") from error
     return model.eval()
 
 

@@ -265,7 +265,7 @@ def test_without_provenance_the_shapes_speak(tiny_adapters: dict[str, Path], tmp
 def test_export_refuses_adapters_of_another_base(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
     from edgelora.exporting.export import export
     from edgelora.exporting.recipe import Recipe, VariantRecipe
-    from edgelora_export.weights.base import Base
+    from edgelora_export.base.base import Base
 
     right = with_provenance(tiny_adapters["plain"], tmp_path / "right", Base.open(tiny_base).sha256)
     wrong = with_provenance(tiny_adapters["plain"], tmp_path / "wrong", "b" * 64)

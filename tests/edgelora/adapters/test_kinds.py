@@ -17,8 +17,8 @@ from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.mix.methods import MIX_METHODS
 from edgelora.mix.mix import Mix
+from edgelora_export.base.base import Base
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import InputError
 from tests.tiny import ATTENTION, LINEARS, load_base, make_base, random_tokens, torch_logits

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edgelora.composing.merge_into_base import MERGED, merge_into
-from edgelora_export.weights.base import INDEX, Base
+from edgelora_export.base.base import Base
+from edgelora_export.base.safetensors_folder import INDEX
 from edgelora_runtime.errors import InputError
 from tests.edgelora.cli.test_cli import start
 from tests.tiny import load_base, make_adapter, make_tokenizer, random_tokens, torch_logits

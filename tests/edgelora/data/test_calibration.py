@@ -13,9 +13,9 @@ from edgelora.data import calibration as calibration_data
 from edgelora.data.calibration import GENERAL_TEXT, find_training_data, gather_calibration, hash_data
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora_export.base.base import Base
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError
 from tests.tiny import build_variants, make_adapter, random_tokens

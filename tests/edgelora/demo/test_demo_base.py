@@ -11,7 +11,7 @@ import torch
 from edgelora.demo.base import BaseSettings, make_base, make_tokenizer
 from edgelora.demo.muon import Muon, orthogonalize
 from edgelora.demo.tasks import TASKS, general_row
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,9 +12,9 @@ from edgelora.data.calibration import hash_data
 from edgelora.exporting.draft_tables import MIN_COUNT, count_continuations
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe, parse_recipe
+from edgelora_export.base.base import Base
 from edgelora_export.plan.calibration import Sample
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, IntegrityError, Runtime
 from edgelora_runtime.bundle.draft_table import DRAFT_TABLE, MAX_ENTRIES, DraftTable
 from edgelora_runtime.bundle.manifest import MANIFEST

@@ -22,9 +22,9 @@ from edgelora.exporting.trained_base import find_quantization, read_trained_base
 from edgelora.in_torch.train import load_base as load_training_base
 from edgelora.mix.mix import Mix
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError, MissingExtraError

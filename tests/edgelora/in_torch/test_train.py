@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 
 from edgelora.adapters.folder import Adapter, read_provenance
 from edgelora.in_torch.train import TrainConfig, load_base, read_train_config, train
+from edgelora_export.base.base import Base
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.base import Base
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:

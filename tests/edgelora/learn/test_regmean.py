@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from edgelora.adapters.folder import Adapter
 from edgelora.learn.regmean import RIDGE, solve_regmean
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.plan.calibration import Sample
-from edgelora_export.weights.base import Base
 from tests.tiny import ATTENTION, make_adapter, make_base
 
 if TYPE_CHECKING:

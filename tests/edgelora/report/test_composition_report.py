@@ -25,7 +25,7 @@ from edgelora.report.output_interference import CANDIDATES
 from edgelora.report.pair_scores import EXCESS, KEPT, TaskScore, rate_mix
 from edgelora.report.precompiling import GRID, Candidate, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
 from edgelora_export.architectures import read_decoder
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_runtime import Bundle
 from edgelora_runtime.errors import InputError, UsageError
 from tests.edgelora.report.parsed_page import check_page

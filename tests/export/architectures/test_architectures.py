@@ -27,11 +27,11 @@ from transformers import (
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.stream.layer_graph import HIDDEN, build_head_graph, build_layer_graph
-from edgelora_export.weights.base import Base
 from edgelora_export.weights.merged import read_bias, read_linear, read_norm
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from edgelora_export.architectures import read_decoder
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError
 from tests.tiny import CHAT_TEMPLATE, export_base, make_base

@@ -11,13 +11,13 @@ from peft import PeftModel
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.builder import BundleBuilder, build_bundle
 from edgelora_export.bundle.fidelity import Subject, compare, run_teacher
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, TrainedBase, Variant
-from edgelora_export.weights.base import Base
 from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry

@@ -11,13 +11,13 @@ import numpy as np
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.builder import BundleBuilder, build_bundle
 from edgelora_export.bundle.fidelity import Teacher, compare, run_teacher
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.session.model import Model
 from tests.tiny import make_adapter, make_base, random_tokens

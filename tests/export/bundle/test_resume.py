@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from edgelora.adapters.folder import Adapter
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.quantize import gptq
 from edgelora_export.stream import products as quantizing
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from tests.tiny import build_variants, make_adapter, random_tokens

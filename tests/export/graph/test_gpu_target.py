@@ -16,9 +16,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora_export.base.base import Base
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError
 from tests.export.architectures.test_architectures import SHAPES, make

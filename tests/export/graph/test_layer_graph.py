@@ -12,9 +12,9 @@ import torch
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail
 
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.stream.layer_graph import HIDDEN, LOGITS, build_head_graph, build_layer_graph
 from edgelora_export.stream.layer_stream import LayerStream, read_layer
-from edgelora_export.weights.base import Base
 from edgelora_export.weights.merged import read_linear, read_norm
 from tests.tiny import load_base, random_tokens
 

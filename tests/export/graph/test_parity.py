@@ -9,8 +9,8 @@ import onnx
 import pytest
 import torch
 
+from edgelora_export.base.base import Base
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model
 from tests.tiny import build_variants, export_base, load_base, make_base, random_tokens, torch_logits

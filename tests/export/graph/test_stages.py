@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from edgelora.exporting.export import export
+from edgelora_export.base.base import Base
 from edgelora_export.graph import stages
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Bundle, IntegrityError, PackedCache, Runtime
 from edgelora_runtime.session.model import Model
 from tests.export.architectures.test_architectures import EACH, TOKENS, make

@@ -16,13 +16,13 @@ from edgelora.adapters.folder import Adapter
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora_export.architectures import read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.quantize.int4 import Grid, unpack_codes
 from edgelora_export.stream import auto_round as auto_round_backend
 from edgelora_export.stream.auto_round import read_codes
-from edgelora_export.weights.base import Base
 from edgelora_export.weights.stored import Storage
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -243,7 +243,7 @@ def tune(
 ) -> tuple[dict[str, BlockQuantized], Any]:
     """All products of a bare base, and the torch model after auto-round."""
     monkeypatch.setattr(auto_round_backend, "ITERATIONS", 2)
-    storage = Storage(base, decoder, base.folder, quantization)
+    storage = Storage(base, decoder, base.path, quantization)
     left: list[Any] = []
     learn = auto_round_backend._learn
 

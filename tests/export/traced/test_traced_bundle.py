@@ -16,12 +16,12 @@ from onnx.parser import parse_model
 from safetensors.numpy import save_file
 
 from edgelora.exporting.train_router import train_router
+from edgelora_export.base.base import Base
 from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle
 from edgelora_export.traced.graph import prepare_traced, read_sizes
 from edgelora_export.traced.optimum import TracedDecoder, digest
-from edgelora_export.weights.base import Base
 from edgelora_runtime import InputError, Runtime
 from edgelora_runtime.session.model import Model
 from tests.tiny import make_tokenizer, random_tokens

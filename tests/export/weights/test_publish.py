@@ -243,7 +243,7 @@ from edgelora_export.architectures import read_decoder
 from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
+from edgelora_export.base.base import Base
 base = Base.open(sys.argv[1])
 sys.stdin.readline()
 print("ready", flush=True)

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from edgelora.adapters.folder import Adapter
+from edgelora_export.base.base import Base
 from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.base import Base
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from tests.tiny import build_variants, make_adapter, make_base
