@@ -26,6 +26,7 @@ class VariantDescription:
     """A variant: its size, and its figures from the manifest.
 
     bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps.
+    vocab_size, own_vocab: see VariantEntry.
     """
 
     name: str
@@ -43,6 +44,8 @@ class VariantDescription:
     int8: Sequence[str]
     calibration: CalibrationEntry | None
     fidelity: FidelityEntry | None
+    vocab_size: int | None = None
+    own_vocab: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
                 variant.int8,
                 variant.calibration,
                 variant.fidelity,
+                variant.vocab_size,
+                variant.own_vocab,
             )
             for name, variant in manifest.variants.items()
         ),

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgelora.adapters.kinds import base_init, initial_product, rescale_rows, unsupported
 from edgelora_export.base.files import read_json
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -81,11 +82,11 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Adapter(Delta):
     """An opened PEFT LoRA adapter.
 
     ΔW is scale · B · A for each target module, or what its kind (DoRA, PiSSA, …) defines.
-    Satisfies edgelora_export's Delta, and LowRank for modules where why_not_low_rank() is empty.
+    Satisfies edgelora_export's LowRank, too, for modules where why_not_low_rank() is empty.
     shapes: per module (N, K, r), with r = 0 for a layer saved whole. kinds: the tensors that the file holds for each module.
     """
 

@@ -70,6 +70,9 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
         for item in described.variants
     ]
     print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
+    for item in described.variants:
+        if said := _describe_vocab(item):
+            print(f"{item.name}: {said}")
     measured = [(item, item.fidelity) for item in described.variants if item.fidelity is not None]
     if measured:
         kernels = " and ".join(sorted({found.kernels for _, found in measured}))
@@ -103,6 +106,12 @@ def _describe_merge_base(item: VariantDescription) -> str:
     name = f"trained, {item.trained_on}" if item.merge_base == "trained" else item.merge_base
     losses = [f"{base} {loss:.4g}" for base, loss in item.merge_losses.items()]
     return f"{name} (loss: {', '.join(losses)})" if losses else name
+
+
+def _describe_vocab(item: VariantDescription) -> str:
+    """Says in which ways a variant's vocabulary is not the base's. Returns "" if it is."""
+    own = f"own {' and '.join(item.own_vocab)}" if item.own_vocab else ""
+    return ", ".join(part for part in ("" if item.vocab_size is None else f"vocabulary {item.vocab_size}", own) if part)
 
 
 def _list_figures(item: VariantDescription, found: FidelityEntry) -> list[str]:

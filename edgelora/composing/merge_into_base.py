@@ -13,7 +13,7 @@ from edgelora.mix.mix import Mix
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.weights.checkpoint import DTYPES, write_checkpoint
-from edgelora_export.weights.merged import check_modules
+from edgelora_export.weights.merged import check_delta
 from edgelora_export.weights.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
@@ -64,7 +64,7 @@ def merge_into(
     decoder = read_decoder(found.config)
     check_same_base(opened, found.sha256)
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
-    check_modules(decoder, mix.modules, "the mix", vocab=True)
+    check_delta(decoder, mix, "the mix")
     check_shapes(opened, decoder)
     origin = {
         "base": found.name,
@@ -75,6 +75,6 @@ def merge_into(
         "adapters": {name: adapter.sha256 for name, adapter in opened.items()},
     }
     with staged_folder(output, marker=MERGED) as folder:
-        write_checkpoint(found, mix, folder, dtype, on_progress)
+        write_checkpoint(found, decoder, mix, folder, dtype, on_progress)
         write_file(folder / MERGED, [(json.dumps(origin, indent=1) + "\n").encode()])
     return MergeReport(output, found.sha256, len(mix.modules))

@@ -20,6 +20,7 @@ from edgelora.mix.methods.deltas import Product, TransformedDelta, merge_row_blo
 from edgelora.mix.methods.magnitude import trim
 from edgelora.mix.methods.spectra import stack_factors, truncate, truncate_product
 from edgelora.mix.mix import draw_seed
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ class Scaled(TransformedDelta):
 
 
 @dataclass(frozen=True)
-class MergekitMix:
+class MergekitMix(Delta):
     """The mix that a configuration describes, with its adapters opened and named.
 
-    Satisfies edgelora_export's Delta. sources: by adapter name. Entries of the bare base stay in the configuration. seed: for
+    sources: by adapter name. Entries of the bare base stay in the configuration. seed: for
     DARE's draws.
     """
 

@@ -21,6 +21,7 @@ from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.plan.adapted_decoder import explain_not_live
 from edgelora_export.plan.variants import Variant
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -95,7 +96,7 @@ def plan_bundle(
         variants,
         quantization=recipe.quantization,
         adapters=sources.entries,
-        live_adapters=_choose_live(recipe, adapters),
+        live_adapters=_choose_live(recipe, adapters, decoder),
         base_calibration=base_calibration,
         gate=None if recipe.gate.policy == "off" else recipe.gate,
         default=recipe.default,
@@ -164,12 +165,12 @@ def _plan_variants(
     return tuple(planned)
 
 
-def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter], decoder: Decoder) -> dict[str, Adapter]:
     """Finds the adapters that can be applied as factors.
 
     Raises InputError, with the reason, for a live variant of one that cannot.
     """
-    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
+    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter, decoder))}
     for name, variant in recipe.variants.items():
         if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
             raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
@@ -183,12 +184,12 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, A
     return {name: adapter for name, adapter in adapters.items() if name not in reasons}
 
 
-def _why_not_live(adapter: Adapter) -> str:
+def _why_not_live(adapter: Adapter, decoder: Decoder) -> str:
+    if obstacle := explain_not_live(decoder, adapter):
+        return obstacle
     for module in adapter.modules:
         if reason := adapter.why_not_low_rank(module):
             return f"{module} is {reason}, no sum of products"
-        if adapter.is_embedding(module) or module == "lm_head":
-            return f"{module} is outside of the decoder's layers, which alone have live inputs"
     return ""
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
-from edgelora_export.plan.variants import TrainedBase
+from edgelora_export.plan.adapted_decoder import adapt_decoder
+from edgelora_export.plan.variants import Delta, TrainedBase
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.merged import vocab_modules
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -46,16 +46,35 @@ def hold_weight(weight: Floats, quantization: Held) -> Floats:
 
 
 @dataclass(frozen=True)
-class OnTrainedBase:
-    """A mix on the quantized base of training. Satisfies edgelora_export's Delta.
+class OnTrainedBase(Delta):
+    """A mix on the quantized base of training.
 
-    held: modules whose weights training held in 4 bits. modules: the modules that change. The others keep the float weights.
+    held: modules whose weights training held in 4 bits. changed: the modules that change. The others keep the float weights.
     """
 
     mix: Mix
     quantization: Held
     held: Set[str]
-    modules: Set[str]
+    changed: Set[str]
+
+    @property
+    def modules(self) -> Set[str]:
+        return self.changed
+
+    @property
+    def biased(self) -> Set[str]:
+        return self.mix.biased
+
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        return self.mix.bias(module, base_bias)
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.mix.vocab_size
+
+    @property
+    def ties_vocab(self) -> bool:
+        return self.mix.ties_vocab
 
     def dense(self, module: str, weight: Floats) -> Floats:
         """Returns the replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
@@ -84,7 +103,7 @@ def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> Trained
         raise MissingExtraError("bitsandbytes", "train")
     held = {module for linear in decoder.linears for module in linear.modules}
     if quantization == "int4":
-        held |= set(vocab_modules(decoder).values())
+        held |= set(adapt_decoder(decoder, mix).vocab_modules.values())
     return TrainedBase(
         quantization,
         merged=OnTrainedBase(mix, quantization, held, mix.modules),

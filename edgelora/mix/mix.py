@@ -17,6 +17,7 @@ from edgelora.mix.methods.magnitude import check_density
 from edgelora.mix.methods.spectra import truncate, truncate_product
 from edgelora.mix.weights import Weight as Weight  # re-exported
 from edgelora.mix.weights import check_weight, describe_weight, idle_patterns, weight_at
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Weighted adapters of one base. Satisfies edgelora_export's Delta and LowRank.
+class Mix(Delta):
+    """Weighted adapters of one base. Satisfies edgelora_export's LowRank, too.
 
     weights: per adapter a number, or numbers by pattern of module names. An adapter with weight 0 in a module is left out there.
     method: a name in MIX_METHODS. density: the share of each delta's entries to keep. seed: for random draws. Methods that do

@@ -103,8 +103,9 @@ class Runtime:
         if self._target not in ("cpu", "gpu"):
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
         self._tokenizer = Tokenizer(self._bundle)
-        self._grammars = Grammars(self._tokenizer, self._manifest.model)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
+        models = {self._manifest.find_model(graph) for graph in graphs}
+        self._grammars = {model: Grammars(self._tokenizer, model) for model in models}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
         grid = self._manifest.quantization
@@ -140,7 +141,8 @@ class Runtime:
         self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
-        self._grammars.clear()
+        for grammars in self._grammars.values():
+            grammars.clear()
         self._speculation.clear()
         self._router.clear()
 
@@ -247,11 +249,11 @@ class Runtime:
         """
         chosen = resolve_options(options)
         variant, mix = chosen["variant"], chosen["mix"]
-        constraint = self._grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
-        cancellation = Cancellation(chosen["timeout"])
         route = self.route(prompt) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        model = self._manifest.model
+        model = self._manifest.find_model(choice.graph)
+        constraint = self._grammars[model].compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        cancellation = Cancellation(chosen["timeout"])
         tokens = check_tokens(self.encode(prompt), model, may_overflow=chosen["overflow"] == "slide")
         request = build_request(chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route)
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
@@ -271,8 +273,9 @@ class Runtime:
         The vector is the mean of the text's hidden states after the final norm, scaled. Raises UsageError for a graph without
         that output, such as one traced from another implementation.
         """
-        tokens = check_tokens(self.encode(prompt), self._manifest.model)
-        model, live, receipt = self._prepare(self._choose(variant, mix))
+        choice = self._choose(variant, mix)
+        tokens = check_tokens(self.encode(prompt), self._manifest.find_model(choice.graph))
+        model, live, receipt = self._prepare(choice)
         if not model.has_states:
             raise UsageError(
                 f"the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
@@ -283,10 +286,11 @@ class Runtime:
         return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """Returns the logits at every position, float32 (T, V), from an empty KV cache."""
-        found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)
+        """Returns the logits at every position, float32 (T, V), from an empty KV cache. V is that of the variant."""
+        choice = self._choose(variant, mix)
+        found = np.empty((len(token_ids), self._manifest.find_model(choice.graph).vocab_size), np.float32)
         done = 0
-        for chunk in self.iterate_logits(token_ids, variant=variant, mix=mix):
+        for chunk in self._iterate_logits(token_ids, choice, PREFILL_CHUNK):
             found[done : done + len(chunk)] = chunk
             done += len(chunk)
         return found
@@ -305,13 +309,7 @@ class Runtime:
         """
         if positions < 1:
             raise UsageError(f"positions = {positions}: use 1 or more")
-        step = min(positions, PREFILL_CHUNK)
-        tokens = check_tokens(token_ids, self._manifest.model)
-        model, live, _ = self._prepare(self._choose(variant, mix))
-        cache = model.new_cache()
-        for start in range(0, len(tokens), step):
-            chunk = tokens[start : start + step]
-            yield model.read(cache, chunk, live=live, keep=len(chunk))
+        yield from self._iterate_logits(token_ids, self._choose(variant, mix), min(positions, PREFILL_CHUNK))
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Returns the tokens of a prompt."""
@@ -330,10 +328,18 @@ class Runtime:
         """
         found = read_prompts(path, self._bundle, self._target)
         for saved in found:
-            cache = new_cache(self._manifest.model, saved.float_type, self._provider.memory)
+            cache = new_cache(self._manifest.find_model(saved.choice.graph), saved.float_type, self._provider.memory)
             cache.restore(saved.tokens, saved.state)
             self._prompts.put(saved.choice, cache)
         return len(found)
+
+    def _iterate_logits(self, token_ids: Sequence[int], choice: Choice, step: int) -> Iterator[Floats]:
+        tokens = check_tokens(token_ids, self._manifest.find_model(choice.graph))
+        model, live, _ = self._prepare(choice)
+        cache = model.new_cache()
+        for start in range(0, len(tokens), step):
+            chunk = tokens[start : start + step]
+            yield model.read(cache, chunk, live=live, keep=len(chunk))
 
     def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
         """Yields the pieces of one request, which owns its KV cache until it ends."""

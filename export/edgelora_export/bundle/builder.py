@@ -22,6 +22,7 @@ from edgelora_export.bundle.progress import Progress
 from edgelora_export.bundle.texts import copy_texts, read_end_tokens, read_generation_settings
 from edgelora_export.bundle.weights import BundleWeights
 from edgelora_export.graph.live_slots import name_live_slots
+from edgelora_export.plan.adapted_decoder import explain_not_live
 from edgelora_export.plan.targets import CPU
 from edgelora_export.weights.publish import BLOB, staged_folder, write_file, write_hashed
 from edgelora_runtime import Runtime
@@ -102,7 +103,7 @@ class BundleBuilder:
         """
         for name, variant in self.variants.items():
             self._progress.show(f"choosing the base of {name}")
-            self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder, variant)
+            self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder_of(variant), variant)
 
     def store_weights(self) -> None:
         """Stores the weights of every variant.
@@ -143,7 +144,7 @@ class BundleBuilder:
                 path.unlink()
         if default.live is None:  # onnxruntime-genai binds no factors and would run a live variant as the bare base
             graph = manifest.variants[default.name].graphs[CPU.name].file
-            write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(graph)])
+            write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(default, graph)])
         manifest = replace(manifest, files=describe_files(self._folder))
         write_file(self._folder / MANIFEST, [manifest.dump()])
         self._progress.finish("written")
@@ -153,7 +154,8 @@ class BundleBuilder:
         """Returns what the gate measures of a variant. Requires: its weights are stored."""
         variant, plan = self.variants[name], self._plan
         samples = plan.find_calibration(variant).held_out
-        return Subject(plan.base, plan.decoder, variant, samples, self._folder, self._weights.get(variant), self._weights.bare)
+        weights = self._weights.get(variant)
+        return Subject(plan.base, plan.decoder_of(variant), variant, samples, self._folder, weights, self._weights.bare)
 
     @contextmanager
     def run_variant(self, name: str) -> Iterator[Runtime]:
@@ -216,7 +218,7 @@ class BundleBuilder:
         repairs = self._propose_repairs(name, gate, teacher)
         while True:
             repair = next(repairs)
-            if isinstance(repair, MakeLive) and (reason := find_live_obstacle(self.variants[name], self._plan.live_adapters)):
+            if isinstance(repair, MakeLive) and (reason := self._find_live_obstacle(self.variants[name])):
                 raise IntegrityError(f"{name} {' and '.join(gate.find_shortfalls(found))}, and cannot be made live: {reason}")
             self.repair(name, repair)
             measurement = self._measure(name, teacher)
@@ -230,6 +232,10 @@ class BundleBuilder:
                 return "repaired", measurement, teacher.products
             if isinstance(repair, MergeIntoFloat):
                 repairs = self._propose_repairs(name, gate, teacher)
+
+    def _find_live_obstacle(self, variant: Variant) -> str | None:
+        plan = self._plan
+        return explain_not_live(plan.decoder, variant.delta) or find_live_obstacle(variant, plan.live_adapters)
 
     def _propose_repairs(self, name: str, gate: Gate, teacher: Teacher) -> Iterator[Repair]:
         variant = self.variants[name]
@@ -267,10 +273,10 @@ class BundleBuilder:
             router=None if plan.router is None else plan.router.entry,
         )
 
-    def _pack_genai_config(self, graph: str) -> bytes:
+    def _pack_genai_config(self, default: Variant, graph: str) -> bytes:
         base = self._plan.base
         settings = {**base.config, **read_generation_settings(base)}
-        return pack_genai_config(self._plan.decoder, graph, settings=settings, end_tokens=read_end_tokens(base))
+        return pack_genai_config(self._plan.decoder_of(default), graph, settings=settings, end_tokens=read_end_tokens(base))
 
 
 def _describe_fidelity(measurement: Measurement, outcome: Outcome, products: dict[str, ProductFidelity]) -> FidelityEntry:

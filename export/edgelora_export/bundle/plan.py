@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgelora_export.plan.adapted_decoder import adapt_decoder, explain_not_live
 from edgelora_export.plan.calibration import Calibration
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.merged import check_modules, vocab_modules
+from edgelora_export.weights.merged import check_delta, check_modules, check_vocab
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
 
@@ -53,15 +54,19 @@ class BundlePlan:
     def __post_init__(self) -> None:
         check_targets(self.targets)
         check_names(self.variants)
+        check_vocab(self.base, self.decoder)
         for variant in self.variants:
             if variant.delta is not None:
-                check_modules(self.decoder, variant.delta.modules, f"variant {variant.name}", vocab=True)
+                check_delta(self.decoder, variant.delta, f"variant {variant.name}")
+            if variant.live is not None and (reason := explain_not_live(self.decoder, variant.delta)):
+                raise InputError(f"variant {variant.name} cannot be live: {reason}; use kind = 'merged'")
         for name, adapter in self.live_adapters.items():
             check_modules(self.decoder, adapter.modules, f"adapter {name}")
         folded = [name.lower() for name in self.live_adapters]
         if twice := sorted({name for name in self.live_adapters if folded.count(name.lower()) > 1}):
             raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
-        products = [*(linear.name for linear in self.decoder.linears), *vocab_modules(self.decoder)]
+        vocab = dict.fromkeys(product for variant in self.variants for product in self.decoder_of(variant).vocab_modules)
+        products = [*(linear.name for linear in self.decoder.linears), *vocab]
         if idle := self.quantization.idle_patterns(products):
             raise InputError(
                 f"int8 = {', '.join(idle)}: no product matches; products are named from {products[0]} to {products[-1]}"
@@ -71,6 +76,10 @@ class BundlePlan:
     def default_variant(self) -> str:
         """The name of the variant with which a runtime starts."""
         return self.variants[0].name if self.default is None else self.default
+
+    def decoder_of(self, variant: Variant) -> Decoder:
+        """Returns the decoder as a variant's delta adapts it: with its own biases, head and vocabulary size."""
+        return adapt_decoder(self.decoder, variant.delta)
 
     def find_calibration(self, variant: Variant) -> Calibration:
         """Returns the samples on which a variant is measured: its own, or the base's if it has no delta."""

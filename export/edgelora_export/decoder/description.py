@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+HEAD_MODULE = "lm_head"  # the checkpoint's name for the head, also where the embedding is the head
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
 
 
@@ -99,12 +100,14 @@ class Part:
 class Linear:
     """One matrix product of the graph. It stacks the rows of its parts, which share their input.
 
-    name: prefix of its initializers, such as layers.0.attention.qkv.
+    name: prefix of its initializers, such as layers.0.attention.qkv. bias: True if the graph adds one. new_bias: True if a
+    variant brings it, and the checkpoint stores none.
     """
 
     name: str
     parts: tuple[Part, ...]
     bias: bool = False
+    new_bias: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -198,7 +201,9 @@ class Decoder:
     rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin.
     embedding_multiplier: scales the embedding's rows before the first block. It does not scale the head, even if that is tied.
     activation: of the MLP's gate, by its name in config.json.
-    head: the checkpoint tensor of the output projection. It is the embedding's if they are tied.
+    vocab_size: rows of the embedding and the head. The checkpoint may hold another number of them.
+    head: the checkpoint tensor of the output projection. It is the embedding's if the checkpoint ties them.
+    untied: True for a variant whose head differs from its embedding, although both start from the same tensor.
     wide_residual: True if the residual sum exceeds the range of fp16.
     """
 
@@ -221,10 +226,22 @@ class Decoder:
     attention_cap: float | None = None
     logits_cap: float | None = None
     wide_residual: bool = False
+    untied: bool = False
 
     @property
     def tied(self) -> bool:
-        return self.head == self.embedding
+        return self.head == self.embedding and not self.untied
+
+    @property
+    def vocab_tensors(self) -> dict[str, str]:
+        """The checkpoint tensors of the vocabulary matrices, by product: `embedding` and, unless it is tied, `head`."""
+        return {"embedding": self.embedding} if self.tied else {"embedding": self.embedding, "head": self.head}
+
+    @property
+    def vocab_modules(self) -> dict[str, str]:
+        """The modules of the same matrices, as a delta names them."""
+        names = {product: tensor.removesuffix(".weight") for product, tensor in self.vocab_tensors.items()}
+        return names | {"head": HEAD_MODULE} if self.untied else names
 
     @property
     def head_product(self) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_export.quantize.int4 import BlockQuantized, Grid, pack_codes
-from edgelora_export.weights.merged import read_part, read_vocab_matrix
+from edgelora_export.weights.merged import read_part, read_part_bias, read_vocab_matrix
 from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
 from edgelora_runtime.bundle.tokenizer import TOKENIZER
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
@@ -112,7 +112,11 @@ def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
     with torch.no_grad():
         for linear in decoder.linears:
             for part in linear.parts:
-                model.get_submodule(part.module).weight.copy_(torch.from_numpy(read_part(base, part, delta)))
+                layer = model.get_submodule(part.module)
+                layer.weight.copy_(torch.from_numpy(read_part(base, part, delta)))
+                if linear.bias:
+                    layer.bias = torch.nn.Parameter(torch.from_numpy(read_part_bias(base, linear, part, delta)))
+        model.resize_token_embeddings(decoder.vocab_size, mean_resizing=False)  # the head does not count: only layers are learned
         model.get_input_embeddings().weight.copy_(torch.from_numpy(read_vocab_matrix(base, decoder, "embedding", delta)))
     return model
 

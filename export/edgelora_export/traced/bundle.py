@@ -104,6 +104,12 @@ def build_traced_bundle(
     Raises InputError for modules that cannot be changed, ResourceError for a full disk.
     """
     for variant in plan.variants:
+        if variant.delta is not None and (variant.delta.biased or variant.delta.vocab_size is not None):
+            changed = "biases" if variant.delta.biased else "the size of the vocabulary"
+            raise InputError(
+                f"variant {variant.name} changes {changed}, but a {traced.architecture} is exported through Optimum, which "
+                "traces the base's own; use a base with a native graph"
+            )
         if variant.delta is not None and (unknown := sorted(variant.delta.modules - matrices.shapes.keys())):
             shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise InputError(

@@ -7,7 +7,7 @@ import re
 import sys
 import types
 import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from edgelora_runtime.errors import IntegrityError
@@ -177,7 +177,8 @@ class VariantEntry:
     0. density, seed: None where the method reads none. calibration: None where weights were rounded to nearest. int8: products
     that have 8 bits in a bundle of 4. merge_base: the base that the mix was added to before quantization: the float base, or the
     base as its adapters' training held it. trained_on: how that training held the base, None where it is the float one or not
-    known. merge_losses: held-out loss in nats per token by merge base, before quantization. Empty without a choice.
+    known. merge_losses: held-out loss in nats per token by merge base, before quantization. Empty without a choice. vocab_size:
+    tokens of its embedding and its logits, None for the model's. own_vocab: which of the two it does not share with the base.
     """
 
     kind: Literal["merged", "live"]
@@ -194,6 +195,8 @@ class VariantEntry:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     density: float | None = None
     seed: int | None = None
+    vocab_size: int | None = None
+    own_vocab: tuple[Literal["embedding", "head"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,13 @@ class Manifest:
     def blob_bytes(self, graph: StageEntry) -> dict[str, int]:
         """Returns the bytes of each blob that a graph maps."""
         return {name: self.files[name].size for name in graph.blobs}
+
+    def find_model(self, graph: str) -> ModelEntry:
+        """Returns the sizes of a graph's inputs and outputs: the model's, with the vocabulary of the variant that runs on it."""
+        for variant in self.variants.values():
+            if variant.vocab_size is not None and any(entry.file == graph for entry in variant.graphs.values()):
+                return replace(self.model, vocab_size=variant.vocab_size)
+        return self.model
 
     def live_graph(self, target: str) -> GraphEntry | None:
         """Returns the graph that all live variants run on, or None without any."""
@@ -393,7 +403,12 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} is merged into a trained base, and trained_on does not say which")
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
+        if variant.vocab_size is not None and (variant.kind == "live" or variant.vocab_size < 1):
+            wrong.append(f"variant {name} is {variant.kind} and has a vocabulary of {variant.vocab_size}")
         for graph in variant.graphs.values():
+            others = [each for each in manifest.variants.values() if graph.file in {item.file for item in each.graphs.values()}]
+            if len({each.vocab_size for each in others}) > 1:
+                wrong.append(f"variant {name} and another run {graph.file} with vocabularies of different sizes")
             wrong += [f"variant {name} uses {file}, which files lacks" for file in sorted(graph.files - manifest.files.keys())]
             if graph.stages and {blob for stage in graph.stages for blob in stage.blobs} != set(graph.blobs):
                 wrong.append(f"variant {name} has stages that map other blobs than its graph")

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from edgelora.exporting.train_router import train_router
 from edgelora_export.base.base import Base
-from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
+from edgelora_export.plan.variants import Delta, PackedRouter, Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle
 from edgelora_export.traced.graph import prepare_traced, read_sizes
@@ -125,7 +125,7 @@ def make_traced(folder: Path, head: str, *, equal: bool = False) -> Traced:
 
 
 @dataclass
-class Change:
+class Change(Delta):
     """A delta given as matrices (N, K)."""
 
     deltas: Mapping[str, Floats] = field(default_factory=dict)
