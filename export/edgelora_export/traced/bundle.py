@@ -104,7 +104,9 @@ def build_traced_bundle(
     Raises InputError for modules that cannot be changed, ResourceError for a full disk.
     """
     for variant in plan.variants:
-        if variant.delta is not None and (variant.delta.biased or variant.delta.vocab_size is not None):
+        if variant.delta is not None and (
+            variant.delta.biased or variant.delta.vocab_size not in (None, traced.sizes.vocab_size)
+        ):
             changed = "biases" if variant.delta.biased else "the size of the vocabulary"
             raise InputError(
                 f"variant {variant.name} changes {changed}, but a {traced.architecture} is exported through Optimum, which "

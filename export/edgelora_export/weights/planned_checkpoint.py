@@ -53,7 +53,7 @@ def plan_checkpoint(base: Base, decoder: Decoder, delta: Delta) -> tuple[dict[st
     decoder: the base's. No weight is read yet. Raises InputError for a bias that the kind of model has no place for.
     """
     adapted = adapt_decoder(decoder, delta)
-    config, biased = _flag_biases(base, decoder, adapted)
+    config, biased = _flag_biases(base, decoder, adapted, delta)
     if adapted.vocab_size != decoder.vocab_size:
         config["vocab_size"] = adapted.vocab_size
     if adapted.untied:
@@ -114,7 +114,7 @@ def _plan_biases(base: Base, decoder: Decoder, delta: Delta) -> dict[str, Planne
     return planned
 
 
-def _flag_biases(base: Base, decoder: Decoder, adapted: Decoder) -> tuple[dict[str, Any], Decoder]:
+def _flag_biases(base: Base, decoder: Decoder, adapted: Decoder, delta: Delta) -> tuple[dict[str, Any], Decoder]:
     """Sets the flags in config.json that new biases need.
 
     Returns the config, and the decoder that it describes, in which the biases that the checkpoint lacks are new. One flag stands
@@ -128,7 +128,7 @@ def _flag_biases(base: Base, decoder: Decoder, adapted: Decoder) -> tuple[dict[s
         described = [linear for linear in read_decoder(flagged, decoder.context_length).linears if linear.bias]
         if wanted <= {linear.name for linear in described}:
             return flagged, add_biases(decoder, {module for linear in described for module in linear.modules})
-    module = next(linear.modules[0] for linear in adapted.linears if linear.name in wanted)
+    module = min(each for linear in adapted.linears if linear.new_bias for each in delta.biased & set(linear.modules))
     raise InputError(
         f"a checkpoint of {decoder.architecture} has no place for a bias of {module}; export the adapter into a bundle, whose "
         "graphs have one"

@@ -96,6 +96,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
                 weights=draw(st.dictionaries(st.sampled_from(sorted(mixed)), by_pattern, max_size=2)) if mixed else {},
                 density=draw(st.none() | WEIGHTS),
                 seed=draw(st.none() | st.integers(0, (1 << 53) - 1)),
+                vocab_size=draw(st.none() | SIZES),
+                own_vocab=draw(st.sampled_from([(), ("embedding",), ("head",), ("embedding", "head")])),
             )
     slots = draw(
         st.lists(
@@ -184,6 +186,13 @@ def variant_named(name: str) -> Callable[[dict[str, Any]], None]:
 
 # What is done to a good manifest, and what the refusal must mention.
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "live variant with a vocabulary of its own": (
+        changed("variants", "l", "vocab_size", value=9),
+        "live and has a vocabulary of 9",
+    ),
+    "no tokens": (changed("variants", "m", "vocab_size", value=0), "merged and has a vocabulary of 0"),
+    "vocabulary as text": (changed("variants", "m", "vocab_size", value="9"), "vocab_size should be a int"),
+    "unknown matrix of its own": (changed("variants", "m", "own_vocab", value=["norm"]), "should be 'embedding' or 'head'"),
     "other format": (changed("format", value="zip"), "format"),
     "no format": (removed("format"), "format"),
     "no version": (removed("version"), "version"),
@@ -394,6 +403,7 @@ def test_keys_that_have_a_default_may_be_absent() -> None:
     for variant in value["variants"].values():
         for key in ("calibration", "int8", "merge_base", "trained_on", "merge_losses", "weights", "density", "seed"):
             del variant[key]
+        del variant["vocab_size"], variant["own_vocab"]
         for graph in variant["graphs"].values():
             del graph["stages"]
     read = parse_manifest(json.dumps(value).encode())
