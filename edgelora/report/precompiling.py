@@ -121,7 +121,7 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
     linears = [linear for linear in decoder.linears if not shapes.keys().isdisjoint(linear.modules)]
     ends = [shapes[module] for module in (decoder.embedding.removesuffix(".weight"), HEAD_MODULE) if module in shapes]
     return sum(_matrix_bytes(linear.rows, linear.columns) for linear in linears) + sum(
-        _matrix_bytes(rows, columns) for rows, columns in ends
+        _matrix_bytes(rows or decoder.vocab_size, decoder.hidden_size) for rows, _ in ends
     )
 
 

@@ -17,7 +17,7 @@ from edgelora_export.graph import stages
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_runtime import Bundle, Runtime
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, IntegrityError
 from tests.own_kernels import needs_kernels
 from tests.tiny import build_variants, load_base, make_base, random_tokens, torch_logits
 from tests.trained_changes import Trained, greedy_text, mean_kl, train_somewhat
@@ -192,6 +192,47 @@ def test_the_teacher_is_peft(tied: Family, name: str) -> None:
     assert found.adapter_kl == pytest.approx(np.mean(effect), rel=1e-4)
     assert found.retention is not None
     assert found.retention > 0.9
+
+
+def test_a_variant_that_no_precision_saves_is_refused_with_the_reason(tied: Family, tmp_path: Path) -> None:
+    """All its matrices are raised to 8 bits, the base's among them, before the gate gives up."""
+    held_out = Calibration(held_out=(Sample(tuple(TOKENS)),))
+    trained = tied.trained["lora-head"]
+    variant = Variant("v", {"a": 1.0}, delta=trained.change, calibration=held_out)
+    with pytest.raises(IntegrityError, match=r"v keeps .* and cannot be made live: it changes the embedding or the head"):
+        build_variants(Base.open(tied.folder / "base"), [variant], tmp_path / "out", gate=Gate(retention=1.0))
+    assert not (tmp_path / "out").exists()
+    manifest = build_variants(Base.open(tied.folder / "base"), [variant], tmp_path / "out", gate=Gate(retention=0.97))
+    entry = manifest.variants["v"]
+    assert entry.fidelity is not None
+    assert entry.fidelity.outcome == "repaired"
+    assert {"embedding", "head"} <= set(entry.int8)
+    with Runtime(tmp_path / "out") as runtime:
+        assert mean_kl(torch_logits(trained.model, TOKENS), runtime.logits(TOKENS)) < 0.01
+
+
+def test_an_interrupted_export_goes_on_with_its_own_head(tied: Family, tmp_path: Path) -> None:
+    """The head that is finished is not quantized again, and the bundle is the one of an export that was not interrupted."""
+    fit = Calibration(fit=tuple(Sample(tuple(random_tokens(24, seed=seed))) for seed in range(3)))
+    base, stored = Base.open(tied.folder / "base"), []
+
+    def export(output: Path, until: str | None = None) -> dict[str, bytes]:
+        def count(done: int, total: int, what: str) -> None:
+            stored.append(what)
+            if until is not None and what.startswith(until):
+                raise KeyboardInterrupt
+
+        variants = [Variant("base"), Variant("v", {"a": 1.0}, delta=tied.trained["lora-head"].change, calibration=fit)]
+        build_variants(base, variants, output, base_calibration=fit, resume_key="the plan", on_progress=count)
+        return {path.name: path.read_bytes() for path in output.iterdir()}
+
+    whole = export(tmp_path / "whole")
+    assert sum(what.startswith("v, head") for what in stored) == 2
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "bundle", until="v, layer 2")
+    stored.clear()
+    assert export(tmp_path / "bundle") == whole
+    assert not any(what.startswith("v, head") for what in stored)
 
 
 def test_generation_is_pefts(resized: Runtime, tied: Family) -> None:
