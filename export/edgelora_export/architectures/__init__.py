@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora_export.architectures.gemma import read_gemma2, read_gemma3
 from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
-from edgelora_export.architectures.mistral import read_mistral
+from edgelora_export.architectures.mistral import read_ministral3, read_mistral
 from edgelora_export.architectures.olmo2 import read_olmo2
 from edgelora_export.architectures.phi3 import read_phi3
 from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
@@ -24,6 +24,7 @@ _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "gemma3_text": read_gemma3,
     "granite": read_granite,
     "llama": read_llama,
+    "ministral3": read_ministral3,
     "mistral": read_mistral,
     "olmo2": read_olmo2,
     "phi3": read_phi3,

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from edgelora_export.base.files import read_json
+from edgelora_export.base.files import make_printable, read_json
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -41,6 +43,8 @@ _DTYPES: Mapping[str, np.dtype[Any]] = {  # by safetensors' names
     }.items()
 }
 NAMES: Mapping[np.dtype[Any], str] = {kind: name for name, kind in _DTYPES.items()}
+_FILE_NAME = re.compile(r"[^/\\:\0]+\.safetensors")  # a file of the folder itself, on any system
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -52,43 +56,85 @@ class SafetensorsFolder:
 
     @classmethod
     def open(cls, folder: Path) -> SafetensorsFolder:
-        """Finds the file of each tensor. Raises InputError if files are missing or broken."""
+        """Finds the file of each tensor, as transformers does: a whole model.safetensors wins over an index beside it.
+
+        https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/modeling_utils.py, _get_resolved_checkpoint_files
+        Raises InputError if files are missing or broken, and for an index that names a file outside of the folder.
+        """
+        if (folder / SINGLE).is_file():
+            return cls(folder, dict.fromkeys(_read_names(folder / SINGLE), SINGLE))
         if (folder / INDEX).is_file():
-            files = read_json(folder / INDEX, "a sharded base needs it").get("weight_map", {})
-            if missing := sorted({file for file in files.values() if not (folder / file).is_file()}):
-                raise InputError(f"base {folder} lacks {', '.join(missing)}, which {INDEX} names; download it again")
-        elif (folder / SINGLE).is_file():
-            files = dict.fromkeys(_read_names(folder / SINGLE), SINGLE)
-        else:
-            raise InputError(f"base {folder} has neither {SINGLE} nor {INDEX}; pickled checkpoints are not supported")
-        return cls(folder, files)
+            return cls(folder, _read_shards(folder))
+        if pickled := list_files(folder, _PICKLES):
+            raise InputError(
+                f"base {folder} holds its weights as {pickled}, which can run code when they are loaded; take a revision with "
+                "safetensors files, or load it with transformers once and save it again with save_pretrained"
+            )
+        raise InputError(f"base {folder} has neither {SINGLE} nor {INDEX}; download its weights")
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with safe_open(self._path(name), framework="numpy") as file:
+        with self._open(name) as file:
             return tuple(file.get_slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        with safe_open(self._path(name), framework="numpy") as file:
+        with self._open(name) as file:
             kind: str = file.get_slice(name).get_dtype()
+        if kind not in _DTYPES:
+            raise InputError(f"tensor {name} of base {self.folder} has type {kind}, which cannot be read")
         return _DTYPES[kind]
 
     def read(self, name: str) -> NDArray[Any]:
-        with safe_open(self._path(name), framework="numpy") as file:
+        with self._open(name) as file:
             values: NDArray[Any] = file.get_tensor(name)
         return values
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        with safe_open(self._path(name), framework="numpy") as file:
+        with self._open(name) as file:
             values: NDArray[Any] = file.get_slice(name)[start:stop]
         return values
 
-    def _path(self, name: str) -> Path:
-        return self.folder / self.files[name]
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
+        path = self.folder / self.files[name]
+        try:
+            with safe_open(path, framework="numpy") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"tensor {name} of {path} cannot be read ({make_printable(str(error))})") from error
+
+
+def list_files(folder: Path, patterns: Sequence[str], most: int = 3) -> str:
+    """Names the files of a folder that match a pattern, the first few of them. Returns "" if there are none."""
+    names = sorted({make_printable(path.name) for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    return ", ".join([*names[:most], *(["…"] if len(names) > most else [])])
+
+
+def _read_shards(folder: Path) -> dict[str, str]:
+    """Finds the shard of each tensor. Like transformers, it trusts the shards' own headers for what they hold."""
+    named = read_json(folder / INDEX, "a sharded base needs it").get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+        raise InputError(f"{folder / INDEX}: weight_map must be an object that names a file for each tensor; download it again")
+    shards = sorted(set(named.values()))
+    if outside := [file for file in shards if not _FILE_NAME.fullmatch(file)]:
+        raise InputError(
+            f"{folder / INDEX} names {_quote(outside)}, which is no safetensors file of this folder; do not trust it"
+        )
+    if missing := [file for file in shards if not (folder / file).is_file()]:
+        raise InputError(f"base {folder} lacks {_quote(missing)}, which {INDEX} names; download it again")
+    files = {name: file for file in shards for name in _read_names(folder / file)}
+    if absent := sorted(set(named) - set(files)):
+        raise InputError(f"base {folder} lacks {_quote(absent)}, which {INDEX} names; download it again")
+    return files
+
+
+def _quote(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join([*map(make_printable, names[:most]), *([f"and {len(names) - most} more"] if len(names) > most else [])])
 
 
 def _read_names(path: Path) -> list[str]:
     try:
         with safe_open(path, framework="numpy") as file:
             return list(file.keys())
-    except Exception as error:  # safetensors raises its own type besides OSError
-        raise InputError(f"{path} is not a readable safetensors file ({error}); download it again") from error
+    except (OSError, SafetensorError) as error:
+        reason = make_printable(str(error))
+        raise InputError(f"{path} is not a readable safetensors file ({reason}); download it again") from error
