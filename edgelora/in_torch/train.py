@@ -116,10 +116,11 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     Raises InputError for unusable data, base or output, and then leaves the output unchanged.
     """
     _require_packages()
+    rows = read_rows(config.data)
+    base = Base.find(config.base)  # refuses now what export would refuse after the training
+
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
 
-    rows = read_rows(config.data)
-    base = Base.find(config.base)
     with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
         trainer = _make_trainer(config, base, folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()

@@ -46,6 +46,11 @@ def read_decoder(config: dict[str, Any], context_length: int | None = None) -> D
     Raises InputError for an architecture or a setting that the builder cannot express.
     """
     kind = config.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(f"model_type {kind!r} is not supported; supported: {', '.join(sorted(_READERS))}")
-    return _READERS[kind](config, context_length)
+    try:
+        return _READERS[kind](config, context_length)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type than expected
+        raise InputError(f"config.json of this {kind} has a value that cannot be used ({error!r:.200})") from error

@@ -58,7 +58,7 @@ class Base:
         config = take_text_config(whole, path)
         tensors: Tensors = SafetensorsFolder.open(path)
         if config["model_type"] != whole["model_type"]:
-            check_kind(config, f"{path}, its text part,")
+            check_kind(config, f"{path} (its text part)")
             tensors = take_text_tensors(tensors)
         config, tensors = settle_head(config, tensors)
         check_fit(config, tensors, path)

@@ -39,5 +39,5 @@ def _are_equal(tensors: Tensors) -> bool:
     shape = tensors.shape(EMBEDDING)
     if tensors.shape(HEAD) != shape or len(shape) != 2:
         return False
-    starts = range(0, shape[0], _ROWS)
-    return all(np.array_equal(*(tensors.read_rows(name, start, start + _ROWS) for name in (EMBEDDING, HEAD))) for start in starts)
+    chunks = [(start, min(start + _ROWS, shape[0])) for start in range(0, shape[0], _ROWS)]
+    return all(np.array_equal(*(tensors.read_rows(name, *chunk) for name in (EMBEDDING, HEAD))) for chunk in chunks)
