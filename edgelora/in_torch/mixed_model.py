@@ -13,7 +13,7 @@ import numpy as np
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
-from edgelora_export.weights.torch_model import load_model, quiet_libraries
+from edgelora_export.weights.torch_model import load_model, load_tokenizer, quiet_libraries
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
@@ -80,12 +80,10 @@ class MixedModel:
         Raises InputError if transformers cannot load it.
         """
         import torch
-        from transformers import AutoTokenizer
 
         found = Base.find(base)
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
-            model = load_model(found)
+            tokenizer, model = load_tokenizer(found), load_model(found)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
     def set_mix(self, mix: Mix | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelora.in_torch.train import load_base
+from edgelora_export.base.base import Base
 from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def write_with_torch(
     from peft import PeftModel
 
     with quiet_libraries(whole_process=False):
-        model, tokenizer = load_base(base, quant)
+        model, tokenizer = load_base(Base.find(base), quant)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
         return write_completions(model.eval(), tokenizer, rows, max_tokens, on_progress)

@@ -17,7 +17,7 @@ from edgelora_export.base.base import Base
 from edgelora_export.base.files import read_toml
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.publish import staged_folder
-from edgelora_export.weights.torch_model import quiet_libraries
+from edgelora_export.weights.torch_model import load_model, load_tokenizer, quiet_libraries
 from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
 
 if TYPE_CHECKING:
@@ -116,12 +116,13 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     Raises InputError for unusable data, base or output, and then leaves the output unchanged.
     """
     _require_packages()
+    rows = read_rows(config.data)
+    base = Base.find(config.base)  # refuses now what export would refuse after the training
+
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
 
-    rows = read_rows(config.data)
-    base = Base.find(config.base)
     with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
-        trainer = _make_trainer(config, str(base.path), folder, [vars(row) for row in rows], on_progress)
+        trainer = _make_trainer(config, base, folder, [vars(row) for row in rows], on_progress)
         started = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - started
@@ -144,28 +145,23 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     return TrainReport(config.output, len(rows), provenance.steps, float(result.training_loss), seconds, base.sha256)
 
 
-def load_base(base: str, quant: str) -> tuple[Any, Any]:
+def load_base(base: Base, quant: str) -> tuple[Any, Any]:
     """Loads a base as training holds it, and its tokenizer.
 
     The base is on a GPU if there is one.
     """
     _require_packages()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     dtype = compute_dtype()
     nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
-    try:
-        with quiet_libraries(whole_process=False):
-            tokenizer = AutoTokenizer.from_pretrained(base)
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None
-            )
-    except (OSError, ValueError) as error:
-        raise InputError(f"base {base} cannot be loaded ({str(error).splitlines()[0]})") from error
+    with quiet_libraries(whole_process=False):
+        tokenizer = load_tokenizer(base)
+        model = load_model(base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None)
     if quant == "int4":
         _round_to_int4(model)
     return model, tokenizer
@@ -190,7 +186,7 @@ def compute_dtype() -> Any:
 
 
 def _make_trainer(
-    config: TrainConfig, base: str, folder: Path, rows: list[dict[str, str]], on_progress: Callable[[int, int, str], None]
+    config: TrainConfig, base: Base, folder: Path, rows: list[dict[str, str]], on_progress: Callable[[int, int, str], None]
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -203,7 +199,7 @@ def _make_trainer(
     model, tokenizer = load_base(base, config.quant)
     if tokenizer.eos_token is None:
         raise InputError(
-            f"the tokenizer of {base} has no eos_token, so an adapter cannot learn to stop; set one in tokenizer_config.json"
+            f"the tokenizer of {base.path} has no eos_token, so an adapter cannot learn to stop; set one in tokenizer_config.json"
         )
     dtype = compute_dtype()
     lora = LoraConfig(

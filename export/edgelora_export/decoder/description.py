@@ -164,7 +164,8 @@ class Layer:
     """One transformer block: attention and a gated MLP, each around a residual, with a norm before it, after it, or both.
 
     query_norm, key_norm: over each head if their layout has one head, else over all heads together.
-    rotary: the prefix of its rotary table's name, None if its heads do not rotate.
+    rotary: the prefix of its rotary table's name, None if its heads do not rotate. query_scales: the name of the table that
+    multiplies its queries by their position, None for no such table.
     window: how many positions it sees, its own included. None for all.
     """
 
@@ -179,6 +180,7 @@ class Layer:
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
     rotary: str | None = "rotary"
+    query_scales: str | None = None
     window: int | None = None
 
     @property
@@ -198,7 +200,8 @@ class Decoder:
 
     head_size: as in the graph, padding included. attention_scale is that of the unpadded head.
     attention_cap: scores s become cap * tanh(s / cap). logits_cap: the same for logits. None for no cap.
-    rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin.
+    rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin. Also the tables
+    of query scales, float32 (context_length, 1).
     embedding_multiplier: scales the embedding's rows before the first block. It does not scale the head, even if that is tied.
     activation: of the MLP's gate, by its name in config.json.
     vocab_size: rows of the embedding and the head. The checkpoint may hold another number of them.

@@ -156,7 +156,7 @@ def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callabl
     own: dict[Any, dict[str, Any]] = {}
 
     def remember(block: Any, _: Any, kwargs: dict[str, Any]) -> None:
-        own[block] = {name: kwargs[name] for name in ("position_embeddings", "attention_mask") if name in kwargs}
+        own[block] = {name: kwargs[name] for name in ("position_embeddings", "attention_mask", "position_ids") if name in kwargs}
 
     hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
     with torch.no_grad():

@@ -68,7 +68,7 @@ def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
     seen: list[int] = []
     train(replace(config, quant="none", max_steps=120), on_progress=lambda done, total, what: seen.append(done))
     assert seen == list(range(1, 121))
-    model, tokenizer = load_base(config.base, "none")
+    model, tokenizer = load_base(Base.open(config.base), "none")
     adapted: Any = PeftModel.from_pretrained(model, config.output).eval()
     row = ROWS[1]
     prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
@@ -80,7 +80,7 @@ def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
 
 
 def test_int4_base_is_on_the_export_grid(tiny_base: Path) -> None:
-    model, _ = load_base(str(tiny_base), "int4")
+    model, _ = load_base(Base.open(tiny_base), "int4")
     name = "model.layers.0.mlp.down_proj.weight"
     held = model.get_parameter(name).detach().numpy()
     np.testing.assert_array_equal(held, quantize_rtn(Base.open(tiny_base).tensor(name)).dequantize())
