@@ -13,6 +13,7 @@ import ml_dtypes as ml_dtypes  # numpy knows bfloat16, which most bases are, onl
 import numpy as np
 
 from edgelora_export.base.files import read_json
+from edgelora_export.base.quantized.dequantize import dequantize
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_export.base.texts import TextsOfFolder
 from edgelora_runtime.errors import InputError, MissingExtraError
@@ -48,7 +49,8 @@ class Base:
         if not path.is_dir():
             raise InputError(f"base {path} is not a folder; give a local folder in the Hugging Face layout")
         config = read_json(path / "config.json", "a base needs it")
-        return cls(path, config, SafetensorsFolder.open(path), TextsOfFolder(path))
+        tensors, config = dequantize(SafetensorsFolder.open(path), config, path)
+        return cls(path, config, tensors, TextsOfFolder(path))
 
     @classmethod
     def find(cls, name: str) -> Base:
