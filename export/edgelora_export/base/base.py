@@ -15,6 +15,7 @@ import numpy as np
 from edgelora_export.base.fit import check_fit
 from edgelora_export.base.head import settle_head
 from edgelora_export.base.kinds import check_kind, read_config
+from edgelora_export.base.quantized.dequantize import dequantize
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_export.base.text_part import take_text_config, take_text_tensors
 from edgelora_export.base.texts import TextsOfFolder
@@ -55,8 +56,8 @@ class Base:
             raise InputError(f"base {path} is not a folder; give a local folder in the Hugging Face layout")
         whole = read_config(path)
         check_kind(whole, str(path))
+        tensors, whole = dequantize(SafetensorsFolder.open(path), whole, path)
         config = take_text_config(whole, path)
-        tensors: Tensors = SafetensorsFolder.open(path)
         if config["model_type"] != whole["model_type"]:
             check_kind(config, f"{path} (its text part)")
             tensors = take_text_tensors(tensors)
