@@ -13,6 +13,7 @@ import ml_dtypes as ml_dtypes  # numpy knows bfloat16, which most bases are, onl
 import numpy as np
 
 from edgelora_export.base.files import read_json
+from edgelora_export.base.gguf.open import SUFFIX, open_gguf
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_export.base.texts import TextsOfFolder
 from edgelora_runtime.errors import InputError, MissingExtraError
@@ -43,17 +44,19 @@ class Base:
 
     @classmethod
     def open(cls, path: Path | str) -> Base:
-        """Opens a local folder. Raises InputError if config.json or the safetensors files are missing or broken."""
+        """Opens a local folder, or a GGUF file. Raises InputError if files are missing or broken."""
         path = Path(path)
+        if path.suffix == SUFFIX and path.is_file():
+            return cls(path, *open_gguf(path))
         if not path.is_dir():
-            raise InputError(f"base {path} is not a folder; give a local folder in the Hugging Face layout")
+            raise InputError(f"base {path} is neither a folder in the Hugging Face layout nor a {SUFFIX} file")
         config = read_json(path / "config.json", "a base needs it")
         return cls(path, config, SafetensorsFolder.open(path), TextsOfFolder(path))
 
     @classmethod
     def find(cls, name: str) -> Base:
         """Opens a local folder or a hub id, from the local hub cache or by download."""
-        if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
+        if Path(name).exists() or name.endswith(SUFFIX) or not _HUB_ID.fullmatch(name):
             return cls.open(name)
         try:
             from huggingface_hub import snapshot_download
