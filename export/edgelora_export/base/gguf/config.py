@@ -1,7 +1,7 @@
 """Makes transformers' config.json from the metadata of a GGUF file.
 
-Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llm. What a key means for a model is in llama.cpp's src/models and in
-its converters: https://github.com/ggml-org/llama.cpp/tree/master/conversion.
+Keys: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#llm. What a key means for a model is in llama.cpp's src/models and
+in its converters: https://github.com/ggml-org/llama.cpp/tree/master/conversion.
 """
 
 from __future__ import annotations
@@ -105,12 +105,13 @@ def read_config(path: Path, header: Header) -> dict[str, Any]:
 
 
 def _read_special_ids(path: Path, header: Header) -> dict[str, Any]:
+    """Reads the ids of BOS, EOS and padding. None for one that the file has not, lest transformers' default stands in."""
     values = Values(path, header.metadata, "tokenizer.ggml.")
     keys = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    return {name: values.integer(key, least=0) for name, key in keys.items() if key in values}
+    return {name: values.integer(key, least=0) if key in values else None for name, key in keys.items()}
 
 
-def _read_plain(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+def _read_plain(values: Values, config: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001  (one signature for all)
     if not values.flag("attention.causal", True):
         raise values.fail("attention.causal", "is false; only causal models can generate text")
     return {}
@@ -132,7 +133,6 @@ def _read_phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
         "original_max_position_embeddings": values.integer(
             "rope.scaling.original_context_length", config["max_position_embeddings"]
         ),
-        "pad_token_id": None,  # transformers' default lies outside small vocabularies
     }
 
 
