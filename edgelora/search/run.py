@@ -59,7 +59,7 @@ def search(
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
     trial_log = TrialLog(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
-        base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
+        base=str(Path(config.base).resolve()) if Path(config.base).exists() else config.base,
         adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
         rows={
             "searched": {task: rows.searched for task, rows in held_out.items()},

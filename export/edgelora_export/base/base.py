@@ -13,6 +13,7 @@ import ml_dtypes as ml_dtypes  # numpy knows bfloat16, which most bases are, onl
 import numpy as np
 
 from edgelora_export.base.fit import check_fit
+from edgelora_export.base.gguf.open import SUFFIX, open_gguf
 from edgelora_export.base.head import settle_head
 from edgelora_export.base.kinds import check_kind, read_config
 from edgelora_export.base.quantized.dequantize import dequantize
@@ -47,13 +48,17 @@ class Base:
 
     @classmethod
     def open(cls, path: Path | str) -> Base:
-        """Opens a local folder, and checks it against its config.json without reading a weight.
+        """Opens a local folder in the Hugging Face layout, or a GGUF file, and checks it without reading a weight.
 
-        Raises InputError, with what the folder holds instead and what to give, for anything that export would refuse later.
+        Raises InputError, with what lies there instead and what to give, for anything that export would refuse later.
         """
         path = Path(path)
+        if path.suffix == SUFFIX and path.is_file():
+            config, tensors, texts = open_gguf(path)
+            check_fit(config, tensors, path)
+            return cls(path, config, tensors, texts)
         if not path.is_dir():
-            raise InputError(f"base {path} is not a folder; give a local folder in the Hugging Face layout")
+            raise InputError(f"base {path} is neither a folder in the Hugging Face layout nor a {SUFFIX} file")
         whole = read_config(path)
         check_kind(whole, str(path))
         tensors, whole = dequantize(SafetensorsFolder.open(path), whole, path)
@@ -67,11 +72,11 @@ class Base:
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """Opens a local folder or a hub id, from the local hub cache or by download.
+        """Opens a local folder, a GGUF file, or a hub id, from the local hub cache or by download.
 
         A download starts with the configs, so that a model of another kind is refused before its weights are fetched.
         """
-        if Path(name).exists() or not _HUB_ID.fullmatch(name):
+        if Path(name).exists() or name.endswith(SUFFIX) or not _HUB_ID.fullmatch(name):
             return cls.open(name)
         try:
             from huggingface_hub import snapshot_download
