@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.checks import check_same_base, check_shapes, list_no_factors
+from edgelora.adapters.folder import open_adapters
+from edgelora.adapters.names import HEAD
 from edgelora.exporting.calibration_sets import CalibrationSets
 from edgelora.exporting.draft_tables import make_draft_tables
 from edgelora.exporting.trained_base import find_quantization, read_trained_base
@@ -29,6 +30,7 @@ from edgelora_runtime.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.exporting.recipe import Recipe, VariantRecipe
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
@@ -49,14 +51,14 @@ class Sources:
         return {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in self.adapters.items()}
 
 
-def open_sources(recipe: Recipe) -> Sources:
+def open_sources(recipe: Recipe, *, on_note: Callable[[str], None] = lambda note: None) -> Sources:
     """Opens the base and the adapters of a recipe.
 
-    Ensures: the adapters were trained on this base, as far as edgelora.json says.
+    Ensures: the adapters were trained on this base, as far as edgelora.json says. on_note: gets what adapters name and lack.
     Raises InputError for a base or an adapter that cannot be used.
     """
     base = Base.find(recipe.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
+    adapters = open_adapters(recipe.adapters, base=base.config, trained_on=recipe.trained_on, on_note=on_note)
     check_same_base(adapters, base.sha256)
     return Sources(recipe, base, adapters)
 
@@ -184,10 +186,10 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, A
 
 
 def _why_not_live(adapter: Adapter) -> str:
-    for module in adapter.modules:
-        if reason := adapter.why_not_low_rank(module):
-            return f"{module} is {reason}, no sum of products"
-        if adapter.is_embedding(module) or module == "lm_head":
+    if reasons := list_no_factors(adapter, embeddings=True):
+        return f"{reasons[0]}, no sum of products"
+    for module in sorted(adapter.modules):
+        if adapter.is_embedding(module) or module == HEAD:
             return f"{module} is outside of the decoder's layers, which alone have live inputs"
     return ""
 
@@ -198,6 +200,7 @@ def _hash_plan(sources: Sources, calibrations: Sequence[Calibration]) -> str:
     That is the code, the base, the adapters, the mixes, and what GPTQ sees.
     """
     recipe = sources.recipe
-    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries)
+    held = {name: adapter.trained_on for name, adapter in sources.adapters.items()}
+    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries, held)
     parts = (__version__, sources.base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

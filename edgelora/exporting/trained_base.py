@@ -63,14 +63,29 @@ class OnTrainedBase:
         change = base - weight
         return change + self.mix.dense(module, base) if module in self.mix.modules else change
 
+    @property
+    def biased(self) -> Set[str]:
+        return self.mix.biased
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.mix.vocab_size
+
+    @property
+    def ties_vocab(self) -> bool:
+        return self.mix.ties_vocab
+
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Returns the mix's Δb (N,). Training holds biases as they are."""
+        return self.mix.bias(module, base_bias)
+
 
 def find_quantization(mix: Mix) -> Held | None:
     """Finds how training held the base of a mix.
 
     Returns None if it was unquantized, is unknown, or differs between adapters.
     """
-    origins = [mix.adapters[name].provenance for name in mix.weights]
-    found = {None if origin is None else origin.base_quantization for origin in origins}
+    found = {mix.adapters[name].trained_on for name in mix.weights}
     return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
 
 
