@@ -87,6 +87,12 @@ def write_recipe_page() -> str:
     owners = {field.name: field.default_factory for field in fields(recipe.Recipe)}
     sections: tuple[tuple[str, str, Mapping[str, recipe_keys.Key], Any], ...] = (
         ("Top level", "", recipe_keys.TOP, recipe.Recipe),
+        (
+            "Adapters",
+            '`[adapters]`: a path per name, `sql = "adapters/sql"`, or a table `[adapters.NAME]`.',
+            recipe_keys.ADAPTER,
+            recipe.AdapterRecipe,
+        ),
         ("Variants", "`[variants.NAME]`, one table per variant.", recipe_keys.VARIANT, recipe.VariantRecipe),
         ("Quantization", "`[quantization]`", recipe_keys.QUANTIZATION, owners["quantization"]),
         (

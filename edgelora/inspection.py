@@ -1,4 +1,4 @@
-"""Describes a bundle: variant sizes, shared bytes, and the manifest's figures."""
+"""Describes a bundle, by variant sizes, shared bytes and the manifest's figures, and an adapter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.bundle.manifest import MANIFEST
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from edgelora_runtime import Bundle
     from edgelora_runtime.bundle.manifest import (
@@ -63,6 +66,52 @@ class BundleDescription:
     quantization: QuantizationEntry
     variants: tuple[VariantDescription, ...]
     router: RouterEntry | None
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """An adapter.
+
+    form: PEFT, MLX or GGUF. rank: the largest over the modules. base: the name that its config gives, None if it gives none.
+    trained_on: nf4, int4, none or mixed, None if nothing tells. biased: modules to whose bias it adds. vocab_size: rows of the
+    embedding and the head that it brings. notes: what its config names and its file lacks.
+    """
+
+    path: Path
+    sha256: str
+    form: str
+    base: str | None
+    trained_on: str | None
+    rank: int
+    modules: tuple[str, ...]
+    biased: tuple[str, ...]
+    vocab_size: int | None
+    notes: tuple[str, ...]
+
+
+def is_adapter(path: Path) -> bool:
+    """True for a GGUF file, and for a folder with an adapter's config that is no bundle."""
+    return path.suffix == ".gguf" or ((path / "adapter_config.json").is_file() and not (path / MANIFEST).exists())
+
+
+def describe_adapter(path: Path) -> AdapterDescription:
+    """Describes an adapter. Raises InputError for one that cannot be used."""
+    from edgelora.adapters.folder import Adapter
+
+    adapter = Adapter.open(path)
+    base = adapter.config.get("base_model_name_or_path")
+    return AdapterDescription(
+        path,
+        adapter.sha256,
+        adapter.source.form,
+        None if base is None else "".join(filter(str.isprintable, str(base))),
+        adapter.trained_on,
+        adapter.rank,
+        tuple(sorted(adapter.modules)),
+        tuple(sorted(adapter.biased)),
+        adapter.vocab_size,
+        adapter.notes,
+    )
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:

@@ -1,13 +1,20 @@
-"""`edgelora inspect` and `edgelora verify`: shows a bundle, and checks its bytes against the manifest."""
+"""`edgelora inspect` and `edgelora verify`: shows a bundle or an adapter, and checks a bundle's bytes against its manifest."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.terminal import print_json, print_table, show_progress
 from edgelora.formatting import format_bytes, format_share
 from edgelora_runtime.errors import IntegrityError
+
+InspectedArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or an adapter's folder or GGUF file.")
+]
 
 if TYPE_CHECKING:
     from edgelora.inspection import VariantDescription
@@ -15,10 +22,14 @@ if TYPE_CHECKING:
     from edgelora_runtime.bundle.manifest import FidelityEntry, RouterEntry
 
 
-def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters."""
+def inspect(bundle: InspectedArgument, json: JsonOption = False) -> None:
+    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters. Or show an adapter."""
+    from edgelora.inspection import is_adapter
     from edgelora_runtime import Bundle
 
+    if is_adapter(bundle):
+        _show_adapter(bundle, as_json=json)
+        return
     show_bundle(Bundle.open(bundle), as_json=json)
 
 
@@ -84,6 +95,23 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
     if described.router is not None:
         _show_router(described.router)
     print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _show_adapter(path: Path, *, as_json: bool) -> None:
+    from edgelora.inspection import describe_adapter
+
+    found = describe_adapter(path)
+    if as_json:
+        print_json(found)
+        return
+    base = f"base {found.base or 'unknown'}, held as {found.trained_on or 'unknown'} in training"
+    print(f"{path}: {found.form} adapter, rank {found.rank}, {len(found.modules)} modules, {base}")
+    if found.biased:
+        print(f"adds to {len(found.biased)} biases")
+    if found.vocab_size is not None:
+        print(f"brings a vocabulary of {found.vocab_size} rows")
+    for note in found.notes:
+        print(f"note: {note}")
 
 
 def _show_router(router: RouterEntry) -> None:

@@ -54,7 +54,7 @@ def export(
         recipe = replace(recipe, gate=replace(recipe.gate, policy=gate))
     if recipe.quantization.method == "auto-round":
         require_auto_round()
-    sources = open_sources(recipe)
+    sources = open_sources(recipe, on_note=on_note)
     if recipe.router is not None:
         on_progress(0, 1, "learning the router")
     router = make_router(recipe, sources.adapters)

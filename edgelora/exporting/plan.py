@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.checks import check_same_base, check_shapes, list_no_factors
+from edgelora.adapters.folder import open_adapters
 from edgelora.exporting.calibration_sets import CalibrationSets
 from edgelora.exporting.draft_tables import make_draft_tables
 from edgelora.exporting.trained_base import find_quantization, read_trained_base
@@ -30,6 +30,7 @@ from edgelora_runtime.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.exporting.recipe import Recipe, VariantRecipe
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
@@ -50,14 +51,14 @@ class Sources:
         return {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in self.adapters.items()}
 
 
-def open_sources(recipe: Recipe) -> Sources:
+def open_sources(recipe: Recipe, *, on_note: Callable[[str], None] = lambda note: None) -> Sources:
     """Opens the base and the adapters of a recipe.
 
-    Ensures: the adapters were trained on this base, as far as edgelora.json says.
+    Ensures: the adapters were trained on this base, as far as edgelora.json says. on_note: gets what adapters name and lack.
     Raises InputError for a base or an adapter that cannot be used.
     """
     base = Base.find(recipe.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
+    adapters = open_adapters(recipe.adapters, base=base.config, trained_on=recipe.trained_on, on_note=on_note)
     check_same_base(adapters, base.sha256)
     return Sources(recipe, base, adapters)
 
@@ -187,9 +188,8 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter], decoder: Decod
 def _why_not_live(adapter: Adapter, decoder: Decoder) -> str:
     if obstacle := explain_not_live(decoder, adapter):
         return obstacle
-    for module in adapter.modules:
-        if reason := adapter.why_not_low_rank(module):
-            return f"{module} is {reason}, no sum of products"
+    if reasons := list_no_factors(adapter, embeddings=True):
+        return f"{reasons[0]}, no sum of products"
     return ""
 
 
@@ -199,6 +199,7 @@ def _hash_plan(sources: Sources, calibrations: Sequence[Calibration]) -> str:
     That is the code, the base, the adapters, the mixes, and what GPTQ sees.
     """
     recipe = sources.recipe
-    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries)
+    held = {name: adapter.trained_on for name, adapter in sources.adapters.items()}
+    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries, held)
     parts = (__version__, sources.base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

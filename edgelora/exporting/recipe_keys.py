@@ -38,11 +38,19 @@ TOP: Mapping[str, Key] = MappingProxyType(
         "draft_tables": Key(
             "Whether the bundle holds draft tables for speculation. They hold fragments of the adapters' training data.", (bool,)
         ),
-        "adapters": Key("The folder of each adapter, by name.", (dict,)),
+        "adapters": Key("The folder or GGUF file of each adapter, by name, or a table for it; see below.", (dict,)),
         "quantization": Key("How weights are stored; see below.", (dict,)),
         "gate": Key("What each variant must keep of its adapters; see below.", (dict,)),
         "variants": Key("One table per variant; see below.", (dict,)),
         "router": Key("Trains a router that picks a variant for each prompt; see below. No router without this table.", (dict,)),
+    }
+)
+ADAPTER: Mapping[str, Key] = MappingProxyType(
+    {
+        "path": Key("A PEFT or MLX folder, or a GGUF file.", (str,)),
+        "trained_on": Key(
+            "`nf4`, `int4` or `none`: how training held the base, for an adapter without edgelora.json, which says it.", (str,)
+        ),
     }
 )
 VARIANT: Mapping[str, Key] = MappingProxyType(

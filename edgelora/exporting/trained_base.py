@@ -61,12 +61,15 @@ class OnTrainedBase(Delta):
     def modules(self) -> Set[str]:
         return self.changed
 
+    def dense(self, module: str, weight: Floats) -> Floats:
+        """Returns the replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
+        base = hold_weight(weight, self.quantization) if module in self.held else weight
+        change = base - weight
+        return change + self.mix.dense(module, base) if module in self.mix.modules else change
+
     @property
     def biased(self) -> Set[str]:
         return self.mix.biased
-
-    def bias(self, module: str, base_bias: Floats | None) -> Floats:
-        return self.mix.bias(module, base_bias)
 
     @property
     def vocab_size(self) -> int | None:
@@ -76,11 +79,9 @@ class OnTrainedBase(Delta):
     def ties_vocab(self) -> bool:
         return self.mix.ties_vocab
 
-    def dense(self, module: str, weight: Floats) -> Floats:
-        """Returns the replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
-        base = hold_weight(weight, self.quantization) if module in self.held else weight
-        change = base - weight
-        return change + self.mix.dense(module, base) if module in self.mix.modules else change
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Returns the mix's Δb (N,). Training holds biases as they are."""
+        return self.mix.bias(module, base_bias)
 
 
 def find_quantization(mix: Mix) -> Held | None:
@@ -88,8 +89,7 @@ def find_quantization(mix: Mix) -> Held | None:
 
     Returns None if it was unquantized, is unknown, or differs between adapters.
     """
-    origins = [mix.adapters[name].provenance for name in mix.weights]
-    found = {None if origin is None else origin.base_quantization for origin in origins}
+    found = {mix.adapters[name].trained_on for name in mix.weights}
     return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
 
 

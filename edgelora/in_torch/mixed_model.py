@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora.adapters.checks import check_factors
+from edgelora.adapters.names import EMBEDDING, HEAD
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
@@ -71,6 +73,7 @@ class MixedModel:
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
         self._weights: dict[str, Any] = {}  # the base's own parameters, of modules that currently hold a sum instead
+        self._biases: dict[str, Any] = {}  # likewise. None where the base has no bias
         self._hooks: list[Any] = []
 
     @classmethod
@@ -103,6 +106,15 @@ class MixedModel:
             self._weights[name] = module.weight
             # A new parameter, so that a head tied to the embedding keeps the base's.
             module.weight = torch.nn.Parameter((weight + delta).T if transposed else weight + delta, requires_grad=False)
+        for name in sorted(mix.biased) if mix is not None else ():
+            module = self._module(name)
+            bias = None if module.bias is None else module.bias.data
+            assert mix is not None
+            change = torch.from_numpy(mix.bias(name, None if bias is None else bias.cpu().numpy())).to(module.weight)
+            self._biases[name] = module.bias
+            module.bias = torch.nn.Parameter(change if bias is None else bias + change, requires_grad=False)
+        if mix is not None and mix.ties_vocab and HEAD not in mix.modules and self._weights.get(EMBEDDING) is not None:
+            self._tie_head()
 
     def set_stacks(self, stacks: Mapping[str, FactorStack]) -> None:
         """Sets factors on modules, by name, in place of the current mix."""
@@ -175,12 +187,21 @@ class MixedModel:
         with quiet_libraries():
             return write_completions(self.model, self.tokenizer, rows, max_tokens)
 
+    def _tie_head(self) -> None:
+        """Gives a head that the base ties to its embedding the embedding's new weight."""
+        head = self.model.get_output_embeddings()
+        if head.weight is self._weights[EMBEDDING]:
+            self._weights[HEAD] = head.weight
+            head.weight = self._module(EMBEDDING).weight
+
     def _clear(self) -> None:
         for hook in self._hooks:
             hook.remove()
         for name, weight in self._weights.items():
             self._module(name).weight = weight
-        self._hooks, self._weights = [], {}
+        for name, bias in self._biases.items():
+            self._module(name).bias = bias
+        self._hooks, self._weights, self._biases = [], {}, {}
 
     def _module(self, name: str) -> Any:
         try:
@@ -202,12 +223,11 @@ def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict
     """
     import torch
 
+    check_factors(adapters, "such an adapter cannot be stacked; set it as a mix")
     opened = list(adapters.values())
     stacks = {}
     for module in sorted({module for adapter in opened for module in adapter.modules}):
         owners = [place for place, adapter in enumerate(opened) if module in adapter.modules]
-        if wrong := [opened[place].name for place in owners if opened[place].is_embedding(module)]:
-            raise InputError(f"adapter {wrong[0]}: {module} is an embedding, which cannot be stacked; set it as a mix")
         factors = [opened[place].factors(module) for place in owners]
         a, b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
         stacks[module] = FactorStack(

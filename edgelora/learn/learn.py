@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import open_adapters
 from edgelora.composing.compose import check_composable, derive_provenance, write_composed
 from edgelora.data.calibration import find_training_data, gather_samples
 from edgelora.data.rows import read_rows
@@ -20,7 +20,7 @@ from edgelora.in_torch.mixed_model import FactorStack, MixedModel
 from edgelora.learn.distillation import Example, distillation_loss, encode_rows, write_rows
 from edgelora.learn.regmean import solve_regmean
 from edgelora.mix.methods.spectra import stack_factors
-from edgelora_export.architectures import read_decoder
+from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.weights.merged import check_modules
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.data.rows import Row
     from edgelora.mix.methods.deltas import Factors
     from edgelora_export.plan.calibration import Sample
@@ -131,9 +132,11 @@ def learn(
     not an adapter. The output is then unchanged.
     """
     base = Base.find(config.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
+    adapters = open_adapters(dict(sorted(config.adapters.items())), base=base.config, on_note=on_note)
     check_same_base(adapters, base.sha256)
     check_composable(adapters)
+    if base.config.get("model_type") in native_types():
+        check_shapes(adapters, read_decoder(base.config))
     labelled = {name: _sample_rows(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
     if config.start == "regmean":
         pairs = _run_regmean(config, base, adapters, on_progress)

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import open_adapters
 from edgelora.data.scores import count_scores
 from edgelora.mix.mix import Mix
+from edgelora_export.base.base import Base
 from edgelora_export.weights.torch_model import first_line
 from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError
 
@@ -50,7 +51,7 @@ class Scorer:
         from edgelora.in_torch.mixed_model import MixedModel
 
         self._job = job
-        self._adapters = {name: Adapter.open(folder, name) for name, folder in job.adapters.items()}
+        self._adapters = open_adapters(job.adapters, base=Base.find(job.base).config)
         self._model = MixedModel.open(job.base)
 
     def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:

@@ -87,8 +87,15 @@ def copy(tiny_adapters: dict[str, Path], tmp_path: Path, **config: Any) -> Path:
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "whole layers": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "biases": ({"bias": "all"}, "biases"),
-    "lora bias": ({"lora_bias": True}, "biases"),
+    "biases": ({"bias": "some"}, "bias is 'some'"),
+    "lora bias": ({"lora_bias": True}, "lora_bias"),
+    "another rank": ({"r": 5}, "rank"),
+    "another rank by pattern": ({"rank_pattern": {"k_proj": 5}}, "k_proj 5"),
+    "no rank": ({"r": 0}, "r is 0"),
+    "rank as text": ({"r": "4"}, "r is '4'"),
+    "nothing targeted": ({"target_modules": []}, "target_modules is empty"),
+    "patterns as a list": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
+    "a pattern of text": ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern"),
     "pissa iterated": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
     "corda": ({"init_lora_weights": "corda"}, "corda"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq"),
@@ -117,10 +124,10 @@ def test_unsupported_kinds_are_refused(
 
 
 def test_all_reasons_are_given_at_once(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    config = {"use_qalora": True, "bias": "all", "init_lora_weights": "pissa_niter_4"}
+    config = {"use_qalora": True, "bias": "some", "init_lora_weights": "pissa_niter_4"}
     with pytest.raises(InputError) as caught:
         Adapter.open(copy(tiny_adapters, tmp_path, **config))
-    for mention in ("use_qalora", "biases", "pissa_niter_4"):
+    for mention in ("use_qalora", "bias is", "pissa_niter_4"):
         assert mention in str(caught.value)
 
 

@@ -1,0 +1,65 @@
+"""edgelora.json: the origin of an adapter that edgelora trained or mixed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from edgelora_export.base.files import read_json
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+PROVENANCE = "edgelora.json"
+TRAINED_ON = ("nf4", "int4", "none")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of an adapter.
+
+    base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training, or "mixed" for
+    a mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
+    folder, or "" if unknown. init: how A and B were initialized, or "composed: …" or "learned: …" for a mix.
+    """
+
+    base_name: str
+    base_sha256: str
+    base_quantization: str
+    data_sha256: str
+    data_rows: int
+    init: str
+    seed: int
+    rank: int
+    alpha: float
+    steps: int
+    learning_rate: float
+    data_file: str = ""
+
+
+def pack_provenance(provenance: Provenance) -> str:
+    """Packs the content of edgelora.json."""
+    return json.dumps(asdict(provenance), indent=1) + "\n"
+
+
+def write_provenance(folder: Path, provenance: Provenance) -> None:
+    """Writes edgelora.json into an adapter's folder."""
+    (folder / PROVENANCE).write_text(pack_provenance(provenance), encoding="utf-8")
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """Reads edgelora.json. Returns None for an adapter of another tool, which has none."""
+    if not (folder / PROVENANCE).is_file():
+        return None
+    return parse_provenance(read_json(folder / PROVENANCE, "train writes it"), str(folder / PROVENANCE))
+
+
+def parse_provenance(value: Mapping[str, Any], where: str) -> Provenance:
+    """Makes a Provenance from parsed JSON, as read_provenance() does. Raises InputError if a field is absent."""
+    known = fields(Provenance)
+    if absent := [field.name for field in known if field.name not in value and field.default is MISSING]:
+        raise InputError(f"{where} lacks {', '.join(absent)}; train the adapter again or delete the file")
+    return Provenance(**{field.name: value[field.name] for field in known if field.name in value})
