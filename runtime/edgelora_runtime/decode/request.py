@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.manifest import ModelEntry
     from edgelora_runtime.bundle.router import Route
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.cancellation import Cancellation
     from edgelora_runtime.decode.grammar import Constraint
     from edgelora_runtime.decode.options import GenerateOptions
@@ -23,9 +24,9 @@ class Request:
     """A prompt and how to continue it.
 
     A request serves one generation, since stop, cancellation and constraint have a state. prompt: token ids. end_tokens: the
-    model's own, or none where the request ignores them. context: tokens that the model sees at once. A text that outgrows it
-    loses its middle, so max_tokens is small enough in a request that must not lose it. route, logprobs: as in Generation and
-    GenerateOptions. constraint: what the answer must fit.
+    model's own, unless the request ignores them, and the stop strings that are special tokens. context: tokens that the model
+    sees at once. A text that outgrows it loses its middle, so max_tokens is small enough in a request that must not lose it.
+    route, logprobs: as in Generation and GenerateOptions. constraint: what the answer must fit.
     """
 
     prompt: Sequence[int]
@@ -44,19 +45,26 @@ def build_request(
     options: GenerateOptions,
     prompt: Sequence[int],
     model: ModelEntry,
+    tokenizer: Tokenizer,
     *,
     cancellation: Cancellation,
     constraint: Constraint | None,
     route: Route | None,
 ) -> Request:
-    """Builds a request from its options, which must be complete, and its prompt's tokens."""
+    """Builds a request from its options, which must be complete, and its prompt's tokens.
+
+    A stop string that is a special token ends the answer at that token, whose text decoding leaves out.
+    """
     room = model.context_length - len(prompt) + 1  # the last token is never read back
+    stop = [options["stop"]] if isinstance(options["stop"], str) else options["stop"]
+    stop_tokens = {token for text in stop if (token := tokenizer.find_special_token(text)) is not None}
+    end_tokens = frozenset[int]() if options["ignore_eos"] else frozenset(model.eos_token_ids)
     return Request(
         prompt=prompt,
         max_tokens=options["max_tokens"] if options["overflow"] == "slide" else min(options["max_tokens"], room),
         sampling=Sampling.of(options),
-        stop=StopFilter(options["stop"]),
-        end_tokens=frozenset() if options["ignore_eos"] else frozenset(model.eos_token_ids),
+        stop=StopFilter(stop),
+        end_tokens=end_tokens | stop_tokens,
         context=model.context_length,
         cancellation=cancellation,
         route=route,
