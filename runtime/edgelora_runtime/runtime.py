@@ -257,8 +257,9 @@ class Runtime:
         model = self._manifest.model
         prompt_tokens = encode_prompt(self._tokenizer, checked)
         tokens = check_tokens(prompt_tokens, model, may_overflow=chosen["overflow"] == "slide")
+        stop = self._tokenizer.find_added_tokens(chosen["stop"])
         request = build_request(
-            chosen, tokens, model, self._tokenizer, cancellation=cancellation, constraint=constraint, route=route
+            chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
         )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 

@@ -14,7 +14,7 @@ from edgelora_runtime.bundle.template_sandbox import VALUE_LIMIT, Sandbox, limit
 from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -109,13 +109,13 @@ class ChatTemplate:
 
 
 class ChatTemplates:
-    """A bundle's templates by name, each compiled when a chat first asks for it.
+    """Templates by name, each compiled when a chat first asks for it.
 
-    read: reads a file of the bundle. files: the names of all its files.
+    files: the file of each, as list_templates() finds them. read: reads a file of the bundle.
     """
 
-    def __init__(self, files: Sequence[str], read: Callable[[str], bytes], special_tokens: Mapping[str, str]) -> None:
-        self._files = {name: file for file in files if (name := _name_template(file)) is not None}
+    def __init__(self, files: Mapping[str, str], read: Callable[[str], bytes], special_tokens: Mapping[str, str]) -> None:
+        self._files = files
         self._read = read
         self._special_tokens = special_tokens
         self._compiled: dict[str, ChatTemplate] = {}
@@ -157,9 +157,14 @@ class ChatTemplates:
         return self._compiled[name]
 
 
-def name_template_file(name: str) -> str:
-    """Returns the file of a bundle that holds the template of this name."""
-    return CHAT_TEMPLATE if name == _DEFAULT else f"chat_template.{name}.jinja"
+def list_templates(files: Collection[str]) -> dict[str, str]:
+    """Finds the chat templates among a bundle's files. Returns the file of each by name.
+
+    >>> list_templates(["chat_template.jinja", "chat_template.tool_use.jinja", "tokenizer.json"])
+    {'default': 'chat_template.jinja', 'tool_use': 'chat_template.tool_use.jinja'}
+    """
+    named = {found[1]: file for file in files if (found := _NAMED.fullmatch(file))}
+    return {_DEFAULT: CHAT_TEMPLATE, **named} if CHAT_TEMPLATE in files else named
 
 
 def check_template(raw: bytes, name: str = CHAT_TEMPLATE) -> str:
@@ -184,7 +189,7 @@ def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     names = {key for key in named if key.endswith("_token")} | (extra.keys() if isinstance(extra, dict) else set())
     ordered = [*_SPECIAL_TOKENS, *sorted(names - set(_SPECIAL_TOKENS))]
-    return {key: texts[key] for key in ordered if isinstance(texts.get(key), str)}
+    return {key: text for key in ordered if isinstance(text := texts.get(key), str)}
 
 
 def find_turn_end(source: str, tokenizer: RustTokenizer, special_tokens: Mapping[str, str]) -> int | None:
@@ -207,7 +212,7 @@ def find_turn_end(source: str, tokenizer: RustTokenizer, special_tokens: Mapping
     return tokens[closing] if found and closing is not None else None
 
 
-def replace_content(message: dict[str, Any], content: object) -> dict[str, Any]:
+def _replace_content(message: dict[str, Any], content: object) -> dict[str, Any]:
     """Returns a message with another content. One without content stays without."""
     return {**message, "content": content} if "content" in message else message
 
@@ -217,18 +222,18 @@ def _as_it_is(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    return replace_content(message, join_parts(message.get("content")))
+    return _replace_content(message, join_parts(message.get("content")))
 
 
 def _as_part(message: dict[str, Any]) -> dict[str, Any]:
-    return replace_content(message, [{"type": "text", "text": join_parts(message.get("content"))}])
+    return _replace_content(message, [{"type": "text", "text": join_parts(message.get("content"))}])
 
 
 def _mark(message: dict[str, Any], at: int) -> dict[str, Any]:
     content = message.get("content")
     if isinstance(content, list | tuple):
-        return replace_content(message, [{**part, "text": f"{_MARK}{at}x{n}x"} for n, part in enumerate(content)])
-    return replace_content(message, f"{_MARK}{at}x")
+        return _replace_content(message, [{**part, "text": f"{_MARK}{at}x{n}x"} for n, part in enumerate(content)])
+    return _replace_content(message, f"{_MARK}{at}x")
 
 
 def _list_marks(message: Mapping[str, Any]) -> Iterator[str]:
@@ -237,14 +242,6 @@ def _list_marks(message: Mapping[str, Any]) -> Iterator[str]:
         yield from (part["text"] for part in content)
     elif content is not None:
         yield content
-
-
-def _name_template(file: str) -> str | None:
-    """Returns the name of the template that a file of a bundle holds, if it holds one."""
-    if file == CHAT_TEMPLATE:
-        return _DEFAULT
-    found = _NAMED.fullmatch(file)
-    return None if found is None else found[1]
 
 
 def _decode(raw: bytes, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date as Date  # noqa: N812 - the option is named date
@@ -99,7 +100,7 @@ def read_date(value: object) -> datetime | None:
         return value
     if isinstance(value, Date):
         return datetime.combine(value, time())
-    if isinstance(value, str) and len(value) == len("YYYY-MM-DD"):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", value):
         try:
             return datetime.combine(Date.fromisoformat(value), time())
         except ValueError:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from operator import index
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from jinja2 import nodes, pass_context, pass_eval_context
 from jinja2.compiler import CodeGenerator
@@ -39,7 +39,8 @@ _TOTAL_LIMIT = 1 << 30  # characters that one rendering makes in all, intermedia
 _SECONDS = 10.0  # of one rendering
 _BITS_LIMIT = 1 << 16  # of a whole number
 _INDENT_LIMIT = 64  # spaces of one level of JSON
-_ITEM = 16  # characters that one item of a list counts as
+_ITEM = 16  # characters that an item of a list counts as, for the memory of its reference
+_NESTED = 64  # characters that a list or object counts as where it becomes text, for the time of the walk
 # Filters that take their value as it is. All others make text of it first.
 _STRUCTURAL = frozenset(
     (
@@ -79,6 +80,23 @@ def limit_rendering() -> Iterator[Budget]:
         _BUDGET.reset(token)
 
 
+class _BoundedCode(CodeGenerator):
+    """Python code that counts the turns of loops and the text of `~`."""
+
+    def visit_For(self, node: nodes.For, frame: Any) -> None:  # noqa: N802 - Jinja names its visitors so
+        node.iter = self._call("count_turns", [cast("nodes.Expr", node.iter)], node)
+        super().visit_For(node, frame)
+
+    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802
+        self.visit(self._call("join_text", list(node.nodes), node), frame)
+
+    def _call(self, method: str, arguments: list[nodes.Expr], place: nodes.Node) -> nodes.Call:
+        call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
+        call.set_lineno(place.lineno)
+        call.set_environment(self.environment)
+        return call
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
     """The environment that a chat template is compiled in.
 
@@ -87,6 +105,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     is compiled. lipsum, which writes random text, is left out.
     """
 
+    code_generator_class = _BoundedCode
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
     def __init__(self) -> None:
@@ -109,12 +128,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         _check_operands(operator, left, right)
         return _count(super().call_binop(context, operator, left, right))
 
-    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         if isinstance(owner, str | bytes):
             if name == "join" and args:
                 args = (_as_list(args[0]), *args[1:])
-            _check_method(name, owner, args, kwargs)
+            _check_method(name, owner, args, {key: value for key, value in kwargs.items() if not key.startswith("_")})
         elif name == "to_bytes" and isinstance(owner, int):
             _check_number(next(iter(args or kwargs.values()), 1))
         return _count(super().call(context, function, *args, **kwargs))
@@ -137,7 +156,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         return format_text
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]  # Jinja joins captured output with it
+    def concat(self, parts: Iterable[str]) -> str:  # Jinja joins captured output with it
         """Joins the pieces of captured output."""
         pieces = list(parts)
         _BUDGET.get().spend(sum(map(len, pieces)))
@@ -159,24 +178,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
             yield item
 
 
-class _BoundedCode(CodeGenerator):
-    """Python code that counts the turns of loops and the text of `~`."""
-
-    def visit_For(self, node: nodes.For, frame: Any) -> None:  # noqa: N802 - Jinja names its visitors so
-        node.iter = self._call("count_turns", [node.iter], node)
-        super().visit_For(node, frame)
-
-    def visit_Concat(self, node: nodes.Concat, frame: Any) -> None:  # noqa: N802
-        self.visit(self._call("join_text", node.nodes, node), frame)
-
-    def _call(self, method: str, arguments: list[nodes.Expr], place: nodes.Node) -> nodes.Call:
-        call = nodes.Call(nodes.EnvironmentAttribute(method), arguments, [], None, None)
-        return call.set_lineno(place.lineno).set_environment(self.environment)  # type: ignore[return-value]
-
-
-Sandbox.code_generator_class = _BoundedCode
-
-
 class _GenerationBlocks(Extension):
     """`{% generation %}`, which marks what the assistant wrote. Training reads the mark. The text is the same without it."""
 
@@ -185,7 +186,9 @@ class _GenerationBlocks(Extension):
     def parse(self, parser: Parser) -> CallBlock:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("write_block"), [], [], body).set_lineno(line)
+        block = nodes.CallBlock(self.call_method("write_block"), [], [], body)
+        block.set_lineno(line)
+        return block
 
     def write_block(self, caller: Macro) -> str:
         return caller()
@@ -365,7 +368,7 @@ def _measure(value: Any, *, indent: int = 0) -> int:
         if isinstance(item, str | bytes):
             total += len(item) + 1
             continue
-        total += _ITEM
+        total += _NESTED
         if isinstance(item, Namespace):
             waiting.append((item._Namespace__attrs, depth))
         elif isinstance(item, Mapping):

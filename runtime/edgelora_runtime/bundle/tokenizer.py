@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from edgelora_runtime.bundle.chat_template import ChatTemplates, read_special_tokens
+from edgelora_runtime.bundle.chat_template import ChatTemplates, list_templates, read_special_tokens
 from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from typing import Unpack
 
     from edgelora_runtime.bundle.folder import Bundle
@@ -30,7 +30,7 @@ class Tokenizer:
     def __init__(self, bundle: Bundle) -> None:
         self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
         config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
-        self._templates = ChatTemplates(list(bundle.manifest.files), bundle.read, read_special_tokens(config))
+        self._templates = ChatTemplates(list_templates(bundle.manifest.files), bundle.read, read_special_tokens(config))
 
     @property
     def has_chat_template(self) -> bool:
@@ -46,11 +46,10 @@ class Tokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def find_special_token(self, text: str) -> int | None:
-        """Returns the id of the special token with exactly this text, which decode() leaves out. None if there is none."""
-        number: int | None = self._tokenizer.token_to_id(text)
-        token = None if number is None else self._tokenizer.get_added_tokens_decoder().get(number)
-        return number if token is not None and token.special else None
+    def find_added_tokens(self, texts: str | Iterable[str]) -> frozenset[int]:
+        """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
+        ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
     def encode(self, text: str) -> list[int]:
         """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""

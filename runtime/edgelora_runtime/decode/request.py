@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.manifest import ModelEntry
     from edgelora_runtime.bundle.router import Route
-    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.cancellation import Cancellation
     from edgelora_runtime.decode.grammar import Constraint
     from edgelora_runtime.decode.options import GenerateOptions
@@ -45,26 +44,23 @@ def build_request(
     options: GenerateOptions,
     prompt: Sequence[int],
     model: ModelEntry,
-    tokenizer: Tokenizer,
     *,
     cancellation: Cancellation,
     constraint: Constraint | None,
     route: Route | None,
+    stop_tokens: frozenset[int] = frozenset(),
 ) -> Request:
     """Builds a request from its options, which must be complete, and its prompt's tokens.
 
-    A stop string that is a special token ends the answer at that token, whose text decoding leaves out.
+    stop_tokens: those that a stop string is the text of. They end the answer too, since decoding leaves their text out.
     """
     room = model.context_length - len(prompt) + 1  # the last token is never read back
-    stop = [options["stop"]] if isinstance(options["stop"], str) else options["stop"]
-    stop_tokens = {token for text in stop if (token := tokenizer.find_special_token(text)) is not None}
-    end_tokens = frozenset[int]() if options["ignore_eos"] else frozenset(model.eos_token_ids)
     return Request(
         prompt=prompt,
         max_tokens=options["max_tokens"] if options["overflow"] == "slide" else min(options["max_tokens"], room),
         sampling=Sampling.of(options),
-        stop=StopFilter(stop),
-        end_tokens=end_tokens | stop_tokens,
+        stop=StopFilter(options["stop"]),
+        end_tokens=stop_tokens if options["ignore_eos"] else stop_tokens.union(model.eos_token_ids),
         context=model.context_length,
         cancellation=cancellation,
         route=route,
