@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CHAT_TEMPLATE = "chat_template.jinja"
 _NAMED = re.compile(r"chat_template\.(.+)\.jinja")  # a template with a name of its own
-_DEFAULT, _TOOL_USE = "default", "tool_use"
+DEFAULT_TEMPLATE, _TOOL_USE = "default", "tool_use"
 _TEMPLATE_LIMIT = 1 << 18  # bytes of one template
 _MESSAGE_LIMIT = 300  # characters of a template's own error
 _FORMAT_LIMIT = 1000  # characters of a format for strftime_now
@@ -141,11 +141,11 @@ class ChatTemplates:
             return chat.template
         if chat.tools is not None and _TOOL_USE in self._files:
             return _TOOL_USE
-        if _DEFAULT not in self._files:
+        if DEFAULT_TEMPLATE not in self._files:
             raise UsageError(
                 f"this bundle has no default chat template; give the template option chat_template one of {', '.join(self.names)}"
             )
-        return _DEFAULT
+        return DEFAULT_TEMPLATE
 
     def _compile(self, name: str) -> ChatTemplate:
         if name not in self._compiled:  # two threads may both compile it; the results are equal
@@ -157,6 +157,19 @@ class ChatTemplates:
         return self._compiled[name]
 
 
+def name_template(name: str) -> str:
+    """Returns the file of a bundle that holds the template of this name.
+
+    Raises InputError for a name that is no file's.
+
+    >>> name_template("default"), name_template("tool_use")
+    ('chat_template.jinja', 'chat_template.tool_use.jinja')
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", name):
+        raise InputError(f"a chat template is named {name[:64]!r}; rename it with letters, digits, '_' and '-'")
+    return CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"chat_template.{name}.jinja"
+
+
 def list_templates(files: Collection[str]) -> dict[str, str]:
     """Finds the chat templates among a bundle's files. Returns the file of each by name.
 
@@ -164,7 +177,7 @@ def list_templates(files: Collection[str]) -> dict[str, str]:
     {'default': 'chat_template.jinja', 'tool_use': 'chat_template.tool_use.jinja'}
     """
     named = {found[1]: file for file in files if (found := _NAMED.fullmatch(file))}
-    return {_DEFAULT: CHAT_TEMPLATE, **named} if CHAT_TEMPLATE in files else named
+    return {DEFAULT_TEMPLATE: CHAT_TEMPLATE, **named} if CHAT_TEMPLATE in files else named
 
 
 def check_template(raw: bytes, name: str = CHAT_TEMPLATE) -> str:
