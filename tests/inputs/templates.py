@@ -206,7 +206,11 @@ def check_broken_bundle(folder: Path) -> str:
 CASES = [
     Case("named templates in tokenizer_config.json", "template", "default, and tool_use with tools", "equal", check_named),
     Case(
-        "named templates in additional_chat_templates/", "template", "tool_use with tools, any other by its name", "equal", check_named_files
+        "named templates in additional_chat_templates/",
+        "template",
+        "tool_use with tools, any other by its name",
+        "equal",
+        check_named_files,
     ),
     Case("a generation block", "template", "its text", "equal", check_generation),
     Case("break and continue", "template", "loops as in Python", "equal", check_loop_controls),
