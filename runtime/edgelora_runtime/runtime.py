@@ -15,13 +15,14 @@ import numpy as np
 
 from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
-from edgelora_runtime.bundle.prompt import check_tokens, encode_prompt, find_routed_text
+from edgelora_runtime.bundle.messages import CHAT_OPTIONS
+from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
 from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.decode.cancellation import Cancellation
 from edgelora_runtime.decode.grammar import Grammars
 from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
-from edgelora_runtime.decode.options import resolve_options
+from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader
 from edgelora_runtime.decode.request import build_request
 from edgelora_runtime.decode.speculation import Speculation
@@ -45,7 +46,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.bundle.manifest import VariantEntry
-    from edgelora_runtime.bundle.prompt import Prompt
+    from edgelora_runtime.bundle.messages import ChatOptions
+    from edgelora_runtime.bundle.prompt import CheckedPrompt, Prompt
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.decode.request import Request
     from edgelora_runtime.residency.packed_cache import PackedCache
@@ -245,17 +247,22 @@ class Runtime:
 
         prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
         GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
-        the context, MissingExtraError for a json_schema, regex or grammar without llguidance.
+        the context or that the template refuses, MissingExtraError for a json_schema, regex or grammar without llguidance.
         """
         chosen = resolve_options(options)
         variant, mix = chosen["variant"], chosen["mix"]
-        route = self.route(prompt) if variant == AUTO and mix is None else None
+        cancellation = Cancellation(chosen["timeout"])
+        checked = check_prompt(prompt, select_chat_options(chosen))
+        route = self._route(checked) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
         model = self._manifest.find_model(choice.graph)
         constraint = self._grammars[model].compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
-        cancellation = Cancellation(chosen["timeout"])
-        tokens = check_tokens(self.encode(prompt), model, may_overflow=chosen["overflow"] == "slide")
-        request = build_request(chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route)
+        prompt_tokens = encode_prompt(self._tokenizer, checked)
+        tokens = check_tokens(prompt_tokens, model, may_overflow=chosen["overflow"] == "slide")
+        stop = self._tokenizer.find_added_tokens(chosen["stop"])
+        request = build_request(
+            chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
+        )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
     def route(self, prompt: Prompt) -> Route:
@@ -265,6 +272,9 @@ class Runtime:
         the user's last one only, since a conversation may change its subject. Raises UsageError if the bundle has no router,
         InputError as stream() does.
         """
+        return self._route(check_prompt(prompt, {}))
+
+    def _route(self, prompt: CheckedPrompt) -> Route:
         return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
@@ -311,9 +321,15 @@ class Runtime:
             raise UsageError(f"positions = {positions}: use 1 or more")
         yield from self._iterate_logits(token_ids, self._choose(variant, mix), min(positions, PREFILL_CHUNK))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt."""
-        return encode_prompt(self._tokenizer, prompt)
+    def encode(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> list[int]:
+        """Returns the tokens of a prompt.
+
+        options: what the chat template is given with messages, as in GenerateOptions. Raises InputError for messages that cannot
+        be used or that the template refuses, UsageError for options that cannot be used.
+        """
+        if unknown := sorted(options.keys() - set(CHAT_OPTIONS)):
+            raise UsageError(f"encode takes no option {unknown[0]!r}; use one of {', '.join(CHAT_OPTIONS)}")
+        return encode_prompt(self._tokenizer, check_prompt(prompt, options))
 
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
