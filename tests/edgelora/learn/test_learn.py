@@ -16,7 +16,8 @@ from edgelora.composing.compose import compose
 from edgelora.data.rows import Row, read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.in_torch.reference import write_completions
-from edgelora.in_torch.train import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora.learn.distillation import distillation_loss, encode_rows, write_rows
 from edgelora.learn.learn import GRAINS, LearnConfig, learn
 from edgelora.mix.mix import Mix
