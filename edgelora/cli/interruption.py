@@ -1,0 +1,76 @@
+"""Ctrl-C and SIGTERM: one line and an exit code, whenever they come.
+
+While the command line loads, nothing has been begun, and the process ends on the spot. Later they raise KeyboardInterrupt, so
+that every block cleans up what it has begun. Python loses an exception that is raised inside a weak reference's callback or a
+finalizer, as happens while large packages load. Its hook for such exceptions then sends the signal again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgelora_runtime.errors import INTERRUPTED, TERMINATED
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_AGAIN = 0.02  # seconds until a lost signal is sent again
+_WORDS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
+_received = signal.SIGINT
+
+
+def exit_at_once() -> None:
+    """Makes both signals end the process without any clean-up, for as long as there is nothing to clean up."""
+    _handle_with(_exit)
+
+
+def raise_when_interrupted() -> None:
+    """Makes both signals raise KeyboardInterrupt, also where Python would lose it."""
+    _handle_with(_raise)
+    sys.unraisablehook = _send_again(sys.unraisablehook)
+
+
+def describe_interruption() -> tuple[str, int]:
+    """Returns the word for what ended the process, and its exit code."""
+    return _WORDS[_received]
+
+
+def _handle_with(handler: Any) -> None:
+    for number in _WORDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs of scripts ignore SIGINT
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a handler's signature)
+    word, code = _WORDS[signal.Signals(number)]
+    os.write(2, f"edgelora: {word}\n".encode())
+    os._exit(code)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a handler's signature)
+    global _received
+    _received = signal.Signals(number)
+    raise KeyboardInterrupt
+
+
+def _send_again(hook: Any) -> Any:
+    def handle(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            hook(unraisable)
+            return
+        timer = threading.Timer(_AGAIN, _send, [_received])
+        timer.daemon = True
+        timer.start()
+
+    return handle
+
+
+def _send(number: signal.Signals) -> None:
+    if sys.platform == "win32":
+        signal.raise_signal(number)
+    else:  # to the thread that may be waiting for input
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
