@@ -86,6 +86,14 @@ def read_provenance(folder: Path) -> Provenance | None:
     return Provenance(**{each.name: value[each.name] for each in known if each.name in value})
 
 
+def find_template_options(adapters: Mapping[str, Adapter], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the chat template gets beside messages: what the adapters were trained with where they agree, and `given`."""
+    trained = [adapter.provenance.template_options for adapter in adapters.values() if adapter.provenance is not None]
+    names = dict.fromkeys(name for options in trained for name in options)
+    agreed = {name: trained[0][name] for name in names if all(options.get(name) == trained[0].get(name) for options in trained)}
+    return {**agreed, **(given or {})}
+
+
 @dataclass(frozen=True)
 class Adapter:
     """An opened PEFT LoRA adapter.

@@ -17,7 +17,7 @@ from edgelora.cli.doctor import doctor
 from edgelora.cli.evaluate import evaluate
 from edgelora.cli.export import export
 from edgelora.cli.inspect import inspect, verify
-from edgelora.cli.interruption import describe_interruption
+from edgelora.cli.interruption import describe_interruption, was_interrupted
 from edgelora.cli.run import run
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
@@ -93,6 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _report(message: str, code: int, as_json: bool) -> int:
+    if was_interrupted():  # a failure after a signal comes from the signal
+        message, code = describe_interruption()
     line = " ".join(message.split())
     print_note(f"edgelora: {line}")
     if as_json:

@@ -18,9 +18,9 @@ from edgelora_runtime.errors import INTERRUPTED, TERMINATED
 if TYPE_CHECKING:
     from types import FrameType
 
-_AGAIN = 0.02  # seconds until a lost signal is sent again
+_AGAIN = 0.001  # seconds until a lost signal is sent again
 _WORDS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
-_received = signal.SIGINT
+_received: signal.Signals | None = None
 
 
 def exit_at_once() -> None:
@@ -34,9 +34,14 @@ def raise_when_interrupted() -> None:
     sys.unraisablehook = _send_again(sys.unraisablehook)
 
 
+def was_interrupted() -> bool:
+    """True if one of the signals has come, whatever became of it."""
+    return _received is not None
+
+
 def describe_interruption() -> tuple[str, int]:
     """Returns the word for what ended the process, and its exit code."""
-    return _WORDS[_received]
+    return _WORDS[_received or signal.SIGINT]
 
 
 def _handle_with(handler: Any) -> None:
@@ -62,7 +67,7 @@ def _send_again(hook: Any) -> Any:
         if unraisable.exc_type is not KeyboardInterrupt:
             hook(unraisable)
             return
-        timer = threading.Timer(_AGAIN, _send, [_received])
+        timer = threading.Timer(_AGAIN, _send, [_received or signal.SIGINT])
         timer.daemon = True
         timer.start()
 

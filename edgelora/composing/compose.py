@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edgelora.adapters.folder import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.adapters.folder import CONFIG, WEIGHTS, Adapter, Provenance, find_template_options, write_provenance
 from edgelora.composing.mergekit_config import read_mergekit
 from edgelora.composing.mergekit_mix import MergekitMix
 from edgelora.mix.methods import DEFAULT_DENSITY
@@ -217,4 +217,5 @@ def derive_provenance(
         alpha=float(rank),
         steps=0,
         learning_rate=0.0,
+        template_options=find_template_options(adapters),
     )

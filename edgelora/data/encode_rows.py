@@ -12,7 +12,7 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from edgelora.data.rows import Row
 
@@ -60,17 +60,25 @@ class RowEncoder:
         return str(self._apply(chat, tokenize=False))
 
     def whole(self, row: Row) -> tuple[list[int], int]:
-        """Encodes a row, without the end of a text. Also returns the index of the first token after its prompt.
+        """Encodes a row's prompt and completion as a bundle sends them.
 
-        A token may span prompt and completion, and the first token of all has no likelihood.
+        Also returns the index of the first token after the prompt. A token may span prompt and completion, and the first token
+        of all has no likelihood. Raises InputError for an answer without text.
         """
-        whole = self(row.whole)
-        return whole, max(1, shared_prefix(self(row.prompt), whole))
+        prompt = self(row.prompt)
+        if isinstance(row.prompt, str):
+            whole = self(row.prompt + row.completion)
+        else:
+            whole = self._encode_rendered(self.render(row.prompt) + row.completion)
+        if not row.completion:
+            raise InputError(f"{row.place}: the answer has no text, and calls of tools are trained on but not scored")
+        return whole, max(1, shared_prefix(prompt, whole))
 
     def with_end(self, row: Row) -> tuple[list[int], int]:
         """Encodes a row with the token that ends its answer, as whole() otherwise."""
         tokens, start = self.whole(row)
-        return self._add_end(tokens, row.whole), start
+        end = None if isinstance(row.prompt, str) else self.turn_end
+        return self._add_end(tokens, self.tokenizer.eos_token_id if end is None else end), start
 
     def learn(self, row: Row) -> LearnedTokens:
         """Encodes a row for training.
@@ -142,7 +150,7 @@ class RowEncoder:
         learned = [bool(marked) and place >= start for place, marked in enumerate(mask)]
         if not any(learned):
             raise InputError("the chat template marks none of its tokens as the assistant's ({% generation %})")
-        return self._close(tokens, learned, chat)
+        return self._close(tokens, learned)
 
     def _learn_by_starts(self, chat: Chat, learned_from: int) -> LearnedTokens:
         text, messages = self.render(chat), chat.messages
@@ -165,19 +173,16 @@ class RowEncoder:
                     )
                 bounds = [shared_prefix(self._encode_rendered(part), tokens) for part in (before, with_it)]
                 learned[slice(*bounds)] = [True] * (bounds[1] - bounds[0])
-        return self._close(tokens, learned, chat)
+        return self._close(tokens, learned)
 
-    def _close(self, tokens: list[int], learned: list[bool], chat: Chat) -> LearnedTokens:
+    def _close(self, tokens: list[int], learned: list[bool]) -> LearnedTokens:
         """Adds the end of text to a conversation whose template ends its messages with none."""
-        closed = self._add_end(tokens, chat)
+        closed = tokens if self.turn_end is not None else self._add_end(tokens, self.tokenizer.eos_token_id)
         learned = [False, *learned[1:], *[True] * (len(closed) - len(tokens))]  # nothing predicts the first token
         return LearnedTokens(tuple(closed), tuple(learned))
 
-    def _add_end(self, tokens: Sequence[int], item: str | Chat) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        if end is None or tokens[-1:] == [end] or (isinstance(item, Chat) and self.turn_end is not None):
-            return list(tokens)
-        return [*tokens, end]
+    def _add_end(self, tokens: list[int], end: int | None) -> list[int]:
+        return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
 
 
 def _check_texts(chat: Chat, text: str) -> None:

@@ -77,6 +77,15 @@ def read_text(path: Path, what: str) -> str:
         raise InputError(f"{what} {path} is not readable UTF-8 text ({error})") from error
 
 
+def read_request(row: Row) -> str:
+    """Returns what is asked: the prompt, or of a conversation the user's last message, by which a router routes it."""
+    if isinstance(row.prompt, str):
+        return row.prompt
+    messages = row.prompt.messages
+    asked = [message for message in messages if message["role"] == "user"] or messages
+    return read_content(asked[-1].get("content"))
+
+
 def check_unicode(text: str, where: str) -> None:
     """Raises InputError for text with half of a surrogate pair, which JSON can spell, but no tokenizer reads."""
     try:

@@ -143,7 +143,7 @@ def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -50,9 +50,9 @@ class Tokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a plain prompt, with the special tokens that the tokenizer adds unless told otherwise."""
+        return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the assistant's answer starts."""

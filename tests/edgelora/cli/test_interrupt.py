@@ -41,7 +41,8 @@ def interrupt(
     assert process.stdout.readline() == "up\n"
     time.sleep(seconds)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    process.wait(timeout=60)  # before the end of its input, which would end some verbs
+    _, errors = process.communicate()
     return process.returncode, errors
 
 
