@@ -2,7 +2,7 @@
 
 While the command line loads, nothing has been begun, and the process ends on the spot. Later they raise KeyboardInterrupt, so
 that every block cleans up what it has begun. Python loses an exception that is raised inside a weak reference's callback or a
-finalizer, as happens while large packages load. Its hook for such exceptions then sends the signal again.
+finalizer, as happens while large packages load. Its hook for such exceptions then sets a timer that raises it again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgelora_runtime.errors import INTERRUPTED, TERMINATED
@@ -18,7 +17,7 @@ from edgelora_runtime.errors import INTERRUPTED, TERMINATED
 if TYPE_CHECKING:
     from types import FrameType
 
-_AGAIN = 0.001  # seconds until a lost signal is sent again
+_AGAIN = 0.001  # seconds until a lost interrupt is raised again
 _WORDS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
 _received: signal.Signals | None = None
 
@@ -31,7 +30,9 @@ def exit_at_once() -> None:
 def raise_when_interrupted() -> None:
     """Makes both signals raise KeyboardInterrupt, also where Python would lose it."""
     _handle_with(_raise)
-    sys.unraisablehook = _send_again(sys.unraisablehook)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, _raise)
+        sys.unraisablehook = _raise_again(sys.unraisablehook)
 
 
 def was_interrupted() -> bool:
@@ -58,24 +59,16 @@ def _exit(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a
 
 def _raise(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a handler's signature)
     global _received
-    _received = signal.Signals(number)
+    if number in _WORDS:
+        _received = signal.Signals(number)
     raise KeyboardInterrupt
 
 
-def _send_again(hook: Any) -> Any:
+def _raise_again(hook: Any) -> Any:
     def handle(unraisable: Any) -> None:
         if unraisable.exc_type is not KeyboardInterrupt:
             hook(unraisable)
-            return
-        timer = threading.Timer(_AGAIN, _send, [_received or signal.SIGINT])
-        timer.daemon = True
-        timer.start()
+        elif sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)  # a thread could wait here for a lock that this one holds
 
     return handle
-
-
-def _send(number: signal.Signals) -> None:
-    if sys.platform == "win32":
-        signal.raise_signal(number)
-    else:  # to the thread that may be waiting for input
-        signal.pthread_kill(threading.main_thread().ident or 0, number)

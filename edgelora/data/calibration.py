@@ -7,7 +7,7 @@ import json
 import math
 import random
 from importlib.resources import files as package_files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelora.data.rows import Row, check_unicode, read_rows
 from edgelora_export.plan.calibration import Calibration, Sample
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgelora.adapters.folder import Adapter
-    from edgelora.data.chats import Chat
 
-    Encode = Callable[[str | Chat], list[int]]
+    Encode = Callable[[Any], list[int]]  # of a text, or of a Chat where rows hold conversations
 
 MAX_SAMPLE_TOKENS = 512  # longer samples are cut
 MIN_FIT_TOKENS = 16384  # to quantize on, if the data have that many; wide models take twice their widest input

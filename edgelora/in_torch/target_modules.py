@@ -45,7 +45,8 @@ def list_layers(config: Mapping[str, Any]) -> list[str]:
 
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+            auto: Any = AutoModelForCausalLM
+            model: Any = auto.from_config(AutoConfig.for_model(**config))
     except Exception:  # as many types as there are models
         return []
     kinds = (torch.nn.Linear, torch.nn.Embedding, Conv1D)

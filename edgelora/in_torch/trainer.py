@@ -100,7 +100,7 @@ def _trainer_class() -> Any:
 
     class Trainer(SFTTrainer):  # type: ignore[misc,unused-ignore]
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            loss = super().training_step(*args, **kwargs)
+            loss: Any = super().training_step(*args, **kwargs)  # type: ignore[no-untyped-call]
             if not bool(loss.isfinite()):
                 step = self.state.global_step + 1
                 raise InputError(f"training diverged: the loss is {float(loss)} at step {step}; lower --lr or check the rows")

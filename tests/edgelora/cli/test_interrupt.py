@@ -34,14 +34,17 @@ def interrupt(
     arguments: Sequence[object], seconds: float, folder: Path, number: signal.Signals = signal.SIGINT, code: str = START
 ) -> tuple[int, str]:
     """Exit code and standard error of a command that gets a signal so long after it has started."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    command = [sys.executable, "-X", "faulthandler", "-c", code, *map(str, arguments)]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=folder, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     time.sleep(seconds)
     process.send_signal(number)
-    process.wait(timeout=60)  # before the end of its input, which would end some verbs
+    try:
+        process.wait(timeout=40)  # before the end of its input, which would end some verbs
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)  # shows where it waits
     _, errors = process.communicate()
     return process.returncode, errors
 

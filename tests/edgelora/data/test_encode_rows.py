@@ -164,7 +164,7 @@ def trl_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], folder: Path) -> 
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape))
     marked = "messages" in rows[0]
     with quiet_libraries():

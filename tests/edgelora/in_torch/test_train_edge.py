@@ -151,7 +151,7 @@ def test_an_output_that_cannot_be_is_refused_before_training(config: TrainConfig
 
 def test_a_full_disk_is_found_before_training(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(config.data.parent)
-    monkeypatch.setattr(save_adapter.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     steps: list[int] = []
     with pytest.raises(ResourceError, match="the adapter needs 1 MiB, but the disk of"):
         train(config, on_progress=lambda done, total, what: steps.append(done))

@@ -100,7 +100,7 @@ def test_an_adapter_writes_what_peft_writes_and_sees_no_label(trained: tuple[Lea
     written = write_rows(model, adapter, rows, 3, 0)
     peft: Any = PeftModel.from_pretrained(load_base(Path(config.base)), adapter.folder).eval()
     assert 1 <= len({row.prompt for row in written}) == len(written) <= 3
-    assert [row.completion for row in written] == write_completions(peft, model.tokenizer, written, 64)
+    assert [row.completion for row in written] == write_completions(peft, model.encoder, written, 64)
 
 
 def test_what_adapters_write_makes_it_better(trained: tuple[LearnConfig, dict[str, Path]], tmp_path: Path) -> None:
