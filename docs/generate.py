@@ -182,7 +182,9 @@ def write_command_page() -> str:
         _row("3", "bad input"),
         _row("4", "failed integrity or fidelity"),
         _row("5", "too little disk or memory"),
-        _row("130", "interrupted"),
+        _row("130", "interrupted (Ctrl-C)"),
+        _row("141", "the reader of standard output has gone, as with `\\| head`"),
+        _row("143", "terminated (SIGTERM)"),
         "",
         "A failure prints one line on standard error. `EDGELORA_DEBUG=1` in the environment shows the traceback of an unexpected "
         "one.",

@@ -276,6 +276,14 @@ class Adapter(Delta):
         return digest.hexdigest()
 
 
+def find_template_options(adapters: Mapping[str, Adapter], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the chat template gets beside messages: what the adapters were trained with where they agree, and `given`."""
+    trained = [adapter.provenance.template_options for adapter in adapters.values() if adapter.provenance is not None]
+    names = dict.fromkeys(name for options in trained for name in options)
+    agreed = {name: trained[0][name] for name in names if all(options.get(name) == trained[0].get(name) for options in trained)}
+    return {**agreed, **(given or {})}
+
+
 def open_adapters(
     folders: Mapping[str, Path | str],
     *,

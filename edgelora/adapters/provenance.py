@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.base.files import read_json
@@ -24,6 +24,8 @@ class Provenance:
     base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training, or "mixed" for
     a mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
     folder, or "" if unknown. init: how A and B were initialized, or "composed: …" or "learned: …" for a mix.
+    rows_cut, rows_left_out: of data_rows, those that were cut to the maximum length, and those with nothing to learn within it.
+    template_options: what the chat template got in training beside the messages.
     """
 
     base_name: str
@@ -38,6 +40,9 @@ class Provenance:
     steps: int
     learning_rate: float
     data_file: str = ""
+    rows_cut: int = 0
+    rows_left_out: int = 0
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def pack_provenance(provenance: Provenance) -> str:
@@ -60,6 +65,7 @@ def read_provenance(folder: Path) -> Provenance | None:
 def parse_provenance(value: Mapping[str, Any], where: str) -> Provenance:
     """Makes a Provenance from parsed JSON, as read_provenance() does. Raises InputError if a field is absent."""
     known = fields(Provenance)
-    if absent := [field.name for field in known if field.name not in value and field.default is MISSING]:
+    required = [each.name for each in known if each.default is MISSING and each.default_factory is MISSING]
+    if absent := [name for name in required if name not in value]:
         raise InputError(f"{where} lacks {', '.join(absent)}; train the adapter again or delete the file")
-    return Provenance(**{field.name: value[field.name] for field in known if field.name in value})
+    return Provenance(**{each.name: value[each.name] for each in known if each.name in value})

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgelora.adapters.checks import check_factors, check_shapes
-from edgelora.adapters.folder import CONFIG, WEIGHTS, Adapter, Provenance, open_adapters, write_provenance
+from edgelora.adapters.folder import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    Provenance,
+    find_template_options,
+    open_adapters,
+    write_provenance,
+)
 from edgelora.adapters.gguf_file import SUFFIX
 from edgelora.composing.gguf_adapter import check_gguf_output, find_base_config, write_gguf
 from edgelora.composing.mergekit_config import read_mergekit
@@ -244,4 +252,5 @@ def derive_provenance(
         alpha=float(rank),
         steps=0,
         learning_rate=0.0,
+        template_options=find_template_options(adapters),
     )

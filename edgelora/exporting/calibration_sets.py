@@ -5,7 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from edgelora.adapters.folder import find_template_options
 from edgelora.data.calibration import GENERAL_SHARE, find_training_data, gather_calibration
+from edgelora.data.encode_rows import RowEncoder
+from edgelora.in_torch.train import load_tokenizer as load_base_tokenizer
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as RustTokenizer
 
     from edgelora.adapters.folder import Adapter
+    from edgelora.data.chats import Chat
     from edgelora_export.base.base import Base
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
@@ -45,9 +49,13 @@ class CalibrationSets:
             self._sets[key] = gather_calibration(files, self.encode, widest=self._widest, general_share=share)
         return self._sets[key]
 
-    def encode(self, text: str) -> list[int]:
-        """Encodes a text. Raises InputError if the base has no tokenizer.json."""
-        return list(self._tokenizer.encode(text).ids)
+    def encode(self, item: str | Chat) -> list[int]:
+        """Encodes a text or a conversation. Raises InputError if the base has no tokenizer.json, or no template for messages."""
+        return list(self._tokenizer.encode(item).ids) if isinstance(item, str) else self._encode_chat(item)
+
+    @cached_property
+    def _encode_chat(self) -> RowEncoder:
+        return RowEncoder(load_base_tokenizer(self._base), find_template_options(self._adapters))
 
     @cached_property
     def _tokenizer(self) -> RustTokenizer:

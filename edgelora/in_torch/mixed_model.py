@@ -12,12 +12,12 @@ import numpy as np
 
 from edgelora.adapters.checks import check_factors
 from edgelora.adapters.names import EMBEDDING, HEAD
+from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
 from edgelora_export.weights.torch_model import load_model, load_tokenizer, quiet_libraries
 from edgelora_runtime.errors import InputError
-from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,24 +70,26 @@ class MixedModel:
     The base's own weights are kept, so rounding errors do not accumulate.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
+        self.encoder = RowEncoder(tokenizer, template_options)
         self._weights: dict[str, Any] = {}  # the base's own parameters, of modules that currently hold a sum instead
         self._biases: dict[str, Any] = {}  # likewise. None where the base has no bias
         self._hooks: list[Any] = []
 
     @classmethod
-    def open(cls, base: str) -> MixedModel:
+    def open(cls, base: str, template_options: Mapping[str, Any] | None = None) -> MixedModel:
         """Loads a folder or hub id in float32, on a GPU if there is one.
 
-        Raises InputError if transformers cannot load it.
+        template_options: what the chat template gets beside the messages of rows. Raises InputError if transformers cannot load
+        the base.
         """
         import torch
 
         found = Base.find(base)
         with quiet_libraries():
             tokenizer, model = load_tokenizer(found), load_model(found)
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, template_options)
 
     def set_mix(self, mix: Mix | None) -> None:
         """Sets a mix by any method, in place of the current one.
@@ -127,8 +129,7 @@ class MixedModel:
 
         The index is as in evaluation.completion_loss.
         """
-        prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
-        return whole, max(1, shared_prefix(prompt, whole))
+        return self.encoder.whole(row)
 
     def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:
         """Rows in batches of similar length, shortest first."""
@@ -185,7 +186,7 @@ class MixedModel:
     def write(self, rows: Sequence[Row], max_tokens: int = 64) -> list[str]:
         """Completes the rows' prompts by greedy decoding."""
         with quiet_libraries():
-            return write_completions(self.model, self.tokenizer, rows, max_tokens)
+            return write_completions(self.model, self.encoder, rows, max_tokens)
 
     def _tie_head(self) -> None:
         """Gives a head that the base ties to its embedding the embedding's new weight."""

@@ -71,6 +71,7 @@ def search(
         },
         objective=config.objective,
         max_tokens=config.max_tokens,
+        template_options=config.template_options,
     )
     before = dict(trial_log.trials)
     with open_workers(job, config.parallel, config.address) as workers:
@@ -132,6 +133,7 @@ def _make_plan(
         **{name: getattr(config, name) for name in ("methods", "weights", "density", "scale", "objective", "parallel", "seed")},
         "sampler": choose_sampler(config),
         "max_tokens": config.max_tokens if config.objective == "score" else None,
+        **({"template_options": config.template_options} if config.template_options else {}),
     }
 
 

@@ -51,9 +51,9 @@ class Tokenizer:
         ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a plain prompt, with the special tokens that the tokenizer adds unless told otherwise."""
+        return self._encode(text, add_special_tokens=special_tokens)
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Returns the tokens of a checked conversation, up to where the assistant's answer starts.

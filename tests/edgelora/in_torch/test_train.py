@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgelora.adapters.folder import Adapter, read_provenance
-from edgelora.in_torch.train import TrainConfig, load_base, read_train_config, train
+from edgelora.in_torch.train import load_base, train
+from edgelora.in_torch.train_config import TrainConfig, read_train_config
 from edgelora_export.base.base import Base
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_runtime.errors import InputError

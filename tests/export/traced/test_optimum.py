@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from edgelora.exporting.export import export
-from edgelora.in_torch.train import TrainConfig, _round_to_int4, train
+from edgelora.in_torch.train import _round_to_int4, train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_runtime import Bundle, InputError, Runtime
 from edgelora_runtime.session.model import Model
