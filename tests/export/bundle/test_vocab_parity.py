@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from transformers import Gemma3TextConfig, GraniteConfig
 
 from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
@@ -233,6 +234,22 @@ def test_an_interrupted_export_goes_on_with_its_own_head(tied: Family, tmp_path:
     stored.clear()
     assert export(tmp_path / "bundle") == whole
     assert not any(what.startswith("v, head") for what in stored)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"rows": 306, "lora_bias": True}])
+@pytest.mark.parametrize("kind", ["gemma3", "granite"])
+def test_scaled_embeddings_and_capped_logits(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "gemma3": {"config_class": Gemma3TextConfig, "head_dim": 16, "sliding_window": 8},
+        "granite": {"config_class": GraniteConfig, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    }
+    make_base(tmp_path / "base", **(shapes[kind] | {"tie_word_embeddings": True}))
+    trained = train_somewhat(tmp_path / "base", tmp_path / "adapter", **settings)
+    variants = [Variant("v", {"a": 1.0}, delta=trained.change), Variant("base")]
+    build_variants(Base.open(tmp_path / "base"), variants, tmp_path / "out", quantization=Quantization(bits=32))
+    with Runtime(tmp_path / "out") as runtime:
+        assert_close(runtime.logits(TOKENS, variant="v"), torch_logits(trained.model, TOKENS))
+        assert_close(runtime.logits(TOKENS, variant="base"), torch_logits(load_base(tmp_path / "base"), TOKENS))
 
 
 def test_generation_is_pefts(resized: Runtime, tied: Family) -> None:
