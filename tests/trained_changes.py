@@ -131,7 +131,8 @@ def _read_layer(layer: Any) -> tuple[Any, Any] | None:
     if isinstance(layer, TrainableTokensWrapper):
         return layer.token_adapter.get_merged_weights(["default"]), None
     if isinstance(layer, LoraLayer):
-        weight = layer.base_layer.weight + layer.get_delta_weight("default")
+        adapted: Any = layer  # a Linear or an Embedding, which alone have this method
+        weight = adapted.base_layer.weight + adapted.get_delta_weight("default")
         bias = getattr(layer.base_layer, "bias", None)
         if layer.lora_bias.get("default"):
             added = layer.lora_B["default"].bias * layer.scaling["default"]

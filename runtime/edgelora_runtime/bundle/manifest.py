@@ -406,8 +406,7 @@ def _check_references(manifest: Manifest) -> None:
         if variant.vocab_size is not None and (variant.kind == "live" or variant.vocab_size < 1):
             wrong.append(f"variant {name} is {variant.kind} and has a vocabulary of {variant.vocab_size}")
         for graph in variant.graphs.values():
-            others = [each for each in manifest.variants.values() if graph.file in {item.file for item in each.graphs.values()}]
-            if len({each.vocab_size for each in others}) > 1:
+            if manifest.find_model(graph.file).vocab_size != (variant.vocab_size or manifest.model.vocab_size):
                 wrong.append(f"variant {name} and another run {graph.file} with vocabularies of different sizes")
             wrong += [f"variant {name} uses {file}, which files lacks" for file in sorted(graph.files - manifest.files.keys())]
             if graph.stages and {blob for stage in graph.stages for blob in stage.blobs} != set(graph.blobs):

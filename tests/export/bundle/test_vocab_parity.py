@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from transformers import Gemma3TextConfig, GraniteConfig
 
 from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
@@ -20,7 +21,7 @@ from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.errors import InputError, IntegrityError
 from tests.own_kernels import needs_kernels
 from tests.tiny import build_variants, load_base, make_base, random_tokens, torch_logits
-from tests.trained_changes import Trained, greedy_text, mean_kl, train_somewhat
+from tests.trained_changes import Trained, TrainedChange, greedy_text, mean_kl, train_somewhat
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -233,6 +234,37 @@ def test_an_interrupted_export_goes_on_with_its_own_head(tied: Family, tmp_path:
     stored.clear()
     assert export(tmp_path / "bundle") == whole
     assert not any(what.startswith("v, head") for what in stored)
+
+
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"rows": 306, "lora_bias": True}])
+@pytest.mark.parametrize("kind", ["gemma3", "granite"])
+def test_scaled_embeddings_and_capped_logits(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    shapes: dict[str, dict[str, Any]] = {
+        "gemma3": {"config_class": Gemma3TextConfig, "head_dim": 16, "sliding_window": 8},
+        "granite": {"config_class": GraniteConfig, "embedding_multiplier": 12.0, "logits_scaling": 8.0},
+    }
+    make_base(tmp_path / "base", **(shapes[kind] | {"tie_word_embeddings": True}))
+    trained = train_somewhat(tmp_path / "base", tmp_path / "adapter", **settings)
+    variants = [Variant("v", {"a": 1.0}, delta=trained.change), Variant("base")]
+    build_variants(Base.open(tmp_path / "base"), variants, tmp_path / "out", quantization=Quantization(bits=32))
+    with Runtime(tmp_path / "out") as runtime:
+        assert_close(runtime.logits(TOKENS, variant="v"), torch_logits(trained.model, TOKENS))
+        assert_close(runtime.logits(TOKENS, variant="base"), torch_logits(load_base(tmp_path / "base"), TOKENS))
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_size_alone_cuts_the_bases_rows_or_adds_zeros(tie: bool, bits: int, tmp_path: Path) -> None:
+    make_base(tmp_path / "base", tie_word_embeddings=tie)
+    variants = [Variant("base"), *(Variant(str(rows), delta=TrainedChange({}, rows=rows)) for rows in (290, ROWS))]
+    grid = Quantization(bits=bits, method="rtn")
+    build_variants(Base.open(tmp_path / "base"), variants, tmp_path / "out", quantization=grid)
+    with Runtime(tmp_path / "out") as runtime:
+        wanted = runtime.logits(TOKENS, variant="base")
+        np.testing.assert_allclose(runtime.logits(TOKENS, variant="290"), wanted[:, :290], atol=1e-5)
+        more = runtime.logits([*TOKENS, ROWS - 1], variant=str(ROWS))
+        np.testing.assert_allclose(more[:-1, :300], wanted, atol=1e-5)
+        assert (more[:, 300:] == 0).all()
 
 
 def test_generation_is_pefts(resized: Runtime, tied: Family) -> None:

@@ -88,8 +88,8 @@ def test_transformers_loads_pefts_logits(name: str, tmp_path: Path) -> None:
     trained = train_somewhat(tmp_path / "base", tmp_path / "adapter", **settings)
     config = write(tmp_path / "base", trained.change, tmp_path / "merged")
     assert {key: config[key] for key in said} == said
-    model: Any
-    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
+    auto: Any = AutoModelForCausalLM
+    model, report = auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     wanted = torch_logits(trained.model, TOKENS)
     found = torch_logits(model.eval(), TOKENS)

@@ -190,6 +190,10 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         changed("variants", "l", "vocab_size", value=9),
         "live and has a vocabulary of 9",
     ),
+    "one graph of two vocabularies": (
+        lambda value: value["variants"].update(n=value["variants"]["m"] | {"vocab_size": 9}),
+        "with vocabularies of different sizes",
+    ),
     "no tokens": (changed("variants", "m", "vocab_size", value=0), "merged and has a vocabulary of 0"),
     "vocabulary as text": (changed("variants", "m", "vocab_size", value="9"), "vocab_size should be a int"),
     "unknown matrix of its own": (changed("variants", "m", "own_vocab", value=["norm"]), "should be 'embedding' or 'head'"),
