@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 TOKENS = random_tokens(40)
-TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
 
 
@@ -248,7 +254,7 @@ WHISPER = transformers.WhisperConfig(
     vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
 )
 WHISPER.update({"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "pad_token_id": 0})
-LLAMA = transformers.LlamaConfig(**TINY, num_labels=3, pad_token_id=0)
+LLAMA = transformers.LlamaConfig(**TINY | {"num_labels": 3, "pad_token_id": 0})
 VIT = transformers.ViTConfig(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=28, patch_size=14
 )
