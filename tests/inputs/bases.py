@@ -192,6 +192,14 @@ def check_missing_head(folder: Path) -> str:
     return refuse(folder / "base", "has no lm_head.weight")
 
 
+def check_bare_names(folder: Path) -> str:
+    make_base(folder / "base", tie_word_embeddings=True)
+    tensors = load_file(folder / "base" / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "base" / "model.safetensors", {"format": "pt"})
+    return refuse(folder / "base", "embed_tokens.weight for model.embed_tokens.weight", "embedding models")
+
+
 def check_pickles(folder: Path) -> str:
     model = make_base(folder / "base")
     (folder / "base" / "model.safetensors").unlink()
@@ -279,6 +287,7 @@ CASES = [
     Case("head beside tie_word_embeddings, the same matrix", "base", "ties them", "equal", tied_with_head(add_equal_head)),
     Case("head alone, with tie_word_embeddings", "base", "embeds with the head", "equal", tied_with_head(move_to_head)),
     Case("no head and no tie_word_embeddings", "base", "a random head", "refused", check_missing_head),
+    Case("tensors of an embedding model", "base", "ties a head to it", "refused", check_bare_names),
     Case("Llama with yarn", "base", "its logits", "equal", of_settings(rope_parameters=YARN)),
     Case("Gemma 3 with vision", "base", "its logits on text", "equal", of_wrapper("gemma3")),
     Case("Ministral 3 with vision", "base", "its logits on text", "equal", of_wrapper("mistral3 of ministral3")),
