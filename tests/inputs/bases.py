@@ -27,7 +27,13 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 TOKENS = random_tokens(40)
-TINY = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 0.7}
 
 
@@ -186,6 +192,14 @@ def check_missing_head(folder: Path) -> str:
     return refuse(folder / "base", "has no lm_head.weight")
 
 
+def check_bare_names(folder: Path) -> str:
+    make_base(folder / "base", tie_word_embeddings=True)
+    tensors = load_file(folder / "base" / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, folder / "base" / "model.safetensors", {"format": "pt"})
+    return refuse(folder / "base", "embed_tokens.weight for model.embed_tokens.weight", "embedding models")
+
+
 def check_pickles(folder: Path) -> str:
     model = make_base(folder / "base")
     (folder / "base" / "model.safetensors").unlink()
@@ -248,7 +262,7 @@ WHISPER = transformers.WhisperConfig(
     vocab_size=300, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
 )
 WHISPER.update({"encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "pad_token_id": 0})
-LLAMA = transformers.LlamaConfig(**TINY, num_labels=3, pad_token_id=0)
+LLAMA = transformers.LlamaConfig(**TINY | {"num_labels": 3, "pad_token_id": 0})
 VIT = transformers.ViTConfig(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=28, patch_size=14
 )
@@ -273,6 +287,7 @@ CASES = [
     Case("head beside tie_word_embeddings, the same matrix", "base", "ties them", "equal", tied_with_head(add_equal_head)),
     Case("head alone, with tie_word_embeddings", "base", "embeds with the head", "equal", tied_with_head(move_to_head)),
     Case("no head and no tie_word_embeddings", "base", "a random head", "refused", check_missing_head),
+    Case("tensors of an embedding model", "base", "ties a head to it", "refused", check_bare_names),
     Case("Llama with yarn", "base", "its logits", "equal", of_settings(rope_parameters=YARN)),
     Case("Gemma 3 with vision", "base", "its logits on text", "equal", of_wrapper("gemma3")),
     Case("Ministral 3 with vision", "base", "its logits on text", "equal", of_wrapper("mistral3 of ministral3")),

@@ -29,6 +29,11 @@ def check_fit(config: Mapping[str, Any], tensors: Tensors, where: Path) -> None:
         return
     decoder = read_decoder(dict(config), 1)  # one position: the tables are not needed
     shapes = list_shapes(decoder)
+    if (bare := decoder.embedding.removeprefix("model.")) in tensors.files:
+        raise InputError(
+            f"base {where} has {bare} for {decoder.embedding}: it was saved without the language head, as embedding models are; "
+            "give the …ForCausalLM model that it was made from"
+        )
     if HEAD in shapes and HEAD not in tensors.files and decoder.embedding in tensors.files:
         raise InputError(
             f"base {where} has no {HEAD}, and config.json does not say tie_word_embeddings = true; it is a model without a "

@@ -39,5 +39,8 @@ def _are_equal(tensors: Tensors) -> bool:
     shape = tensors.shape(EMBEDDING)
     if tensors.shape(HEAD) != shape or len(shape) != 2:
         return False
-    chunks = [(start, min(start + _ROWS, shape[0])) for start in range(0, shape[0], _ROWS)]
-    return all(np.array_equal(*(tensors.read_rows(name, *chunk) for name in (EMBEDDING, HEAD))) for chunk in chunks)
+    for start in range(0, shape[0], _ROWS):
+        embedding, head = (tensors.read_rows(name, start, min(start + _ROWS, shape[0])) for name in (EMBEDDING, HEAD))
+        if not np.array_equal(embedding, head):
+            return False
+    return True

@@ -114,9 +114,10 @@ def compute_attention_factor(rope: Mapping[str, Any]) -> float:
 
     See compute_rotary_frequencies for the source.
     """
-    kind, factor = rope["rope_type"], rope.get("factor")
+    kind = rope["rope_type"]
     if kind not in ("longrope", "yarn"):
         return 1.0
+    factor = float(rope["factor"])
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     if factor <= 1:
@@ -125,7 +126,7 @@ def compute_attention_factor(rope: Mapping[str, Any]) -> float:
         return math.sqrt(1 + math.log(factor) / math.log(rope[_ORIGINAL]))
     scale, all_scale = rope.get("mscale"), rope.get("mscale_all_dim")
     if scale and all_scale:
-        return (0.1 * scale * math.log(factor) + 1) / (0.1 * all_scale * math.log(factor) + 1)
+        return float((0.1 * scale * math.log(factor) + 1) / (0.1 * all_scale * math.log(factor) + 1))
     return 0.1 * math.log(factor) + 1
 
 

@@ -49,9 +49,9 @@ def load_model(base: Base, *, dtype: Any = None, quantization_config: Any = None
             model: Any = AutoModelForCausalLM.from_pretrained(base.path, local_files_only=True, **settings)
         else:
             model = _load_tensors(base, settings)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: tensors of other shapes than the config's
         raise InputError(f"transformers cannot load base {base.path} ({first_line(error)})") from error
     return model.eval()
 

@@ -265,6 +265,7 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         ("phi3, long rope, partly rotary, padded heads", FUSED),
         ("phi3", ["qkv_proj"]),
         ("qwen3, padded heads, biases", None),
+        ("ministral3, padded heads, windows", None),
         ("gemma2, padded heads, no caps", None),
         ("gemma3", None),
         ("olmo2, padded heads", None),

@@ -29,8 +29,8 @@ ORIGINAL = "original_max_position_embeddings"
 
 def compute_theirs(rope: dict[str, Any], head_size: int, **settings: Any) -> tuple[Any, float]:
     """The frequencies and the attention factor of transformers for a Llama with these rope settings."""
-    sizes = {"hidden_size": 2 * head_size, "num_attention_heads": 2, "head_dim": head_size, "max_position_embeddings": LONGEST}
-    config = LlamaConfig(**sizes, rope_parameters=dict(rope), **settings)
+    sizes: dict[str, Any] = {"hidden_size": 2 * head_size, "num_attention_heads": 2, "head_dim": head_size}
+    config = LlamaConfig(**sizes, max_position_embeddings=LONGEST, rope_parameters=dict(rope), **settings)
     frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
     return frequencies.numpy(), factor
 
