@@ -139,7 +139,7 @@ def _name_files(tensors: Tensors, weights: Mapping[str, Weight]) -> dict[str, st
         module, _, part = name.rpartition(".")
         if name in used or part in _OF_ACTIVATIONS:
             continue
-        if part in _OF_CODES or name in weights or (module in modules and part != "bias"):
+        if part in _OF_CODES or name in weights or module in weights or (module in modules and part != "bias"):
             raise InputError(f"tensor {name} belongs to no weight that its quantization_config tells of; download it again")
         if part == "weight" and tensors.dtype(name).kind in "iub":
             raise InputError(f"tensor {name} is {tensors.dtype(name)}, which are codes without scales; download it again")
