@@ -78,7 +78,8 @@ class Weight4bit:
             return scales.astype(np.float32)
         table = self.stored.read(f"{self.name}.nested_quant_map").astype(np.float32)
         outer = self.stored.read(f"{self.name}.nested_absmax").astype(np.float32)
-        return table[scales] * outer[np.arange(first, last) // self.nested.block] + np.float32(self.nested.offset)
+        values: NDArray[np.float32] = table[scales] * outer[np.arange(first, last) // self.nested.block]
+        return values + np.float32(self.nested.offset)
 
 
 def find_weights(stored: Tensors, _settings: Mapping[str, Any]) -> dict[str, Weight]:
