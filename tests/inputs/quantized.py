@@ -120,7 +120,7 @@ def make_plain_weight(rng: np.random.Generator, rows: int, columns: int) -> Enco
     return Encoded({"weight": encoded.value.astype(np.float32)}, encoded.value)
 
 
-_NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+_NF4: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 _FORMULA = "the values by its formula in float64"
 _DEQUANTIZED = "dequantizes it while loading"
 CASES = [

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from edgelora_export.base.base import Base
 from edgelora_runtime import Runtime
-from tests.edgelora.cli.test_half_precision import edgelora
+from tests.edgelora.cli.test_half_precision import ROOT, edgelora
 from tests.tiny import make_adapter, make_base, make_tokenizer, random_tokens, torch_logits
 
 if TYPE_CHECKING:
@@ -73,6 +76,33 @@ def test_merging_writes_a_plain_checkpoint(workplace: Path) -> None:
     expected = PeftModel.from_pretrained(load_dequantized(workplace), workplace / "a").eval()
     tokens = random_tokens(30)
     assert np.abs(torch_logits(merged, tokens) - torch_logits(expected, tokens)).max() <= 1e-3
+
+
+@pytest.mark.parametrize("verb", ["export", "train", "compose"])
+def test_a_format_that_is_not_read_is_one_line(workplace: Path, tmp_path: Path, verb: str) -> None:
+    shutil.copytree(workplace / "base", tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text(encoding="utf-8"))
+    config |= {"quantization_config": {"quant_method": "hqq"}, "_name_or_path": "someone/Model-7B"}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "recipe.toml").write_text('base = "base"\n[variants.base]\nmix = {}\n', encoding="utf-8")
+    options = {
+        "export": ["recipe.toml"],
+        "train": ["--base", "base", "--data", workplace / "rows.jsonl"],
+        "compose": ["--adapter", f"a={workplace / 'a'}:1.0", "--merge-into", "base"],
+    }
+    done = start(tmp_path, verb, *options[verb], "--output", "out")
+    assert done.returncode == 3
+    assert done.stderr == (
+        "edgelora: base base: it is quantized as HQQ, which is not read; take the checkpoint before quantization "
+        "(its config.json names someone/Model-7B)\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def start(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))}
+    command = [sys.executable, "-m", "edgelora", *map(str, arguments)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_train_records_the_base_as_it_is_read(workplace: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from edgelora_export.base.safetensors_folder import INDEX, SINGLE, SafetensorsFolder
@@ -66,16 +67,13 @@ def test_scalars(folder: Path) -> None:
 
 def test_a_header_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening the file anew for each tensor costs more than reading a small one."""
-    import edgelora_export.base.safetensors_folder as module
-
     opened: list[Any] = []
-    safe_open = module.safe_open
 
     def count(path: Path, framework: str) -> Any:
         opened.append(path)
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr(module, "safe_open", count)
+    monkeypatch.setattr("edgelora_export.base.safetensors_folder.safe_open", count)
     tensors = SafetensorsFolder.open(folder)
     opened.clear()
     for name in tensors.files:

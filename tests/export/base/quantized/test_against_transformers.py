@@ -139,7 +139,8 @@ def compute_4bit(codes: torch.Tensor, state: Any) -> np.ndarray[Any, Any]:
     if state.nested:
         scales = state.state2.code[scales.long()] * state.state2.absmax.repeat_interleave(256)[: len(scales)] + state.offset
     flat = np.repeat(scales.double().numpy(), state.blocksize)[: places.size]
-    return (state.code.double().numpy()[places] * flat)[: np.prod(state.shape)].reshape(state.shape)
+    values: np.ndarray[Any, Any] = state.code.double().numpy()[places] * flat
+    return values[: np.prod(state.shape)].reshape(state.shape)
 
 
 def fp8_block(rows: int, columns: int) -> Encoded:

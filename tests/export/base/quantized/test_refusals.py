@@ -18,7 +18,6 @@ from edgelora_export.base.quantized.unread import UNREAD
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_runtime.errors import InputError
 from tests.export.base.quantized.checkpoints import (
-    Encoded,
     Memory,
     describe_groups,
     make_awq,
@@ -45,20 +44,19 @@ STATE = "weight.quant_state.bitsandbytes__nf4"
 BNB = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 
-def make_nf4(**state: Any) -> Encoded:
-    """An NF4 weight of 64 zeros with the state of the writer, some of it changed."""
+def make_nf4(**state: Any) -> dict[str, Any]:
+    """Parts of an NF4 weight with the state of the writer, some of it changed."""
     said = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [8, 8], **state}
-    parts = {
+    return {
         "weight": np.full((32, 1), 0x77, np.uint8),
         "weight.absmax": np.ones(1, np.float32),
         "weight.quant_map": np.linspace(-1, 1, 16, dtype=np.float32),
         STATE: np.frombuffer(json.dumps(said).encode(), np.uint8),
     }
-    return Encoded(parts, np.zeros((8, 8)))
 
 
-def make_int8(**parts: Any) -> Encoded:
-    return Encoded({"weight": np.zeros((8, 8), np.int8), "SCB": np.ones(8, np.float32), **parts}, np.zeros((8, 8)))
+def make_int8(**parts: Any) -> dict[str, Any]:
+    return {"weight": np.zeros((8, 8), np.int8), "SCB": np.ones(8, np.float32), **parts}
 
 
 def open_error(folder: Path, parts: dict[str, Any], config: dict[str, Any]) -> str:
@@ -177,24 +175,24 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "packing_format = 'auto_round:fp8'",
     ),
     "nf4: broken state": (
-        make_nf4().parts | {STATE: np.frombuffer(b"{", np.uint8)},
+        make_nf4() | {STATE: np.frombuffer(b"{", np.uint8)},
         BNB,
         f"m.{STATE} is not a quantization state",
     ),
-    "nf4: shape that is no list": (make_nf4(shape=7).parts, BNB, f"m.{STATE} is not"),
-    "nf4: other shape": (make_nf4(shape=[8, 10]).parts, BNB, "m.weight has the shape [32, 1], where its state"),
-    "nf4: other block": (make_nf4(blocksize=32).parts, BNB, "m.weight.absmax has the shape [1]"),
-    "nf4: no block": (make_nf4(blocksize=0).parts, BNB, "state that bitsandbytes does not write"),
+    "nf4: shape that is no list": (make_nf4(shape=7), BNB, f"m.{STATE} is not"),
+    "nf4: other shape": (make_nf4(shape=[8, 10]), BNB, "m.weight has the shape [32, 1], where its state"),
+    "nf4: other block": (make_nf4(blocksize=32), BNB, "m.weight.absmax has the shape [1]"),
+    "nf4: no block": (make_nf4(blocksize=0), BNB, "state that bitsandbytes does not write"),
     "nf4: infinite offset": (
-        make_nf4(nested_blocksize=256, nested_offset=float("inf"), nested_dtype="float32").parts,
+        make_nf4(nested_blocksize=256, nested_offset=float("inf"), nested_dtype="float32"),
         BNB,
         "state that bitsandbytes does not write",
     ),
-    "nf4: other name": (make_nf4(quant_type="fp4").parts, BNB, "state that bitsandbytes does not write"),
-    "nf4: scales in bytes": (make_nf4().parts | {"weight.absmax": np.ones(1, np.uint8)}, BNB, "m.weight.absmax is uint8"),
-    "nf4: no state": (without(make_nf4().parts, STATE), BNB, "no tensor is"),
+    "nf4: other name": (make_nf4(quant_type="fp4"), BNB, "state that bitsandbytes does not write"),
+    "nf4: scales in bytes": (make_nf4() | {"weight.absmax": np.ones(1, np.uint8)}, BNB, "m.weight.absmax is uint8"),
+    "nf4: no state": (without(make_nf4(), STATE), BNB, "no tensor is"),
     "nf4: a part too many": (
-        make_nf4().parts | {"weight.nested_absmax": np.ones(1, np.float32)},
+        make_nf4() | {"weight.nested_absmax": np.ones(1, np.float32)},
         BNB,
         "m.weight.nested_absmax belongs to no weight",
     ),
@@ -209,7 +207,6 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", CONTRADICTIONS)
 def test_tensors_that_contradict_the_config(name: str, tmp_path: Path) -> None:
     parts, settings, expected = CONTRADICTIONS[name]
-    parts = getattr(parts, "parts", parts)
     assert expected in open_error(tmp_path, parts, {"quantization_config": settings})
 
 
@@ -238,12 +235,12 @@ def test_codes_without_a_quantization_config(tmp_path: Path) -> None:
 
 
 def test_codes_without_scales(tmp_path: Path) -> None:
-    encoded = make_int8().parts | {"m2.weight": np.zeros((4, 4), np.int8)}
+    encoded = make_int8() | {"m2.weight": np.zeros((4, 4), np.int8)}
     line = open_error(tmp_path, encoded, {"quantization_config": {"load_in_8bit": True}})
     assert line.startswith("tensor m.m2.weight is int8, which are codes without scales")
 
 
-BASES = {
+BASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gptq": (make_gptq(RNG, 32, 64).parts, {**GPTQ, "desc_act": True, "checkpoint_format": "gptq"}),
     "awq": (make_awq(RNG, 32, 64).parts, {**AWQ, "version": "gemm"}),
     "awq gemv": (make_awq(RNG, 32, 64, gemv=True).parts, {**AWQ, "version": "gemv"}),
@@ -253,8 +250,8 @@ BASES = {
     "nvfp4": (make_nvfp4(RNG, 32, 64).parts, NVFP4),
     "mxfp4": (make_mxfp4(RNG, 32, 64).parts, describe_groups(num_bits=4, type="float")),
     "mlx": (make_mlx(RNG, 32, 64).parts, MLX),
-    "nf4": (make_nf4().parts, BNB),
-    "llm.int8": (make_int8().parts, {"load_in_8bit": True}),
+    "nf4": (make_nf4(), BNB),
+    "llm.int8": (make_int8(), {"load_in_8bit": True}),
 }
 DTYPES = [np.uint8, np.int8, np.int32, np.uint32, np.int64, np.float16, np.float32, np.bool_]
 junk = st.recursive(
