@@ -25,7 +25,7 @@ def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weig
     Layout: https://github.com/intel/auto-round/blob/v0.8.0/auto_round/export/export_to_autoround/export.py.
     Raises InputError for its other packing formats, and for tensors that do not fit.
     """
-    form = settings.get("packing_format") or "auto_round:auto_gptq"
+    form = str(settings.get("packing_format") or "auto_round:auto_gptq")
     if form == _AWQ:
         return awq.find_weights(stored, {**settings, "version": "gemm"})
     if form not in _GPTQ:

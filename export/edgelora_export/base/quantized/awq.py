@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, list_modules, read_shape, read_whole
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_shape, list_modules, read_shape, read_whole
 from edgelora_export.base.quantized.weights.codes import list_groups, scale_groups, unpack_bits
 from edgelora_runtime.errors import InputError
 
@@ -117,9 +117,7 @@ def open_gemv(stored: Tensors, module: str, group_size: int) -> Weight:
 def _name_parts(stored: Tensors, module: str) -> tuple[str, str, str]:
     codes, zeros, scales = (f"{module}.{part}" for part in ("qweight", "qzeros", "scales"))
     for name in (codes, zeros):
-        read_shape(stored, name, scales)
-        if stored.dtype(name) != np.int32:
-            raise InputError(f"tensor {name} is {stored.dtype(name)}, where AWQ packs codes in int32")
+        check_dtype(stored, name, np.int32, "AWQ")
     return codes, zeros, scales
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, read_shape
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_shape, read_shape
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class Weight4bit:
             return scales.astype(np.float32)
         table = self.stored.read(f"{self.name}.nested_quant_map").astype(np.float32)
         outer = self.stored.read(f"{self.name}.nested_absmax").astype(np.float32)
-        return table[scales] * outer[np.arange(first, last) // self.nested.block] + np.float32(self.nested.offset)
+        values: NDArray[np.float32] = table[scales] * outer[np.arange(first, last) // self.nested.block]
+        return values + np.float32(self.nested.offset)
 
 
 def find_weights(stored: Tensors, _settings: Mapping[str, Any]) -> dict[str, Weight]:
@@ -120,7 +121,5 @@ def _open_weight(stored: Tensors, name: str, state: str, kind: str) -> Weight4bi
     if nested:
         check_shape(stored, f"{name}.nested_absmax", (-(-blocks // nested.block),), reason=reason)
         check_shape(stored, f"{name}.nested_quant_map", (256,), reason=reason)
-    wanted = np.dtype(np.uint8) if nested else np.dtype(np.float32)
-    if stored.dtype(f"{name}.absmax") != wanted:
-        raise InputError(f"tensor {name}.absmax is {stored.dtype(f'{name}.absmax')}, where its state needs {wanted}")
+    check_dtype(stored, f"{name}.absmax", np.uint8 if nested else np.float32, state)
     return Weight4bit(stored, name, shape, kind, block, dtype, nested)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, list_modules, read_shape
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_shape, list_modules, read_shape
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ def find_weights(stored: Tensors, _settings: Mapping[str, Any]) -> dict[str, Wei
     for module in list_modules(stored, "SCB"):
         weight, reason = f"{module}.weight", f"{module}.SCB"
         shape = read_shape(stored, weight, reason, dimensions=2)
-        if stored.dtype(weight) != np.int8:
-            raise InputError(f"tensor {weight} is {stored.dtype(weight)}, where {reason} needs int8")
+        check_dtype(stored, weight, np.int8, reason)
         check_shape(stored, f"{module}.SCB", shape[:1], reason=weight)
         parts = [weight, f"{module}.SCB"]
         if (order := f"{module}.weight_format") in stored.files:

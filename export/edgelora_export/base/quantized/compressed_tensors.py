@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_export.base.quantized.fp8 import FLOAT8
-from edgelora_export.base.quantized.weights.checks import check_shape, list_modules, read_shape
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_order, check_shape, list_modules, read_shape
 from edgelora_export.base.quantized.weights.codes import list_groups, scale_groups, unpack_bits
 from edgelora_export.base.quantized.weights.microscaled import open_microscaled
 from edgelora_export.base.quantized.weights.scaled import find_block, open_scaled, read_grid
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgelora_export.base.tensors import Tensors
 
 _NVFP4_GROUP, _MX_GROUP = 16, 32
+_NATURAL = -1  # older writers fill weight_g_idx with it where groups follow each other
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,15 @@ class PackedWeight:
         if f"{self.module}.weight_zero_point" in self.parts:
             zeros = unpack_bits(self._read("weight_zero_point").T, self.bits, rows).T[start:stop]
         places = np.arange(start, stop) // self.block[0]
-        return scale_groups(codes, scales[places], zeros, self._read_groups(scales.shape[1]))
+        return scale_groups(codes, scales[places], zeros, self._read_groups())
 
     def _read(self, part: str) -> NDArray[Any]:
         return self.stored.read(f"{self.module}.{part}")
 
-    def _read_groups(self, count: int) -> NDArray[np.intp]:
-        name = f"{self.module}.weight_g_idx"
-        groups = self._read("weight_g_idx").astype(np.intp) if name in self.parts else None
-        if groups is None or (groups == -1).all():  # older writers mark the natural order so
+    def _read_groups(self) -> NDArray[np.intp]:
+        if f"{self.module}.weight_g_idx" not in self.parts or (order := self._read("weight_g_idx"))[0] == _NATURAL:
             return list_groups(self.shape[1], self.block[1])
-        if groups.min() < 0 or groups.max() >= count:
-            raise InputError(f"tensor {name} names groups other than 0 to {count - 1}; download the base again")
-        return groups
+        return order.astype(np.intp)
 
 
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
@@ -145,6 +142,8 @@ def _open_integers(stored: Tensors, module: str, schemes: list[dict[str, Any]]) 
     if order in stored.files:
         parts.append(order)
         check_shape(stored, order, (columns,), reason=size)
+        if (stored.read(order) != _NATURAL).any():
+            check_order(stored, order, columns, columns // block[1])
     return PackedWeight(stored, module, (rows, columns), tuple(parts), bits, block)
 
 
@@ -152,7 +151,5 @@ def _open_floats(stored: Tensors, module: str) -> Weight:
     packed, scale, overall = (f"{module}.{part}" for part in ("weight_packed", "weight_scale", "weight_global_scale"))
     if overall in stored.files:
         return open_microscaled(stored, packed, scale, overall, group_size=_NVFP4_GROUP, divide=True)
-    read_shape(stored, scale, packed)
-    if stored.dtype(scale) != np.uint8:
-        raise InputError(f"tensor {scale} is {stored.dtype(scale)}, where the MX formats store exponents in uint8")
+    check_dtype(stored, scale, np.uint8, "an MX format")
     return open_microscaled(stored, packed, scale, None, group_size=_MX_GROUP)

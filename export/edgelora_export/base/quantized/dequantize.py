@@ -95,8 +95,9 @@ def name_method(settings: Mapping[str, Any]) -> str:
 
 def _find_settings(config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
     """Finds the quantization settings, which a wrapper of several models may keep with the text model's."""
-    for place in (config, config.get("text_config")):
-        for key in _KEYS if isinstance(place, dict) else ():
+    text = config.get("text_config")
+    for place in (config, text if isinstance(text, dict) else {}):
+        for key in _KEYS:
             settings = place.get(key)
             if settings and not isinstance(settings, dict):
                 raise InputError(f"base {path}: {key} in config.json is {type(settings).__name__}, not an object")
@@ -139,7 +140,7 @@ def _name_files(tensors: Tensors, weights: Mapping[str, Weight]) -> dict[str, st
         module, _, part = name.rpartition(".")
         if name in used or part in _OF_ACTIVATIONS:
             continue
-        if part in _OF_CODES or name in weights or (module in modules and part != "bias"):
+        if part in _OF_CODES or name in weights or module in weights or (module in modules and part != "bias"):
             raise InputError(f"tensor {name} belongs to no weight that its quantization_config tells of; download it again")
         if part == "weight" and tensors.dtype(name).kind in "iub":
             raise InputError(f"tensor {name} is {tensors.dtype(name)}, which are codes without scales; download it again")

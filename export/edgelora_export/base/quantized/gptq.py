@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, list_modules, read_shape, read_whole
+from edgelora_export.base.quantized.weights.checks import (
+    check_dtype,
+    check_order,
+    check_shape,
+    list_modules,
+    read_shape,
+    read_whole,
+)
 from edgelora_export.base.quantized.weights.codes import list_groups, scale_groups, unpack_bits
 from edgelora_runtime.errors import InputError
 
@@ -52,11 +59,7 @@ class GptqWeight:
         name = f"{self.module}.g_idx"
         if name not in self.parts:
             return list_groups(self.shape[1], self.group_size)
-        groups = self.stored.read(name).astype(np.intp)
-        count = self.stored.shape(f"{self.module}.scales")[0]
-        if groups.min() < 0 or groups.max() >= count:
-            raise InputError(f"tensor {name} names groups other than 0 to {count - 1}; download the base again")
-        return groups
+        return self.stored.read(name).astype(np.intp)
 
 
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
@@ -65,7 +68,7 @@ def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weig
     Layout: https://github.com/AutoGPTQ/AutoGPTQ/blob/v0.7.1/auto_gptq/nn_modules/qlinear/qlinear_cuda.py (pack).
     Raises InputError for another checkpoint_format, and for tensors that contradict each other or config.json.
     """
-    form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    form = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()
     if form not in _OFFSETS:
         raise InputError(f"checkpoint_format = {form!r} is not read, only {' and '.join(_OFFSETS)}")
     return {
@@ -83,8 +86,7 @@ def open_weight(stored: Tensors, module: str, settings: Mapping[str, Any], offse
     words, _ = read_shape(stored, codes, scales, dimensions=2)
     check_shape(stored, codes, (words, rows), reason=scales)
     for name in (codes, zeros):
-        if stored.dtype(name) != np.int32:
-            raise InputError(f"tensor {name} is {stored.dtype(name)}, where GPTQ packs codes in int32")
+        check_dtype(stored, name, np.int32, "GPTQ")
     bits, rest = divmod(read_shape(stored, zeros, codes, dimensions=2)[1] * 32, rows)
     if rest or not 2 <= bits <= 8 or words * 32 % bits:
         raise InputError(f"tensor {zeros} has the shape {list(stored.shape(zeros))}, which fits {scales} in no number of bits")
@@ -101,7 +103,7 @@ def open_weight(stored: Tensors, module: str, settings: Mapping[str, Any], offse
     check_shape(stored, zeros, (groups, rows * bits // 32), reason=scales)
     parts = [codes, zeros, scales]
     if order in stored.files:
-        check_shape(stored, order, (columns,), reason=codes)
+        check_order(stored, order, columns, groups)
         parts.append(order)
     elif settings.get("desc_act"):
         raise InputError(f"tensor {order} is missing, which desc_act in config.json needs; download the base again")

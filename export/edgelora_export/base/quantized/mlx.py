@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, list_modules, read_shape, read_whole
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_shape, list_modules, read_shape, read_whole
 from edgelora_export.base.quantized.weights.codes import list_groups, scale_groups, unpack_bits
 from edgelora_runtime.errors import InputError
 
@@ -68,7 +68,6 @@ def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weig
         reason = f"{scales} with {bits} bits in groups of {size}"
         check_shape(stored, weight, (rows, columns * bits // 32), reason=reason)
         check_shape(stored, biases, (rows, groups), reason=scales)
-        if stored.dtype(weight) != np.uint32:
-            raise InputError(f"tensor {weight} is {stored.dtype(weight)}, where {scales} needs uint32")
+        check_dtype(stored, weight, np.uint32, scales)
         found[weight] = AffineWeight(stored, (rows, columns), (weight, scales, biases), bits, size)
     return found

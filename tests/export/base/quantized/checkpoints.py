@@ -36,6 +36,26 @@ class Encoded:
     value: Array
 
 
+class Memory:
+    """Tensors in memory. Satisfies Tensors, without a file for each example."""
+
+    def __init__(self, tensors: Mapping[str, Array]) -> None:
+        self._tensors = tensors
+        self.files = dict.fromkeys(tensors, "model.safetensors")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self._tensors[name].dtype
+
+    def read(self, name: str) -> Array:
+        return self._tensors[name]
+
+    def read_rows(self, name: str, start: int, stop: int) -> Array:
+        return self._tensors[name][start:stop]
+
+
 def pack(codes: Array, bits: int, word: type[Any] = np.int32) -> Array:
     """Codes (…, n) as words (…, ⌈n·bits/word size⌉), bit by bit, the lowest first."""
     stream = ((codes[..., None].astype(np.int64) >> np.arange(bits)) & 1).astype(np.uint8).reshape(*codes.shape[:-1], -1)
@@ -140,11 +160,19 @@ def make_packed(
 
 
 def make_mlx(
-    rng: np.random.Generator, rows: int, columns: int, *, bits: int = 4, size: int = 32, bias: str = "biases"
+    rng: np.random.Generator,
+    rows: int,
+    columns: int,
+    *,
+    bits: int = 4,
+    size: int = 32,
+    bias: str = "biases",
+    dtype: Any = np.float16,
 ) -> Encoded:
     groups = np.arange(columns) // size
     codes = rng.integers(0, 2**bits, (rows, columns))
-    scales, biases = (_draw(rng, rows, columns // size) * factor for factor in (np.float16(1), np.float16(-5)))
+    scales = _draw(rng, rows, columns // size, dtype=dtype)
+    biases = -5 * _draw(rng, rows, columns // size, dtype=dtype)
     value = codes * scales.astype(np.float64)[:, groups] + biases.astype(np.float64)[:, groups]
     return Encoded({"weight": pack(codes, bits, np.uint32), "scales": scales, bias: biases}, value)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,14 +25,34 @@ def check_shape(stored: Tensors, name: str, *allowed: tuple[int, ...], reason: s
 def read_shape(stored: Tensors, name: str, reason: str, dimensions: int | None = None) -> tuple[int, ...]:
     """Reads a tensor's shape. reason: what needs the tensor.
 
-    Raises InputError if it is absent or has another number of dimensions.
+    Raises InputError if it is absent, empty, or has another number of dimensions.
     """
     if name not in stored.files:
         raise InputError(f"tensor {name} is missing, which {reason} needs; download the base again")
     shape = stored.shape(name)
+    if 0 in shape:
+        raise InputError(f"tensor {name} has the shape {list(shape)}, which is empty; download the base again")
     if dimensions is not None and len(shape) != dimensions:
         raise InputError(f"tensor {name} has {len(shape)} dimensions, where {reason} needs {dimensions}")
     return shape
+
+
+def check_dtype(stored: Tensors, name: str, kind: type[np.generic], reason: str) -> None:
+    """Raises InputError if a tensor is absent or of another type. reason: what needs the type."""
+    read_shape(stored, name, reason)
+    if (found := stored.dtype(name)) != kind:
+        raise InputError(f"tensor {name} is {found}, where {reason} needs {np.dtype(kind)}; download the base again")
+
+
+def check_order(stored: Tensors, name: str, columns: int, groups: int) -> None:
+    """Raises InputError if a tensor does not give each column one of the groups."""
+    reason = f"{columns} columns in {groups} groups"
+    check_shape(stored, name, (columns,), reason=reason)
+    order = stored.read(name)
+    if order.dtype.kind not in "iu" or order.min() < 0 or order.max() >= groups:
+        raise InputError(
+            f"tensor {name} names groups other than 0 to {groups - 1}, where there are {reason}; download the base again"
+        )
 
 
 def read_whole(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.base.quantized.weights.checks import check_shape, read_shape
+from edgelora_export.base.quantized.weights.checks import check_dtype, check_shape, read_shape
 from edgelora_export.base.quantized.weights.codes import E2M1, E2M3, decode_exponents, list_groups, scale_groups, unpack_bits
 from edgelora_runtime.errors import InputError
 
@@ -66,8 +66,7 @@ def open_microscaled(
     bits, rest = divmod(octets * 8, columns or 1)
     if rest or bits not in _MAGNITUDES:
         raise InputError(f"tensor {packed} has {octets} bytes in a row, which {scale} fits neither in 4 nor in 6 bits")
-    if stored.dtype(packed) != np.uint8:
-        raise InputError(f"tensor {packed} is {stored.dtype(packed)}, where {scale} needs uint8")
+    check_dtype(stored, packed, np.uint8, scale)
     if overall is not None:
         check_shape(stored, overall, (), (1,), reason=packed)
     return MicroscaledWeight(stored, packed, scale, overall, divide, (rows, columns), bits, group_size)
