@@ -161,7 +161,9 @@ def test_types_are_read_as_the_gguf_package_reads_them(kind: Kind, tmp_path: Pat
         assert base.tensors.read(name).dtype == base.tensors.dtype(name)
 
 
-@pytest.mark.parametrize("kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ2_S], ids=lambda k: k.name)
+@pytest.mark.parametrize(
+    "kind", [Kind.Q2_K, Kind.Q3_K, Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL, Kind.IQ2_S], ids=lambda k: k.name
+)
 def test_types_that_only_llama_cpp_writes_are_dequantized(kind: Kind, tmp_path: Path) -> None:
     """The bytes of the codes are random; each scale is a half precision number that is finite."""
     from gguf import GGML_QUANT_SIZES, dequantize
