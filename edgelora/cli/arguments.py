@@ -41,7 +41,7 @@ WholeGraphsOption = Annotated[
 KernelsOption = Annotated[
     str, typer.Option(help="Kernels to compute with: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
 ]
-BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
+BaseOption = Annotated[str, typer.Option(help="Folder, GGUF file or hub id of the base.")]
 AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each adapter.")]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 JsonOption = Annotated[

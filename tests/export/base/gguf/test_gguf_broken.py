@@ -102,7 +102,12 @@ def test_a_file_that_was_cut_is_refused(model: Path, scratch: Path, share: float
 
 @pytest.mark.parametrize(
     ("position", "count", "said"),
-    [(8, 1 << 60, "claims 1152921504606846976 tensors"), (16, 1 << 60, "values"), (16, 1 << 20, "not a whole GGUF file"), (24, 1 << 61, "text")],
+    [
+        (8, 1 << 60, "claims 1152921504606846976 tensors"),
+        (16, 1 << 60, "values"),
+        (16, 1 << 20, "not a whole GGUF file"),
+        (24, 1 << 61, "text"),
+    ],
 )
 def test_counts_are_bounded(model: Path, tmp_path: Path, position: int, count: int, said: str) -> None:
     content = bytearray(model.read_bytes())
