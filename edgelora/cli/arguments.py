@@ -42,7 +42,7 @@ WholeGraphsOption = Annotated[
 KernelsOption = Annotated[
     str, typer.Option(help="Kernels to compute with: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
 ]
-BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
+BaseOption = Annotated[str, typer.Option(help="Folder, GGUF file or hub id of the base.")]
 AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each adapter.")]
 TemplateOptions = Annotated[
     list[str] | None,

@@ -77,7 +77,7 @@ class RouterRecipe:
 class Recipe:
     """A bundle to build.
 
-    base: a local folder or a hub id. adapters: folder or GGUF file by name. default: the variant that a runtime starts with, or
+    base: a local folder, a GGUF file or a hub id. adapters: folder or GGUF file by name. default: the variant that a runtime starts with, or
     None for the first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general
     text or rows to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their
     adapters.

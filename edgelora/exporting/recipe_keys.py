@@ -26,7 +26,7 @@ class Key:
 
 TOP: Mapping[str, Key] = MappingProxyType(
     {
-        "base": Key("The base model: a folder or a hub id.", (str,)),
+        "base": Key("The base model: a folder, a GGUF file or a hub id.", (str,)),
         "default": Key("The variant that a runtime starts with; the first one by default.", (str,)),
         "context_length": Key("Positions that the bundle holds, in tokens; the model's own by default, up to a bound.", (int,)),
         "calibration": Key("A JSONL file of text or rows to quantize and judge on, beside the adapters' training data.", (str,)),

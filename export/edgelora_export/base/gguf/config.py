@@ -95,6 +95,7 @@ def read_config(path: Path, header: Header) -> dict[str, Any]:
         "tie_word_embeddings": _HEAD not in header.tensors,
         "hidden_act": "silu",
     }
+    _check_sizes(values, header, config)
     config |= make_rope(values, header, architecture, size)
     config |= _OWN[architecture](values, config)
     if any(name.endswith("attn_output.bias") for name in header.tensors):
@@ -102,6 +103,23 @@ def read_config(path: Path, header: Header) -> dict[str, Any]:
     if any(name.endswith("ffn_down.bias") for name in header.tensors):
         config["mlp_bias"] = True
     return config | _read_special_ids(path, header)
+
+
+def _check_sizes(values: Values, header: Header, config: dict[str, Any]) -> None:
+    """Raises InputError for sizes that the tensors do not have, before anything is made of such a size."""
+    blocks = {name.split(".")[1] for name in header.tensors if name.startswith("blk.")}
+    if len(blocks) != config["num_hidden_layers"]:
+        raise values.fail("block_count", f"is {config['num_hidden_layers']}, but the file has tensors of {len(blocks)} blocks")
+    width, hidden = config["num_attention_heads"] * config["head_dim"], config["hidden_size"]
+    sizes = {
+        _EMBEDDING: (config["vocab_size"], hidden),
+        "blk.0.attn_output.weight": (hidden, width),
+        "blk.0.ffn_down.weight": (hidden, config["intermediate_size"]),
+    }
+    for name, shape in sizes.items():
+        found = header.tensors[name].shape if name in header.tensors else None
+        if found != shape:
+            raise InputError(f"{name} in {values.path} has shape {found}; the metadata give {shape}")
 
 
 def _read_special_ids(path: Path, header: Header) -> dict[str, Any]:

@@ -1,8 +1,7 @@
 """The ways in which byte-level vocabularies cut a text into words, by the names that GGUF files give them.
 
-Each name and its pattern: `llm_tokenizer_bpe` in
-https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp. Its comments hold
-the patterns of the tokenizer.json files that the vocabularies come from.
+Each name and its pattern: https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, `llm_tokenizer_bpe`. Its
+comments hold the patterns of the tokenizer.json files that the vocabularies come from.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _FREQUENCIES, _LONG, _SHORT = ROPE_FACTORS
 _LOCAL_THETA = 10000.0  # of Gemma 3's sliding layers
 _DEFAULT_THETA = 10000.0
+_MOST_THETA = 1e15
 
 
 def make_rope(values: Values, header: Header, architecture: str, head_size: int) -> dict[str, Any]:
@@ -27,9 +28,9 @@ def make_rope(values: Values, header: Header, architecture: str, head_size: int)
     Raises InputError for settings that edgelora's graphs do not have.
     """
     size = values.integer("rope.dimension_count", head_size, least=2)
-    if size != head_size and architecture != "phi3":
+    if size > head_size or (size != head_size and architecture != "phi3"):
         raise values.fail("rope.dimension_count", f"is {size} for heads of {head_size}, which only phi3 has")
-    rope = {"rope_theta": values.number("rope.freq_base", _DEFAULT_THETA)} | _read_scaling(values)
+    rope = {"rope_theta": _read_theta(values, "rope.freq_base", _DEFAULT_THETA)} | _read_scaling(values)
     if architecture == "phi3" and size != head_size:
         rope["partial_rotary_factor"] = size / head_size
     if _LONG in header.tensors:
@@ -39,13 +40,21 @@ def make_rope(values: Values, header: Header, architecture: str, head_size: int)
         rope |= _find_llama3(rope["rope_theta"], factors) or _carry(values, factors, factors)
     if architecture != "gemma3":
         return {"rope_parameters": rope}
-    local = {"rope_type": "default", "rope_theta": values.number("rope.freq_base_swa", _LOCAL_THETA)}
+    local = {"rope_type": "default", "rope_theta": _read_theta(values, "rope.freq_base_swa", _LOCAL_THETA)}
     return {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _read_theta(values: Values, key: str, default: float) -> float:
+    if not 1.0 < (theta := values.number(key, default)) <= _MOST_THETA:
+        raise values.fail(key, f"is {theta}, no base of rotary frequencies")
+    return theta
 
 
 def _read_scaling(values: Values) -> dict[str, Any]:
     kind = values.text("rope.scaling.type", "none")
     factor = values.number("rope.scaling.factor", values.number("rope.scale_linear", 0.0))
+    if factor != 0.0 and not 1e-3 < factor < 1e6:
+        raise values.fail("rope.scaling.factor", f"is {factor}, no factor of a context length")
     if kind == "none" and factor not in (0.0, 1.0):
         kind = "linear"  # llama.cpp's default for files that give a factor alone
     if kind == "linear" and factor not in (0.0, 1.0):
