@@ -100,7 +100,18 @@ def test_learn_search_and_report_read_each_form(workplace: Path) -> None:
     assert report["pairs"][0]["overall"]["cosine"] == pytest.approx(1.0, abs=1e-4)
     # The rows are likelier without this random adapter, so that its negative helps, and there is something to search for.
     edgelora(workplace, "compose", "--adapter", "m=mlx:-1", "--base", "base", "--output", "minus.gguf")
-    search = ["--adapter", "h=minus.gguf", "--adapter", "m=mlx", "--data", "h=rows.jsonl", "--budget", "5", "--output", "searched"]
+    search = [
+        "--adapter",
+        "h=minus.gguf",
+        "--adapter",
+        "m=mlx",
+        "--data",
+        "h=rows.jsonl",
+        "--budget",
+        "5",
+        "--output",
+        "searched",
+    ]
     assert json.loads(edgelora(workplace, "compose", "search", "--base", "base", *search))["configurations"] == 5
 
 
