@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,8 @@ def _compile(pattern: str) -> re.Pattern[str]:
     if reason:
         raise InputError(f"pattern {shown!r} {reason}; name the modules in the config one by one")
     try:
-        return re.compile(rf"(.*\.)?({pattern})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of brackets that a later Python may read in another way
+            return re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"pattern {shown!r} is not a regular expression ({error})") from error

@@ -180,24 +180,30 @@ def check_multimodal(folder: Path) -> str:
     return compare(folder / "base", Adapter.open(folder / "a"), theirs)
 
 
+def write_mlx(folder: Path, target: Path, kind: str, layers: int) -> None:
+    """Lays PEFT's adapter of the last layers out as mlx-lm does: transposed, with the scale instead of α."""
+    tensors = {}
+    for key, tensor in load_file(folder / WEIGHTS).items():
+        name = key.removeprefix("base_model.model.").replace(".lora_magnitude_vector", ".m")
+        name = re.sub(r"lora_([AB])\.weight", lambda found: f"lora_{found[1].lower()}", name)
+        tensors[name] = tensor.T.contiguous() if tensor.dim() == 2 else tensor
+    target.mkdir()
+    save_file(tensors, target / "adapters.safetensors")
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": parameters, "model": "mlx-community/tiny"}
+    (target / CONFIG).write_text(json.dumps(config))
+
+
 def as_mlx(kind: str) -> Callable[[Path], str]:
-    """A check of PEFT's adapter of the last layer, laid out as mlx-lm does: transposed, with the scale instead of α."""
+    """A check of PEFT's adapter of the last layer in mlx-lm's layout."""
 
     def check(folder: Path) -> str:
         make_base(folder / "base")
         train(folder / "base", folder / "peft", layers_to_transform=[1], use_dora=kind == "dora")
-        tensors = {}
-        for key, tensor in load_file(folder / "peft" / WEIGHTS).items():
-            name = key.removeprefix("base_model.model.").replace(".lora_magnitude_vector", ".m")
-            tensors[re.sub(r"lora_([AB])\.weight", lambda found: f"lora_{found[1].lower()}", name)] = (
-                tensor.T.contiguous() if tensor.dim() == 2 else tensor
-            )
-        (folder / "mlx").mkdir()
-        save_file(tensors, folder / "mlx" / "adapters.safetensors")
-        parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
-        config = {"fine_tune_type": kind, "num_layers": 1, "lora_parameters": parameters, "model": "mlx-community/tiny"}
-        (folder / "mlx" / CONFIG).write_text(json.dumps(config))
-        return compare(folder / "base", Adapter.open(folder / "mlx"), merge_by_peft(folder / "base", folder / "peft"))
+        write_mlx(folder / "peft", folder / "mlx", kind, layers=1)
+        adapter = Adapter.open(folder / "mlx")
+        assert adapter.notes == ()
+        return compare(folder / "base", adapter, merge_by_peft(folder / "base", folder / "peft"))
 
     return check
 
