@@ -41,7 +41,7 @@ def test_options_reach_the_template(opened: Runtime, base: Path) -> None:
     from transformers import AutoTokenizer
 
     source = TEMPLATE.replace("strftime_now('%Y-%m-%d')", "'2025-01-31'")
-    theirs = AutoTokenizer.from_pretrained(base).apply_chat_template(
+    theirs: Any = AutoTokenizer.from_pretrained(base).apply_chat_template(
         HELLO,
         chat_template=source,
         tools=GIVEN["tools"],

@@ -44,7 +44,7 @@ SAME: dict[str, str] = {
     "macro and call": "{% macro f(x) %}[{{ x }}{{ caller() }}]{% endmacro %}{% call f(1) %}in{% endcall %}{% set b %}z{{ f }}{% endset %}",
     "captured text": "{% set b %}z{% for i in [1, 2] %}{{ i }}{% endfor %}{% endset %}{{ b | upper ~ b }}{% filter upper %}a{{ b }}{% endfilter %}",
     "namespace": "{% set ns = namespace(a=1, b=[]) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ ns }}{{ dict(a=1) }}{{ dict.fromkeys(['a']) }}",
-    "formats": "{{ '%s-%05.1f' | format('a', 2.5) }}{{ 'x%dy' % 3 }}{{ '{:>5}|{a}'.format(1, a=2) }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] * 2 }}",
+    "formats": "{{ '%s-%05.1f' | format('a', 2.5) }}{{ 'x%dy' % 3 }}{{ '{:>5}|{a}'.format(1, a=2) }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] * 2 }}{{ 'at: 123456 {}'.format(1) }}{{ '%d%% of 123456' % 5 }}",
     "text methods": "{{ 'a,b'.split(',') }}{{ ' x '.strip().center(5, '*') }}{{ '-'.join(['a', 'b']) }}{{ 'aXb'.replace('X', '..') }}{{ 'a\tb'.expandtabs() }}",
     "methods in loops": "{% for i in [1] %}{{ 'a\tb'.expandtabs() }}{{ (5).to_bytes(2, 'big') }}{{ 'x'.zfill(3) }}{% endfor %}",
     "filters": "{{ 'b a' | title | replace('A', 'c') | indent(2, first=true) | trim }}{{ [3, 1] | sort | join('+') }}{{ messages | map(attribute='role') | join('/') }}"
