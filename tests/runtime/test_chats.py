@@ -103,3 +103,17 @@ def test_a_stop_string_that_is_a_special_token_ends_at_that_token(opened: Runtim
         assert found.tokens == whole[: whole.index(0)]
         assert found.finish_reason == "stop"
         assert found.text == opened.tokenizer.decode(found.tokens)
+
+
+def test_a_last_message_is_continued(opened: Runtime) -> None:
+    said = [*HELLO, {"role": "assistant", "content": "sat on "}]
+    tokens = opened.encode(said, date="2025-01-31", continue_final_message=True)
+    text = opened.tokenizer.render_chat(said, date="2025-01-31", continue_final_message=True)
+    assert text.endswith("</s>assistant: sat on ")
+    assert tokens == opened.encode(text)
+    for nothing in ([], None, ""):
+        empty = [*HELLO, {"role": "assistant", "content": nothing}]
+        with pytest.raises(InputError, match="the last message has no content to continue"):
+            opened.encode(empty, continue_final_message=True)
+    with pytest.raises(UsageError, match="continue_final_message: only a chat template reads this"):
+        opened.generate("the cat", continue_final_message=True)

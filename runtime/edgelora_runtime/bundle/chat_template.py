@@ -45,13 +45,36 @@ class ChatTemplate:
             raise InputError(f"{name} is not a valid template ({_describe(error)})") from None
 
     def render(self, chat: Chat, *, add_generation_prompt: bool = True) -> str:
-        """Renders a conversation, up to where the assistant's answer starts.
+        """Renders a conversation, up to where the assistant's answer starts, or the last message ends if it is to be continued.
 
         The template gets the contents as the caller wrote them, as transformers does. Where that would lose text, because the
         template expects texts and gets parts or the other way round, the contents are brought into the other form. Raises
         InputError if the template refuses the messages.
         """
-        return self._render(self._fit(chat), add_generation_prompt)
+        fitted = self._fit(chat)
+        return self._render_open(fitted) if chat.continues else self._render(fitted, add_generation_prompt)
+
+    def _render_open(self, chat: Chat) -> str:
+        """Renders a conversation up to the end of its last content, without what closes the turn.
+
+        A template that trims the content loses the spaces at its end, so they are cut here too.
+        """
+        last = chat.messages[-1]
+        content = last.get("content")
+        if not content:
+            raise InputError("the last message has no content to continue")
+        if isinstance(content, str):
+            text = content
+            marked: object = f"{text}{_MARK} "
+        else:
+            text = content[-1]["text"]
+            marked = [*content[:-1], {**content[-1], "text": f"{text}{_MARK} "}]
+        messages = [*chat.messages[:-1], _replace_content(last, marked)]
+        rendered = self._render(replace(chat, messages=messages), add_generation_prompt=False)
+        before, mark, after = rendered.rpartition(_MARK)
+        if not mark or text.strip() not in rendered:
+            raise InputError("the chat template does not write the last message as it is, so it cannot be continued")
+        return before if after.startswith(" ") else before.rstrip()
 
     def _render(self, chat: Chat, add_generation_prompt: bool) -> str:
         def strftime_now(form: str) -> str:
