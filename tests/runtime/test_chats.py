@@ -111,8 +111,9 @@ def test_a_last_message_is_continued(opened: Runtime) -> None:
     text = opened.tokenizer.render_chat(said, date="2025-01-31", continue_final_message=True)
     assert text.endswith("</s>assistant: sat on ")
     assert tokens == opened.encode(text)
-    for nothing in ([], None, ""):
-        empty = [*HELLO, {"role": "assistant", "content": nothing}]
+    nothing: list[Any] = [[], None, ""]
+    for content in nothing:
+        empty = [*HELLO, {"role": "assistant", "content": content}]
         with pytest.raises(InputError, match="the last message has no content to continue"):
             opened.encode(empty, continue_final_message=True)
     with pytest.raises(UsageError, match="continue_final_message: only a chat template reads this"):

@@ -233,6 +233,7 @@ LISTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": 
         ("{{ messages[0].content[0].text }}", "one\ntwo"),
         ("{% if messages[0].content is string %}s{{ messages[0].content }}{% endif %}", "sone\ntwo"),
         ("{{ raise_exception('never') if messages[0].content is not string }}{{ messages[0].content }}", "one\ntwo"),
+        ("{'text': '{{ messages[0].content }}'}", "{'text': 'one\ntwo'}"),
         ("nothing of it", "nothing of it"),
     ],
 )
@@ -243,6 +244,10 @@ def test_no_part_of_a_content_is_lost(source: str, expected: str) -> None:
 def test_text_for_a_template_that_reads_parts_alone() -> None:
     source = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
     assert render(source) == "<hé <b>>"
+    template = ChatTemplate("{{ raise_exception('x') if not ready }}" + source, TOKENS)
+    with pytest.raises(InputError):
+        template.render(check_chat(HELLO, {}))
+    assert template.render(check_chat(HELLO, {"template_options": {"ready": True}})) == "<hé <b>>"
 
 
 def test_the_end_of_a_turn_is_found() -> None:
