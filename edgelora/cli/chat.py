@@ -17,7 +17,6 @@ from edgelora.cli.arguments import (
 )
 from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.terminal import print_json, print_note
-from edgelora_runtime.bundle.messages import CHAT_OPTIONS
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import EdgeloraError
 
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
 
 
-@takes_request_options("variant", "max_tokens", "temperature", "seed", *CHAT_OPTIONS, max_tokens=256)
+@takes_request_options(
+    "variant", "max_tokens", "temperature", "seed", "tools", "documents", "template_options", "date", max_tokens=256
+)
 def chat(
     bundle: BundleArgument,
     threads: ThreadsOption = None,

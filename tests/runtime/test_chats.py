@@ -41,7 +41,7 @@ def test_options_reach_the_template(opened: Runtime, base: Path) -> None:
     from transformers import AutoTokenizer
 
     source = TEMPLATE.replace("strftime_now('%Y-%m-%d')", "'2025-01-31'")
-    theirs = AutoTokenizer.from_pretrained(base).apply_chat_template(
+    theirs: Any = AutoTokenizer.from_pretrained(base).apply_chat_template(
         HELLO,
         chat_template=source,
         tools=GIVEN["tools"],
@@ -103,3 +103,18 @@ def test_a_stop_string_that_is_a_special_token_ends_at_that_token(opened: Runtim
         assert found.tokens == whole[: whole.index(0)]
         assert found.finish_reason == "stop"
         assert found.text == opened.tokenizer.decode(found.tokens)
+
+
+def test_a_last_message_is_continued(opened: Runtime) -> None:
+    said = [*HELLO, {"role": "assistant", "content": "sat on "}]
+    tokens = opened.encode(said, date="2025-01-31", continue_final_message=True)
+    text = opened.tokenizer.render_chat(said, date="2025-01-31", continue_final_message=True)
+    assert text.endswith("</s>assistant: sat on ")
+    assert tokens == opened.encode(text)
+    nothing: list[Any] = [[], None, ""]
+    for content in nothing:
+        empty = [*HELLO, {"role": "assistant", "content": content}]
+        with pytest.raises(InputError, match="the last message has no content to continue"):
+            opened.encode(empty, continue_final_message=True)
+    with pytest.raises(UsageError, match="continue_final_message: only a chat template reads this"):
+        opened.generate("the cat", continue_final_message=True)

@@ -45,13 +45,37 @@ class ChatTemplate:
             raise InputError(f"{name} is not a valid template ({_describe(error)})") from None
 
     def render(self, chat: Chat, *, add_generation_prompt: bool = True) -> str:
-        """Renders a conversation, up to where the assistant's answer starts.
+        """Renders a conversation, up to where the assistant's answer starts, or the last message ends if it is to be continued.
 
         The template gets the contents as the caller wrote them, as transformers does. Where that would lose text, because the
         template expects texts and gets parts or the other way round, the contents are brought into the other form. Raises
         InputError if the template refuses the messages.
         """
-        return self._render(self._fit(chat), add_generation_prompt)
+        with limit_rendering():  # trials included
+            fitted = self._fit(chat)
+            return self._render_open(fitted) if chat.continues else self._render(fitted, add_generation_prompt)
+
+    def _render_open(self, chat: Chat) -> str:
+        """Renders a conversation up to the end of its last content, without what closes the turn.
+
+        A template that trims the content loses the spaces at its end, so they are cut here too.
+        """
+        last = chat.messages[-1]
+        content = last.get("content")
+        if not content:
+            raise InputError("the last message has no content to continue")
+        if isinstance(content, str):
+            text = content
+            marked: object = f"{text}{_MARK} "
+        else:
+            text = content[-1]["text"]
+            marked = [*content[:-1], {**content[-1], "text": f"{text}{_MARK} "}]
+        messages = [*chat.messages[:-1], _replace_content(last, marked)]
+        rendered = self._render(replace(chat, messages=messages), add_generation_prompt=False)
+        before, mark, after = rendered.rpartition(_MARK)
+        if not mark or text.strip() not in rendered:
+            raise InputError("the chat template does not write the last message as it is, so it cannot be continued")
+        return before if after.startswith(" ") else before.rstrip()
 
     def _render(self, chat: Chat, add_generation_prompt: bool) -> str:
         def strftime_now(form: str) -> str:
@@ -71,12 +95,11 @@ class ChatTemplate:
         pieces: list[str] = []
         length = 0
         try:
-            with limit_rendering():
-                for piece in self._template.generate(variables):
-                    length += len(piece)
-                    if length > VALUE_LIMIT:
-                        raise InputError(f"the chat template writes more than {VALUE_LIMIT} characters; the template is broken")
-                    pieces.append(piece)
+            for piece in self._template.generate(variables):
+                length += len(piece)
+                if length > VALUE_LIMIT:
+                    raise InputError(f"the chat template writes more than {VALUE_LIMIT} characters; the template is broken")
+                pieces.append(piece)
         except InputError:
             raise
         except (TemplateError, *_TEMPLATE_ERRORS) as error:
@@ -86,9 +109,10 @@ class ChatTemplate:
     def _fit(self, chat: Chat) -> Chat:
         """Brings contents into the first form in which the template writes the most of them."""
         if self._reads_text is None:
-            probe = [{"role": "user", "content": _MARK}]
-            self._reads_text = self._count_written(chat, probe) >= self._count_written(chat, list(map(_as_part, probe)))
-        if self._reads_text and all(isinstance(message.get("content", ""), str) for message in chat.messages):
+            trial = [{"role": "user", "content": _MARK}]
+            as_text, as_part = (self._count_written(chat, messages) for messages in (trial, [_as_part(trial[0])]))
+            self._reads_text = as_text >= as_part if as_text or as_part else None  # None: this chat's variables allow no trial
+        if self._reads_text is not False and all(isinstance(message.get("content", ""), str) for message in chat.messages):
             return chat
         forms = [[change(message) for message in chat.messages] for change in (_as_it_is, _as_text, _as_part)]
         return replace(chat, messages=max(forms, key=lambda messages: self._count_written(chat, messages)))
@@ -103,7 +127,7 @@ class ChatTemplate:
             text = self._render(replace(chat, messages=marked), add_generation_prompt=True).lower()
         except InputError:
             return 0
-        if re.search(rf"""['"]text['"]\s*:\s*['"]{_MARK}""", text):
+        if re.search(rf"""['"]text['"]\s*:\s*['"]{_MARK}""", text) and re.search(r"""['"]type['"]\s*:\s*['"]text['"]""", text):
             return 0
         return sum(all(mark in text for mark in _list_marks(message)) for message in marked)
 

@@ -20,8 +20,8 @@ _OWN_OPTIONS = {
     "messages": "the prompt",
     "tools": "the option tools",
     "documents": "the option documents",
-    "add_generation_prompt": "nothing: the runtime always asks for an answer",
-    "continue_final_message": "nothing: the runtime always starts an answer of its own",
+    "add_generation_prompt": "the runtime itself, which asks for an answer",
+    "continue_final_message": "the option continue_final_message",
 }
 
 
@@ -32,6 +32,7 @@ class ChatOptions(TypedDict, total=False):
     documents: Sequence[Mapping[str, Any]] | None
     template_options: Mapping[str, Any] | None
     date: str | Date | None
+    continue_final_message: bool
 
 
 CHAT_OPTIONS = tuple(ChatOptions.__annotations__)
@@ -43,7 +44,7 @@ class Chat:
 
     messages: each with a role, without keys whose value is None. tools, documents: None where the caller gave none. variables:
     the template options. template: the name of the template that the caller asked for. moment: the fixed clock, or None for the
-    current time.
+    current time. continues: the answer goes on with the last message.
     """
 
     messages: list[dict[str, Any]]
@@ -52,6 +53,7 @@ class Chat:
     variables: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     template: str | None = None
     moment: datetime | None = None
+    continues: bool = False
 
 
 def is_message(item: object) -> bool:
@@ -88,6 +90,7 @@ def check_chat(messages: Sequence[object], options: ChatOptions) -> Chat:
         variables={name: _to_plain(value, f"template option {name!r}") for name, value in variables.items()},
         template=template,
         moment=read_date(options.get("date")),
+        continues=options.get("continue_final_message", False),
     )
 
 

@@ -29,7 +29,7 @@ def check_prompt(prompt: Prompt, options: ChatOptions) -> CheckedPrompt:
     """
     if not isinstance(prompt, str) and len(prompt) and all(map(is_message, prompt)):
         return check_chat(prompt, options)
-    if unused := [name for name in CHAT_OPTIONS if options.get(name) is not None]:
+    if unused := [name for name in CHAT_OPTIONS if options.get(name) not in (None, False)]:
         kind = "text" if isinstance(prompt, str) else "a list of token ids"
         raise UsageError(f"{' and '.join(unused)}: only a chat template reads this, but the prompt is {kind}; pass messages")
     if isinstance(prompt, str):

@@ -146,9 +146,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
         @wraps(function)
         def format_text(*args: Any, **kwargs: Any) -> str:
-            if re.search(r":[^{}]*\d{5}", text):
+            if re.search(r"\{[^{}]*:[^{}]*\d{5}", text):
                 raise InputError("the chat template formats a value to a width of five digits or more; the template is broken")
-            if re.search(r":[^{}]*\{", text):
+            if re.search(r"\{[^{}]*:[^{}]*\{", text):
                 for width in (*args, *kwargs.values()):
                     _check_number(width)
             _BUDGET.get().spend(_measure([args, kwargs]))

@@ -58,7 +58,8 @@ class GenerateOptions(TypedDict, total=False):
     template_options, date: what the chat template sees with messages, as transformers' apply_chat_template() passes them. Tools
     are JSON schemas. The template option chat_template picks one of the bundle's named templates. Without it, tools pick the one
     named tool_use. A template that writes the date gives another prompt each day. With a fixed date, cached prompts stay valid.
-    stop: one that is a special token ends the answer at that token.
+    continue_final_message: the last message is an assistant's, and the answer goes on where it ends. stop: one that is a special
+    token ends the answer at that token.
     """
 
     variant: Annotated[
@@ -196,6 +197,9 @@ class GenerateOptions(TypedDict, total=False):
             accepts=lambda value: _is_date(value),
             allowed="YYYY-MM-DD, such as 2025-01-31",
         ),
+    ]
+    continue_final_message: Annotated[
+        bool, Option(False, "Go on with the last message, instead of starting an answer of its own.")
     ]
 
 

@@ -11,7 +11,7 @@ from edgelora_runtime.decode.options import OPTIONS
 
 def test_the_command_line_takes_what_is_declared() -> None:
     parameters = inspect.signature(run).parameters
-    assert [name for name in OPTIONS if name not in parameters] == ["ignore_eos"]
+    assert [name for name in OPTIONS if name not in parameters] == ["ignore_eos", "continue_final_message"]
     converted = {"mix", "stop", "json_schema", "grammar", "tools", "documents", "template_options"}
     for name in OPTIONS.keys() & parameters.keys() - converted:
         assert parameters[name].default == OPTIONS[name].default

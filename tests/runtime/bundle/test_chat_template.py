@@ -44,7 +44,7 @@ SAME: dict[str, str] = {
     "macro and call": "{% macro f(x) %}[{{ x }}{{ caller() }}]{% endmacro %}{% call f(1) %}in{% endcall %}{% set b %}z{{ f }}{% endset %}",
     "captured text": "{% set b %}z{% for i in [1, 2] %}{{ i }}{% endfor %}{% endset %}{{ b | upper ~ b }}{% filter upper %}a{{ b }}{% endfilter %}",
     "namespace": "{% set ns = namespace(a=1, b=[]) %}{% set ns.a = ns.a + 1 %}{{ ns.a }}{{ ns }}{{ dict(a=1) }}{{ dict.fromkeys(['a']) }}",
-    "formats": "{{ '%s-%05.1f' | format('a', 2.5) }}{{ 'x%dy' % 3 }}{{ '{:>5}|{a}'.format(1, a=2) }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] * 2 }}",
+    "formats": "{{ '%s-%05.1f' | format('a', 2.5) }}{{ 'x%dy' % 3 }}{{ '{:>5}|{a}'.format(1, a=2) }}{{ 2 ** 10 }}{{ 'ab' * 3 }}{{ [1] * 2 }}{{ 'at: 123456 {}'.format(1) }}{{ '%d%% of 123456' % 5 }}",
     "text methods": "{{ 'a,b'.split(',') }}{{ ' x '.strip().center(5, '*') }}{{ '-'.join(['a', 'b']) }}{{ 'aXb'.replace('X', '..') }}{{ 'a\tb'.expandtabs() }}",
     "methods in loops": "{% for i in [1] %}{{ 'a\tb'.expandtabs() }}{{ (5).to_bytes(2, 'big') }}{{ 'x'.zfill(3) }}{% endfor %}",
     "filters": "{{ 'b a' | title | replace('A', 'c') | indent(2, first=true) | trim }}{{ [3, 1] | sort | join('+') }}{{ messages | map(attribute='role') | join('/') }}"
@@ -233,6 +233,7 @@ LISTS = [{"role": "user", "content": [{"type": "text", "text": "one"}, {"type": 
         ("{{ messages[0].content[0].text }}", "one\ntwo"),
         ("{% if messages[0].content is string %}s{{ messages[0].content }}{% endif %}", "sone\ntwo"),
         ("{{ raise_exception('never') if messages[0].content is not string }}{{ messages[0].content }}", "one\ntwo"),
+        ("{'text': '{{ messages[0].content }}'}", "{'text': 'one\ntwo'}"),
         ("nothing of it", "nothing of it"),
     ],
 )
@@ -243,6 +244,10 @@ def test_no_part_of_a_content_is_lost(source: str, expected: str) -> None:
 def test_text_for_a_template_that_reads_parts_alone() -> None:
     source = "{% for m in messages %}{% for part in m.content %}<{{ part.text }}>{% endfor %}{% endfor %}"
     assert render(source) == "<hé <b>>"
+    template = ChatTemplate("{{ raise_exception('x') if not ready }}" + source, TOKENS)
+    with pytest.raises(InputError):
+        template.render(check_chat(HELLO, {}))
+    assert template.render(check_chat(HELLO, {"template_options": {"ready": True}})) == "<hé <b>>"
 
 
 def test_the_end_of_a_turn_is_found() -> None:

@@ -170,3 +170,19 @@ def test_parts_of_text_are_written_as_transformers_writes_them_or_as_their_text(
             assert ours == as_list
         else:
             assert ours == as_text
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_a_last_message_is_continued_as_transformers_continues_it(path: Path, frozen: None) -> None:
+    source = path.read_text(encoding="utf-8")
+    template = ChatTemplate(source, TOKENS)
+    seen = render_theirs(source, TURNS[:1], {"tools": None}, True)
+    loses_text = seen is None or "Zürich" not in seen
+    for said in (TURNS[:2], TURNS[:4], [SYSTEM, *TURNS[:2]], TURNS[:3]):
+        messages = as_parts(said) if loses_text else said
+        theirs = render_theirs(source, messages, {"tools": None, "continue_final_message": True}, False)
+        try:
+            ours = template.render(check_chat(said, {"continue_final_message": True, "date": DAY}))
+        except InputError:
+            ours = None
+        assert ours == theirs

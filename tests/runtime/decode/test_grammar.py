@@ -274,7 +274,11 @@ def real(request: pytest.FixtureRequest) -> tuple[Grammars, Tokenizer, tuple[int
     """A real tokenizer with its end tokens, for a model with more tokens (phi3) or fewer (gpt2)."""
     name = request.param
     folder: Path = request.getfixturevalue("models_folder" if name == "pocket" else "tokenizers_folder") / name
-    bundle = SimpleNamespace(read=lambda file, limit=0: (folder / file).read_bytes(), has=lambda file: file == "tokenizer.json")
+    bundle = SimpleNamespace(
+        read=lambda file, limit=0: (folder / file).read_bytes(),
+        has=lambda file: file == "tokenizer.json",
+        manifest=SimpleNamespace(files={}),
+    )
     tokenizer = Tokenizer(cast("Any", bundle))
     size, ends = {"pocket": (4096, (1,)), "gpt2": (50257, (50256,)), "phi3": (32064, (32000, 32007))}[name]
     return make_grammars(tokenizer, size, ends), tokenizer, ends, size
