@@ -52,7 +52,8 @@ def interrupt(
 def verbs(folder: Path, base: Path, adapters: dict[str, Path]) -> dict[str, list[object]]:
     """Commands of which most last longer than the test waits; `run` and `chat` wait for their input."""
     rows = folder / "rows.jsonl"
-    rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 2000, encoding="utf-8")
+    lines = [f'{{"prompt": "the cat {number}", "completion": " sat"}}\n' for number in range(2000)]
+    rows.write_text("".join(lines), encoding="utf-8")
     recipe = folder / "recipe.toml"
     recipe.write_text(f'base = "{base}"\n[adapters]\na = "{adapters["plain"]}"\n[variants.a]\nmix = {{ a = 1.0 }}\n')
     two = [f"--adapter=a={adapters['plain']}", f"--adapter=b={adapters['other']}"]
