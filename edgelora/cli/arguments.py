@@ -141,7 +141,8 @@ def parse_template_options(items: Sequence[str] | None) -> dict[str, Any]:
         try:
             options[name] = json.loads(text)
         except (ValueError, RecursionError):
-            raise UsageError(f"--template-option {name}={text} is no JSON; put a text in quotes: {name}='\"…\"'") from None
+            hint = f"put a text in quotes: {name}='{json.dumps(text)}'"
+            raise UsageError(f"--template-option {name}={text} is no JSON; {hint}") from None
     return options
 
 

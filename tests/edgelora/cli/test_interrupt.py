@@ -21,7 +21,12 @@ GOLDEN = ROOT / "tests" / "runtime" / "bundle" / "golden" / "bundle"
 # The console script, which says when edgelora's own code starts. Before that, Python answers a signal.
 START = "from edgelora.cli.entry import main; import os, sys; sys.argv[0] = 'edgelora'; os.write(1, b'up\\n'); main()"
 WORDS = {signal.SIGINT: (130, "edgelora: interrupted"), signal.SIGTERM: (143, "edgelora: terminated")}
-VERBS = ("run", "chat", "eval", "bench", "train", "export", "inspect", "doctor", "compose", "report", "learn", "search")
+VERBS = (
+    "run", "chat", "eval", "bench", "train", "export", "inspect", "verify", "doctor", "demo",
+    "compose", "report", "learn", "search",
+)  # fmt: skip
+SHORT = ("inspect", "verify", "doctor", "compose", "report", "export")
+KEEPS = ("export", "search", "demo")  # what they have finished, for the next run
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent as POSIX sends them")
 
@@ -52,7 +57,8 @@ def interrupt(
 def verbs(folder: Path, base: Path, adapters: dict[str, Path]) -> dict[str, list[object]]:
     """Commands of which most last longer than the test waits; `run` and `chat` wait for their input."""
     rows = folder / "rows.jsonl"
-    rows.write_text('{"prompt": "the cat", "completion": " sat"}\n' * 2000, encoding="utf-8")
+    lines = [f'{{"prompt": "the cat {number}", "completion": " sat"}}\n' for number in range(2000)]
+    rows.write_text("".join(lines), encoding="utf-8")
     recipe = folder / "recipe.toml"
     recipe.write_text(f'base = "{base}"\n[adapters]\na = "{adapters["plain"]}"\n[variants.a]\nmix = {{ a = 1.0 }}\n')
     two = [f"--adapter=a={adapters['plain']}", f"--adapter=b={adapters['other']}"]
@@ -66,7 +72,9 @@ def verbs(folder: Path, base: Path, adapters: dict[str, Path]) -> dict[str, list
         "train": ["train", "--base", base, "--data", rows, "--output", new, "--epochs", 1000],
         "export": ["export", recipe, "--output", new],
         "inspect": ["inspect", GOLDEN],
+        "verify": ["verify", GOLDEN],
         "doctor": ["doctor"],
+        "demo": ["demo", "--output", new],
         "compose": ["compose", *(f"{adapter}:0.5" for adapter in two), "--output", new],
         "report": ["compose", "report", *two, "--output", new],
         "learn": ["compose", "learn", *learn, "--steps", 100000, "--start", "linear"],
@@ -107,16 +115,15 @@ def test_at_random_moments(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_
         number, seconds = draw.choice([*WORDS]), draw.uniform(0.002, 8.0)
         code, errors = interrupt(verbs(folder, tiny_base, tiny_adapters)[verb], seconds, folder, number)
         where = f"{verb} after {seconds:.3f} s: {code}, {errors}"
-        if code == 0 and verb in ("inspect", "doctor", "compose", "report", "export"):
+        if code == 0 and verb in SHORT:
             done += 1
             continue
         assert (code, errors.splitlines()[-1]) == WORDS[number], where
         assert "Traceback" not in errors and "Exception ignored" not in errors, where
         left = [path.name for path in folder.iterdir() if path.name not in ("rows.jsonl", "recipe.toml")]
-        # An export keeps what it has finished in its staging folder, and a search its trials.
-        assert verb in ("export", "search") or not left, where
-        assert not (folder / "new").exists() or verb == "search", where
-    assert done < 25, "most moments came too late to show anything"
+        assert verb in KEEPS or not left, where
+        assert not (folder / "new" / "bundle.json").exists(), where
+    assert done < 30, "most moments came too late to show anything"
 
 
 @pytest.mark.parametrize("module", ["edgelora.cli.app", "typer", "edgelora_runtime.runtime", "onnxruntime"])

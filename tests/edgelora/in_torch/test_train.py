@@ -80,6 +80,25 @@ def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
     assert tokenizer.decode(written) == row["completion"] + tokenizer.eos_token
 
 
+@pytest.mark.slow
+def test_adapter_learns_to_answer_in_a_conversation_and_to_stop(config: TrainConfig) -> None:
+    """As the model is asked at run time: by the template, whose turns end with no special token of their own."""
+    import torch
+    from peft import PeftModel
+
+    rows = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}] for row in ROWS]
+    write_rows(config.data, [{"messages": messages} for messages in rows])
+    train(replace(config, quant="none", max_steps=160))
+    model, tokenizer = load_base(config.base, "none")
+    adapted: Any = PeftModel.from_pretrained(model, config.output).eval()
+    asked = tokenizer.apply_chat_template(rows[1][:1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        written = adapted.generate(
+            input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=20, pad_token_id=1
+        )[0, asked.shape[1] :]
+    assert tokenizer.decode(written) == f" {rows[1][1]['content']}\n{tokenizer.eos_token}"
+
+
 def test_int4_base_is_on_the_export_grid(tiny_base: Path) -> None:
     model, _ = load_base(Base.open(tiny_base), "int4")
     name = "model.layers.0.mlp.down_proj.weight"
