@@ -92,7 +92,7 @@ def completion_loss(
     runtime: Runtime, row: Row, *, variant: str | None = None, mix: Mapping[str, float] | None = None
 ) -> tuple[float, int]:
     """Returns a completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
-    prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
+    prompt, whole = (runtime.encode(text, variant=variant, mix=mix) for text in (row.prompt, row.prompt + row.completion))
     start = max(1, shared_prefix(prompt, whole))  # a token may span prompt and completion, and the first token has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
     return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start

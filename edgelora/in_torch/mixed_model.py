@@ -13,6 +13,7 @@ import numpy as np
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import encode_prompt, load_tokenizer
 from edgelora_export.weights.torch_model import load_model, quiet_libraries
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
@@ -80,11 +81,10 @@ class MixedModel:
         Raises InputError if transformers cannot load it.
         """
         import torch
-        from transformers import AutoTokenizer
 
         found = Base.find(base)
+        tokenizer = load_tokenizer(found)
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
             model = load_model(found)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
 
@@ -117,7 +117,7 @@ class MixedModel:
 
         The index is as in evaluation.completion_loss.
         """
-        prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
+        prompt, whole = (encode_prompt(self.tokenizer, text) for text in (row.prompt, row.prompt + row.completion))
         return whole, max(1, shared_prefix(prompt, whole))
 
     def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:

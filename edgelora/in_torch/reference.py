@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelora.in_torch.train import load_base
+from edgelora_export.base.tokenizer import encode_prompt
+from edgelora_export.texts.ends import find_end_tokens
 from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
@@ -55,11 +57,13 @@ def write_completions(
     import torch
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    configs = [model.generation_config.to_dict(), model.config.to_dict()]
+    ends = list(find_end_tokens(tokenizer, configs, model.config.vocab_size))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)  # masked, so any token does
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
     )
-    encoded = [tokenizer(row.prompt)["input_ids"] for row in rows]
+    encoded = [encode_prompt(tokenizer, row.prompt) for row in rows]
     order = sorted(range(len(rows)), key=lambda place: len(encoded[place]))
     written = [""] * len(rows)
     with torch.inference_mode():

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.adapters.orthogonal_slots import freeze_slot
+from edgelora.data.row_tokens import encode_taught_row
 from edgelora.data.rows import read_rows
 from edgelora_export.base.base import Base
 from edgelora_export.base.files import read_toml
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.publish import staged_folder
 from edgelora_export.weights.torch_model import quiet_libraries
@@ -22,6 +24,8 @@ from edgelora_runtime.errors import InputError, MissingExtraError, list_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from edgelora.data.rows import Row
 
 QUANTS = ("nf4", "int4", "none")
 _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
@@ -121,7 +125,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     rows = read_rows(config.data)
     base = Base.find(config.base)
     with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
-        trainer = _make_trainer(config, str(base.path), folder, [vars(row) for row in rows], on_progress)
+        trainer = _make_trainer(config, str(base.path), folder, rows, on_progress)
         started = time.perf_counter()
         result = trainer.train()
         seconds = time.perf_counter() - started
@@ -151,16 +155,16 @@ def load_base(base: str, quant: str) -> tuple[Any, Any]:
     """
     _require_packages()
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     dtype = compute_dtype()
     nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
+    tokenizer = load_tokenizer(Base.find(base))
     try:
         with quiet_libraries(whole_process=False):
-            tokenizer = AutoTokenizer.from_pretrained(base)
             model = AutoModelForCausalLM.from_pretrained(
                 base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None
             )
@@ -190,7 +194,7 @@ def compute_dtype() -> Any:
 
 
 def _make_trainer(
-    config: TrainConfig, base: str, folder: Path, rows: list[dict[str, str]], on_progress: Callable[[int, int, str], None]
+    config: TrainConfig, base: str, folder: Path, rows: list[Row], on_progress: Callable[[int, int, str], None]
 ) -> Any:
     import torch
     from datasets import Dataset
@@ -205,6 +209,7 @@ def _make_trainer(
         raise InputError(
             f"the tokenizer of {base} has no eos_token, so an adapter cannot learn to stop; set one in tokenizer_config.json"
         )
+    taught = [encode_taught_row(tokenizer, row) for row in rows]
     dtype = compute_dtype()
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -237,7 +242,7 @@ def _make_trainer(
         dataloader_pin_memory=False,
     )
     trainer: Any = SFTTrainer(
-        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=lora
+        model=model, args=settings, train_dataset=Dataset.from_list(taught), processing_class=tokenizer, peft_config=lora
     )
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_progress_callback(on_progress))

@@ -22,8 +22,8 @@ from edgelora.learn.regmean import solve_regmean
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import encode_prompt, load_tokenizer
 from edgelora_export.weights.merged import check_modules
-from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError, list_wrong
 
 if TYPE_CHECKING:
@@ -184,9 +184,9 @@ def _run_regmean(
     check_shapes(adapters, decoder)
     for name, adapter in adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
-    tokenizer = load_tokenizer(base.texts[TOKENIZER])
+    tokenizer = load_tokenizer(base)
     samples: dict[str, Sequence[Sample]] = {
-        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), REGMEAN_TOKENS, config.seed)
+        name: gather_samples(path, lambda text: encode_prompt(tokenizer, text), REGMEAN_TOKENS, config.seed)
         for name, path in _find_prompts(config, adapters).items()
     }
     layers = len(decoder.layers)

@@ -17,14 +17,13 @@ from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.prompt import check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
-from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.grammar import Grammars
 from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
 from edgelora_runtime.decode.options import resolve_options
 from edgelora_runtime.decode.reader import Reader
 from edgelora_runtime.decode.request import build_request
 from edgelora_runtime.decode.speculation import Speculation
+from edgelora_runtime.decode.texts import TextSides
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.manifest import VariantEntry
     from edgelora_runtime.bundle.prompt import Prompt
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.decode.request import Request
     from edgelora_runtime.residency.packed_cache import PackedCache
@@ -102,8 +102,7 @@ class Runtime:
             raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
         if self._target not in ("cpu", "gpu"):
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
-        self._tokenizer = Tokenizer(self._bundle)
-        self._grammars = Grammars(self._tokenizer, self._manifest.model)
+        self._texts = TextSides(self._bundle)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
@@ -140,7 +139,7 @@ class Runtime:
         self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
-        self._grammars.clear()
+        self._texts.clear()
         self._speculation.clear()
         self._router.clear()
 
@@ -150,7 +149,8 @@ class Runtime:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+        """The tokenizer of the current variant or mix."""
+        return self._texts.of(self._current).tokenizer
 
     @property
     def provider(self) -> str:
@@ -247,13 +247,17 @@ class Runtime:
         """
         chosen = resolve_options(options)
         variant, mix = chosen["variant"], chosen["mix"]
-        constraint = self._grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
         cancellation = Cancellation(chosen["timeout"])
         route = self.route(prompt) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        model = self._manifest.model
-        tokens = check_tokens(self.encode(prompt), model, may_overflow=chosen["overflow"] == "slide")
-        request = build_request(chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route)
+        texts = self._texts.of(choice)
+        constraint = texts.grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        tokens = encode_prompt(texts.tokenizer, prompt)
+        tokens = check_tokens(tokens, texts.model, may_overflow=chosen["overflow"] == "slide")
+        stop = texts.tokenizer.find_added_tokens(chosen["stop"])
+        request = build_request(
+            chosen, tokens, texts.model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
+        )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
     def route(self, prompt: Prompt) -> Route:
@@ -263,7 +267,7 @@ class Runtime:
         the user's last one only, since a conversation may change its subject. Raises UsageError if the bundle has no router,
         InputError as stream() does.
         """
-        return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
+        return self._router.route(find_routed_text(self._texts.own.tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Embeds a text as a float32 vector (hidden_size,) of length 1.
@@ -271,7 +275,7 @@ class Runtime:
         The vector is the mean of the text's hidden states after the final norm, scaled. Raises UsageError for a graph without
         that output, such as one traced from another implementation.
         """
-        tokens = check_tokens(self.encode(prompt), self._manifest.model)
+        tokens = check_tokens(self.encode(prompt, variant=variant, mix=mix), self._manifest.model)
         model, live, receipt = self._prepare(self._choose(variant, mix))
         if not model.has_states:
             raise UsageError(
@@ -313,9 +317,9 @@ class Runtime:
             chunk = tokens[start : start + step]
             yield model.read(cache, chunk, live=live, keep=len(chunk))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt."""
-        return encode_prompt(self._tokenizer, prompt)
+    def encode(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> list[int]:
+        """Returns the tokens of a prompt, by the tokenizer and template of a variant or mix."""
+        return encode_prompt(self._texts.of(self._choose(variant, mix)).tokenizer, prompt)
 
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
@@ -341,7 +345,7 @@ class Runtime:
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
             reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
-            return (yield from continue_prompt(request, receipt, self._tokenizer, reader))
+            return (yield from continue_prompt(request, receipt, self._texts.of(choice).tokenizer, reader))
         finally:
             self._prompts.put(choice, cache)
 

@@ -23,7 +23,7 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     Raises InputError for a list of anything but messages or token ids.
     """
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
+        return tokenizer.encode_prompt(prompt)
     messages = [item for item in prompt if isinstance(item, Mapping)]
     tokens = [int(item) for item in prompt if isinstance(item, int | np.integer)]
     if len(tokens) == len(prompt):

@@ -12,9 +12,10 @@ from tokenizers import Tokenizer as RustTokenizer
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.bundle.manifest import TextsEntry
 
     Message = Mapping[str, str]
 
@@ -27,14 +28,25 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """A bundle's tokenizer and chat template."""
+    """A bundle's tokenizer and chat template.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
-        config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
+    texts: the files that an adapter brought, None for the bundle's own.
+    """
+
+    def __init__(self, bundle: Bundle, texts: TextsEntry | None = None) -> None:
+        file, config_file, template_file = (
+            (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+            if texts is None
+            else (texts.tokenizer, texts.tokenizer_config, texts.chat_template)
+        )
+        self._tokenizer = load_tokenizer(bundle.read(file))
+        config = _read_config(bundle.read(config_file)) if bundle.has(config_file) else {}
         self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT) if bundle.has(CHAT_TEMPLATE) else None
+        has_template = template_file is not None and bundle.has(template_file)
+        source = bundle.read(template_file, limit=_TEMPLATE_LIMIT) if template_file is not None and has_template else None
         self._template = None if source is None else _compile(source)
+        first = self.encode("")[:1]  # what the tokenizer adds by itself
+        self._start = first[0] if first and first[0] == self._tokenizer.token_to_id(self._special["bos_token"]) else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -51,8 +63,21 @@ class Tokenizer:
         return text
 
     def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
+        """Returns the tokens of a plain text, with the tokenizer's own special tokens."""
         return list(self._tokenizer.encode(text).ids)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
+
+        A text that was rendered with a chat template has one already.
+        """
+        ids, start = self.encode(text), self._start
+        return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+    def find_added_tokens(self, texts: Iterable[str]) -> frozenset[int]:
+        """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
+        ids = {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return frozenset(ids[text] for text in texts if text in ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the assistant's answer starts."""

@@ -1,0 +1,67 @@
+"""Packs a tokenizer as transformers resolved it into the files of a bundle, from which the runtime makes the same tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from edgelora_runtime.bundle.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+DEFAULT_TEMPLATE = "default"
+# The class that takes tokenizer.json as it stands, whatever class made it. Every version of transformers has it.
+_CLASS = "PreTrainedTokenizerFast"
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def pack_tokenizer(tokenizer: Any, owner: str) -> dict[str, bytes]:
+    """Packs tokenizer.json, tokenizer_config.json and the chat templates, by file name.
+
+    tokenizer: a PreTrainedTokenizerFast. Everything that decides tokens goes into tokenizer.json: special tokens that stood
+    elsewhere, and the pipeline of a class that makes its own. tokenizer_config.json holds the special tokens that templates name.
+    Raises InputError for a template whose name cannot be a file's.
+    """
+    files = {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode(), TOKENIZER_CONFIG: _pack_config(tokenizer)}
+    for name, source in read_templates(tokenizer).items():
+        if not _TEMPLATE_NAME.fullmatch(name):
+            raise InputError(f"{owner} has a chat template named {name!r}; rename it with letters, digits, '_' and '-'")
+        files[name_template(name)] = source.encode()
+    return files
+
+
+def read_templates(tokenizer: Any) -> Mapping[str, str]:
+    """Reads the chat templates of a tokenizer, by name. A single one is the default."""
+    found = getattr(tokenizer, "chat_template", None)
+    if isinstance(found, str):
+        found = {DEFAULT_TEMPLATE: found}
+    return found or {}
+
+
+def name_template(name: str) -> str:
+    """Returns the file of a chat template.
+
+    >>> name_template("default"), name_template("tool_use")
+    ('chat_template.jinja', 'chat_template.tool_use.jinja')
+    """
+    stem, suffix = CHAT_TEMPLATE.split(".")
+    return CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"{stem}.{name}.{suffix}"
+
+
+def read_special_tokens(tokenizer: Any) -> dict[str, str]:
+    """Reads the special tokens that have a role, by role (bos_token, …), and only those that are set."""
+    return {role: str(token) for role, token in tokenizer.special_tokens_map.items() if not isinstance(token, list)}
+
+
+def _pack_config(tokenizer: Any) -> bytes:
+    extra = getattr(tokenizer, "extra_special_tokens", None) or getattr(tokenizer, "additional_special_tokens", None)
+    config: dict[str, Any] = {"tokenizer_class": _CLASS, "clean_up_tokenization_spaces": False}
+    if getattr(tokenizer, "split_special_tokens", False):
+        config["split_special_tokens"] = True
+    config |= read_special_tokens(tokenizer)
+    if isinstance(extra, list | tuple) and extra:
+        config["additional_special_tokens"] = [str(token) for token in extra]
+    return (json.dumps(config, ensure_ascii=False, indent=1) + "\n").encode()
