@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.bundle.tokenizer import CHAT_TEMPLATE, TOKENIZER, Tokenizer
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -17,15 +19,28 @@ if TYPE_CHECKING:
         ModelEntry,
         QuantizationEntry,
         RouterEntry,
+        TextsEntry,
         VariantEntry,
     )
+
+
+@dataclass(frozen=True)
+class TextsDescription:
+    """The text side of a bundle, or of a variant whose adapter brought its own.
+
+    own: what it has in place of the bundle's: "tokenizer", "chat template". end_tokens: the tokens that end an answer, by id.
+    """
+
+    own: tuple[str, ...]
+    end_tokens: Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class VariantDescription:
     """A variant: its size, and its figures from the manifest.
 
-    bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps.
+    bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps. texts: None for the
+    bundle's own.
     """
 
     name: str
@@ -43,6 +58,7 @@ class VariantDescription:
     int8: Sequence[str]
     calibration: CalibrationEntry | None
     fidelity: FidelityEntry | None
+    texts: TextsDescription | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +76,7 @@ class BundleDescription:
     quantization: QuantizationEntry
     variants: tuple[VariantDescription, ...]
     router: RouterEntry | None
+    texts: TextsDescription
 
 
 def describe_bundle(bundle: Bundle) -> BundleDescription:
@@ -97,8 +114,26 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
                 variant.int8,
                 variant.calibration,
                 variant.fidelity,
+                None if variant.texts is None else _describe_texts(bundle, variant.texts),
             )
             for name, variant in manifest.variants.items()
         ),
         router=manifest.router,
+        texts=_describe_texts(bundle, None),
     )
+
+
+def _describe_texts(bundle: Bundle, entry: TextsEntry | None) -> TextsDescription:
+    tokenizer = Tokenizer(bundle, entry)
+    ids = bundle.manifest.model.eos_token_ids if entry is None else entry.eos_token_ids
+    own = []
+    if entry is not None:
+        own = [
+            what
+            for what, file, usual in (
+                ("tokenizer", entry.tokenizer, TOKENIZER),
+                ("chat template", entry.chat_template, CHAT_TEMPLATE),
+            )
+            if file not in (usual, None)
+        ]
+    return TextsDescription(tuple(own), {token: tokenizer.name_token(token) for token in ids})

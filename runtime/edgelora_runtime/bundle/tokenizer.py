@@ -74,6 +74,10 @@ class Tokenizer:
         ids, start = self.encode(text), self._start
         return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
+    def name_token(self, token: int) -> str:
+        """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
+        return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
+
     def find_added_tokens(self, texts: Iterable[str]) -> frozenset[int]:
         """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
         ids = {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
