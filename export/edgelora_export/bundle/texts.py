@@ -164,7 +164,7 @@ def _add_to_base(base: Base, beside: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def _is_of_tokenizer(name: str) -> bool:
     named = ("added_tokens.json", "special_tokens_map.json", "merges.txt", TOKENIZER_CONFIG, *VOCABULARIES)
-    return name in named or name.startswith("chat_template")
+    return name in named or name.startswith(("chat_template", "additional_chat_templates/"))
 
 
 def _equal(one: Texts, other: Texts) -> bool:
