@@ -254,7 +254,7 @@ class Runtime:
         constraint = texts.grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
         tokens = encode_prompt(texts.tokenizer, prompt)
         tokens = check_tokens(tokens, texts.model, may_overflow=chosen["overflow"] == "slide")
-        stop = texts.tokenizer.find_added_tokens([stops] if isinstance(stops := chosen["stop"], str) else stops)
+        stop = texts.tokenizer.find_added_tokens(chosen["stop"])
         request = build_request(
             chosen, tokens, texts.model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
         )

@@ -32,6 +32,11 @@ def _make_base(folder: Path, kind: str = "byte-level", **settings: Any) -> Path:
     return base
 
 
+def _load(folder: Path) -> Any:
+    """The tokenizer of a folder, as transformers makes it."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def _change_json(path: Path, **changes: Any) -> None:
     """Changes keys of a JSON file, and deletes those that get None."""
     value = {**(json.loads(path.read_bytes()) if path.exists() else {}), **changes}
@@ -52,7 +57,7 @@ def _export(folder: Path, *lines: str, adapters: tuple[str, ...] = ()) -> Path:
 
 def _compare(folder: Path, source: Path, variant: str = "plain", count: int = 100) -> str:
     """Says how many texts have the tokens that AutoTokenizer makes of a folder's files."""
-    theirs = AutoTokenizer.from_pretrained(source)
+    theirs = _load(source)
     texts = [*make_texts(count)]
     with Runtime(folder / "bundle", threads=1) as runtime:
         same = sum(runtime.encode(text, variant=variant) == _without_second_start(theirs, text) for text in texts)
@@ -82,9 +87,7 @@ def _try_setting(change: Callable[[Any], None]) -> Callable[[Path], str]:
         tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
         change(tokenizer)
         tokenizer.save(str(base / "tokenizer.json"))
-        assert len(tokenizer.encode("the cat sat on the mat").ids) != len(
-            AutoTokenizer.from_pretrained(base)("the cat sat on the mat")["input_ids"]
-        )
+        assert len(tokenizer.encode("the cat sat on the mat").ids) != len(_load(base)("the cat sat on the mat")["input_ids"])
         _export(folder)
         return _compare(folder, base)
 
@@ -108,7 +111,7 @@ def _try_file(name: str, **content: Any) -> Callable[[Path], str]:
         (base / "tokenizer_config.json").unlink()
         _change_json(base / name, **content)
         _export(folder)
-        token = AutoTokenizer.from_pretrained(base)("the <|turn|> cat")["input_ids"]
+        token = _load(base)("the <|turn|> cat")["input_ids"]
         assert len(token) < len(Tokenizer.from_file(str(base / "tokenizer.json")).encode("the <|turn|> cat").ids)
         with Runtime(folder / "bundle", threads=1) as runtime:
             assert runtime.encode("the <|turn|> cat") == token
@@ -184,7 +187,7 @@ def _try_an_unused_token_outside(folder: Path) -> str:
     _export(folder)
     with Runtime(folder / "bundle", threads=1) as runtime:
         outside = runtime.encode("see <image>")
-        assert outside == AutoTokenizer.from_pretrained(base)("see <image>")["input_ids"]
+        assert outside == _load(base)("see <image>")["input_ids"]
         assert max(outside) == 320
         try:
             runtime.generate("see <image>")
@@ -198,7 +201,7 @@ def _try_ends(prepare: Callable[[Path, int], None], *lines: str) -> Callable[[Pa
 
     def check(folder: Path) -> str:
         base = _make_base(folder, "split tokens")
-        prompt = AutoTokenizer.from_pretrained(base)("the cat")["input_ids"]
+        prompt = _load(base)("the cat")["input_ids"]
         written = greedy(load_base(base), prompt, 24)
         end = next(token for token in written[4:] if token not in written[:4])
         prepare(base, end)
@@ -234,14 +237,14 @@ def _name_nowhere(base: Path, end: int) -> None:
 
 
 def _text_of(base: Path, token: int) -> str:
-    return str(AutoTokenizer.from_pretrained(base).convert_ids_to_tokens(token))
+    return str(_load(base).convert_ids_to_tokens(token))
 
 
 def _make_adapter(folder: Path, name: str, *, seed: int = 1, texts: bool = True) -> Path:
     """An adapter with the base's own tokenizer beside its weights."""
     make_adapter(folder / "base", folder / name, seed=seed)
     if texts:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+        tokenizer = _load(folder / "base")
         tokenizer.save_pretrained(folder / name)
     return folder / name
 
@@ -260,7 +263,7 @@ def _try_adapter_with_the_bases(folder: Path) -> str:
 def _try_adapter_with_its_own(folder: Path) -> str:
     base = _make_base(folder)
     own = _make_adapter(folder, "law")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = _load(base)
     tokenizer.add_special_tokens({"eos_token": "<|law|>"})
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|law|>{% endfor %}"
     tokenizer.save_pretrained(own)
@@ -280,7 +283,7 @@ def _try_adapters_that_differ(folder: Path) -> str:
     base = _make_base(folder)
     for seed, name in enumerate(("law", "sql"), 1):
         own = _make_adapter(folder, name, seed=seed)
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = _load(base)
         tokenizer.add_special_tokens({"eos_token": f"<|{name}|>"})
         tokenizer.save_pretrained(own)
     return _refuse(folder, "[variants.both]\nmix = { law = 0.5, sql = 0.5 }", adapters=("law", "sql"))
@@ -290,7 +293,7 @@ def _try_adapters_of_which_one_is_the_bases(folder: Path) -> str:
     base = _make_base(folder)
     _make_adapter(folder, "sql", seed=2)
     own = _make_adapter(folder, "law")
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = _load(base)
     tokenizer.add_special_tokens({"eos_token": "<|law|>"})
     tokenizer.save_pretrained(own)
     _export(folder, "[variants.both]\nmix = { law = 0.5, sql = 0.5 }", adapters=("law", "sql"))
@@ -309,7 +312,7 @@ def _try_template_alone(folder: Path) -> str:
         entry = runtime.variants["law"].texts
         assert entry is not None
         assert (entry.tokenizer, entry.chat_template) == ("tokenizer.json", "law.chat_template.jinja")
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = _load(base)
         tokenizer.chat_template = (folder / "law" / "chat_template.jinja").read_text(encoding="utf-8")
         messages = [{"role": "user", "content": "may I?"}]
         theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]

@@ -78,10 +78,10 @@ class Tokenizer:
         """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
         return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
 
-    def find_added_tokens(self, texts: Iterable[str]) -> frozenset[int]:
+    def find_added_tokens(self, texts: str | Iterable[str]) -> frozenset[int]:
         """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
-        ids = {token.content: id_ for id_, token in self._tokenizer.get_added_tokens_decoder().items()}
-        return frozenset(ids[text] for text in texts if text in ids)
+        ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Returns the tokens of a conversation, up to where the assistant's answer starts."""

@@ -52,7 +52,7 @@ def build_request(
 ) -> Request:
     """Builds a request from its options, which must be complete, and its prompt's tokens.
 
-    stop_tokens: those that a stop string is the text of.
+    stop_tokens: those that a stop string is the text of. They end the answer too, since decoding leaves their text out.
     """
     room = model.context_length - len(prompt) + 1  # the last token is never read back
     return Request(
