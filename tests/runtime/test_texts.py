@@ -117,7 +117,7 @@ def test_a_stop_string_that_is_a_special_token_ends_there(tmp_path: Path) -> Non
     tokenizer = Tokenizer.from_file(str(path))
     written = greedy(model, tokenizer.encode("the cat").ids, 24)
     token = next(token for token in written[4:] if token not in written[:4] and tokenizer.id_to_token(token))
-    text = tokenizer.id_to_token(token)
+    text = str(tokenizer.id_to_token(token))
     tokenizer.add_special_tokens([text])  # an answer's text now lacks it
     tokenizer.save(str(path))
     (tmp_path / "recipe.toml").write_text(PLAIN, encoding="utf-8")

@@ -45,5 +45,6 @@ def test_answers_end(kind: str, tmp_path: Path) -> None:
     with Runtime(tmp_path / "bundle", threads=1) as runtime:
         answers = [runtime.generate(row.prompt, max_tokens=MOST) for row in ROWS]
     assert [answer.finish_reason for answer in answers] == ["stop"] * len(ROWS)
-    assert [answer.text for answer in answers] == [" answer: nine."] * len(ROWS)
-    assert write_with_torch(base, adapter, ROWS, quant="none", max_tokens=MOST) == [" answer: nine."] * len(ROWS)
+    written = write_with_torch(base, adapter, ROWS, quant="none", max_tokens=MOST)
+    assert [answer.text for answer in answers] == written
+    assert [text.removeprefix(" ") for text in written] == ["answer: nine."] * len(ROWS)  # Llama 2's decoder drops the space
