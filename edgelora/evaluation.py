@@ -117,11 +117,12 @@ def completion_loss(
     template_options: Mapping[str, Any] | None = None,
 ) -> tuple[float, int]:
     """Returns a completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
+    tokenizer = runtime.find_tokenizer(variant, mix)
     if isinstance(row.prompt, str):
-        prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
+        prompt, whole = (tokenizer.encode_prompt(text) for text in (row.prompt, row.prompt + row.completion))
     else:
-        rendered = runtime.tokenizer.render_chat(row.prompt.messages, **_chat_options(row.prompt, template_options))
-        prompt, whole = (runtime.tokenizer.encode(text, special_tokens=False) for text in (rendered, rendered + row.completion))
+        rendered = tokenizer.render_chat(row.prompt.messages, **_chat_options(row.prompt, template_options))
+        prompt, whole = (tokenizer.encode(text, special_tokens=False) for text in (rendered, rendered + row.completion))
     start = max(1, shared_prefix(prompt, whole))  # a token may span prompt and completion, and the first token has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
     return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start

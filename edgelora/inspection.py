@@ -6,7 +6,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.bundle.chat_template import list_own_templates
 from edgelora_runtime.bundle.manifest import MANIFEST
+from edgelora_runtime.bundle.tokenizer import TOKENIZER, Tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,16 +22,28 @@ if TYPE_CHECKING:
         ModelEntry,
         QuantizationEntry,
         RouterEntry,
+        TextsEntry,
         VariantEntry,
     )
+
+
+@dataclass(frozen=True)
+class TextsDescription:
+    """The text side of a bundle, or of a variant whose adapter brought its own.
+
+    own: what it has in place of the bundle's: "tokenizer", "chat template". end_tokens: the tokens that end an answer, by id.
+    """
+
+    own: tuple[str, ...]
+    end_tokens: Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class VariantDescription:
     """A variant: its size, and its figures from the manifest.
 
-    bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps.
-    vocab_size, own_vocab: see VariantEntry.
+    bytes: everything that it maps, adapters included. private_bytes: the part that no other variant maps. texts: None for the
+    bundle's own. vocab_size, own_vocab: see VariantEntry.
     """
 
     name: str
@@ -49,6 +63,7 @@ class VariantDescription:
     fidelity: FidelityEntry | None
     vocab_size: int | None = None
     own_vocab: Sequence[str] = ()
+    texts: TextsDescription | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class BundleDescription:
     quantization: QuantizationEntry
     variants: tuple[VariantDescription, ...]
     router: RouterEntry | None
+    texts: TextsDescription
 
 
 @dataclass(frozen=True)
@@ -151,8 +167,23 @@ def describe_bundle(bundle: Bundle) -> BundleDescription:
                 variant.fidelity,
                 variant.vocab_size,
                 variant.own_vocab,
+                None if variant.texts is None else _describe_texts(bundle, variant.texts),
             )
             for name, variant in manifest.variants.items()
         ),
         router=manifest.router,
+        texts=_describe_texts(bundle, None),
     )
+
+
+def _describe_texts(bundle: Bundle, entry: TextsEntry | None) -> TextsDescription:
+    tokenizer = Tokenizer(bundle, entry)
+    ids = bundle.manifest.model.eos_token_ids if entry is None else entry.eos_token_ids
+    own = []
+    if entry is not None:
+        differs = {
+            "tokenizer": entry.tokenizer != TOKENIZER,
+            "chat template": len(list_own_templates(entry.chat_templates)) < len(entry.chat_templates),
+        }
+        own = [what for what, is_own in differs.items() if is_own]
+    return TextsDescription(tuple(own), {token: tokenizer.name_token(token) for token in ids})

@@ -29,7 +29,7 @@ BANNED = {
 # names that apps use, and imports them on first use.
 ORDER = {
     "edgelora_runtime": "__init__ runtime decode residency session bundle _telemetry _version errors",
-    "edgelora_export": "traced bundle stream graph weights base plan quantize architectures decoder __init__",
+    "edgelora_export": "traced bundle texts stream graph weights base plan quantize architectures decoder __init__",
     "edgelora": "__main__ cli demo search learn report exporting composing in_torch mix bench inspection doctor evaluation data "
     "adapters formatting __init__",
 }

@@ -17,7 +17,7 @@ InspectedArgument = Annotated[
 ]
 
 if TYPE_CHECKING:
-    from edgelora.inspection import VariantDescription
+    from edgelora.inspection import TextsDescription, VariantDescription
     from edgelora_runtime import Bundle
     from edgelora_runtime.bundle.manifest import FidelityEntry, RouterEntry
 
@@ -92,6 +92,11 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
             ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
             [_list_figures(item, found) for item, found in measured],
         )
+    print(f"answers end at {_list_ends(described.texts)}")
+    for item in described.variants:
+        if item.texts is not None:
+            own = " and ".join(item.texts.own) or "end tokens"
+            print(f"{item.name} has its adapter's own {own}; its answers end at {_list_ends(item.texts)}")
     if described.router is not None:
         _show_router(described.router)
     print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
@@ -112,6 +117,10 @@ def _show_adapter(path: Path, *, as_json: bool) -> None:
         print(f"brings a vocabulary of {found.vocab_size} rows")
     for note in found.notes:
         print(f"note: {note}")
+
+
+def _list_ends(texts: TextsDescription) -> str:
+    return ", ".join(f"{text} ({token})" for token, text in texts.end_tokens.items()) or "no token"
 
 
 def _show_router(router: RouterEntry) -> None:

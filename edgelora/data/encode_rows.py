@@ -8,6 +8,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from edgelora.data.chats import ASSISTANT, Chat, read_content
+from edgelora.data.completion_tokens import encode_apart
+from edgelora_export.base.tokenizer import encode_prompt
+from edgelora_export.texts.ends import find_turn_end
 from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
@@ -19,7 +22,6 @@ if TYPE_CHECKING:
 # As transformers looks for it (utils/chat_template_utils.py, render_jinja_template).
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize")
-_PROBE = "Answer7"  # an answer that no template changes
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,7 @@ class RowEncoder:
     def __call__(self, item: str | Chat) -> list[int]:
         """Returns the tokens of a text, or of a conversation, up to where an answer starts if one is asked for."""
         if isinstance(item, str):
-            ids: list[int] = list(self.tokenizer(item)["input_ids"])
-            return ids
+            return encode_prompt(self.tokenizer, item)
         return self._encode_rendered(self.render(item))
 
     def render(self, chat: Chat) -> str:
@@ -75,10 +76,17 @@ class RowEncoder:
         return whole, max(1, shared_prefix(prompt, whole))
 
     def with_end(self, row: Row) -> tuple[list[int], int]:
-        """Encodes a row with the token that ends its answer, as whole() otherwise."""
+        """Encodes a row with the token that ends its answer. Also returns the number of tokens before the answer.
+
+        At run time a model sees the tokens of the prompt alone. Where a text's prompt and completion would share a token if they
+        were encoded together, the completion's tokens are those that it has after another text.
+        """
+        if isinstance(row.prompt, str):
+            tokens, start = encode_apart(self.tokenizer, row.prompt, row.completion)
+            ends = tokens[-1] == self.tokenizer.eos_token_id and len(tokens) > start
+            return tokens if ends else [*tokens, self.tokenizer.eos_token_id], start
         tokens, start = self.whole(row)
-        end = None if isinstance(row.prompt, str) else self.turn_end
-        return self._add_end(tokens, self.tokenizer.eos_token_id if end is None else end), start
+        return self._add_end(tokens, self.tokenizer.eos_token_id if self.turn_end is None else self.turn_end), start
 
     def learn(self, row: Row) -> LearnedTokens:
         """Encodes a row for training.
@@ -99,20 +107,7 @@ class RowEncoder:
     @cached_property
     def turn_end(self) -> int | None:
         """The special token with which the template ends an assistant's message, None if it writes none."""
-        asked = Chat.of([{"role": "user", "content": "Question7"}])
-        try:
-            after = self.render(asked.answer(_PROBE)).rpartition(_PROBE)[2]
-        except InputError:
-            return None
-        special = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
-        found = next((token for token in sorted(special, key=len, reverse=True) if token and after.strip().startswith(token)), "")
-        return int(self.tokenizer.convert_tokens_to_ids(found)) if found else None
-
-    @property
-    def end_tokens(self) -> list[int]:
-        """The tokens that end an answer: the tokenizer's end of text, and the end of an assistant's message."""
-        found = [self.tokenizer.eos_token_id, self.turn_end if self.tokenizer.chat_template else None]
-        return list(dict.fromkeys(token for token in found if token is not None))
+        return find_turn_end(self.tokenizer)
 
     def _marks(self, chat: Chat) -> bool:
         """True if the template marks what the assistant wrote."""

@@ -19,8 +19,9 @@ from edgelora.mix.mix import Mix
 from edgelora.mix.weights import EVERYWHERE
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
+from edgelora_export.base.texts import TextsOfFolder
 from edgelora_export.bundle.plan import BundlePlan
-from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.bundle.texts import BundleTexts, read_bundle_texts
 from edgelora_export.plan.adapted_decoder import explain_not_live
 from edgelora_export.plan.variants import Variant
 from edgelora_runtime._version import __version__
@@ -75,8 +76,9 @@ def plan_bundle(
     recipe, base, adapters = sources.recipe, sources.base, sources.adapters
     decoder = read_decoder(base.config, recipe.context_length)
     check_shapes(adapters, decoder)
+    texts = read_texts(sources, decoder.vocab_size)
     own_text = recipe.quantization.calibrated
-    sets = CalibrationSets(base, decoder, adapters, general=recipe.calibration, own_text=own_text)
+    sets = CalibrationSets(texts, decoder, adapters, general=recipe.calibration, own_text=own_text)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
     if blind and recipe.gate.policy == "fail":
         raise InputError(
@@ -89,8 +91,7 @@ def plan_bundle(
             f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
             "measured; give --calibration FILE.jsonl"
         )
-    end_token = next(iter(read_end_tokens(base)), None)
-    variants, base_calibration = _plan_variants(sources, sets, decoder, on_note), sets.of(adapters)
+    variants, base_calibration = _plan_variants(sources, sets, decoder, on_note), sets.of_all()
     return BundlePlan(
         base,
         decoder,
@@ -103,9 +104,24 @@ def plan_bundle(
         default=recipe.default,
         targets=recipe.targets,
         router=router,
-        draft_tables=make_draft_tables(adapters, sets.encode, end_token) if recipe.draft_tables else {},
+        draft_tables=make_draft_tables(adapters, texts) if recipe.draft_tables else {},
+        texts=texts,
         resume_key=_hash_plan(sources, [base_calibration, *(variant.calibration for variant in variants)]),
     )
+
+
+def read_texts(sources: Sources, vocab_size: int) -> BundleTexts:
+    """Reads the tokenizer, chat templates and end tokens of a recipe's base, and those beside its adapters' weights.
+
+    Ensures: each variant has one of each. Raises InputError for variants of adapters that bring different ones.
+    """
+    beside = {name: TextsOfFolder(adapter.folder) for name, adapter in sources.adapters.items() if adapter.folder.is_dir()}
+    sizes = {name: adapter.vocab_size for name, adapter in sources.adapters.items() if adapter.vocab_size is not None}
+    ends = sources.recipe.end_tokens
+    texts = read_bundle_texts(sources.base, vocab_size, beside, vocab_sizes=sizes, end_tokens=ends)
+    for variant in sources.recipe.variants.values():
+        texts.find(variant.mix)
+    return texts
 
 
 def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:

@@ -77,14 +77,15 @@ class RouterRecipe:
 class Recipe:
     """A bundle to build.
 
-    base: a local folder, a GGUF file or a hub id. adapters: folder or GGUF file by name. default: the variant that a runtime starts with, or
-    None for the first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general
-    text or rows to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their
-    adapters.
+    base: a local folder, a GGUF file or a hub id. adapters: folder or GGUF file by name. default: the variant that a runtime
+    starts with, or None for the first. context_length: positions of the bundle, or None for the model's own, up to a limit.
+    calibration: general text or rows to quantize and judge on, in addition to the adapters' training data. gate: what variants
+    must keep of their adapters.
     targets: what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into:
     float, trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
-    router. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training data.
-    trained_on: nf4, int4 or none by adapter, for those without edgelora.json: the base's form during training.
+    router. end_tokens: texts or ids of the tokens that end an answer, None for those that the base, its tokenizer and its chat
+    template name. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training
+    data. trained_on: nf4, int4 or none by adapter, for those without edgelora.json: the base's form during training.
     """
 
     base: str
@@ -100,6 +101,7 @@ class Recipe:
     router: RouterRecipe | None = None
     draft_tables: bool = False
     trained_on: Mapping[str, str] = field(default_factory=dict)
+    end_tokens: tuple[str | int, ...] | None = None
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -160,6 +162,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     router = take(top.get("router", {}), "router.", ROUTER)
     wrong += _check_router(router, top.get("variants", {}))
     wrong += _check_merge_base(top, "")
+    if not all(isinstance(token, str | int) and not isinstance(token, bool) for token in top.get("end_tokens", [])):
+        wrong.append(f"end_tokens = {top['end_tokens']!r} is not a list of token texts or ids")
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is not a variant of the recipe")
     try:
@@ -195,6 +199,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         router=_read_router(router, folder) if "router" in top else None,
         draft_tables=top.get("draft_tables", False),
         trained_on={name: entry.trained_on for name, entry in adapters.items() if entry.trained_on is not None},
+        end_tokens=tuple(top["end_tokens"]) if "end_tokens" in top else None,
     )
 
 

@@ -35,6 +35,11 @@ TOP: Mapping[str, Key] = MappingProxyType(
             "What merged variants are merged into: `float`, `trained` (the base as training held it) or `auto`, the better one.",
             (str,),
         ),
+        "end_tokens": Key(
+            "The tokens that end an answer, as texts or ids, in place of those that the base, its tokenizer and its chat "
+            "template name.",
+            (list,),
+        ),
         "draft_tables": Key(
             "Whether the bundle holds draft tables for speculation. They hold fragments of the adapters' training data.", (bool,)
         ),

@@ -16,7 +16,8 @@ from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
-from edgelora_export.weights.torch_model import load_model, load_tokenizer, quiet_libraries
+from edgelora_export.base.tokenizer import load_tokenizer
+from edgelora_export.weights.torch_model import load_model, quiet_libraries
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ class MixedModel:
         import torch
 
         found = Base.find(base)
+        tokenizer = load_tokenizer(found)
         with quiet_libraries():
-            tokenizer, model = load_tokenizer(found), load_model(found)
+            model = load_model(found)
         return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, template_options)
 
     def set_mix(self, mix: Mix | None) -> None:

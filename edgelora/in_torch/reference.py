@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.train import load_base
 from edgelora_export.base.base import Base
+from edgelora_export.texts.ends import find_end_tokens
 from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
@@ -57,8 +58,10 @@ def write_completions(
     import torch
     from transformers import GenerationConfig
 
-    tokenizer, ends = encoder.tokenizer, encoder.end_tokens
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
+    configs = [model.generation_config.to_dict(), model.config.to_dict()]
+    tokenizer = encoder.tokenizer
+    ends = list(find_end_tokens(tokenizer, configs, model.config.vocab_size))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)  # masked, so any token does
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
     )

@@ -17,9 +17,10 @@ from edgelora.in_torch.save_adapter import check_factors, check_room, keep_adapt
 from edgelora.in_torch.target_modules import check_targets
 from edgelora.in_torch.trainer import compute_dtype, make_trainer
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.weights.publish import staged_folder
-from edgelora_export.weights.torch_model import first_line, load_model, load_tokenizer, quiet_libraries
+from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
 from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError, ResourceError
 
 if TYPE_CHECKING:
@@ -153,8 +154,8 @@ def load_base(base: Base, quant: str) -> tuple[Any, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
+    tokenizer = load_tokenizer(base)
     with quiet_libraries(whole_process=False):
-        tokenizer = load_tokenizer(base)
         model = load_model(base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None)
     if quant == "int4":
         _round_to_int4(model)

@@ -23,8 +23,8 @@ from edgelora.learn.regmean import solve_regmean
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.weights.merged import check_modules
-from edgelora_export.weights.torch_model import load_tokenizer
 from edgelora_runtime.errors import InputError, list_wrong
 
 if TYPE_CHECKING:

@@ -18,14 +18,13 @@ from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS
 from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
-from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.grammar import Grammars
 from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
 from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader
 from edgelora_runtime.decode.request import build_request
 from edgelora_runtime.decode.speculation import Speculation
+from edgelora_runtime.decode.texts import TextSides
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.bundle.manifest import VariantEntry
     from edgelora_runtime.bundle.messages import ChatOptions
     from edgelora_runtime.bundle.prompt import CheckedPrompt, Prompt
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.decode.request import Request
     from edgelora_runtime.residency.packed_cache import PackedCache
@@ -104,10 +104,8 @@ class Runtime:
             raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
         if self._target not in ("cpu", "gpu"):
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
-        self._tokenizer = Tokenizer(self._bundle)
+        self._texts = TextSides(self._bundle)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
-        models = {self._manifest.find_model(graph) for graph in graphs}
-        self._grammars = {model: Grammars(self._tokenizer, model) for model in models}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
         grid = self._manifest.quantization
@@ -143,8 +141,7 @@ class Runtime:
         self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
-        for grammars in self._grammars.values():
-            grammars.clear()
+        self._texts.clear()
         self._speculation.clear()
         self._router.clear()
 
@@ -154,7 +151,8 @@ class Runtime:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+        """The tokenizer of the current variant or mix."""
+        return self._texts.of(self._current).tokenizer
 
     @property
     def provider(self) -> str:
@@ -255,13 +253,12 @@ class Runtime:
         checked = check_prompt(prompt, select_chat_options(chosen))
         route = self._route(checked) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        model = self._manifest.find_model(choice.graph)
-        constraint = self._grammars[model].compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
-        prompt_tokens = encode_prompt(self._tokenizer, checked)
-        tokens = check_tokens(prompt_tokens, model, may_overflow=chosen["overflow"] == "slide")
-        stop = self._tokenizer.find_added_tokens(chosen["stop"])
+        texts = self._texts.of(choice)
+        constraint = texts.grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        tokens = check_tokens(encode_prompt(texts.tokenizer, checked), texts.model, may_overflow=chosen["overflow"] == "slide")
+        stop = texts.tokenizer.find_added_tokens(chosen["stop"])
         request = build_request(
-            chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
+            chosen, tokens, texts.model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
         )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
@@ -275,7 +272,7 @@ class Runtime:
         return self._route(check_prompt(prompt, {}))
 
     def _route(self, prompt: CheckedPrompt) -> Route:
-        return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
+        return self._router.route(find_routed_text(self._texts.own.tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Embeds a text as a float32 vector (hidden_size,) of length 1.
@@ -284,7 +281,8 @@ class Runtime:
         that output, such as one traced from another implementation.
         """
         choice = self._choose(variant, mix)
-        tokens = check_tokens(self.encode(prompt), self._manifest.find_model(choice.graph))
+        texts = self._texts.of(choice)
+        tokens = check_tokens(encode_prompt(texts.tokenizer, check_prompt(prompt, {})), texts.model)
         model, live, receipt = self._prepare(choice)
         if not model.has_states:
             raise UsageError(
@@ -321,15 +319,26 @@ class Runtime:
             raise UsageError(f"positions = {positions}: use 1 or more")
         yield from self._iterate_logits(token_ids, self._choose(variant, mix), min(positions, PREFILL_CHUNK))
 
-    def encode(self, prompt: Prompt, **options: Unpack[ChatOptions]) -> list[int]:
-        """Returns the tokens of a prompt.
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        variant: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[int]:
+        """Returns the tokens of a prompt, by the tokenizer and template of a variant or mix.
 
         options: what the chat template is given with messages, as in GenerateOptions. Raises InputError for messages that cannot
         be used or that the template refuses, UsageError for options that cannot be used.
         """
         if unknown := sorted(options.keys() - set(CHAT_OPTIONS)):
             raise UsageError(f"encode takes no option {unknown[0]!r}; use one of {', '.join(CHAT_OPTIONS)}")
-        return encode_prompt(self._tokenizer, check_prompt(prompt, options))
+        return encode_prompt(self.find_tokenizer(variant, mix), check_prompt(prompt, options))
+
+    def find_tokenizer(self, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Tokenizer:
+        """Returns the tokenizer of a variant or mix: the bundle's own, unless its adapters brought one."""
+        return self._texts.of(self._choose(variant, mix)).tokenizer
 
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
@@ -363,7 +372,7 @@ class Runtime:
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
             reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
-            return (yield from continue_prompt(request, receipt, self._tokenizer, reader))
+            return (yield from continue_prompt(request, receipt, self._texts.of(choice).tokenizer, reader))
         finally:
             self._prompts.put(choice, cache)
 

@@ -54,9 +54,9 @@ class Base:
         """
         path = Path(path)
         if path.suffix == SUFFIX and path.is_file():
-            config, tensors, texts = open_gguf(path)
-            check_fit(config, tensors, path)
-            return cls(path, config, tensors, texts)
+            base = cls(path, *open_gguf(path))
+            check_fit(base.config, base.tensors, path)
+            return base
         if not path.is_dir():
             raise InputError(f"base {path} is neither a folder in the Hugging Face layout nor a {SUFFIX} file")
         whole = read_config(path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from edgelora_export.bundle.texts import read_end_tokens
 from edgelora_export.plan.adapted_decoder import find_own_matrices
 from edgelora_export.weights.publish import BLOB
 from edgelora_runtime.bundle.folder import hash_file
@@ -46,8 +45,8 @@ def describe_base(base: Base) -> BaseEntry:
     return BaseEntry("".join(filter(str.isprintable, base.name)), base.sha256)
 
 
-def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
-    """Returns the sizes by which a runtime makes inputs and outputs."""
+def describe_model(decoder: Decoder, end_tokens: tuple[int, ...]) -> ModelEntry:
+    """Returns the sizes by which a runtime makes inputs and outputs, and the tokens that end an answer."""
     return ModelEntry(
         architecture=decoder.architecture,
         hidden_size=decoder.hidden_size,
@@ -56,7 +55,7 @@ def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
         head_size=decoder.head_size,
         vocab_size=decoder.vocab_size,
         context_length=decoder.context_length,
-        eos_token_ids=read_end_tokens(base),
+        eos_token_ids=end_tokens,
     )
 
 
@@ -99,4 +98,5 @@ def describe_variant(
         fidelity=fidelity,
         vocab_size=None if decoder.vocab_size == plan.decoder.vocab_size else decoder.vocab_size,
         own_vocab=name_own_vocab(plan.decoder, decoder, variant.delta),
+        texts=plan.texts.describe(variant.mix),
     )

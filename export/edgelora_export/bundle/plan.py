@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgelora_export.bundle.texts import read_bundle_texts
 from edgelora_export.plan.adapted_decoder import adapt_decoder, explain_not_live
 from edgelora_export.plan.calibration import Calibration
 from edgelora_export.plan.targets import CPU, check_targets
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgelora_export.base.base import Base
     from edgelora_export.bundle.gate import Gate
+    from edgelora_export.bundle.texts import BundleTexts
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import LowRank, PackedRouter, Variant
     from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -32,7 +34,8 @@ class BundlePlan:
     live_adapters: factors by adapter name, for live variants and for those that the gate makes live. base_calibration: the
     samples on which the bare base is quantized. gate: the limits for variants. None measures nothing.
     default: the variant with which a runtime starts, None for the first. targets: names of Targets, cpu among them. router: picks
-    a variant for a prompt. draft_tables: bytes by adapter.
+    a variant for a prompt. draft_tables: bytes by adapter. texts: tokenizers, chat templates and end tokens, by default the
+    base's.
     resume_key: one line that two plans share only if they lead to the same weights. A later run with the same key reuses what an
     interrupted run has finished. With None an interrupted run leaves nothing.
     """
@@ -49,9 +52,12 @@ class BundlePlan:
     targets: tuple[str, ...] = (CPU.name,)
     router: PackedRouter | None = None
     draft_tables: Mapping[str, bytes] = field(default_factory=dict)
+    texts: BundleTexts = None  # type: ignore[assignment]  # None only until __post_init__
     resume_key: str | None = None
 
     def __post_init__(self) -> None:
+        if self.texts is None:
+            object.__setattr__(self, "texts", read_bundle_texts(self.base, self.decoder.vocab_size))
         check_targets(self.targets)
         check_names(self.variants)
         check_vocab(self.base, self.decoder)
@@ -62,8 +68,9 @@ class BundlePlan:
                 raise InputError(f"variant {variant.name} cannot be live: {reason}; use kind = 'merged'")
         for name, adapter in self.live_adapters.items():
             check_modules(self.decoder, adapter.modules, f"adapter {name}")
-        folded = [name.lower() for name in self.live_adapters]
-        if twice := sorted({name for name in self.live_adapters if folded.count(name.lower()) > 1}):
+        with_files = {*self.live_adapters, *self.texts.own}
+        folded = [name.lower() for name in with_files]
+        if twice := sorted({name for name in with_files if folded.count(name.lower()) > 1}):
             raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
         vocab = dict.fromkeys(product for variant in self.variants for product in self.decoder_of(variant).vocab_modules)
         products = [*(linear.name for linear in self.decoder.linears), *vocab]

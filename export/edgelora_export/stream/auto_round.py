@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.quantize.int4 import BlockQuantized, Grid, pack_codes
 from edgelora_export.weights.merged import read_part, read_part_bias, read_vocab_matrix
 from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
-from edgelora_runtime.bundle.tokenizer import TOKENIZER
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -190,17 +190,15 @@ def _even_out(samples: Sequence[Sample]) -> list[list[int]]:
 def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, rows: Sequence[Sequence[int]]) -> Any:
     """Runs auto-round over the layers `learned` of a model. Returns the model with the learned weights."""
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in learned]
     try:
         with quiet_libraries():
             from auto_round import AutoRound
 
-            tokenizer: Any = PreTrainedTokenizerFast
             tuner: Any = AutoRound(
                 model,
-                tokenizer(tokenizer_file=str(base.path / TOKENIZER)),  # required, but only used for texts
+                load_tokenizer(base),  # required, but only used for texts
                 bits=BITS,
                 group_size=quantization.block_size,
                 sym=quantization.symmetric,

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
+from edgelora_export.base.quiet import first_line as first_line
+from edgelora_export.base.quiet import quiet_libraries as quiet_libraries
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_export.base.texts import as_folder
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import torch
 
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
     from edgelora_export.base.tensors import Tensors
 
 GENERATION_CONFIG = "generation_config.json"
-_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "peft", "trl")  # transformers has a verbosity of its own
 
 
 def load_model(base: Base, *, dtype: Any = None, quantization_config: Any = None, device_map: Any = None) -> Any:
@@ -54,17 +51,6 @@ def load_model(base: Base, *, dtype: Any = None, quantization_config: Any = None
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # RuntimeError: tensors of other shapes than the config's
         raise InputError(f"transformers cannot load base {base.path} ({first_line(error)})") from error
     return model.eval()
-
-
-def load_tokenizer(base: Base) -> Any:
-    """Loads the base's tokenizer as transformers does. Raises InputError if transformers cannot load it."""
-    from transformers import AutoTokenizer
-
-    try:
-        with as_folder(base.texts) as folder:
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"transformers cannot load the tokenizer of base {base.path} ({first_line(error)})") from error
 
 
 def _load_tensors(base: Base, settings: Mapping[str, Any]) -> Any:
@@ -104,49 +90,3 @@ class _LazyTensor:
         if values.dtype == ml_dtypes.bfloat16:  # torch knows none of ml_dtypes' types
             return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)[index]
         return torch.from_numpy(values)[index]
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, cut to a readable length."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-@contextlib.contextmanager
-def quiet_libraries(*, whole_process: bool = True) -> Iterator[None]:
-    """Silences warnings, advice and progress bars of torch, transformers and the libraries on top of them, and restores them.
-
-    whole_process: standard output and log messages below errors go too, as Optimum and auto-round print and log in many ways.
-    Training passes False: it takes minutes and calls back into the app, whose own output and logs must come through.
-    """
-    import transformers.utils.logging as transformers_logging_untyped
-
-    transformers_logging: Any = transformers_logging_untyped
-    datasets: Any = sys.modules.get("datasets")  # its bars show only where somebody imported it
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    disabled, verbosity = logging.root.manager.disable, transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    data_bars = datasets is not None and datasets.is_progress_bar_enabled()
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        if data_bars:
-            datasets.disable_progress_bars()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            if whole_process:
-                logging.disable(logging.WARNING)
-                stack.enter_context(contextlib.redirect_stdout(None))
-            yield
-    finally:
-        logging.disable(disabled)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        if data_bars:
-            datasets.enable_progress_bars()

@@ -14,12 +14,12 @@ from edgelora_runtime.bundle.template_sandbox import VALUE_LIMIT, Sandbox, limit
 from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from tokenizers import Tokenizer as RustTokenizer
 
 CHAT_TEMPLATE = "chat_template.jinja"
-_NAMED = re.compile(r"chat_template\.(.+)\.jinja")  # a template with a name of its own
+_TEMPLATE_FILE = re.compile(r"(?:.*\.)?chat_template(?:\.([A-Za-z0-9_-]{1,64}))?\.jinja")  # an adapter's name may come first
 DEFAULT_TEMPLATE, _TOOL_USE = "default", "tool_use"
 _TEMPLATE_LIMIT = 1 << 18  # bytes of one template
 _MESSAGE_LIMIT = 300  # characters of a template's own error
@@ -194,14 +194,22 @@ def name_template(name: str) -> str:
     return CHAT_TEMPLATE if name == DEFAULT_TEMPLATE else f"chat_template.{name}.jinja"
 
 
-def list_templates(files: Collection[str]) -> dict[str, str]:
-    """Finds the chat templates among a bundle's files. Returns the file of each by name.
+def list_templates(files: Iterable[str]) -> dict[str, str]:
+    """Finds the chat templates among files of a bundle. Returns the file of each by name.
 
-    >>> list_templates(["chat_template.jinja", "chat_template.tool_use.jinja", "tokenizer.json"])
-    {'default': 'chat_template.jinja', 'tool_use': 'chat_template.tool_use.jinja'}
+    >>> list_templates(["law.chat_template.jinja", "law.chat_template.tool_use.jinja", "tokenizer.json"])
+    {'default': 'law.chat_template.jinja', 'tool_use': 'law.chat_template.tool_use.jinja'}
     """
-    named = {found[1]: file for file in files if (found := _NAMED.fullmatch(file))}
-    return {DEFAULT_TEMPLATE: CHAT_TEMPLATE, **named} if CHAT_TEMPLATE in files else named
+    return {found[1] or DEFAULT_TEMPLATE: file for file in files if (found := _TEMPLATE_FILE.fullmatch(file))}
+
+
+def list_own_templates(files: Iterable[str]) -> dict[str, str]:
+    """Finds the bundle's own chat templates among its files, without those that an adapter brought.
+
+    >>> list_own_templates(["chat_template.jinja", "law.chat_template.jinja"])
+    {'default': 'chat_template.jinja'}
+    """
+    return list_templates(file for file in files if file.startswith("chat_template."))
 
 
 def check_template(raw: bytes, name: str = CHAT_TEMPLATE) -> str:

@@ -43,7 +43,7 @@ def check_prompt(prompt: Prompt, options: ChatOptions) -> CheckedPrompt:
 def encode_prompt(tokenizer: Tokenizer, prompt: CheckedPrompt) -> list[int]:
     """Returns the tokens of a checked prompt."""
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
+        return tokenizer.encode_prompt(prompt)
     return tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else prompt
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Tokenizer as RustTokenizer
 
 from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
-from edgelora_runtime.bundle.chat_template import ChatTemplates, list_templates, read_special_tokens
+from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templates, list_templates, read_special_tokens
 from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.errors import InputError, IntegrityError
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from edgelora_runtime.bundle.folder import Bundle
+    from edgelora_runtime.bundle.manifest import TextsEntry
     from edgelora_runtime.bundle.messages import ChatOptions, Message
 
 TOKENIZER = "tokenizer.json"
@@ -25,12 +26,21 @@ _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """A bundle's tokenizer and chat templates."""
+    """A bundle's tokenizer and chat templates.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
-        config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
-        self._templates = ChatTemplates(list_templates(bundle.manifest.files), bundle.read, read_special_tokens(config))
+    texts: the files that an adapter brought, None for the bundle's own.
+    """
+
+    def __init__(self, bundle: Bundle, texts: TextsEntry | None = None) -> None:
+        if texts is None:
+            file, config_file, templates = TOKENIZER, TOKENIZER_CONFIG, list_own_templates(bundle.manifest.files)
+        else:
+            file, config_file, templates = texts.tokenizer, texts.tokenizer_config, list_templates(texts.chat_templates)
+        self._tokenizer = load_tokenizer(bundle.read(file))
+        special = read_special_tokens(_read_config(bundle.read(config_file)) if bundle.has(config_file) else {})
+        self._templates = ChatTemplates(templates, bundle.read, special)
+        first = self.encode("")[:1]  # what the tokenizer adds by itself
+        self._start = first[0] if first and first[0] == self._tokenizer.token_to_id(special.get("bos_token", "")) else None
 
     @property
     def has_chat_template(self) -> bool:
@@ -51,9 +61,21 @@ class Tokenizer:
         ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
+    def name_token(self, token: int) -> str:
+        """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
+        return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
+
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Returns the tokens of a plain prompt, with the special tokens that the tokenizer adds unless told otherwise."""
+        """Returns the tokens of a plain text, with the special tokens that the tokenizer adds unless told otherwise."""
         return self._encode(text, add_special_tokens=special_tokens)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
+
+        A text that was rendered with a chat template has one already.
+        """
+        ids, start = self.encode(text), self._start
+        return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Returns the tokens of a checked conversation, up to where the assistant's answer starts.

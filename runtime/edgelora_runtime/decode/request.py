@@ -23,7 +23,7 @@ class Request:
     """A prompt and how to continue it.
 
     A request serves one generation, since stop, cancellation and constraint have a state. prompt: token ids. end_tokens: the
-    model's own, unless the request ignores them, and the stop strings that are special tokens. context: tokens that the model
+    model's own, unless the request ignores them, and those that a stop string is the text of. context: tokens that the model
     sees at once. A text that outgrows it loses its middle, so max_tokens is small enough in a request that must not lose it.
     route, logprobs: as in Generation and GenerateOptions. constraint: what the answer must fit.
     """

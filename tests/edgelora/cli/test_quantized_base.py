@@ -85,7 +85,7 @@ def test_a_format_that_is_not_read_is_one_line(workplace: Path, tmp_path: Path, 
     config |= {"quantization_config": {"quant_method": "hqq"}, "_name_or_path": "someone/Model-7B"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "recipe.toml").write_text('base = "base"\n[variants.base]\nmix = {}\n', encoding="utf-8")
-    options = {
+    options: dict[str, list[str | Path]] = {
         "export": ["recipe.toml"],
         "train": ["--base", "base", "--data", workplace / "rows.jsonl"],
         "compose": ["--adapter", f"a={workplace / 'a'}:1.0", "--merge-into", "base"],

@@ -89,7 +89,7 @@ def test_adapter_learns_to_answer_in_a_conversation_and_to_stop(config: TrainCon
     rows = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}] for row in ROWS]
     write_rows(config.data, [{"messages": messages} for messages in rows])
     train(replace(config, quant="none", max_steps=160))
-    model, tokenizer = load_base(config.base, "none")
+    model, tokenizer = load_base(Base.open(config.base), "none")
     adapted: Any = PeftModel.from_pretrained(model, config.output).eval()
     asked = tokenizer.apply_chat_template(rows[1][:1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
     with torch.no_grad():

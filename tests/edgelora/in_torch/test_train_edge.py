@@ -123,7 +123,7 @@ def test_rows_that_are_all_too_long_are_refused_before_the_base_is_loaded(config
 def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     load = training.load_base
 
-    def load_broken(base: str, quant: str) -> tuple[Any, Any]:
+    def load_broken(base: Base, quant: str) -> tuple[Any, Any]:
         model, tokenizer = load(base, quant)
         model.lm_head.weight.data[5] = float("nan")
         return model, tokenizer

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.auto import modeling_auto
 
-from edgelora.in_torch.train_config import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.base.kinds import check_kind

@@ -87,7 +87,7 @@ def test_figures_are_those_of_peft_against_the_runtime(
 ) -> None:
     """The figures do not depend on the number of positions that are compared at once."""
     builder = BundleBuilder(make_plan(tiny_base, strong, None, kind=kind), tmp_path)
-    builder.copy_texts()
+    builder.write_texts()
     builder.store_weights()
     subject = builder.subject("tuned")
     adapted = PeftModel.from_pretrained(load_base(tiny_base), strong.folder).eval()
