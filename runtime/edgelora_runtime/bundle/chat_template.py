@@ -148,12 +148,12 @@ class ChatTemplates:
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def render(self, chat: Chat, *, add_generation_prompt: bool = True) -> str:
+    def render(self, chat: Chat) -> str:
         """Renders a conversation with the template that transformers would pick.
 
         Raises InputError if there is none or it refuses the messages, IntegrityError if it is not valid.
         """
-        return self._compile(self._pick(chat)).render(chat, add_generation_prompt=add_generation_prompt)
+        return self._compile(self._pick(chat)).render(chat)
 
     def _pick(self, chat: Chat) -> str:
         """Returns the name that the caller gave, tool_use if there are tools, else default."""

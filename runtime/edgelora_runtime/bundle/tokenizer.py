@@ -51,16 +51,22 @@ class Tokenizer:
         ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
         return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
-        return self._encode(text, add_special_tokens=True)
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a plain prompt, with the special tokens that the tokenizer adds unless told otherwise.
+
+        Raises InputError for a text that is not valid Unicode.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        except TypeError:  # a lone surrogate, which is no character
+            raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
 
     def encode_chat(self, chat: Chat) -> list[int]:
         """Returns the tokens of a checked conversation, up to where the assistant's answer starts.
 
         The template writes the special tokens, so the tokenizer adds none.
         """
-        return self._encode(self._templates.render(chat), add_special_tokens=False)
+        return self.encode(self._templates.render(chat), special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> str:
         """Renders a conversation with the chat template.
@@ -73,12 +79,6 @@ class Tokenizer:
         """Returns the text of tokens, without special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:  # a lone surrogate, which is no character
-            raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
 
 
 class IncrementalDecoder:
