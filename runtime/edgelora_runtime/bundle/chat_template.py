@@ -219,7 +219,7 @@ def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
     They are the seven standard ones and every other key that ends in _token and holds a text. extra_special_tokens has more where
     it is an object. A token is text, or an object with its text as content. Source:
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/tokenization_utils_base.py
+    https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/tokenization_utils_base.py
     """
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}
