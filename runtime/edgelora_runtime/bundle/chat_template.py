@@ -148,12 +148,12 @@ class ChatTemplates:
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def render(self, chat: Chat, *, add_generation_prompt: bool = True) -> str:
+    def render(self, chat: Chat) -> str:
         """Renders a conversation with the template that transformers would pick.
 
         Raises InputError if there is none or it refuses the messages, IntegrityError if it is not valid.
         """
-        return self._compile(self._pick(chat)).render(chat, add_generation_prompt=add_generation_prompt)
+        return self._compile(self._pick(chat)).render(chat)
 
     def _pick(self, chat: Chat) -> str:
         """Returns the name that the caller gave, tool_use if there are tools, else default."""
@@ -227,7 +227,7 @@ def read_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
     They are the seven standard ones and every other key that ends in _token and holds a text. extra_special_tokens has more where
     it is an object. A token is text, or an object with its text as content. Source:
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/tokenization_utils_base.py
+    https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/tokenization_utils_base.py
     """
     extra = config.get("extra_special_tokens")
     named = {**config, **(extra if isinstance(extra, dict) else {})}

@@ -66,7 +66,7 @@ def check_chat(messages: Sequence[object], options: ChatOptions) -> Chat:
 
     As in transformers, a key whose value is None is left out of its message, and reasoning is passed under the names
     reasoning_content and thinking:
-    https://github.com/huggingface/transformers/blob/v5.0.0/src/transformers/utils/chat_template_utils.py
+    https://github.com/huggingface/transformers/blob/v5.24.0/src/transformers/utils/chat_template_utils.py
     Raises InputError for messages that no template can take, such as one with an image, UsageError for options that cannot be
     used.
     """

@@ -66,8 +66,14 @@ class Tokenizer:
         return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Returns the tokens of a plain text, with the special tokens that the tokenizer adds unless told otherwise."""
-        return self._encode(text, add_special_tokens=special_tokens)
+        """Returns the tokens of a plain text, with the special tokens that the tokenizer adds unless told otherwise.
+
+        Raises InputError for a text that is not valid Unicode.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        except TypeError:  # a lone surrogate, which is no character
+            raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
 
     def encode_prompt(self, text: str) -> list[int]:
         """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
@@ -82,7 +88,7 @@ class Tokenizer:
 
         The template writes the special tokens, so the tokenizer adds none.
         """
-        return self._encode(self._templates.render(chat), add_special_tokens=False)
+        return self.encode(self._templates.render(chat), special_tokens=False)
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> str:
         """Renders a conversation with the chat template.
@@ -95,12 +101,6 @@ class Tokenizer:
         """Returns the text of tokens, without special ones."""
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
-
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-        except TypeError:  # a lone surrogate, which is no character
-            raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
 
 
 class IncrementalDecoder:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import Tokenizer
 
-from edgelora_runtime.bundle.chat_template import ChatTemplate, check_template
+from edgelora_runtime.bundle.chat_template import ChatTemplate, check_template, find_turn_end
 from edgelora_runtime.bundle.messages import check_chat
 from edgelora_runtime.errors import InputError
 from tests.tiny import make_tokenizer
@@ -186,3 +187,29 @@ def test_a_last_message_is_continued_as_transformers_continues_it(path: Path, fr
         except InputError:
             ours = None
         assert ours == theirs
+
+
+# As the families' own generation_config.json files name them. GLM's turns have no end of their own.
+ENDS = {
+    "qwen2_5": "<|im_end|>",
+    "qwen3": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llama3_2": "<|eot_id|>",
+    "gemma3": "<end_of_turn>",
+    "phi3": "<|end|>",
+    "gptoss": "<|return|>",
+    "deepseekv3": "<｜end▁of▁sentence｜>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "smolvlm": "<end_of_utterance>",
+    "glm4moe": None,
+}
+
+
+@pytest.mark.parametrize(("family", "end"), ENDS.items())
+def test_the_end_of_a_turn_is_the_familys_own(family: str, end: str | None) -> None:
+    added = Tokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    others = ["<|im_start|>", "<|eot|>", "<|user|>", "<|assistant|>", "<think>", "</think>", "<start_of_turn>", "<|start|>"]
+    added.add_special_tokens([*others, *filter(None, ENDS.values())])
+    path = next(path for path in TEMPLATES if path.stem == family)
+    found = find_turn_end(path.read_text(encoding="utf-8"), added, TOKENS)
+    assert (None if found is None else added.id_to_token(found)) == end
