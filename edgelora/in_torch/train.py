@@ -59,11 +59,12 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     unchanged. A failure after the last step keeps the trained adapter, and the error says where.
     """
     _require_packages()
+    rows, data_sha256 = read_rows(config.data), hash_data(config.data)  # before the imports, which take seconds
+    base = Base.find(config.base)  # refuses now what export would refuse after the training
+
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
     from transformers import set_seed
 
-    rows, data_sha256 = read_rows(config.data), hash_data(config.data)
-    base = Base.find(config.base)  # refuses now what export would refuse after the training
     trained, provenance = None, None
     try:
         with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):

@@ -118,7 +118,7 @@ def test_at_random_moments(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_
         if code == 0 and verb in SHORT:
             done += 1
             continue
-        assert (code, errors.splitlines()[-1]) == WORDS[number], where
+        assert (code, *errors.splitlines()[-1:]) == WORDS[number], where
         assert "Traceback" not in errors and "Exception ignored" not in errors, where
         left = [path.name for path in folder.iterdir() if path.name not in ("rows.jsonl", "recipe.toml")]
         assert verb in KEEPS or not left, where
