@@ -138,7 +138,9 @@ def report(
         list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each adapter, at least two.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.json, report.html and recipe.toml.")],
-    base: Annotated[str | None, typer.Option(help="Folder, GGUF file or hub id of the base, to count its bytes and measure on it.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder, GGUF file or hub id of the base, to count its bytes and measure on it.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
