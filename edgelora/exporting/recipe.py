@@ -64,12 +64,13 @@ class RouterRecipe:
 class Recipe:
     """A bundle to build.
 
-    base: a folder, a GGUF file or a hub id. adapters: folder by name. default: the variant that a runtime starts with, or None for
-    the first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general text or rows
-    to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their adapters.
-    targets: what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into:
-    float, trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
-    router. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training data.
+    base: a folder, a GGUF file or a hub id. adapters: folder by name. default: the variant that a runtime starts with, or None
+    for the first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general
+    text or rows to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their
+    adapters. targets: what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are
+    merged into: float, trained (the quantized base of the adapters' training), or auto for the better one. router: None for a
+    bundle without a router. draft_tables: whether to include draft tables for speculation. They contain fragments of the
+    adapters' training data.
     """
 
     base: str
