@@ -65,7 +65,7 @@ def add_byte_level(writer: GGUFWriter, folder: Path, pre: str = "gpt-2") -> None
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([kinds[special.get(token)] for token in tokens])
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["model"]["merges"]])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]])
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for role, add in (("bos_token", writer.add_bos_token_id), ("eos_token", writer.add_eos_token_id)):
         if config.get(role) is not None:

@@ -27,6 +27,7 @@ from transformers import (
 from edgelora_export.architectures import native_types
 from edgelora_export.base.base import Base
 from edgelora_export.base.gguf.names import BLOCKS
+from edgelora_export.quantize.int4 import quantize_rtn, unpack_codes
 from edgelora_runtime import Runtime
 from tests.gguf_files import write_gguf
 from tests.tiny import export_base, make_base, random_tokens, torch_logits
@@ -181,6 +182,20 @@ def test_types_that_only_llama_cpp_writes_are_dequantized(kind: Kind, tmp_path: 
 
     base = Base.open(write_gguf(tmp_path / "base", tmp_path / "model.gguf", change=add))
     assert np.array_equal(base.tensor("model.layers.0.mlp.up_proj.weight"), dequantize(raw, kind))
+
+
+def test_q4_0_codes_are_kept_by_rounding_to_nearest() -> None:
+    """llama.cpp puts the extreme of each block on code 0, where edgelora's grid has it, too."""
+    from gguf import dequantize
+    from gguf.quants import quantize
+
+    weight = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    packed = quantize(weight, Kind.Q4_0)
+    ours = quantize_rtn(np.asarray(dequantize(packed, Kind.Q4_0), np.float32), bits=4, block_size=32)
+    blocks = packed.reshape(64, 4, 18)
+    theirs = np.concatenate([blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4], axis=2)  # first and second half of a block
+    assert np.array_equal(unpack_codes(ours.codes, 4), theirs)
+    assert np.array_equal(ours.scales, blocks[:, :, :2].copy().view(np.float16)[:, :, 0].astype(np.float32))
 
 
 def test_split_files_are_read_whole(tmp_path: Path) -> None:
