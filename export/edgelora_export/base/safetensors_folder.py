@@ -133,7 +133,7 @@ def _read_header(path: Path) -> Mapping[str, _Place]:
     """Reads the place of each tensor of a file.
 
     The layout is 8 bytes that give the header's length N, N bytes of JSON, and the data
-    (https://github.com/huggingface/safetensors/blob/v0.6.2/README.md#format). safetensors itself checks the file first.
+    (https://github.com/huggingface/safetensors/blob/ead9d7b/README.md#format). safetensors itself checks the file first.
     """
     _read_names(path)
     with path.open("rb") as file:
