@@ -248,7 +248,7 @@ CASES = [
             check_refusal,
             settings={"quant_method": "mxfp4"},
             line="it is quantized as MXFP4 of fused experts, as gpt-oss has them, which is not read; "
-            "take the checkpoint before quantization",
+            "take a dense model, as edgelora has no graph for such experts",
         ),
     ),
     Case(
@@ -259,7 +259,7 @@ CASES = [
         partial(
             check_refusal,
             settings={"quant_method": "hqq"},
-            line="it is quantized as HQQ, which is not read; take the checkpoint before quantization",
+            line="it is quantized as HQQ, which is not read; take the unquantized checkpoint",
         ),
     ),
     Case(

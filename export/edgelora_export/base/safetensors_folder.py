@@ -154,7 +154,7 @@ def _read_header(path: Path) -> dict[str, Place]:
     """Reads the place of each tensor of a file, by name.
 
     The layout is 8 bytes that give the header's length N, N bytes of JSON, and the data
-    (https://github.com/huggingface/safetensors/blob/v0.6.2/README.md#format). safetensors itself checks the file first.
+    (https://github.com/huggingface/safetensors/blob/ead9d7b/README.md#format). safetensors itself checks the file first.
     """
     try:
         with safe_open(path, framework="numpy"):

@@ -85,7 +85,7 @@ def test_a_format_that_is_not_read_is_one_line(workplace: Path, tmp_path: Path, 
     config |= {"quantization_config": {"quant_method": "hqq"}, "_name_or_path": "someone/Model-7B"}
     (tmp_path / "base" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "recipe.toml").write_text('base = "base"\n[variants.base]\nmix = {}\n', encoding="utf-8")
-    options: dict[str, list[str | Path]] = {
+    options: dict[str, list[object]] = {
         "export": ["recipe.toml"],
         "train": ["--base", "base", "--data", workplace / "rows.jsonl"],
         "compose": ["--adapter", f"a={workplace / 'a'}:1.0", "--merge-into", "base"],
@@ -93,7 +93,7 @@ def test_a_format_that_is_not_read_is_one_line(workplace: Path, tmp_path: Path, 
     done = start(tmp_path, verb, *options[verb], "--output", "out")
     assert done.returncode == 3
     assert done.stderr == (
-        "edgelora: base base: it is quantized as HQQ, which is not read; take the checkpoint before quantization "
+        "edgelora: base base: it is quantized as HQQ, which is not read; take the unquantized checkpoint "
         "(its config.json names someone/Model-7B)\n"
     )
     assert not (tmp_path / "out").exists()

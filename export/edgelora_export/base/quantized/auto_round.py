@@ -22,7 +22,7 @@ _AWQ = "auto_round:auto_awq"
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that AutoRound stored.
 
-    Layout: https://github.com/intel/auto-round/blob/v0.8.0/auto_round/export/export_to_autoround/export.py.
+    Layout: https://github.com/intel/auto-round/blob/c6e0e72/auto_round/export/export_to_autoround/export.py.
     Raises InputError for its other packing formats, and for tensors that do not fit.
     """
     form = str(settings.get("packing_format") or "auto_round:auto_gptq")

@@ -74,7 +74,7 @@ class GemvWeight:
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that an AWQ checkpoint stores.
 
-    Layouts: https://github.com/casper-hansen/AutoAWQ/blob/v0.2.9/awq/modules/linear/gemm.py and gemv.py (from_linear).
+    Layouts: https://github.com/casper-hansen/AutoAWQ/blob/df0a795/awq/modules/linear/gemm.py and gemv.py (from_linear).
     Raises InputError for another version, and for tensors that contradict each other or config.json.
     """
     version = str(settings.get("version") or settings.get("checkpoint_format") or settings.get("format") or "gemm").lower()

@@ -85,7 +85,7 @@ class Weight4bit:
 def find_weights(stored: Tensors, _settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that Linear4bit stored.
 
-    Layout: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.48.0/bitsandbytes/functional.py (QuantState.as_dict).
+    Layout: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/20e1677/bitsandbytes/functional.py (QuantState.as_dict).
     Raises InputError if a tensor contradicts its quantization state.
     """
     found: dict[str, Weight] = {}

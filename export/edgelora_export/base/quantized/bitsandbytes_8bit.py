@@ -41,7 +41,7 @@ class Weight8bit:
 def find_weights(stored: Tensors, _settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that Linear8bitLt stored.
 
-    Layout: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.48.0/bitsandbytes/nn/modules.py
+    Layout: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/20e1677/bitsandbytes/nn/modules.py
     (Linear8bitLt._save_to_state_dict). Raises InputError if a tensor is missing or does not fit.
     """
     found: dict[str, Weight] = {}

@@ -63,7 +63,7 @@ class PackedWeight:
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that compressed-tensors stored. The tensors of each module say which of its formats that is.
 
-    Layouts: https://github.com/neuralmagic/compressed-tensors/tree/0.12.2/src/compressed_tensors/compressors.
+    Layouts: https://github.com/neuralmagic/compressed-tensors/tree/52792be/src/compressed_tensors/compressors.
     Raises InputError for sparse formats and rotations, and for tensors that contradict config.json.
     """
     _check_settings(settings)
@@ -124,7 +124,7 @@ def _open_integers(stored: Tensors, module: str, schemes: list[dict[str, Any]]) 
     check_shape(stored, size, (2,), reason=packed)
     rows, columns = (int(value) for value in stored.read(size))
     words = read_shape(stored, packed, size, dimensions=2)
-    fitting = sorted({bits for scheme in schemes if words == (rows, -(-columns * (bits := scheme["num_bits"]) // 32))})
+    fitting = {bits for scheme in schemes if (bits := scheme["num_bits"]) <= 8 and words == (rows, -(-columns * bits // 32))}
     if len(fitting) != 1 or stored.dtype(packed) != np.int32 or min(rows, columns) < 1:
         said = ", ".join(sorted({str(scheme["num_bits"]) for scheme in schemes}))
         raise InputError(
@@ -136,6 +136,7 @@ def _open_integers(stored: Tensors, module: str, schemes: list[dict[str, Any]]) 
     parts = [packed, scale, size]
     if zero in stored.files:
         parts.append(zero)
+        check_dtype(stored, zero, np.int32, packed)
         check_shape(stored, zero, (-(-rows * bits // 32), columns // block[1]), reason=scale)
     elif all(scheme.get("symmetric") is False for scheme in schemes):
         raise InputError(f"tensor {zero} is missing, which symmetric = false in config.json needs; download the base again")

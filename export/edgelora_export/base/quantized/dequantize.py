@@ -15,7 +15,7 @@ from edgelora_export.base.quantized import (
     mlx,
     modelopt,
 )
-from edgelora_export.base.quantized.unread import UNREAD
+from edgelora_export.base.quantized.unread import INSTEAD, UNREAD
 from edgelora_export.base.quantized.weights.dequantized_tensors import DequantizedTensors
 from edgelora_runtime.errors import InputError
 
@@ -90,7 +90,7 @@ def name_method(settings: Mapping[str, Any]) -> str:
         return "compressed-tensors"
     if "quant_algo" in settings:
         return "modelopt"
-    return "mlx" if {"bits", "group_size"} <= settings.keys() else repr(method)
+    return "mlx" if {"bits", "group_size"} <= settings.keys() else "an unnamed format"
 
 
 def _find_settings(config: Mapping[str, Any], path: Path) -> Mapping[str, Any] | None:
@@ -118,8 +118,9 @@ def _find_weights(tensors: Tensors, settings: Mapping[str, Any], config: Mapping
     if method not in _READERS:
         origin = config.get("_name_or_path")
         named = isinstance(origin, str) and origin and path.name not in (origin, origin.rpartition("/")[2])
+        instead = INSTEAD.get(method, "take the unquantized checkpoint")
         raise InputError(
-            f"it is quantized as {UNREAD.get(method, method)}, which is not read; take the checkpoint before quantization"
+            f"it is quantized as {UNREAD.get(method, method)}, which is not read; {instead}"
             + (f" (its config.json names {origin})" if named else "")
         )
     weights = _READERS[method](tensors, settings)

@@ -24,7 +24,7 @@ _SCALES = ("weight_scale_inv", "weight_scale")  # both are multiplied, although 
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights in float8.
 
-    Layout: https://github.com/deepseek-ai/DeepSeek-V3/blob/v1.0.0/README_WEIGHTS.md and transformers' FineGrainedFP8Config.
+    Layout: https://github.com/deepseek-ai/DeepSeek-V3/blob/b4e06d8/README_WEIGHTS.md and transformers' FineGrainedFP8Config.
     Raises InputError for a weight without scales, and for scales that contradict weight_block_size.
     """
     block = _read_block(settings)

@@ -65,7 +65,7 @@ class GptqWeight:
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights of 2 to 8 bits that a GPTQ checkpoint stores.
 
-    Layout: https://github.com/AutoGPTQ/AutoGPTQ/blob/v0.7.1/auto_gptq/nn_modules/qlinear/qlinear_cuda.py (pack).
+    Layout: https://github.com/AutoGPTQ/AutoGPTQ/blob/7c691ed/auto_gptq/nn_modules/qlinear/qlinear_cuda.py (pack).
     Raises InputError for another checkpoint_format, and for tensors that contradict each other or config.json.
     """
     form = str(settings.get("checkpoint_format") or settings.get("format") or "gptq").lower()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def find_weights(stored: Tensors, settings: Mapping[str, Any]) -> dict[str, Weight]:
     """Finds the weights that ModelOpt stored.
 
-    Layout: https://github.com/NVIDIA/TensorRT-Model-Optimizer/blob/0.33.0/modelopt/torch/export/quant_utils.py.
+    Layout: https://github.com/NVIDIA/TensorRT-Model-Optimizer/blob/f5a1489/modelopt/torch/export/quant_utils.py.
     Raises InputError for its other algorithms, and for tensors that do not fit.
     """
     algorithm = settings.get("quant_algo")

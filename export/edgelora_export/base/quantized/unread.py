@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # By transformers' quant_method
-# (https://github.com/huggingface/transformers/blob/v4.57.0/src/transformers/utils/quantization_config.py)
+# (https://github.com/huggingface/transformers/blob/1425768/src/transformers/utils/quantization_config.py)
 UNREAD: Mapping[str, str] = {
     "aqlm": "AQLM, additive codebooks",
     "bitnet": "BitNet, ternary weights for quantized activations",
@@ -27,4 +27,9 @@ UNREAD: Mapping[str, str] = {
     "spqr": "SpQR, codes with sparse outliers",
     "torchao": "torchao, tensors of its own classes",
     "vptq": "VPTQ, vector codebooks",
+}
+# Of these the unquantized checkpoint is not the way on.
+INSTEAD: Mapping[str, str] = {
+    "gguf": "give the .gguf file as the base",
+    "mxfp4": "take a dense model, as edgelora has no graph for such experts",
 }

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from edgelora_export.base.base import Base
 from edgelora_export.base.quantized.dequantize import _READERS, dequantize, name_method
-from edgelora_export.base.quantized.unread import UNREAD
+from edgelora_export.base.quantized.unread import INSTEAD, UNREAD
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
 from edgelora_runtime.errors import InputError
 from tests.export.base.quantized.checkpoints import (
@@ -138,6 +138,16 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         INT4,
         "m.weight_g_idx names groups",
     ),
+    "packed: 16 bits": (
+        make_packed(RNG, 32, 64).parts | {"weight_packed": np.zeros((32, 32), np.int32)},
+        describe_groups(num_bits=16),
+        "fits in none of the numbers of bits",
+    ),
+    "packed: zero points in bytes": (
+        make_packed(RNG, 32, 64, symmetric=False).parts | {"weight_zero_point": np.zeros((32, 2), np.int8)},
+        INT4,
+        "m.weight_zero_point is int8",
+    ),
     "packed: no groups": (make_packed(RNG, 32, 64).parts, {"quant_method": "compressed-tensors"}, "no config_groups"),
     "packed: bits": (make_packed(RNG, 32, 64).parts, describe_groups(num_bits=None), "num_bits = None"),
     "packed: sparse": (
@@ -200,7 +210,11 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "int8: tiles": (make_int8(weight_format=np.array(2, np.uint8)), {"load_in_8bit": True}, "m.weight_format says"),
     "int8: fewer scales": (make_int8(SCB=np.ones(7, np.float32)), {"load_in_8bit": True}, "m.SCB has the shape [7]"),
     "int8: float weight": (make_int8(weight=np.ones((8, 8), np.float16)), {"load_in_8bit": True}, "m.weight is float16"),
-    "no quant_method": ({"weight": np.ones((8, 8), np.float32)}, {"bits": 4}, "quantized as None, which is not read"),
+    "no quant_method": (
+        {"weight": np.ones((8, 8), np.float32)},
+        {"bits": 4},
+        "quantized as an unnamed format, which is not read",
+    ),
 }
 
 
@@ -220,7 +234,7 @@ def test_a_format_that_is_not_read_is_named_with_its_origin(method: str, tmp_pat
     settings = {"quantization_config": {"quant_method": method}, "_name_or_path": "someone/Model-7B"}
     line = open_error(tmp_path / "Model-7B-quantized", {"weight": np.ones((8, 8), np.float32)}, settings)
     named = UNREAD.get(method, method)
-    expected = f"it is quantized as {named}, which is not read; take the checkpoint before quantization"
+    expected = f"it is quantized as {named}, which is not read; {INSTEAD.get(method, 'take the unquantized checkpoint')}"
     assert line == f"{expected} (its config.json names someone/Model-7B)"
     own = open_error(tmp_path / "Model-7B", {"weight": np.ones((8, 8), np.float32)}, settings)
     assert own == expected, "a config that names its own folder says nothing new"
