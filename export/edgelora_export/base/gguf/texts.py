@@ -39,7 +39,7 @@ class TextsOfGguf(Mapping[str, bytes]):
             self._makers["chat_template.jinja"] = template.encode
         for name in self._named_templates():
             template = Values(path, metadata, "tokenizer.").text(f"chat_template.{name}")
-            self._makers[f"chat_templates/{name}.jinja"] = template.encode
+            self._makers[f"additional_chat_templates/{name}.jinja"] = template.encode
 
     def __getitem__(self, name: str) -> bytes:
         return self._makers[name]()
