@@ -105,7 +105,7 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"lora_bias": True, "target_modules": ["q_proj", "k_proj", "o_proj", "down_proj"]},
         "layers gain a bias",
     ),
-    "bias = all on Qwen 2": ({"config_class": Qwen2Config}, {"bias": "all"}, "every bias changes"),
+    "bias = all on Qwen 2": ({"config_class": Qwen2Config, "vocab_size": 304}, {"bias": "all"}, "every bias changes"),
 }
 
 CASES = [

@@ -37,7 +37,7 @@ KINDS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora-bias-beside-biases": ({"attention_bias": True, "head_dim": 24}, {"lora_bias": True}),
     "all": ({"attention_bias": True, "mlp_bias": True}, {"bias": "all"}),
     "lora-only": ({"attention_bias": True, "mlp_bias": True}, {"bias": "lora_only"}),
-    "qwen2": ({"config_class": Qwen2Config}, {"bias": "all", "target_modules": ["q_proj", "o_proj"]}),
+    "qwen2": ({"config_class": Qwen2Config, "vocab_size": 304}, {"bias": "all", "target_modules": ["q_proj", "o_proj"]}),
 }
 
 
