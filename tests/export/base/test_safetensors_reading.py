@@ -90,7 +90,7 @@ def write(folder: Path, content: bytes) -> SafetensorsFolder:
 def test_a_type_that_numpy_has_not(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 2, dtype=torch.complex64)}, tmp_path / SINGLE)
     tensors = SafetensorsFolder.open(tmp_path)
-    with pytest.raises(InputError, match=r"tensor a of .*model.safetensors is stored as C64, which is not supported"):
+    with pytest.raises(InputError, match=r"tensor a of .* is stored as C64, which is not supported"):
         tensors.read("a")
 
 
@@ -118,7 +118,5 @@ def test_an_index_that_names_a_tensor_of_another_file(folder: Path, tmp_path: Pa
     (tmp_path / INDEX).write_text(
         json.dumps({"weight_map": {"cube": "a.safetensors", "lost": "a.safetensors"}}), encoding="utf-8"
     )
-    tensors = SafetensorsFolder.open(tmp_path)
-    assert tensors.shape("cube") == (2, 3, 4)
-    with pytest.raises(InputError, match=r"a.safetensors has no tensor lost, which model.safetensors.index.json places there"):
-        tensors.read("lost")
+    with pytest.raises(InputError, match=r"lost.*model.safetensors.index.json.*download it again"):
+        SafetensorsFolder.open(tmp_path).read("lost")

@@ -62,8 +62,8 @@ def make_int8(**parts: Any) -> dict[str, Any]:
 def open_error(folder: Path, parts: dict[str, Any], config: dict[str, Any]) -> str:
     save(folder, {f"m.{part}": values for part, values in parts.items()}, config)
     with pytest.raises(InputError) as caught:
-        base = Base.open(folder)
-        base.tensor("m.weight")
+        tensors, plain = dequantize(SafetensorsFolder.open(folder), config, folder)
+        Base(folder, plain, tensors, {}).tensor("m.weight")
     line = str(caught.value)
     assert line.isprintable()
     assert str(folder) in line
