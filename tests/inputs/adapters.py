@@ -158,7 +158,8 @@ def check_multimodal(folder: Path) -> str:
     whole = Gemma3ForConditionalGeneration(
         any_config(text_config=text, vision_config={**vision, "patch_size": 14}, mm_tokens_per_image=4)
     )
-    alone = Gemma3ForCausalLM(whole.config.text_config)
+    any_model: Any = Gemma3ForCausalLM
+    alone = any_model(whole.config.text_config)
     alone.load_state_dict(
         {
             name.replace("model.language_model.", "model."): t

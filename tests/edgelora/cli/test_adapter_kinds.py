@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from peft import PeftModel
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.base.base import Base
 from edgelora_runtime import Runtime
 from tests.inputs.adapters import train, write_gguf, write_mlx
-from tests.tiny import load_base, make_base, random_tokens, torch_logits
+from tests.tiny import load_base, make_base, make_tokenizer, random_tokens, torch_logits
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,6 +54,22 @@ def assert_equal(folder: Path, path: str, factor: float = 1.0) -> None:
     assert ours.modules == theirs.modules
     for module in theirs.modules:
         np.testing.assert_allclose(ours.dense(module), factor * theirs.dense(module), atol=1e-6)
+
+
+def write_likelier_rows(folder: Path) -> None:
+    """Writes rows whose completion, one word, the adapter makes much likelier than the base does."""
+    tokenizer = make_tokenizer()
+    words = [token for token in range(2, 300) if tokenizer.decode([token]).startswith(" ") and len(tokenizer.decode([token])) > 1]
+    base, adapted = load_base(folder / "base"), PeftModel.from_pretrained(load_base(folder / "base"), str(folder / "peft"))
+    rows = []
+    for number in range(12):
+        prompt = f"the cat number {number}"
+        tokens = tokenizer(prompt)["input_ids"]
+        gain = torch.log_softmax(torch.from_numpy(torch_logits(adapted, tokens)[-1]), 0) - torch.log_softmax(
+            torch.from_numpy(torch_logits(base, tokens)[-1]), 0
+        )
+        rows.append({"prompt": prompt, "completion": tokenizer.decode([max(words, key=lambda word: float(gain[word]))])})
+    (folder / "likelier.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def test_compose_reads_each_form(workplace: Path) -> None:
@@ -98,21 +115,9 @@ def test_learn_search_and_report_read_each_form(workplace: Path) -> None:
     assert Adapter.open(workplace / "learned").modules == Adapter.open(workplace / "peft").modules
     report = json.loads(edgelora(workplace, "compose", "report", *adapters, "--base", "base", "--output", "report"))
     assert report["pairs"][0]["overall"]["cosine"] == pytest.approx(1.0, abs=1e-4)
-    # The rows are likelier without this random adapter, so that its negative helps, and there is something to search for.
-    edgelora(workplace, "compose", "--adapter", "m=mlx:-1", "--base", "base", "--output", "minus.gguf")
-    search = [
-        "--adapter",
-        "h=minus.gguf",
-        "--adapter",
-        "m=mlx",
-        "--data",
-        "h=rows.jsonl",
-        "--budget",
-        "5",
-        "--output",
-        "searched",
-    ]
-    assert json.loads(edgelora(workplace, "compose", "search", "--base", "base", *search))["configurations"] == 5
+    write_likelier_rows(workplace)
+    search = ["--data", "m=likelier.jsonl", "--budget", "5", "--output", "searched"]
+    assert json.loads(edgelora(workplace, "compose", "search", "--base", "base", *adapters, *search))["configurations"] == 5
 
 
 REFUSED = {
