@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgelora_export.base.base import Base
 
 _CONFIG, _GENERATION_CONFIG = "config.json", "generation_config.json"
+_UNWRITTEN_ROLES = ("pad_token", "unk_token")  # no prompt of a byte-level or byte-fallback tokenizer has them
 
 
 @dataclass(frozen=True)
@@ -181,11 +182,11 @@ def _check_size(tokenizer: Any, vocab_size: int, owner: str, parent: Any) -> Non
     """Raises InputError for tokens outside the model's vocabulary that a prompt can have.
 
     An added token of the base outside it is let through if no template and no role names it: Gemma 3's text models have one, for
-    images. A runtime refuses a prompt that contains it. parent: the base's tokenizer.
+    images, and some classes bring a token to pad with. A runtime refuses a prompt that contains it. parent: the base's tokenizer.
     """
     added = {token.content for token in parent.added_tokens_decoder.values()}
     written = "".join(read_templates(tokenizer).values())
-    roles = set(read_special_tokens(tokenizer).values())
+    roles = {token for role, token in read_special_tokens(tokenizer).items() if role not in _UNWRITTEN_ROLES}
     outside = sorted(
         (id_, text)
         for text, id_ in tokenizer.get_vocab().items()

@@ -180,7 +180,7 @@ def trl_labels(tokenizer: Any, rows: Sequence[dict[str, Any]], folder: Path) -> 
 @pytest.mark.parametrize(
     "rows",
     [
-        [{"prompt": "the ca", "completion": "t sat"}, {"prompt": "a day", "completion": " in the sun"}],
+        [{"prompt": "the cat", "completion": " sat"}, {"prompt": "a day", "completion": " in the sun"}],
         [{"prompt": TWO_TURNS[:3], "completion": TWO_TURNS[3:]}],
         [{"messages": TWO_TURNS}],
     ],
