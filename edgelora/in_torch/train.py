@@ -62,7 +62,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     rows, data_sha256 = read_rows(config.data), hash_data(config.data)  # before the imports, which take seconds
     base = Base.find(config.base)
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
-    from transformers import set_seed
 
     trained, provenance = None, None
     try:
@@ -71,6 +70,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             tokenizer = load_tokenizer(base)
             encoded, cut = encode_for_training(RowEncoder(tokenizer, config.template_options), rows, config)
             provenance = _describe_run(config, base, data_sha256, rows=len(rows), cut=cut, left_out=len(rows) - len(encoded))
+            from transformers import set_seed  # here, as it loads libraries that print
+
             set_seed(config.seed)
             trainer = make_trainer(config, *load_base(str(base.path), config.quant), folder, encoded, on_progress)
             check_room(trainer.model, folder)
