@@ -63,7 +63,6 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     base = Base.find(config.base)  # refuses now what export would refuse after the training
 
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
-    from transformers import set_seed
 
     trained, provenance = None, None
     try:
@@ -72,6 +71,8 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             tokenizer = load_tokenizer(base)
             encoded, cut = encode_for_training(RowEncoder(tokenizer, config.template_options), rows, config)
             provenance = _describe_run(config, base, data_sha256, rows=len(rows), cut=cut, left_out=len(rows) - len(encoded))
+            from transformers import set_seed  # here, as it loads libraries that print
+
             set_seed(config.seed)
             trainer = make_trainer(config, *load_base(base, config.quant), folder, encoded, on_progress)
             check_room(trainer.model, folder)
