@@ -89,7 +89,8 @@ def load_dequantized(base: Base) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {key: value for key, value in base.config.items() if key != "model_type"}
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(base.config["model_type"], **settings))
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(base.config["model_type"], **settings))
     model = model.float().eval()
     state = {name: torch.from_numpy(np.ascontiguousarray(base.tensor(name))) for name in base.tensors.files}
     model.load_state_dict(state, strict=False)

@@ -96,7 +96,8 @@ EACH = pytest.mark.parametrize(("config_class", "settings"), SHAPES.values(), id
 def load_in_torch(base: Base) -> Any:
     """The base's tensors in transformers' class for the base's config."""
     settings = {key: value for key, value in base.config.items() if key != "model_type"}
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(base.config["model_type"], **settings)).float().eval()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(AutoConfig.for_model(base.config["model_type"], **settings)).float().eval()
     state = {name: torch.from_numpy(np.ascontiguousarray(base.tensor(name))) for name in base.tensors.files}
     kept = model.load_state_dict(state, strict=False)
     assert set(kept.missing_keys) <= ({"lm_head.weight"} if base.config["tie_word_embeddings"] else set())
