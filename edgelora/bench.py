@@ -7,6 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.bundle.choice import choose_variant
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
@@ -77,7 +78,9 @@ def bench(
             f"{prompt} tokens of prompt and {tokens} more do not fit the context of {model.context_length}; ask for less"
         )
     generator = random.Random(_SEED)  # noqa: S311  (not for secrets)
-    vocab_size = min(entry.vocab_size or model.vocab_size for entry in (runtime.variants[variant] for variant in variants))
+    manifest = runtime.bundle.manifest
+    graphs = [choose_variant(manifest, "cpu", variant).graph for variant in variants]
+    vocab_size = min(manifest.find_model(graph).vocab_size for graph in graphs)
     texts = [[generator.randrange(vocab_size) for _ in range(prompt)] for _ in range(rounds)]
     found: dict[str, list[VariantFigures]] = {variant: [] for variant in variants}
     for number, text in enumerate(texts):
