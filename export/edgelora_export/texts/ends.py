@@ -30,12 +30,16 @@ def find_end_tokens(tokenizer: Any, configs: Sequence[Mapping[str, Any]], vocab_
 def find_turn_end(tokenizer: Any) -> int | None:
     """Returns the added token with which the default chat template closes an assistant's turn.
 
-    Returns None without a template, if other text follows an answer, and if the template takes no plain conversation.
+    Returns None without a template, if other text follows an answer, and if the template is not valid or takes no plain
+    conversation. Whoever asks for a chat is told so.
     """
     source = read_templates(tokenizer).get(DEFAULT_TEMPLATE)
     if source is None:
         return None
-    return find_closing_token(source, tokenizer.backend_tokenizer, read_special_tokens(tokenizer))
+    try:
+        return find_closing_token(source, tokenizer.backend_tokenizer, read_special_tokens(tokenizer))
+    except InputError:
+        return None
 
 
 def resolve_end_tokens(tokenizer: Any, named: Sequence[str | int], vocab_size: int) -> tuple[int, ...]:

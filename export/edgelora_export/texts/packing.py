@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.bundle.chat_template import DEFAULT_TEMPLATE, check_template, name_template
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, TOKENIZER_CONFIG
+from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,7 +25,10 @@ def pack_tokenizer(tokenizer: Any, owner: str) -> dict[str, bytes]:
     """
     files = {TOKENIZER: tokenizer.backend_tokenizer.to_str().encode(), TOKENIZER_CONFIG: _pack_config(tokenizer)}
     for name, source in read_templates(tokenizer).items():
-        file = name_template(name)
+        try:
+            file = name_template(name)
+        except InputError as error:
+            raise InputError(f"{owner}: {error}") from error
         check_template(source.encode(), f"{owner}: {file}")
         files[file] = source.encode()
     return files

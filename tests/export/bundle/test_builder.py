@@ -38,12 +38,12 @@ def change_config(base: Path, **settings: Any) -> None:
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "other architecture": ({"model_type": "mamba"}, "model_type 'mamba'"),
-    "no architecture": ({"model_type": None}, "model_type None"),
+    "no architecture": ({"model_type": None}, "names no model_type"),
     "other activation": ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     "no widths": ({"hidden_size": None, "intermediate_size": None}, "lacks hidden_size, intermediate_size"),
-    "rope kind": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
+    "rope kind": ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
     "more layers": ({"num_hidden_layers": 3}, "model.layers.2"),
-    "other width": ({"intermediate_size": 80}, "has shape"),
+    "other width": ({"intermediate_size": 80}, "is (96, 64), not (80, 64)"),
 }
 
 

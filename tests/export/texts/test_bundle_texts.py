@@ -75,7 +75,7 @@ def test_a_named_template_that_would_leave_the_folder(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_bytes())
     named = [{"name": "default", "template": "x"}, {"name": "../tools", "template": "x"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
-    with pytest.raises(InputError, match=r"has a chat template named '../tools'"):
+    with pytest.raises(InputError, match=r"base .*: a chat template is named '../tools'"):
         read_bundle_texts(base, SIZE)
 
 

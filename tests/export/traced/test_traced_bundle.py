@@ -104,7 +104,7 @@ def make_traced(folder: Path, head: str, *, equal: bool = False) -> Traced:
     proto.graph.initializer.extend(numpy_helper.from_array(weight, name) for name, weight in weights.items())
     folder.mkdir()
     save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "hand-made", "eos_token_id": 1}), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "eos_token_id": 1}), encoding="utf-8")
     make_tokenizer().save_pretrained(folder)
     model = prepare_traced(ir.serde.deserialize_model(proto))
     # Weights of products are (N, K); the graph stores fc and mangled as (K, N).

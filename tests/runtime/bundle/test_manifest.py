@@ -295,7 +295,7 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "kind of another type": (changed("variants", "m", "kind", value=["merged"]), "'merged' or 'live'"),
     "no cpu graph": (changed("variants", "m", "graphs", value={}), "no cpu graph"),
     "texts that are not listed": (
-        changed("variants", "l", "texts", "chat_template", value="../x.jinja"),
+        changed("variants", "l", "texts", "chat_templates", value=["../x.jinja"]),
         "variant l uses ../x.jinja, which files lacks",
     ),
     "an adapter's texts that are not listed": (changed("adapters", "a", "texts", "tokenizer", value="x"), "adapter a uses x"),
