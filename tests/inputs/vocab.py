@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from edgelora_export.architectures import read_decoder
-from edgelora_export.base.base import Base
-from edgelora_export.plan.variants import Quantization, Variant
-from edgelora_export.weights.checkpoint import write_checkpoint
+from edgelora.composing.merge_into_base import merge_into
+from edgelora.exporting.export import export
+from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 from edgelora_runtime.errors import InputError
 from tests.inputs.cases import Case
-from tests.tiny import build_variants, make_base, random_tokens, torch_logits
+from tests.tiny import make_base, random_tokens, torch_logits
 from tests.trained_changes import train_somewhat
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ def check_export(folder: Path, *, base: dict[str, Any], adapter: dict[str, Any])
     """Exports a variant in float32, and compares its logits with PEFT's. Base and variant must not disturb each other."""
     make_base(folder / "base", **base)
     trained = train_somewhat(folder / "base", folder / "adapter", **adapter)
-    variants = [Variant("base"), Variant("v", {"a": 1.0}, delta=trained.change)]
-    build_variants(Base.open(folder / "base"), variants, folder / "bundle", quantization=Quantization(bits=32))
+    variants = {"base": VariantRecipe({}), "v": VariantRecipe({"a": 1.0})}
+    export(Recipe(str(folder / "base"), {"a": trained.folder}, variants, Quantization(bits=32)), folder / "bundle", gate="off")
     with Runtime(folder / "bundle") as runtime:
         return compare(runtime.logits(TOKENS, variant="v"), torch_logits(trained.model, TOKENS))
 
@@ -47,10 +47,7 @@ def check_checkpoint(folder: Path, *, base: dict[str, Any], adapter: dict[str, A
     """Writes base plus adapter as a checkpoint, which transformers loads, and compares its logits with PEFT's."""
     make_base(folder / "base", **base)
     trained = train_somewhat(folder / "base", folder / "adapter", **adapter)
-    opened = Base.open(folder / "base")
-    (folder / "merged").mkdir()
-    decoder = read_decoder(opened.config)
-    write_checkpoint(opened, decoder, trained.change, folder / "merged", None, lambda done, total, what: None)
+    merge_into(str(folder / "base"), {"a": (trained.folder, 1.0)}, folder / "merged")
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32)
     return compare(torch_logits(model.eval(), TOKENS), torch_logits(trained.model, TOKENS))
 
@@ -59,9 +56,9 @@ def check_live(folder: Path, *, base: dict[str, Any], adapter: dict[str, Any]) -
     """Asks for a live variant. Returns the line that refuses it, and checks that nothing was written."""
     make_base(folder / "base", **base)
     trained = train_somewhat(folder / "base", folder / "adapter", **adapter)
-    variant = Variant("v", {"a": 1.0}, delta=trained.change, live={"a": 1.0})
+    variants = {"v": VariantRecipe({"a": 1.0}, kind="live")}
     try:
-        build_variants(Base.open(folder / "base"), [variant], folder / "bundle")
+        export(Recipe(str(folder / "base"), {"a": trained.folder}, variants), folder / "bundle", gate="off")
     except InputError as error:
         assert not (folder / "bundle").exists()
         assert "use kind = 'merged'" in str(error)
