@@ -139,8 +139,11 @@ class Adapter(Delta):
         whole = self._is_whole(EMBEDDING) and self._is_whole(HEAD)
         if not whole or self.shapes[EMBEDDING][2] or self.shapes[HEAD][2]:
             return False
-        if TOKENS in self._kinds(EMBEDDING):
-            return TOKENS not in self._kinds(HEAD)
+        embedding_has_rows, head_has_rows = (TOKENS in self._kinds(module) for module in (EMBEDDING, HEAD))
+        if embedding_has_rows != head_has_rows:
+            return embedding_has_rows
+        if head_has_rows and not np.array_equal(self._tensor(EMBEDDING, TOKENS), self._tensor(HEAD, TOKENS)):
+            return False
         return bool(np.array_equal(self._whole(EMBEDDING), self._whole(HEAD)))
 
     @property

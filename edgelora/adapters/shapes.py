@@ -61,12 +61,14 @@ def read_shapes(tensors: AdapterTensors, label: str, config: Mapping[str, Any]) 
 def token_rows(module: str, origin: str, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Returns the rows that a module's trainable_tokens_delta replaces, in its order, by trainable_token_indices.
 
-    A list there is for the embedding, a table gives a list per module. Returns () if it names no such rows.
+    A list there is for the embedding, a table gives a list per module. A head without one has the embedding's rows: PEFT trains
+    those of tied weights as one, and saves both after a resize. Returns () if it names no such rows.
     """
     found = config.get("trainable_token_indices")
     if isinstance(found, dict):
-        found = next((rows for name, rows in found.items() if f".{origin}".endswith(f".{name}")), None)
-    elif module != EMBEDDING:
+        own = (rows for name, rows in found.items() if f".{origin}".endswith(f".{name}"))
+        found = next(own, found.get("embed_tokens") if module == HEAD else None)
+    elif module not in (EMBEDDING, HEAD):
         found = None
     if not isinstance(found, list) or not all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in found):
         return ()

@@ -94,6 +94,11 @@ EXPORTED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     ),
     "trainable_token_indices on a tied base": (TIED, {"trainable_token_indices": [5, 7]}, "the head's rows change too"),
     "trainable_token_indices on an untied base": ({}, {"trainable_token_indices": [5, 7]}, "the head stays the base's"),
+    "six tokens added and trained, by module, to a tied base": (
+        TIED,
+        {"rows": 306, "trainable_token_indices": {"embed_tokens": ADDED}},
+        "306 logits",
+    ),
     "six tokens added to a tied base": (TIED, {"rows": 306, "trainable_token_indices": ADDED}, "306 logits"),
     "six tokens added to an untied base": ({}, {"rows": 306, "modules_to_save": BOTH}, "306 logits"),
     "an embedding cut to the tokenizer's size": ({}, {"rows": 290}, "290 logits"),
