@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
+from edgelora_export.base.quiet import quiet_libraries
 from edgelora_export.plan.adapted_decoder import adapt_decoder
 from edgelora_export.plan.variants import Delta, TrainedBase
 from edgelora_export.quantize.int4 import quantize_rtn
@@ -38,7 +39,9 @@ def hold_weight(weight: Floats, quantization: Held) -> Floats:
     if quantization == "int4":
         return quantize_rtn(weight).dequantize()
     import torch
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    with quiet_libraries(whole_process=False):  # on a CPU with AVX-512 BF16 its import advises to install more
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     codes, state = quantize_4bit(torch.from_numpy(weight), blocksize=NF4_BLOCK, compress_statistics=True, quant_type="nf4")
     held: Floats = dequantize_4bit(codes, state).numpy()
