@@ -113,7 +113,7 @@ def compare(teacher: Logits, arm: Logits, runtime: Runtime, rows: Sequence[Row])
     """KL(teacher ‖ arm), summed over each row's completion, and its tokens: float64 (rows, 2)."""
     found = np.zeros((len(rows), 2))
     for place, row in enumerate(rows):
-        prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
+        prompt, whole = (runtime.encode(text) for text in (str(row.prompt), f"{row.prompt}{row.completion}"))
         start = max(1, shared_prefix(prompt, whole))
         wanted, said = (log_softmax(logits(whole[:-1])[start - 1 :]) for logits in (teacher, arm))
         found[place] = (np.exp(wanted) * (wanted - said)).sum(), len(whole) - start

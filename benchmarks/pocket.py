@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.cli.terminal import print_note
-from edgelora.in_torch.train import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -61,14 +61,14 @@ def main() -> None:
 def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
     """One router: shares per task, calibration, time and size."""
     started = time.process_time()
-    prompts = {task: [row.prompt for row in read_rows(data / f"{task}.train.jsonl")] for task in tasks}
+    prompts = {task: [str(row.prompt) for row in read_rows(data / f"{task}.train.jsonl")] for task in tasks}
     packed = train_router(prompts, fallback=tasks[0])
     seconds = time.process_time() - started
     router = Router.read(packed.content, packed.entry)
     classes, confidences, right = {}, [], []
     for task in tasks:
         rows = read_rows(data / f"{task}.test.jsonl")
-        picked = [router.pick(row.prompt) for row in rows]
+        picked = [router.pick(str(row.prompt)) for row in rows]
         own = np.array([variant == task and not fallback for variant, _, fallback in picked])
         slots = np.array([bool(parse_slots(row.completion)) for row in rows])
         classes[task] = {
@@ -79,8 +79,8 @@ def measure(data: Path, tasks: Sequence[str]) -> dict[str, Any]:
         }
         confidences += [confidence for _, confidence, _ in picked]
         right += own.tolist()
-    others = [router.pick(row.prompt) for row in read_rows(data / f"{OTHERS}.test.jsonl")]
-    text = " ".join(row.prompt for row in read_rows(data / f"{tasks[0]}.test.jsonl"))
+    others = [router.pick(str(row.prompt)) for row in read_rows(data / f"{OTHERS}.test.jsonl")]
+    text = " ".join(str(row.prompt) for row in read_rows(data / f"{tasks[0]}.test.jsonl"))
     return {
         "classes": classes,
         "fallback_of_others": float(np.mean([fallback for _, _, fallback in others])),

@@ -100,7 +100,7 @@ def find_prompts(count: int) -> dict[str, list[str]]:
     """Prompts by variant."""
     text = (find_data() / "stories.txt").read_text(encoding="utf-8")
     starts = range(len(text) * 9 // 10, len(text) - STORY, len(text) // 10 // count)
-    tests = {task: [row.prompt for row in read_rows(find_data() / f"{task}.test.jsonl")][:count] for task in TASKS}
+    tests = {task: [str(row.prompt) for row in read_rows(find_data() / f"{task}.test.jsonl")][:count] for task in TASKS}
     return {**tests, STORIES: [text[start : start + STORY] for start in starts][:count]}
 
 

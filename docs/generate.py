@@ -87,6 +87,12 @@ def write_recipe_page() -> str:
     owners = {field.name: field.default_factory for field in fields(recipe.Recipe)}
     sections: tuple[tuple[str, str, Mapping[str, recipe_keys.Key], Any], ...] = (
         ("Top level", "", recipe_keys.TOP, recipe.Recipe),
+        (
+            "Adapters",
+            '`[adapters]`: a path per name, `sql = "adapters/sql"`, or a table `[adapters.NAME]`.',
+            recipe_keys.ADAPTER,
+            recipe.AdapterRecipe,
+        ),
         ("Variants", "`[variants.NAME]`, one table per variant.", recipe_keys.VARIANT, recipe.VariantRecipe),
         ("Quantization", "`[quantization]`", recipe_keys.QUANTIZATION, owners["quantization"]),
         (
@@ -176,7 +182,9 @@ def write_command_page() -> str:
         _row("3", "bad input"),
         _row("4", "failed integrity or fidelity"),
         _row("5", "too little disk or memory"),
-        _row("130", "interrupted"),
+        _row("130", "interrupted (Ctrl-C)"),
+        _row("141", "the reader of standard output has gone, as with `\\| head`"),
+        _row("143", "terminated (SIGTERM)"),
         "",
         "A failure prints one line on standard error. `EDGELORA_DEBUG=1` in the environment shows the traceback of an unexpected "
         "one.",

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from edgelora.evaluation import evaluate
     from edgelora.exporting.export import export
     from edgelora.exporting.recipe import Recipe
-    from edgelora.in_torch.train import TrainConfig, train
+    from edgelora.in_torch.train import train
+    from edgelora.in_torch.train_config import TrainConfig
     from edgelora_runtime import (
         Bundle,
         EdgeloraError,
@@ -62,7 +63,7 @@ __all__ = [
 # Our own names that are loaded on first use, as the runtime's are: name → module.
 _LAZY = {
     "Recipe": "edgelora.exporting.recipe",
-    "TrainConfig": "edgelora.in_torch.train",
+    "TrainConfig": "edgelora.in_torch.train_config",
     "compose": "edgelora.composing.compose",
     "evaluate": "edgelora.evaluation",
     "export": "edgelora.exporting.export",

@@ -77,7 +77,8 @@ def bench(
             f"{prompt} tokens of prompt and {tokens} more do not fit the context of {model.context_length}; ask for less"
         )
     generator = random.Random(_SEED)  # noqa: S311  (not for secrets)
-    texts = [[generator.randrange(model.vocab_size) for _ in range(prompt)] for _ in range(rounds)]
+    vocab_size = min(entry.vocab_size or model.vocab_size for entry in (runtime.variants[variant] for variant in variants))
+    texts = [[generator.randrange(vocab_size) for _ in range(prompt)] for _ in range(rounds)]
     found: dict[str, list[VariantFigures]] = {variant: [] for variant in variants}
     for number, text in enumerate(texts):
         on_progress(number, rounds, "round")

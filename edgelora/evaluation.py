@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora.data.chats import Chat
     from edgelora.data.rows import Row
-    from edgelora_runtime import Runtime
+    from edgelora_runtime import GenerateOptions, Generation, Runtime
 
 
 @dataclass(frozen=True)
@@ -46,27 +47,30 @@ def evaluate(
     variant: str | None = None,
     mix: Mapping[str, float] | None = None,
     max_tokens: int = 64,
+    template_options: Mapping[str, Any] | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Scores:
     """Scores one variant, or one live mix, on rows.
 
-    The other arguments are those of Runtime.generate. With variant "auto", the router picks a variant by each row's prompt only,
-    and that variant writes and rates the completion.
+    The other arguments are those of Runtime.generate. template_options are for rows of messages. With variant "auto", the router
+    picks a variant by each row's prompt only, and that variant writes and rates the completion.
     """
     if not rows:
         raise InputError("there are no rows to evaluate")
+    if silent := [row.place for row in rows if not row.completion]:
+        raise InputError(f"{silent[0]}: the answer has no text, and calls of tools are trained on but not scored")
     written: list[str] = []
     nats, tokens = 0.0, 0
     routed: Counter[str] = Counter()
     for done, row in enumerate(rows):
         on_progress(done, len(rows), "rows")
-        answer = runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens)
+        answer = write_answer(runtime, row, variant=variant, mix=mix, max_tokens=max_tokens, template_options=template_options)
         written.append(answer.text)
         chosen = variant
         if answer.route is not None:
             chosen = answer.variant
             routed[chosen] += 1
-        row_nats, row_tokens = completion_loss(runtime, row, variant=chosen, mix=mix)
+        row_nats, row_tokens = completion_loss(runtime, row, variant=chosen, mix=mix, template_options=template_options)
         nats, tokens = nats + row_nats, tokens + row_tokens
     on_progress(len(rows), len(rows), "rows")
     right = [row.completion for row in rows]
@@ -84,18 +88,50 @@ def score_variant(
     max_tokens: int = 64,
 ) -> float:
     """Computes only the main score, without the loss, at half the work of evaluate()."""
-    written = [runtime.generate(row.prompt, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows]
+    written = [write_answer(runtime, row, variant=variant, mix=mix, max_tokens=max_tokens).text for row in rows]
     return main_score(written, [row.completion for row in rows])
 
 
+def write_answer(
+    runtime: Runtime,
+    row: Row,
+    *,
+    variant: str | None = None,
+    mix: Mapping[str, float] | None = None,
+    max_tokens: int = 64,
+    template_options: Mapping[str, Any] | None = None,
+) -> Generation:
+    """Continues a row's prompt by greedy decoding, or answers its conversation."""
+    options: GenerateOptions = {"variant": variant, "mix": mix, "max_tokens": max_tokens}
+    if isinstance(row.prompt, str):
+        return runtime.generate(row.prompt, **options)
+    return runtime.generate(row.prompt.messages, **options, **_chat_options(row.prompt, template_options))
+
+
 def completion_loss(
-    runtime: Runtime, row: Row, *, variant: str | None = None, mix: Mapping[str, float] | None = None
+    runtime: Runtime,
+    row: Row,
+    *,
+    variant: str | None = None,
+    mix: Mapping[str, float] | None = None,
+    template_options: Mapping[str, Any] | None = None,
 ) -> tuple[float, int]:
     """Returns a completion's negative log likelihood given its prompt, in nats, and its number of tokens."""
-    prompt, whole = runtime.encode(row.prompt), runtime.encode(row.prompt + row.completion)
+    tokenizer = runtime.find_tokenizer(variant, mix)
+    if isinstance(row.prompt, str):
+        prompt, whole = (tokenizer.encode_prompt(text) for text in (row.prompt, row.prompt + row.completion))
+    else:
+        rendered = tokenizer.render_chat(row.prompt.messages, **_chat_options(row.prompt, template_options))
+        prompt, whole = (tokenizer.encode(text, special_tokens=False) for text in (rendered, rendered + row.completion))
     start = max(1, shared_prefix(prompt, whole))  # a token may span prompt and completion, and the first token has no likelihood
     logits = runtime.logits(whole[:-1], variant=variant, mix=mix)[start - 1 :]
     return float(-log_likelihood(logits, whole[start:]).sum()), len(whole) - start
+
+
+def _chat_options(chat: Chat, template_options: Mapping[str, Any] | None) -> Any:
+    """Returns what the chat template gets beside a row's messages."""
+    given = {"tools": chat.tools, "template_options": dict(template_options or {})}
+    return {name: value for name, value in given.items() if value}
 
 
 def log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> NDArray[np.float64]:

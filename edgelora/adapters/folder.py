@@ -1,141 +1,167 @@
-"""Adapters on disk: PEFT LoRA folders, and edgelora.json with their origin.
-
-Weights are read module by module.
-"""
+"""Adapters: LoRA factors and layers saved whole, read module by module from a PEFT or MLX folder or a GGUF file."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes as ml_dtypes  # numpy knows bfloat16 only once this is imported
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from edgelora.adapters.coverage import list_gaps
+from edgelora.adapters.gguf_file import SUFFIX, is_gguf, open_gguf
 from edgelora.adapters.kinds import base_init, initial_product, rescale_rows, unsupported
+from edgelora.adapters.mlx_folder import is_mlx, open_mlx
+from edgelora.adapters.names import (
+    EMBEDDING,
+    EMBEDDING_A,
+    EMBEDDING_B,
+    FACTOR_BIAS,
+    HEAD,
+    MAGNITUDE,
+    SAVED_BIASES,
+    TOKENS,
+    WHOLE,
+    A,
+    B,
+)
+from edgelora.adapters.patterns import find_pattern
+from edgelora.adapters.peft_folder import CONFIG as CONFIG  # re-exported
+from edgelora.adapters.peft_folder import WEIGHTS as WEIGHTS
+from edgelora.adapters.peft_folder import open_peft
+from edgelora.adapters.provenance import PROVENANCE as PROVENANCE
+from edgelora.adapters.provenance import TRAINED_ON
+from edgelora.adapters.provenance import Provenance as Provenance
+from edgelora.adapters.provenance import read_provenance as read_provenance
+from edgelora.adapters.provenance import write_provenance as write_provenance
+from edgelora.adapters.shapes import read_shapes, token_rows
 from edgelora_export.base.files import read_json
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Set
+    from collections.abc import Callable, Mapping, Set
 
     from numpy.typing import NDArray
 
+    from edgelora.adapters.tensors import AdapterSource
+
     Floats = NDArray[np.float32]
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PROVENANCE = "edgelora.json"
-_KEY = re.compile(
-    r"base_model\.model\.(?P<module>.+?)\.(?P<kind>lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector|(base_layer\.)?weight)"
-)
-_FACTORS = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING_FACTORS = ("lora_embedding_B", "lora_embedding_A")  # an embedding's ΔW is (B·A)ᵀ, so A and B swap
-_MAGNITUDE = "lora_magnitude_vector"
-_WHOLE = ("weight", "base_layer.weight")  # a layer saved whole, which replaces the base's
-
 
 @dataclass(frozen=True)
-class Provenance:
-    """The origin of an adapter.
-
-    base_sha256: hash of the base's weights, as Base.sha256. base_quantization: nf4, int4 or none during training, or "mixed" for
-    a mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
-    folder, or "" if unknown. init: how A and B were initialized, or "composed: …" or "learned: …" for a mix.
-    """
-
-    base_name: str
-    base_sha256: str
-    base_quantization: str
-    data_sha256: str
-    data_rows: int
-    init: str
-    seed: int
-    rank: int
-    alpha: float
-    steps: int
-    learning_rate: float
-    data_file: str = ""
-
-
-def write_provenance(folder: Path, provenance: Provenance) -> None:
-    """Writes edgelora.json into an adapter's folder."""
-    (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=1) + "\n", encoding="utf-8")
-
-
-def read_provenance(folder: Path) -> Provenance | None:
-    """Reads edgelora.json. Returns None for an adapter of another tool, which has none."""
-    if not (folder / PROVENANCE).is_file():
-        return None
-    value = read_json(folder / PROVENANCE, "train writes it")
-    known = fields(Provenance)
-    if absent := [field.name for field in known if field.name not in value and field.default is MISSING]:
-        raise InputError(f"{folder / PROVENANCE} lacks {', '.join(absent)}; train the adapter again or delete the file")
-    return Provenance(**{field.name: value[field.name] for field in known if field.name in value})
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An opened PEFT LoRA adapter.
+class Adapter(Delta):
+    """An opened LoRA adapter.
 
     ΔW is scale · B · A for each target module, or what its kind (DoRA, PiSSA, …) defines.
-    Satisfies edgelora_export's Delta, and LowRank for modules where why_not_low_rank() is empty.
-    shapes: per module (N, K, r), with r = 0 for a layer saved whole. kinds: the tensors that the file holds for each module.
+    Satisfies edgelora_export's LowRank, too, for modules where why_not_low_rank() is empty.
+    folder: its folder or GGUF file. shapes: per module (N, K, r), with r = 0 for a layer saved whole, and N = 0 where only the
+    rows of some tokens change. trained_on: nf4, int4, none or mixed, the base's form during training, None if nothing tells.
     """
 
     name: str
     folder: Path
-    config: Mapping[str, Any]
-    provenance: Provenance | None
+    source: AdapterSource
     shapes: Mapping[str, tuple[int, int, int]]
-    kinds: Mapping[str, frozenset[str]]
+    trained_on: str | None
 
     @classmethod
-    def open(cls, folder: Path | str, name: str | None = None) -> Adapter:
-        """Opens a folder with adapter_config.json and adapter_model.safetensors.
+    def open(
+        cls,
+        folder: Path | str,
+        name: str | None = None,
+        *,
+        base: Mapping[str, Any] | None = None,
+        trained_on: str | None = None,
+    ) -> Adapter:
+        """Opens a PEFT folder, an MLX folder or a GGUF file.
 
-        Raises InputError for a folder that is not a LoRA adapter, and for kinds whose ΔW does not follow from it and the base.
+        base: the config of its base, which a GGUF file needs whose rows are ordered by heads. trained_on: nf4, int4 or none, for
+        an adapter without edgelora.json. Raises InputError for what is not a LoRA adapter, for kinds whose ΔW does not follow
+        from it and the base, and for a trained_on that edgelora.json contradicts.
         """
         folder = Path(folder)
-        label = name or folder.name
-        if not folder.is_dir():
-            raise InputError(f"adapter {label}: {folder} is not a folder; give a PEFT adapter's folder")
-        config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
-        if reasons := unsupported(config):
+        label = name or (folder.stem if folder.suffix == SUFFIX else folder.name)
+        source = _open_source(folder, label, base)
+        if reasons := unsupported(source.config):
             raise InputError(f"adapter {label}: {'; '.join(reasons)}")
-        provenance = read_provenance(folder)
-        if (init := base_init(config)) and provenance is not None and provenance.base_quantization != "none":
+        held = _find_trained_on(source.provenance, trained_on, label)
+        if (init := base_init(source.config)) and held not in (None, "none"):
             raise InputError(
-                f"adapter {label}: init_lora_weights is {init!r} on a base held as {provenance.base_quantization}: what it "
+                f"adapter {label}: init_lora_weights is {init!r} on a base held as {held}: what it "
                 "subtracts from rounded weights cannot be recomputed exactly; save it converted to plain LoRA "
                 "(PEFT's path_initial_model_for_weight_conversion)"
             )
-        return cls(label, folder, config, provenance, *_read_shapes(folder / WEIGHTS, label, config))
+        return cls(label, folder, source, read_shapes(source.tensors, label, source.config), held)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Its config, in the keys of PEFT's."""
+        return self.source.config
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """Its edgelora.json, None for an adapter of another tool."""
+        return self.source.provenance
 
     @property
     def modules(self) -> Set[str]:
         return self.shapes.keys()
+
+    @cached_property
+    def biased(self) -> Set[str]:
+        """Modules to whose bias it adds."""
+        return {
+            module
+            for module, held in self.source.tensors.shapes.items()
+            if not held.keys().isdisjoint((FACTOR_BIAS, *SAVED_BIASES))
+        }
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding and the head that it brings, None if it saves neither whole."""
+        return next((self.shapes[module][0] for module in (EMBEDDING, HEAD) if self._is_whole(module)), None)
+
+    @cached_property
+    def ties_vocab(self) -> bool:
+        """True if its change of the embedding is the head's too, on a base that ties them.
+
+        PEFT ties them for trainable tokens of the embedding, and where ensure_weight_tying is set. After a resize it saves both,
+        which are then equal.
+        """
+        if self.config.get("ensure_weight_tying"):
+            return bool({EMBEDDING, HEAD} & self.modules)
+        if EMBEDDING in self.modules and HEAD not in self.modules:
+            return TOKENS in self._kinds(EMBEDDING)
+        whole = self._is_whole(EMBEDDING) and self._is_whole(HEAD)
+        if not whole or self.shapes[EMBEDDING][2] or self.shapes[HEAD][2]:
+            return False
+        if TOKENS in self._kinds(EMBEDDING):
+            return TOKENS not in self._kinds(HEAD)
+        return bool(np.array_equal(self._whole(EMBEDDING), self._whole(HEAD)))
 
     @property
     def rank(self) -> int:
         """The largest rank over the modules."""
         return max(rank for _, _, rank in self.shapes.values())
 
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What its config names and its file lacks, one line each."""
+        origins = self.source.tensors.origins
+        return (*self.source.notes, *list_gaps(self.config, [origins[module] for module in self.modules]))
+
     def scale(self, module: str) -> float:
         """Returns α/r, or α/√r for rank-stabilized LoRA (arXiv 2312.03732).
 
-        Patterns in the config may set a module's own α and r.
+        Patterns in the config may set a module's own α.
         """
         rank = self.shapes[module][2]
         patterns = self.config.get("alpha_pattern") or {}
-        # PEFT's rule: the first pattern that matches a whole dotted suffix of the name (peft.utils.get_pattern_key).
-        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
+        key = find_pattern(patterns, self.source.tensors.origins[module])
         alpha = self.config["lora_alpha"] if key is None else patterns[key]
         return float(alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank)
 
@@ -144,15 +170,17 @@ class Adapter:
 
         Returns "" if it is.
         """
-        kinds = self.kinds[module]
-        if not kinds.isdisjoint(_WHOLE):
+        kinds = self._kinds(module)
+        if TOKENS in kinds:
+            return "the embedding of some tokens"
+        if not kinds.isdisjoint(WHOLE):
             return "a whole layer that it saves"
-        if _MAGNITUDE in kinds:
+        if MAGNITUDE in kinds:
             return "DoRA"
         return base_init(self.config) or ""
 
     def is_embedding(self, module: str) -> bool:
-        return not self.kinds[module].isdisjoint(_EMBEDDING_FACTORS)
+        return not self._kinds(module).isdisjoint((EMBEDDING_A, EMBEDDING_B))
 
     def factors(self, module: str) -> tuple[Floats, Floats]:
         """Returns A, float32 (r, K), and B, float32 (N, r), scale included."""
@@ -163,7 +191,8 @@ class Adapter:
     def dense(self, module: str, weight: Floats | None = None) -> Floats:
         """Returns ΔW, float32 (N, K).
 
-        weight: the base's, (N, K). Modules that are not low-rank need it.
+        weight: the base's, (N, K). Modules that are not low-rank need it. For an embedding or head of another vocabulary it is
+        cut, or padded with rows of zeros, to vocab_size rows.
         """
         reason = self.why_not_low_rank(module)
         if not reason:
@@ -174,27 +203,66 @@ class Adapter:
                 f"adapter {self.name}: {module} is {reason}, whose change depends on the base's weights; "
                 "use it in a merged variant of edgelora export, which reads them"
             )
-        kinds = self.kinds[module]
-        changed = next((self._tensor(module, kind) for kind in _WHOLE if kind in kinds), weight)
-        if self.shapes[module][2]:
+        kinds, (_, _, rank) = self._kinds(module), self.shapes[module]
+        changed = self._whole(module) if self._is_whole(module) else weight
+        if changed.shape != weight.shape:
+            sizes = ", ".join(
+                f"{rows}x{columns} in {where}"
+                for (rows, columns), where in ((changed.shape, self.name), (weight.shape, "the base"))
+            )
+            raise InputError(f"adapters of another base: {module} is {sizes}")
+        if rank:
             if init := base_init(self.config):
-                changed = changed - initial_product(init, weight, self.shapes[module][2], self.scale(module))
+                changed = changed - initial_product(init, weight, rank, self.scale(module))
             a, b = self._factors(module)
             changed = changed + b @ a
-        if _MAGNITUDE in kinds:
-            changed = rescale_rows(changed, self._tensor(module, _MAGNITUDE).reshape(-1))
+        if MAGNITUDE in kinds:
+            changed = rescale_rows(changed, self._tensor(module, MAGNITUDE).reshape(-1))
+        if TOKENS in kinds:
+            changed = self._replace_tokens(module, changed)
         return changed - weight
+
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Returns Δb, float32 (N,), of a module in `biased`.
+
+        base_bias: the base's own (N,), which a bias saved whole replaces. None if the base has none.
+        """
+        kinds = self._kinds(module)
+        parts = [self._tensor(module, FACTOR_BIAS) * np.float32(self.scale(module))] if FACTOR_BIAS in kinds else []
+        if saved := [kind for kind in SAVED_BIASES if kind in kinds]:
+            parts.append(self._tensor(module, saved[0]) - (0 if base_bias is None else base_bias))
+        change: Floats = np.sum(parts, axis=0, dtype=np.float32)
+        return change
+
+    def _kinds(self, module: str) -> Set[str]:
+        return self.source.tensors.shapes[module].keys()
+
+    def _is_whole(self, module: str) -> bool:
+        return module in self.modules and not self._kinds(module).isdisjoint(WHOLE)
+
+    def _whole(self, module: str) -> Floats:
+        return self._tensor(module, next(kind for kind in WHOLE if kind in self._kinds(module)))
+
+    def _replace_tokens(self, module: str, weight: Floats) -> Floats:
+        rows = token_rows(module, self.source.tensors.origins[module], self.config)
+        if max(rows, default=0) >= len(weight):
+            raise InputError(
+                f"adapter {self.name}: trainable_token_indices names token {max(rows)}, but {module} has {len(weight)} rows; "
+                "it was trained on a larger vocabulary"
+            )
+        changed = weight.copy()
+        changed[list(rows)] = self._tensor(module, TOKENS)
+        return changed
 
     def _factors(self, module: str) -> tuple[Floats, Floats]:
         if self.is_embedding(module):
-            a, b = (self._tensor(module, kind).T for kind in _EMBEDDING_FACTORS)
+            a, b = (self._tensor(module, kind).T for kind in (EMBEDDING_B, EMBEDDING_A))
         else:
-            a, b = (self._tensor(module, kind) for kind in _FACTORS)
+            a, b = (self._tensor(module, kind) for kind in (A, B))
         return a, b * np.float32(self.scale(module))
 
     def _tensor(self, module: str, kind: str) -> Floats:
-        with safe_open(self.folder / WEIGHTS, framework="numpy") as file:
-            values: Floats = file.get_tensor(f"base_model.model.{module}.{kind}").astype(np.float32)
+        values: Floats = self.source.tensors.read(module, kind).astype(np.float32)
         if not np.isfinite(values).all():
             raise InputError(f"adapter {self.name}: {module} holds NaN or infinity; its training diverged")
         return values
@@ -203,63 +271,56 @@ class Adapter:
     def sha256(self) -> str:
         """SHA-256 over the bytes of the config and the weights."""
         digest = hashlib.sha256()
-        for name in (CONFIG, WEIGHTS):
-            digest.update((self.folder / name).read_bytes())
+        for path in self.source.files:
+            digest.update(path.read_bytes())
         return digest.hexdigest()
 
 
-def _read_shapes(
-    path: Path, label: str, config: Mapping[str, Any]
-) -> tuple[dict[str, tuple[int, int, int]], dict[str, frozenset[str]]]:
-    """Reads (N, K, r) per module, and the tensors that the file holds for it."""
-    if not path.is_file():
-        raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not supported, save it as safetensors")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"adapter {label}: {path} is not a readable safetensors file ({error})") from error
-    tensors: dict[str, dict[str, tuple[int, ...]]] = {}
-    odd = []
-    for key, shape in found.items():
-        match = _KEY.fullmatch(key)
-        if match is None or (match["kind"] == _MAGNITUDE and not config.get("use_dora")) or not _is_matrix(match["kind"], shape):
-            odd.append(key)
-        else:
-            tensors.setdefault(match["module"], {})[match["kind"]] = shape
-    if odd:
+def find_template_options(adapters: Mapping[str, Adapter], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what the chat template gets beside messages: what the adapters were trained with where they agree, and `given`."""
+    trained = [adapter.provenance.template_options for adapter in adapters.values() if adapter.provenance is not None]
+    names = dict.fromkeys(name for options in trained for name in options)
+    agreed = {name: trained[0][name] for name in names if all(options.get(name) == trained[0].get(name) for options in trained)}
+    return {**agreed, **(given or {})}
+
+
+def open_adapters(
+    folders: Mapping[str, Path | str],
+    *,
+    base: Mapping[str, Any] | None = None,
+    trained_on: Mapping[str, str] | None = None,
+    on_note: Callable[[str], None] = lambda note: None,
+) -> dict[str, Adapter]:
+    """Opens adapters, given as name → folder or file, and says through on_note what they name and lack.
+
+    base, trained_on: as in Adapter.open, the latter by adapter.
+    """
+    opened = {}
+    for name, folder in folders.items():
+        opened[name] = Adapter.open(folder, name, base=base, trained_on=(trained_on or {}).get(name))
+        for note in opened[name].notes:
+            on_note(f"adapter {name}: {note}")
+    return opened
+
+
+def _open_source(folder: Path, label: str, base: Mapping[str, Any] | None) -> AdapterSource:
+    if is_gguf(folder):
+        return open_gguf(folder, label, base)
+    if not folder.is_dir():
+        kind = "exists, but is no GGUF file" if folder.is_file() else "is not a folder"
+        raise InputError(f"adapter {label}: {folder} {kind}; give a PEFT or MLX adapter's folder, or a GGUF file")
+    config = read_json(folder / CONFIG, f"a PEFT adapter has {CONFIG} and {WEIGHTS}")
+    return open_mlx(folder, label, config) if is_mlx(config) else open_peft(folder, label, config)
+
+
+def _find_trained_on(provenance: Provenance | None, said: str | None, label: str) -> str | None:
+    if said is not None and said not in TRAINED_ON:
+        raise InputError(f"adapter {label}: trained_on = {said!r}; use one of {', '.join(TRAINED_ON)}")
+    if provenance is None:
+        return said
+    if said not in (None, provenance.base_quantization):
         raise InputError(
-            f"adapter {label}: {', '.join(sorted(odd)[:3])} is neither a LoRA factor of a linear layer or "
-            "an embedding nor the weight of a layer saved whole; such tensors are not supported"
+            f"adapter {label}: trained_on = {said!r}, but its {PROVENANCE} says {provenance.base_quantization!r}; "
+            "leave trained_on out"
         )
-    if not tensors:
-        raise InputError(f"adapter {label}: {path} holds no LoRA factors")
-    whole = [module for module, kinds in tensors.items() if not kinds.keys().isdisjoint(_WHOLE)]
-    names = config.get("modules_to_save") or ()
-    if lost := [name for name in names if not any(f".{module}".endswith(f".{name}") for module in whole)]:
-        raise InputError(f"adapter {label}: modules_to_save names {', '.join(lost)}, but {path.name} has no weight for it")
-    shapes = {module: _read_shape(module, tensors[module], label, config) for module in sorted(tensors)}
-    return shapes, {module: frozenset(tensors[module]) for module in shapes}
-
-
-def _is_matrix(kind: str, shape: tuple[int, ...]) -> bool:
-    return kind == _MAGNITUDE or kind not in _WHOLE or len(shape) == 2
-
-
-def _read_shape(
-    module: str, tensors: Mapping[str, tuple[int, ...]], label: str, config: Mapping[str, Any]
-) -> tuple[int, int, int]:
-    embedding = any(kind in tensors for kind in _EMBEDDING_FACTORS)
-    whole = next((tensors[kind] for kind in _WHOLE if kind in tensors), None)
-    a, b = (tensors.get(kind) for kind in (_EMBEDDING_FACTORS if embedding else _FACTORS))
-    if whole is not None and a is None and b is None:
-        return whole[0], whole[1], 0
-    if a is not None and b is not None and embedding:
-        a, b = a[::-1], b[::-1]
-    if a is None or b is None or len(a) != 2 or len(b) != 2 or a[0] != b[1]:
-        raise InputError(f"adapter {label}: the factors of {module} have shapes {a} and {b}; they should be (r, K) and (N, r)")
-    if config.get("use_dora") and (embedding or int(np.prod(tensors.get(_MAGNITUDE, (0,)))) != b[0]):
-        raise InputError(f"adapter {label}: use_dora is set, but {module} has no magnitude vector with one entry per output")
-    if whole not in (None, (b[0], a[1])):
-        raise InputError(f"adapter {label}: {module} is saved with shape {whole}, but its factors give {(b[0], a[1])}")
-    return b[0], a[1], a[0]
+    return provenance.base_quantization

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +22,10 @@ _OTHER_KINDS = (
     "kasa_config",
     "layer_replication",
     "target_parameters",
-    "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
 )
+BIASES = ("none", "all", "lora_only")
 _FROM_BASE = ("pissa", "olora")  # inits that are functions of the base's weight, so they can be recomputed
 _BASE_CHANGING_INITS = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 
@@ -46,10 +47,18 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
     reasons = []
     if config.get("peft_type") != "LORA":
         reasons.append(f"peft_type is {config.get('peft_type')!r}; only LORA adapters can be mixed")
-    elif not isinstance(config.get("lora_alpha"), int | float):
+    elif not _is_number(config.get("lora_alpha")):
         reasons.append(f"lora_alpha is {config.get('lora_alpha')!r}, not a number")
-    if config.get("bias", "none") != "none" or config.get("lora_bias"):
-        reasons.append("it trains biases, which are not supported")
+    if config.get("bias", "none") not in BIASES:
+        reasons.append(f"bias is {config.get('bias')!r}; it should be one of {', '.join(BIASES)}")
+    if isinstance(rank := config.get("r", 1), bool) or not isinstance(rank, int | None) or rank == 0:
+        reasons.append(f"r is {rank!r}; a rank is a whole number, 1 or more")
+    if config.get("target_modules") == [] and not config.get("trainable_token_indices"):
+        reasons.append("target_modules is empty, so that nothing is adapted")
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):
+            reasons.append(f"{key} is not a table of numbers by pattern")
     reasons += [f"{key} is set: that is not a plain change of a linear layer's weight" for key in _OTHER_KINDS if config.get(key)]
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and _BASE_CHANGING_INITS.match(init.lower()) and base_init(config) is None:
@@ -59,6 +68,10 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
             "(PEFT's path_initial_model_for_weight_conversion)"
         )
     return reasons
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def initial_product(kind: str, weight: Floats, rank: int, scale: float) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,17 +17,20 @@ from edgelora.cli.doctor import doctor
 from edgelora.cli.evaluate import evaluate
 from edgelora.cli.export import export
 from edgelora.cli.inspect import inspect, verify
+from edgelora.cli.interruption import describe_interruption, was_interrupted
 from edgelora.cli.run import run
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
-from edgelora_runtime.errors import INTERRUPTED, EdgeloraError
+from edgelora_runtime.errors import BROKEN_PIPE, INTERRUPTED, EdgeloraError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Some versions of Typer bundle click and others depend on it. Typer's public error class leads to click's in both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     name="edgelora",
@@ -48,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     as_json = "--json" in arguments
     try:
         result = app(arguments, standalone_mode=False)
-        code = _report("interrupted", INTERRUPTED, as_json) if result == INTERRUPTED else 0  # typer's own way to say Ctrl-C
+        code = _report(*describe_interruption(), as_json) if result == INTERRUPTED else 0  # typer's own way to say Ctrl-C
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while a reader that is gone or a full disk can still be reported
     except typer.Exit as exit_:
         code = exit_.exit_code
     except _USAGE_ERROR as error:
@@ -56,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except EdgeloraError as error:
         code = _report(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):
-        code = _report("interrupted", INTERRUPTED, as_json)
+        code = _report(*describe_interruption(), as_json)
+    except (BrokenPipeError, SystemExit):  # as SystemExit, from typer and rich
+        code = _drop_output()
     except ModuleNotFoundError as error:
         if os.environ.get("EDGELORA_DEBUG"):
             raise
@@ -64,7 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         if os.environ.get("EDGELORA_DEBUG"):
             raise
-        code = _report(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions", 3, as_json)
+        if error.errno in _FULL:
+            where = f"{error.filename}: " if error.filename else ""
+            code = _report(f"{where}{error.strerror}; free some space and run again", 5, as_json)
+        else:
+            code = _report(
+                f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions", 3, as_json
+            )
     except MemoryError:
         code = _report("out of memory; close other programs, or use a smaller model or context", 5, as_json)
     except Exception as error:
@@ -79,11 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _report(message: str, code: int, as_json: bool) -> int:
+    if was_interrupted():  # a failure after a signal comes from the signal
+        message, code = describe_interruption()
     line = " ".join(message.split())
     print_note(f"edgelora: {line}")
     if as_json:
         print_json({"error": line, "exit_code": code})
     return code
+
+
+def _drop_output() -> int:
+    """Ends quietly, as the reader of standard output has gone, such as `head`. Returns the exit code."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # so that Python's last flush does not fail
+    return BROKEN_PIPE
 
 
 def _show_version(value: bool) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -41,8 +42,16 @@ WholeGraphsOption = Annotated[
 KernelsOption = Annotated[
     str, typer.Option(help="Kernels to compute with: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
 ]
-BaseOption = Annotated[str, typer.Option(help="Folder or hub id of the base.")]
+BaseOption = Annotated[str, typer.Option(help="Folder, GGUF file or hub id of the base.")]
 AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each adapter.")]
+TemplateOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-option",
+        metavar="KEY=JSON",
+        help="What the chat template gets beside the messages of rows, as enable_thinking=false; repeat for each.",
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Random seed.")]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; everything else goes to standard error.")
@@ -123,6 +132,18 @@ def parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
             raise UsageError(f"{name} is given twice; each name needs one {form}")
         pairs[name] = value
     return pairs
+
+
+def parse_template_options(items: Sequence[str] | None) -> dict[str, Any]:
+    """Values by name, each given as JSON. Raises UsageError for what is no JSON."""
+    options: dict[str, Any] = {}
+    for name, text in parse_pairs(items or (), "--template-option KEY=JSON").items():
+        try:
+            options[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            hint = f"put a text in quotes: {name}='{json.dumps(text)}'"
+            raise UsageError(f"--template-option {name}={text} is no JSON; {hint}") from None
+    return options
 
 
 def parse_paths(items: Sequence[str], form: str) -> dict[str, Path]:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
 
 
-@takes_request_options("variant", "max_tokens", "temperature", "seed", max_tokens=256)
+@takes_request_options(
+    "variant", "max_tokens", "temperature", "seed", "tools", "documents", "template_options", "date", max_tokens=256
+)
 def chat(
     bundle: BundleArgument,
     threads: ThreadsOption = None,

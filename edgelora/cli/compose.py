@@ -28,9 +28,14 @@ def compose(
     context: typer.Context,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder and weight; repeat for each adapter."),
+        typer.Option(
+            metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder or GGUF file, and its weight; repeat for each adapter."
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder for the mixed adapter, or for the merged checkpoint.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the mixed adapter, or *.gguf for llama.cpp, or folder for the merged checkpoint."),
+    ] = None,
     method: Annotated[str, typer.Option(help="How to merge the deltas; see below.")] = "linear",
     density: Annotated[
         float, typer.Option(help="Share of a delta's entries to keep, for methods that drop some.")
@@ -51,7 +56,14 @@ def compose(
         typer.Option(metavar="FILE.yaml", help="Read a mergekit configuration of base+adapter models instead of --adapter."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="With --merge-into: float32, float16 or bfloat16; the base's own type if omitted.")
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16. With --merge-into, the base's own type if omitted; for *.gguf float32 if omitted."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base, whose config GGUF adapters need; what an adapter names if omitted."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -62,7 +74,7 @@ def compose(
             raise UsageError(f"{', '.join(given)}: options of compose {context.invoked_subcommand} go after its name")
         return
     if mergekit is not None:
-        _compose_mergekit(context, mergekit, output, seed, rank, json=json)
+        _compose_mergekit(context, mergekit, output, (base, dtype), seed=seed, rank=rank, json=json)
         return
     if absent := [name for name, value in (("--adapter", adapter), ("--output", output)) if not value]:
         raise UsageError(f"compose needs {' and '.join(absent)}")
@@ -75,6 +87,8 @@ def compose(
     if merge_into is not None:
         if rank is not None:
             raise UsageError("--rank is for an adapter; leave it out with --merge-into")
+        if base is not None:
+            raise UsageError("--base is for GGUF adapters; with --merge-into, its BASE is the base")
         from edgelora.composing.merge_into_base import merge_into as run_merge
 
         with show_progress("merging") as on_progress:
@@ -87,32 +101,67 @@ def compose(
                 seed=seed,
                 dtype=dtype,
                 on_progress=on_progress,
+                on_note=print_note,
             )
         if json:
             print_json(merged)
         else:
             print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
         return
-    if dtype is not None:
-        raise UsageError("--dtype needs --merge-into")
+    _check_dtype(dtype, output)
     from edgelora.composing.compose import compose as run_composition
 
     with show_progress("composing") as on_progress:
-        report = run_composition(mixed, output, method=method, density=density, seed=seed, rank=rank, on_progress=on_progress)
+        report = run_composition(
+            mixed,
+            output,
+            method=method,
+            density=density,
+            seed=seed,
+            rank=rank,
+            base=base,
+            dtype=dtype or "float32",
+            on_progress=on_progress,
+            on_note=print_note,
+        )
     _show_result(report, json=json)
 
 
+def _check_dtype(dtype: str | None, output: Path) -> None:
+    if dtype is not None and output.suffix != ".gguf":
+        raise UsageError("--dtype needs --merge-into, or an --output named *.gguf")
+
+
 def _compose_mergekit(
-    context: typer.Context, path: Path, output: Path | None, seed: int, rank: int | None, *, json: bool
+    context: typer.Context,
+    path: Path,
+    output: Path | None,
+    gguf: tuple[str | None, str | None],
+    *,
+    seed: int,
+    rank: int | None,
+    json: bool,
 ) -> None:
-    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into", "dtype") if is_given(context, name)]:
+    """Composes what a mergekit file says. gguf: --base and --dtype."""
+    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into") if is_given(context, name)]:
         raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit; the file holds those settings")
     if output is None:
         raise UsageError("compose needs --output")
+    base, dtype = gguf
+    _check_dtype(dtype, output)
     from edgelora.composing.compose import compose_mergekit
 
     with show_progress("composing") as on_progress:
-        report = compose_mergekit(path, output, seed=seed, rank=rank, on_progress=on_progress, on_note=print_note)
+        report = compose_mergekit(
+            path,
+            output,
+            seed=seed,
+            rank=rank,
+            base=base,
+            dtype=dtype or "float32",
+            on_progress=on_progress,
+            on_note=print_note,
+        )
     _show_result(report, json=json)
 
 
@@ -138,7 +187,9 @@ def report(
         list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each adapter, at least two.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.json, report.html and recipe.toml.")],
-    base: Annotated[str | None, typer.Option(help="Folder or hub id of the base, to count its bytes and measure on it.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Folder, GGUF file or hub id of the base, to count its bytes and measure on it.")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -165,6 +216,7 @@ def report(
             budget=min(limits, default=None),
             limit=limit,
             on_progress=on_progress,
+            on_note=print_note,
         )
     files = write_composition(found, output)
     if json:

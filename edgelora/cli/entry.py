@@ -5,15 +5,20 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from edgelora_runtime.errors import INTERRUPTED
+from edgelora.cli.interruption import describe_interruption, exit_at_once, raise_when_interrupted
 
 
 def main() -> NoReturn:
-    """Runs the command line. Ctrl-C is one line on standard error and exit code 130, from the first import on."""
+    """Runs the command line. Ctrl-C and SIGTERM are one line on standard error and an exit code, from the first import on."""
+    exit_at_once()
     try:
         from edgelora.cli.app import main as run
 
+        raise_when_interrupted()
         run()
     except KeyboardInterrupt:
-        print("edgelora: interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        word, code = describe_interruption()
+        print(f"edgelora: {word}", file=sys.stderr)
+        sys.exit(code)
+    finally:
+        exit_at_once()  # while Python shuts down

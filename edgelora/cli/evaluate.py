@@ -15,13 +15,16 @@ from edgelora.cli.arguments import (
     MixOption,
     PackedCacheOption,
     ProviderOption,
+    TemplateOptions,
     ThreadsOption,
     VariantOption,
     WholeGraphsOption,
     open_runtime,
     parse_mix,
+    parse_template_options,
 )
 from edgelora.cli.terminal import print_json, print_table, show_progress
+from edgelora.data.rows import FORM
 from edgelora.formatting import format_share
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import UsageError
@@ -29,11 +32,12 @@ from edgelora_runtime.errors import UsageError
 
 def evaluate(
     bundle: BundleArgument,
-    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    data: Annotated[Path, typer.Option(help=f"JSON lines of {FORM}.")],
     variant: VariantOption = None,
     mix: MixOption = None,
     limit: Annotated[int | None, typer.Option(help="Score only this many rows, from the first.")] = None,
     max_tokens: MaxTokensOption = 64,
+    template_option: TemplateOptions = None,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
@@ -47,7 +51,7 @@ def evaluate(
 
     if limit is not None and limit < 1:
         raise UsageError(f"--limit {limit}: use 1 or more")
-    rows = read_rows(data)[:limit]
+    rows, options = read_rows(data)[:limit], parse_template_options(template_option)
     with (
         open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime,
         show_progress("evaluating") as on_progress,
@@ -55,7 +59,9 @@ def evaluate(
         name, weights = variant, parse_mix(mix)
         if variant != AUTO:
             name = runtime.switch(variant, mix=weights).variant
-        scores = run_evaluation(runtime, rows, variant=variant, mix=weights, max_tokens=max_tokens, on_progress=on_progress)
+        scores = run_evaluation(
+            runtime, rows, variant=variant, mix=weights, max_tokens=max_tokens, template_options=options, on_progress=on_progress
+        )
     if json:
         print_json({"bundle": bundle, "variant": name, "data": data, **vars(scores)})
         return

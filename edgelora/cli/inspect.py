@@ -1,24 +1,35 @@
-"""`edgelora inspect` and `edgelora verify`: shows a bundle, and checks its bytes against the manifest."""
+"""`edgelora inspect` and `edgelora verify`: shows a bundle or an adapter, and checks a bundle's bytes against its manifest."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.terminal import print_json, print_table, show_progress
 from edgelora.formatting import format_bytes, format_share
 from edgelora_runtime.errors import IntegrityError
 
+InspectedArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or an adapter's folder or GGUF file.")
+]
+
 if TYPE_CHECKING:
-    from edgelora.inspection import VariantDescription
+    from edgelora.inspection import TextsDescription, VariantDescription
     from edgelora_runtime import Bundle
     from edgelora_runtime.bundle.manifest import FidelityEntry, RouterEntry
 
 
-def inspect(bundle: BundleArgument, json: JsonOption = False) -> None:
-    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters."""
+def inspect(bundle: InspectedArgument, json: JsonOption = False) -> None:
+    """Show a bundle's variants, their mixes and sizes, and what each keeps of its adapters. Or show an adapter."""
+    from edgelora.inspection import is_adapter
     from edgelora_runtime import Bundle
 
+    if is_adapter(bundle):
+        _show_adapter(bundle, as_json=json)
+        return
     show_bundle(Bundle.open(bundle), as_json=json)
 
 
@@ -70,6 +81,9 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
         for item in described.variants
     ]
     print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
+    for item in described.variants:
+        if said := _describe_vocab(item):
+            print(f"{item.name}: {said}")
     measured = [(item, item.fidelity) for item in described.variants if item.fidelity is not None]
     if measured:
         kernels = " and ".join(sorted({found.kernels for _, found in measured}))
@@ -78,9 +92,35 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
             ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
             [_list_figures(item, found) for item, found in measured],
         )
+    print(f"answers end at {_list_ends(described.texts)}")
+    for item in described.variants:
+        if item.texts is not None:
+            own = " and ".join(item.texts.own) or "end tokens"
+            print(f"{item.name} has its adapter's own {own}; its answers end at {_list_ends(item.texts)}")
     if described.router is not None:
         _show_router(described.router)
     print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+
+
+def _show_adapter(path: Path, *, as_json: bool) -> None:
+    from edgelora.inspection import describe_adapter
+
+    found = describe_adapter(path)
+    if as_json:
+        print_json(found)
+        return
+    base = f"base {found.base or 'unknown'}, held as {found.trained_on or 'unknown'} in training"
+    print(f"{path}: {found.form} adapter, rank {found.rank}, {len(found.modules)} modules, {base}")
+    if found.biased:
+        print(f"adds to {len(found.biased)} biases")
+    if found.vocab_size is not None:
+        print(f"brings a vocabulary of {found.vocab_size} rows")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def _list_ends(texts: TextsDescription) -> str:
+    return ", ".join(f"{text} ({token})" for token, text in texts.end_tokens.items()) or "no token"
 
 
 def _show_router(router: RouterEntry) -> None:
@@ -103,6 +143,12 @@ def _describe_merge_base(item: VariantDescription) -> str:
     name = f"trained, {item.trained_on}" if item.merge_base == "trained" else item.merge_base
     losses = [f"{base} {loss:.4g}" for base, loss in item.merge_losses.items()]
     return f"{name} (loss: {', '.join(losses)})" if losses else name
+
+
+def _describe_vocab(item: VariantDescription) -> str:
+    """Says in which ways a variant's vocabulary is not the base's. Returns "" if it is."""
+    own = f"own {' and '.join(item.own_vocab)}" if item.own_vocab else ""
+    return ", ".join(part for part in ("" if item.vocab_size is None else f"vocabulary {item.vocab_size}", own) if part)
 
 
 def _list_figures(item: VariantDescription, found: FidelityEntry) -> list[str]:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from edgelora.cli.arguments import AdaptersOption, BaseOption, JsonOption, SeedOption, parse_paths
+from edgelora.cli.arguments import (
+    AdaptersOption,
+    BaseOption,
+    JsonOption,
+    SeedOption,
+    TemplateOptions,
+    parse_paths,
+    parse_template_options,
+)
 from edgelora.cli.terminal import print_json, print_note, show_progress
 
 
@@ -30,6 +38,7 @@ def learn(
         str,
         typer.Option(help="What to learn: a weight per module or per rank, a core matrix between the factors, or the factors."),
     ] = "factors",
+    template_option: TemplateOptions = None,
     rows: Annotated[int, typer.Option(help="Labelled rows to use per adapter.")] = 100,
     written: Annotated[
         int, typer.Option(help="Prompts per adapter that it completes itself; the mix also learns from these.")
@@ -56,6 +65,7 @@ def learn(
         steps=steps,
         lr=lr,
         seed=seed,
+        template_options=parse_template_options(template_option),
     )
     with show_progress("learning") as on_progress:
         report = run_learning(config, on_progress=on_progress, on_note=print_note)

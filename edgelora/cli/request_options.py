@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import json
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from edgelora.cli.arguments import parse_mix, read_option_file
+from edgelora.cli.arguments import parse_mix, parse_pairs, read_option_file
 from edgelora_runtime.decode.options import OPTIONS, TYPES
+from edgelora_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 class _Adaptation(NamedTuple):
     """An option that the command line takes in another form.
 
-    type: of that form. convert: makes the runtime's value of it.
+    type: of that form. convert: makes the runtime's value of it. flag: the option's name, if it is another one.
     """
 
     type: Any
     help: str
     convert: Callable[[Any], Any]
     metavar: str | None = None
+    flag: str | None = None
 
 
 _ADAPTATIONS = {
@@ -37,6 +40,26 @@ _ADAPTATIONS = {
         Path | None, "A JSON schema that the answer must fit.", lambda path: read_option_file(path, "--json-schema"), "FILE"
     ),
     "grammar": _Adaptation(Path | None, OPTIONS["grammar"].help, lambda path: read_option_file(path, "--grammar"), "FILE"),
+    "tools": _Adaptation(
+        Path | None,
+        "Tools for the chat template: a JSON list of their schemas.",
+        lambda path: _read_list(path, "--tools"),
+        "FILE.json",
+    ),
+    "documents": _Adaptation(
+        Path | None,
+        "Documents for the chat template: a JSON list of objects.",
+        lambda path: _read_list(path, "--documents"),
+        "FILE.json",
+    ),
+    "template_options": _Adaptation(
+        list[str] | None,
+        "A variable for the chat template, such as enable_thinking=false; repeat for each.",
+        lambda items: _parse_template_options(items),
+        "KEY=JSON",
+        "--template-option",
+    ),
+    "date": _Adaptation(str | None, OPTIONS["date"].help, lambda day: day, "YYYY-MM-DD"),
 }
 
 
@@ -71,9 +94,39 @@ def _make_parameter(name: str, default: object) -> inspect.Parameter:
         annotation = annotate[TYPES[name], typer.Option(help=option.help, metavar="|".join(option.choices) or None)]
     else:
         default = None
-        annotation = annotate[adaptation.type, typer.Option(help=adaptation.help, metavar=adaptation.metavar)]
+        names = [adaptation.flag] if adaptation.flag else []
+        annotation = annotate[adaptation.type, typer.Option(*names, help=adaptation.help, metavar=adaptation.metavar)]
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
 
 def _convert(name: str, value: object) -> Any:
     return _ADAPTATIONS[name].convert(value) if name in _ADAPTATIONS else value
+
+
+def _read_list(path: Path | None, option: str) -> list[Any] | None:
+    """Reads the JSON list in the file that an option names. Raises InputError for anything else."""
+    text = read_option_file(path, option)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{option} {path} is not valid JSON ({error})") from None
+    if not isinstance(value, list):
+        raise InputError(f"{option} {path} holds {type(value).__name__}, not a list of objects")
+    return value
+
+
+def _parse_template_options(items: Sequence[str] | None) -> dict[str, Any] | None:
+    if not items:
+        return None
+    values: dict[str, Any] = {}
+    for name, text in parse_pairs(items, "--template-option KEY=JSON").items():
+        try:
+            values[name] = json.loads(text)
+        except (ValueError, RecursionError):
+            quoted = json.dumps(text, ensure_ascii=False)
+            raise UsageError(
+                f"--template-option {name}={text}: {text!r} is not JSON; a text is written {name}='{quoted}'"
+            ) from None
+    return values

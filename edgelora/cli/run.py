@@ -22,8 +22,10 @@ from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.decode.options import OPTIONS
 
+_NOT_HERE = ("ignore_eos", "continue_final_message")  # one is for measurements, one needs an assistant's message
 
-@takes_request_options(*(name for name in OPTIONS if name != "ignore_eos"))  # which is for measurements
+
+@takes_request_options(*(name for name in OPTIONS if name not in _NOT_HERE))
 def run(
     bundle: BundleArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue; - reads standard input.")],

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import AdaptersOption, BaseOption, JsonOption, SeedOption, parse_paths, parse_range
+from edgelora.cli.arguments import (
+    AdaptersOption,
+    BaseOption,
+    JsonOption,
+    SeedOption,
+    TemplateOptions,
+    parse_paths,
+    parse_range,
+    parse_template_options,
+)
 from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ def search(
     confirm: Annotated[
         float, typer.Option(help="Share of the rows to keep out of the search and measure the best mix on.")
     ] = 0.5,
+    template_option: TemplateOptions = None,
     max_tokens: Annotated[int, typer.Option(help="With --objective score: maximum number of tokens to write.")] = 64,
     parallel: Annotated[
         int, typer.Option(help="Trials to propose at a time, which affects what is tried; --ray also runs them in parallel.")
@@ -74,6 +84,7 @@ def search(
         parallel=parallel,
         address=ray,
         seed=seed,
+        template_options=parse_template_options(template_option),
     )
     with show_progress("searching") as on_progress:
         report = run_search(config, on_progress=on_progress, on_note=print_note)

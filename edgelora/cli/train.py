@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003  (typer reads the annotations)
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, is_given
+from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, TemplateOptions, is_given, parse_template_options
 from edgelora.cli.terminal import print_json, show_progress
+from edgelora.data.rows import FORM
 
 
 def train(
     context: typer.Context,
     base: BaseOption,
-    data: Annotated[Path, typer.Option(help='JSON lines of {"prompt": …, "completion": …}.')],
+    data: Annotated[Path, typer.Option(help=f"JSON lines of {FORM}.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     quant: Annotated[
         str, typer.Option(help="Precision of the base while training: nf4, int4 (the grid that export writes) or none.")
@@ -29,12 +30,13 @@ def train(
         int | None,
         typer.Option(metavar="SLOT", help="For adapters to be mixed: freeze A to this slot (0, 1, …) of a shared basis."),
     ] = None,
+    template_option: TemplateOptions = None,
     config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags override it.")] = None,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a 4-bit base (QLoRA)."""
-    from edgelora.in_torch.train import TrainConfig, read_train_config
     from edgelora.in_torch.train import train as run_training
+    from edgelora.in_torch.train_config import TrainConfig, read_train_config
 
     flags = {
         "quant": quant,
@@ -46,13 +48,19 @@ def train(
         "seed": seed,
         "composable": composable,
     }
-    given = {name: value for name, value in flags.items() if is_given(context, name)}
+    options = parse_template_options(template_option)
+    given: dict[str, Any] = {name: value for name, value in flags.items() if is_given(context, name)}
+    given |= {"template_options": options} if options else {}
     settings = {**(read_train_config(config) if config else {}), **given}
     with show_progress("training") as on_progress:
         report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}), on_progress=on_progress)
     if json:
         print_json(report)
     else:
-        print(
-            f"{report.output}: {report.steps} steps on {report.rows} rows in {report.seconds:.0f} s, loss {report.train_loss:.3f}"
+        kept = ", ".join(
+            f"{count} {what}"
+            for count, what in ((report.rows_cut, "cut"), (report.rows_left_out, "left out as too long"))
+            if count
         )
+        rows = f"{report.rows} rows" + (f" ({kept})" if kept else "")
+        print(f"{report.output}: {report.steps} steps on {rows} in {report.seconds:.0f} s, loss {report.train_loss:.3f}")

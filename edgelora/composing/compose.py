@@ -1,19 +1,32 @@
-"""Writes a mix as a PEFT adapter, which PEFT can load and edgelora can export."""
+"""Writes a mix as an adapter: a PEFT folder, or a GGUF file for llama.cpp. edgelora can export both."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from edgelora.adapters.folder import CONFIG, WEIGHTS, Adapter, Provenance, write_provenance
+from edgelora.adapters.checks import check_factors, check_shapes
+from edgelora.adapters.folder import (
+    CONFIG,
+    WEIGHTS,
+    Adapter,
+    Provenance,
+    find_template_options,
+    open_adapters,
+    write_provenance,
+)
+from edgelora.adapters.gguf_file import SUFFIX
+from edgelora.composing.gguf_adapter import check_gguf_output, find_base_config, write_gguf
 from edgelora.composing.mergekit_config import read_mergekit
 from edgelora.composing.mergekit_mix import MergekitMix
 from edgelora.mix.methods import DEFAULT_DENSITY
 from edgelora.mix.mix import Mix
+from edgelora_export.architectures import native_types, read_decoder
+from edgelora_export.base.base import Base
 from edgelora_export.weights.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
@@ -33,7 +46,7 @@ class ComposeReport:
     """The result of composing.
 
     rank: the largest over the modules. largest_error, mean_error: the error ‖ΔW - B·A‖ / ‖ΔW‖ over the modules, 0 where the rank
-    represents the mix exactly.
+    represents the mix exactly. notes: what the adapters' configs name and their files lack.
     """
 
     output: Path
@@ -41,6 +54,7 @@ class ComposeReport:
     rank: int
     largest_error: float
     mean_error: float
+    notes: tuple[str, ...] = ()
 
 
 class Composition(Protocol):
@@ -65,19 +79,31 @@ def compose(
     density: float = DEFAULT_DENSITY,
     seed: int = 0,
     rank: int | None = None,
+    base: str | None = None,
+    dtype: str = "float32",
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> ComposeReport:
-    """Mixes adapters, given as name → (folder, weight), into one adapter.
+    """Mixes adapters, given as name → (folder or GGUF file, weight), into one adapter.
 
     Methods on factors are exact, and their rank is at most the sum of the ranks. Other methods give the nearest matrices of that
-    rank. rank: truncates both kinds to this rank, or to less where a module has less. The report gives the errors. Raises
-    InputError for adapters that cannot be mixed, and for an output that exists and is not an adapter.
+    rank. rank: truncates both kinds to this rank, or to less where a module has less. The report gives the errors.
+    output: a folder in PEFT's layout, or a file named *.gguf for llama.cpp. base: folder or hub id, whose config GGUF adapters
+    need. None for the folder that an adapter names. dtype: of a GGUF file: float32, float16 or bfloat16.
+    Raises InputError for adapters that cannot be mixed, and for an output that exists and is not an adapter, MissingExtraError
+    for a GGUF file without the package gguf.
     """
     if not adapters:
         raise InputError("no adapter to compose; give at least one as NAME=FOLDER:WEIGHT")
-    opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
+    config = Base.find(base).config if base else None
+    notes: list[str] = []
+    opened = open_adapters({name: folder for name, (folder, _) in adapters.items()}, base=config, on_note=notes.append)
+    for note in notes:
+        on_note(note)
+    if config is not None and config.get("model_type") in native_types():
+        check_shapes(opened, read_decoder(dict(config)))
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
-    return write_mix(mix, output, rank=rank, on_progress=on_progress)
+    return replace(write_mix(mix, output, rank=rank, base=base, dtype=dtype, on_progress=on_progress), notes=tuple(notes))
 
 
 def write_mix(
@@ -85,6 +111,8 @@ def write_mix(
     output: Path,
     *,
     rank: int | None = None,
+    base: str | None = None,
+    dtype: str = "float32",
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> ComposeReport:
     """Writes a mix as one adapter, as compose() does.
@@ -97,6 +125,9 @@ def write_mix(
     modules = sorted(mix.modules)
     if not modules:
         raise InputError("the weights are 0 in every module: there is nothing to compose")
+    names = None
+    if output.suffix == SUFFIX:
+        names = check_gguf_output(output, dict.fromkeys(modules), find_base_config(base, mix.adapters))
     for done, module in enumerate(modules):
         on_progress(done, len(modules), module)
         a, b, error = mix.factors_with_error(module, rank)
@@ -105,17 +136,19 @@ def write_mix(
     on_progress(len(modules), len(modules), "writing")
     described = f"composed: {mix.describe()}" + (f", cut to rank {rank}" if rank else "")
     provenance = derive_provenance(mix.adapters, described, factors)
-    write_composed(output, factors, next(iter(mix.adapters.values())), provenance)
+    if names is not None:
+        write_gguf(output, factors, names, provenance, dtype)
+    else:
+        write_composed(output, factors, next(iter(mix.adapters.values())), provenance)
     return ComposeReport(output, len(modules), max(len(a) for a, _ in factors.values()), max(errors), fmean(errors))
 
 
 def check_composable(adapters: Mapping[str, Adapter]) -> None:
-    """Raises InputError for adapters of embeddings.
+    """Raises InputError for adapters of which a set of factors of linear layers cannot hold a mix.
 
-    A LoRA adapter of linear layers cannot hold their mix.
+    Those are embeddings, biases, DoRA, and layers saved whole.
     """
-    if wrong := sorted({module for adapter in adapters.values() for module in adapter.modules if adapter.is_embedding(module)}):
-        raise InputError(f"{', '.join(wrong)}: LoRA on an embedding cannot be composed into an adapter; export it merged")
+    check_factors(adapters, "such a mix cannot be composed into an adapter; export it merged")
 
 
 def write_composed(
@@ -143,6 +176,8 @@ def compose_mergekit(
     *,
     seed: int = 0,
     rank: int | None = None,
+    base: str | None = None,
+    dtype: str = "float32",
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_note: Callable[[str], None] = lambda note: None,
 ) -> ComposeReport:
@@ -153,7 +188,7 @@ def compose_mergekit(
     config = read_mergekit(path)
     for note in config.notes:
         on_note(f"{path}: {note}")
-    return write_mix(MergekitMix.open(config, seed), output, rank=rank, on_progress=on_progress)
+    return write_mix(MergekitMix.open(config, seed), output, rank=rank, base=base, dtype=dtype, on_progress=on_progress)
 
 
 def _pack(tensors: Mapping[str, NDArray[np.float32]]) -> Iterator[bytes | memoryview]:
@@ -217,4 +252,5 @@ def derive_provenance(
         alpha=float(rank),
         steps=0,
         learning_rate=0.0,
+        template_options=find_template_options(adapters),
     )

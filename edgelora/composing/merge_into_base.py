@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import open_adapters
 from edgelora.mix.methods import DEFAULT_DENSITY
 from edgelora.mix.mix import Mix
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.weights.checkpoint import DTYPES, write_checkpoint
-from edgelora_export.weights.merged import check_modules
+from edgelora_export.weights.merged import check_delta
 from edgelora_export.weights.publish import staged_folder, write_file
 from edgelora_runtime.errors import InputError
 
@@ -48,6 +48,7 @@ def merge_into(
     seed: int = 0,
     dtype: str | None = None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> MergeReport:
     """Adds a mix of adapters to a base and saves the sum.
 
@@ -59,13 +60,14 @@ def merge_into(
         raise InputError(f"dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
     if not adapters:
         raise InputError("no adapter to merge; give at least one as NAME=FOLDER:WEIGHT")
-    opened = {name: Adapter.open(folder, name) for name, (folder, _) in adapters.items()}
     found = Base.find(base)
+    folders = {name: folder for name, (folder, _) in adapters.items()}
+    opened = open_adapters(folders, base=found.config, on_note=on_note)
     decoder = read_decoder(found.config)
     check_same_base(opened, found.sha256)
     mix = Mix(opened, {name: weight for name, (_, weight) in adapters.items()}, method, density, seed)
-    check_modules(decoder, mix.modules, "the mix", vocab=True)
     check_shapes(opened, decoder)
+    check_delta(decoder, mix, "the mix")
     origin = {
         "base": found.name,
         "base_sha256": found.sha256,
@@ -75,6 +77,6 @@ def merge_into(
         "adapters": {name: adapter.sha256 for name, adapter in opened.items()},
     }
     with staged_folder(output, marker=MERGED) as folder:
-        write_checkpoint(found, mix, folder, dtype, on_progress)
+        write_checkpoint(found, decoder, mix, folder, dtype, on_progress)
         write_file(folder / MERGED, [(json.dumps(origin, indent=1) + "\n").encode()])
     return MergeReport(output, found.sha256, len(mix.modules))

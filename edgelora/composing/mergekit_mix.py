@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora.adapters.checks import check_same_base
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import open_adapters
+from edgelora.adapters.gguf_file import is_gguf
 from edgelora.mix.methods.dare import drop
 from edgelora.mix.methods.deltas import Product, TransformedDelta, merge_row_blocks, row_blocks
 from edgelora.mix.methods.magnitude import trim
 from edgelora.mix.methods.spectra import stack_factors, truncate, truncate_product
 from edgelora.mix.mix import draw_seed
+from edgelora_export.base.base import Base
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.composing.mergekit_config import MergekitConfig, MergeSource
     from edgelora.mix.methods.deltas import Rows
 
@@ -48,10 +52,10 @@ class Scaled(TransformedDelta):
 
 
 @dataclass(frozen=True)
-class MergekitMix:
+class MergekitMix(Delta):
     """The mix that a configuration describes, with its adapters opened and named.
 
-    Satisfies edgelora_export's Delta. sources: by adapter name. Entries of the bare base stay in the configuration. seed: for
+    sources: by adapter name. Entries of the bare base stay in the configuration. seed: for
     DARE's draws.
     """
 
@@ -70,7 +74,9 @@ class MergekitMix:
                 while name in named:
                     name += "'"
                 named[name] = source
-        adapters = {name: Adapter.open(source.adapter, name) for name, source in named.items() if source.adapter is not None}
+        folders = {name: source.adapter for name, source in named.items() if source.adapter is not None}
+        base = Base.find(config.base).config if any(map(is_gguf, folders.values())) else None
+        adapters = open_adapters(dict(folders), base=base)
         check_same_base(adapters)
         return cls(config, named, adapters, seed)
 

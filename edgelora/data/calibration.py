@@ -7,9 +7,9 @@ import json
 import math
 import random
 from importlib.resources import files as package_files
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from edgelora.data.rows import Row, read_rows
+from edgelora.data.rows import Row, check_unicode, read_rows
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from edgelora.adapters.folder import Adapter
 
-    Encode = Callable[[str], list[int]]
+    Encode = Callable[[Any], list[int]]  # of a text, or of a Chat where rows hold conversations
 
 MAX_SAMPLE_TOKENS = 512  # longer samples are cut
 MIN_FIT_TOKENS = 16384  # to quantize on, if the data have that many; wide models take twice their widest input
@@ -54,9 +54,10 @@ def gather_calibration(
 ) -> Calibration:
     """Draws interleaved samples from shuffled data files, and holds a part of each out.
 
-    files: JSON lines of {"prompt": …, "completion": …} or {"text": …}. widest: inputs of the model's widest product. Second
-    moments from fewer than twice as many tokens mislead GPTQ. general_share: the maximum share of edgelora's own general text
-    among the tokens to quantize on, 1 for nothing else. Variants are never judged on that text.
+    files: JSON lines of rows or of {"text": …}. encode: of a conversation gives all of it if the assistant has answered.
+    widest: inputs of the model's widest product. Second moments from fewer than twice as many tokens mislead GPTQ.
+    general_share: the maximum share of edgelora's own general text among the tokens to quantize on, 1 for nothing else. Variants
+    are never judged on that text.
     """
     budget = max(MIN_FIT_TOKENS, 2 * widest)
     shuffled = [_shuffle(path, seed) for path in dict.fromkeys(files)]
@@ -149,6 +150,8 @@ def _read_texts(path: Path) -> list[str]:
         return []
     if wrong := [n for n, value in enumerate(values, 1) if not isinstance(value, dict) or not isinstance(value.get("text"), str)]:
         raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, unlike the first one')
+    for number, value in enumerate(values, 1):
+        check_unicode(value["text"], f"data file {path}: text {number}")
     return [value["text"] for value in values]
 
 
@@ -157,7 +160,7 @@ def _encode(item: Row | str, encode: Encode) -> Sample | None:
     if isinstance(item, str):
         tokens = encode(item)[:MAX_SAMPLE_TOKENS]
         return Sample(tuple(tokens)) if len(tokens) > 1 else None
-    whole = encode(item.prompt + item.completion)
+    whole = encode(item.whole)
     start = max(1, shared_prefix(encode(item.prompt), whole))
     tokens = whole[:MAX_SAMPLE_TOKENS]
     return Sample(tuple(tokens), start) if start < len(tokens) else None

@@ -105,7 +105,7 @@ def make_tokenizer(vocabulary: int, seed: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # can encode any text, as bytes if need be
         show_progress=False,
     )
-    tokenizer.train_from_iterator((row.prompt + row.completion for row in _draw_rows(rng, _TOKENIZER_ROWS)), trainer)
+    tokenizer.train_from_iterator((f"{row.prompt}{row.completion}" for row in _draw_rows(rng, _TOKENIZER_ROWS)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
@@ -195,7 +195,7 @@ def _draw_batches(rng: random.Random, size: int) -> Iterator[list[Row]]:
     """
     pool = 16
     while True:
-        rows = sorted(_draw_rows(rng, size * pool), key=lambda row: len(row.prompt) + len(row.completion))
+        rows = sorted(_draw_rows(rng, size * pool), key=lambda row: len(str(row.prompt)) + len(row.completion))
         starts = list(range(0, len(rows), size))
         rng.shuffle(starts)
         yield from (rows[start : start + size] for start in starts)

@@ -18,7 +18,8 @@ from edgelora.demo.tasks import Task, make_tasks
 from edgelora.evaluation import score_variant
 from edgelora.exporting.export import export
 from edgelora.in_torch.reference import write_with_torch
-from edgelora.in_torch.train import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora.learn.learn import LearnConfig, learn
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import check_variant_name
@@ -142,7 +143,7 @@ def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
 
 def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
     return path
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.demo.base import BaseSettings
 from edgelora.demo.tasks import TaskSizes
-from edgelora.in_torch.train import TrainConfig
+from edgelora.in_torch.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -58,7 +58,7 @@ def make_task(name: str, sizes: TaskSizes | None = None, *, seed: int = 0) -> Ta
     rows: dict[str, Row] = {}
     while len(rows) < sizes.train + sizes.test:
         row = TASKS[name](rng)
-        rows.setdefault(row.prompt, row)
+        rows.setdefault(str(row.prompt), row)
     drawn = list(rows.values())
     tested, rest = drawn[: sizes.test], drawn[sizes.test :]
     train = rest + [general_row(rng) for _ in range(sizes.general)]

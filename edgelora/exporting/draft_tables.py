@@ -12,9 +12,10 @@ from edgelora.data.calibration import MAX_SAMPLE_TOKENS, find_training_data, gat
 from edgelora_runtime.bundle.draft_table import MAX_CONTEXT, MAX_ENTRIES, DraftTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from edgelora.adapters.folder import Adapter
+    from edgelora_export.bundle.texts import BundleTexts
     from edgelora_export.plan.calibration import Sample
 
 MAX_TOKENS = 1 << 20  # of one adapter's data to count
@@ -22,16 +23,19 @@ MIN_COUNT = 2  # occurrences that a context needs, so that text that occurs once
 _SAME_SHARE = 0.1  # a longer context is left out if it predicts the same token and changes its share by less than this
 
 
-def make_draft_tables(
-    adapters: Mapping[str, Adapter], encode: Callable[[str], list[int]], end_token: int | None
-) -> dict[str, bytes]:
-    """Packs a draft table per adapter.
+def make_draft_tables(adapters: Mapping[str, Adapter], texts: BundleTexts) -> dict[str, bytes]:
+    """Packs a draft table per adapter, in tokens of its own tokenizer.
 
     Adapters whose training data are no longer where edgelora.json says get none.
     """
     files = {name: find_training_data(adapter) for name, adapter in adapters.items()}
-    samples = {name: gather_samples(path, encode, MAX_TOKENS) for name, path in files.items() if path is not None}
-    return {name: count_continuations(each, end_token).dump() for name, each in samples.items()}
+    tables = {}
+    for name, path in files.items():
+        if path is not None:
+            own = texts.find([name])
+            samples = gather_samples(path, own.encode, MAX_TOKENS)
+            tables[name] = count_continuations(samples, next(iter(own.end_tokens), None)).dump()
+    return tables
 
 
 def count_continuations(samples: Iterable[Sample], end_token: int | None) -> DraftTable:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.adapters.checks import compare_shapes
-from edgelora.exporting.plan import Sources, open_sources, plan_bundle, plan_mix
+from edgelora.exporting.plan import Sources, open_sources, plan_bundle, plan_mix, read_texts
 from edgelora.exporting.recipe import Recipe, read_recipe
 from edgelora.exporting.train_router import make_router
 from edgelora_export.architectures import native_types
 from edgelora_export.bundle.builder import build_bundle
 from edgelora_export.plan.targets import CPU
 from edgelora_export.stream.auto_round import require_auto_round
-from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle
+from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle, find_vocab_size
 from edgelora_export.traced.optimum import trace_decoder
 from edgelora_runtime.errors import InputError
 
@@ -54,7 +54,7 @@ def export(
         recipe = replace(recipe, gate=replace(recipe.gate, policy=gate))
     if recipe.quantization.method == "auto-round":
         require_auto_round()
-    sources = open_sources(recipe)
+    sources = open_sources(recipe, on_note=on_note)
     if recipe.router is not None:
         on_progress(0, 1, "learning the router")
     router = make_router(recipe, sources.adapters)
@@ -92,6 +92,7 @@ def _export_traced(sources: Sources, router: PackedRouter | None, output: Path, 
         adapters=sources.entries,
         default=recipe.default,
         router=router,
+        texts=read_texts(sources, find_vocab_size(sources.base)),
     )
     on_progress(0, 1, "tracing")
     with trace_decoder(sources.base, recipe.context_length) as traced:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.checks import check_same_base, check_shapes, list_no_factors
+from edgelora.adapters.folder import open_adapters
 from edgelora.exporting.calibration_sets import CalibrationSets
 from edgelora.exporting.draft_tables import make_draft_tables
 from edgelora.exporting.trained_base import find_quantization, read_trained_base
@@ -19,8 +19,10 @@ from edgelora.mix.mix import Mix
 from edgelora.mix.weights import EVERYWHERE
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
+from edgelora_export.base.texts import TextsOfFolder
 from edgelora_export.bundle.plan import BundlePlan
-from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.bundle.texts import BundleTexts, read_bundle_texts
+from edgelora_export.plan.adapted_decoder import explain_not_live
 from edgelora_export.plan.variants import Variant
 from edgelora_runtime._version import __version__
 from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -29,6 +31,7 @@ from edgelora_runtime.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.exporting.recipe import Recipe, VariantRecipe
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
@@ -49,14 +52,14 @@ class Sources:
         return {name: AdapterEntry(adapter.sha256, adapter.rank) for name, adapter in self.adapters.items()}
 
 
-def open_sources(recipe: Recipe) -> Sources:
+def open_sources(recipe: Recipe, *, on_note: Callable[[str], None] = lambda note: None) -> Sources:
     """Opens the base and the adapters of a recipe.
 
-    Ensures: the adapters were trained on this base, as far as edgelora.json says.
+    Ensures: the adapters were trained on this base, as far as edgelora.json says. on_note: gets what adapters name and lack.
     Raises InputError for a base or an adapter that cannot be used.
     """
     base = Base.find(recipe.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in recipe.adapters.items()}
+    adapters = open_adapters(recipe.adapters, base=base.config, trained_on=recipe.trained_on, on_note=on_note)
     check_same_base(adapters, base.sha256)
     return Sources(recipe, base, adapters)
 
@@ -73,8 +76,9 @@ def plan_bundle(
     recipe, base, adapters = sources.recipe, sources.base, sources.adapters
     decoder = read_decoder(base.config, recipe.context_length)
     check_shapes(adapters, decoder)
+    texts = read_texts(sources, decoder.vocab_size)
     own_text = recipe.quantization.calibrated
-    sets = CalibrationSets(base, decoder, adapters, general=recipe.calibration, own_text=own_text)
+    sets = CalibrationSets(texts, decoder, adapters, general=recipe.calibration, own_text=own_text)
     blind = [name for name, variant in recipe.variants.items() if variant.mix and not sets.of(variant.mix).held_out]
     if blind and recipe.gate.policy == "fail":
         raise InputError(
@@ -87,23 +91,37 @@ def plan_bundle(
             f"{', '.join(blind)}: the adapters' training data are not to be found, so weights are {how} and nothing is "
             "measured; give --calibration FILE.jsonl"
         )
-    end_token = next(iter(read_end_tokens(base)), None)
-    variants, base_calibration = _plan_variants(sources, sets, decoder, on_note), sets.of(adapters)
+    variants, base_calibration = _plan_variants(sources, sets, decoder, on_note), sets.of_all()
     return BundlePlan(
         base,
         decoder,
         variants,
         quantization=recipe.quantization,
         adapters=sources.entries,
-        live_adapters=_choose_live(recipe, adapters),
+        live_adapters=_choose_live(recipe, adapters, decoder),
         base_calibration=base_calibration,
         gate=None if recipe.gate.policy == "off" else recipe.gate,
         default=recipe.default,
         targets=recipe.targets,
         router=router,
-        draft_tables=make_draft_tables(adapters, sets.encode, end_token) if recipe.draft_tables else {},
+        draft_tables=make_draft_tables(adapters, texts) if recipe.draft_tables else {},
+        texts=texts,
         resume_key=_hash_plan(sources, [base_calibration, *(variant.calibration for variant in variants)]),
     )
+
+
+def read_texts(sources: Sources, vocab_size: int) -> BundleTexts:
+    """Reads the tokenizer, chat templates and end tokens of a recipe's base, and those beside its adapters' weights.
+
+    Ensures: each variant has one of each. Raises InputError for variants of adapters that bring different ones.
+    """
+    beside = {name: TextsOfFolder(adapter.folder) for name, adapter in sources.adapters.items() if adapter.folder.is_dir()}
+    sizes = {name: adapter.vocab_size for name, adapter in sources.adapters.items() if adapter.vocab_size is not None}
+    ends = sources.recipe.end_tokens
+    texts = read_bundle_texts(sources.base, vocab_size, beside, vocab_sizes=sizes, end_tokens=ends)
+    for variant in sources.recipe.variants.values():
+        texts.find(variant.mix)
+    return texts
 
 
 def plan_mix(name: str, variant: VariantRecipe, adapters: Mapping[str, Adapter]) -> Variant:
@@ -164,12 +182,12 @@ def _plan_variants(
     return tuple(planned)
 
 
-def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter], decoder: Decoder) -> dict[str, Adapter]:
     """Finds the adapters that can be applied as factors.
 
     Raises InputError, with the reason, for a live variant of one that cannot.
     """
-    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter))}
+    reasons = {name: reason for name, adapter in adapters.items() if (reason := _why_not_live(adapter, decoder))}
     for name, variant in recipe.variants.items():
         if variant.kind == "live" and (wrong := [f"{each}: {reasons[each]}" for each in variant.mix if each in reasons]):
             raise InputError(f"variant {name} cannot be live ({'; '.join(wrong)}); use kind = 'merged'")
@@ -183,12 +201,11 @@ def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter]) -> dict[str, A
     return {name: adapter for name, adapter in adapters.items() if name not in reasons}
 
 
-def _why_not_live(adapter: Adapter) -> str:
-    for module in adapter.modules:
-        if reason := adapter.why_not_low_rank(module):
-            return f"{module} is {reason}, no sum of products"
-        if adapter.is_embedding(module) or module == "lm_head":
-            return f"{module} is outside of the decoder's layers, which alone have live inputs"
+def _why_not_live(adapter: Adapter, decoder: Decoder) -> str:
+    if obstacle := explain_not_live(decoder, adapter):
+        return obstacle
+    if reasons := list_no_factors(adapter, embeddings=True):
+        return f"{reasons[0]}, no sum of products"
     return ""
 
 
@@ -198,6 +215,7 @@ def _hash_plan(sources: Sources, calibrations: Sequence[Calibration]) -> str:
     That is the code, the base, the adapters, the mixes, and what GPTQ sees.
     """
     recipe = sources.recipe
-    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries)
+    held = {name: adapter.trained_on for name, adapter in sources.adapters.items()}
+    mixes = (recipe.merge_base, dict(recipe.variants), sources.entries, held)
     parts = (__version__, sources.base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

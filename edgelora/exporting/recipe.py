@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.exporting.recipe_keys import GATE, QUANTIZATION, ROUTER, TOP, VARIANT
+from edgelora.adapters.provenance import TRAINED_ON
+from edgelora.exporting.recipe_keys import ADAPTER, GATE, QUANTIZATION, ROUTER, TOP, VARIANT
 from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora.mix.weights import check_weight
 from edgelora_export.base.files import read_toml
@@ -26,6 +27,18 @@ if TYPE_CHECKING:
     from edgelora.mix.weights import Weight
 
 KINDS = ("merged", "live")
+
+
+@dataclass(frozen=True)
+class AdapterRecipe:
+    """One adapter of a recipe.
+
+    path: a PEFT or MLX folder, or a GGUF file. trained_on: nf4, int4 or none, the base's form during training, for an adapter
+    without edgelora.json.
+    """
+
+    path: Path
+    trained_on: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,12 +77,15 @@ class RouterRecipe:
 class Recipe:
     """A bundle to build.
 
-    base: a local folder or a hub id. adapters: folder by name. default: the variant that a runtime starts with, or None for the
-    first. context_length: positions of the bundle, or None for the model's own, up to a limit. calibration: general text or rows
-    to quantize and judge on, in addition to the adapters' training data. gate: what variants must keep of their adapters.
+    base: a local folder, a GGUF file or a hub id. adapters: folder or GGUF file by name. default: the variant that a runtime
+    starts with, or None for the first. context_length: positions of the bundle, or None for the model's own, up to a limit.
+    calibration: general text or rows to quantize and judge on, in addition to the adapters' training data. gate: what variants
+    must keep of their adapters.
     targets: what each variant gets a graph for: cpu, gpu or both. merge_base: the base that merged variants are merged into:
     float, trained (the quantized base of the adapters' training), or auto for the better one. router: None for a bundle without a
-    router. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training data.
+    router. end_tokens: texts or ids of the tokens that end an answer, None for those that the base, its tokenizer and its chat
+    template name. draft_tables: whether to include draft tables for speculation. They contain fragments of the adapters' training
+    data. trained_on: nf4, int4 or none by adapter, for those without edgelora.json: the base's form during training.
     """
 
     base: str
@@ -84,6 +100,8 @@ class Recipe:
     merge_base: str = "auto"
     router: RouterRecipe | None = None
     draft_tables: bool = False
+    trained_on: Mapping[str, str] = field(default_factory=dict)
+    end_tokens: tuple[str | int, ...] | None = None
 
 
 def read_recipe(path: Path | str) -> Recipe:
@@ -116,14 +134,18 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         wrong.append('base is missing; write base = "path or hub id"')
     if not top.get("variants") and "variants" not in value:
         wrong.append("variants is missing; write at least [variants.base] with mix = {}")
-    adapters = {}
+    adapters: dict[str, AdapterRecipe] = {}
     for name, location in top.get("adapters", {}).items():
-        if not isinstance(location, str):
-            wrong.append(f"adapters.{name} = {location!r} is not a path")
+        entry = take(location, f"adapters.{name}.", ADAPTER) if isinstance(location, dict) else {"path": location}
+        path, said = entry.get("path"), entry.get("trained_on")
+        if not isinstance(path, str):
+            wrong.append(f"adapters.{name} = {location!r} is not a path, nor a table with one")
         elif reason := check_variant_name(name):
             wrong.append(f"adapters.{name}: {reason}")
+        elif said is not None and said not in TRAINED_ON:
+            wrong.append(f"adapters.{name}.trained_on = {said!r}: use one of {', '.join(TRAINED_ON)}")
         else:
-            adapters[name] = folder / location
+            adapters[name] = AdapterRecipe(folder / path, said)
     variants = {}
     for name, table in top.get("variants", {}).items():
         where = f"variants.{name}."
@@ -140,6 +162,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     router = take(top.get("router", {}), "router.", ROUTER)
     wrong += _check_router(router, top.get("variants", {}))
     wrong += _check_merge_base(top, "")
+    if not all(isinstance(token, str | int) and not isinstance(token, bool) for token in top.get("end_tokens", [])):
+        wrong.append(f"end_tokens = {top['end_tokens']!r} is not a list of token texts or ids")
     if "default" in top and top["default"] not in top.get("variants", {}):
         wrong.append(f"default = {top['default']!r} is not a variant of the recipe")
     try:
@@ -163,7 +187,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     base = folder / top["base"]
     return Recipe(
         base=str(base) if base.exists() else top["base"],
-        adapters=adapters,
+        adapters={name: entry.path for name, entry in adapters.items()},
         variants={name: VariantRecipe(**{"mix": {}, **taken}) for name, taken in variants.items()},
         quantization=grid,
         default=top.get("default"),
@@ -174,6 +198,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         merge_base=top.get("merge_base", "auto"),
         router=_read_router(router, folder) if "router" in top else None,
         draft_tables=top.get("draft_tables", False),
+        trained_on={name: entry.trained_on for name, entry in adapters.items() if entry.trained_on is not None},
+        end_tokens=tuple(top["end_tokens"]) if "end_tokens" in top else None,
     )
 
 

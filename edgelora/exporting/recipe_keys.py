@@ -26,7 +26,7 @@ class Key:
 
 TOP: Mapping[str, Key] = MappingProxyType(
     {
-        "base": Key("The base model: a folder or a hub id.", (str,)),
+        "base": Key("The base model: a folder, a GGUF file or a hub id.", (str,)),
         "default": Key("The variant that a runtime starts with; the first one by default.", (str,)),
         "context_length": Key("Positions that the bundle holds, in tokens; the model's own by default, up to a bound.", (int,)),
         "calibration": Key("A JSONL file of text or rows to quantize and judge on, beside the adapters' training data.", (str,)),
@@ -35,14 +35,27 @@ TOP: Mapping[str, Key] = MappingProxyType(
             "What merged variants are merged into: `float`, `trained` (the base as training held it) or `auto`, the better one.",
             (str,),
         ),
+        "end_tokens": Key(
+            "The tokens that end an answer, as texts or ids, in place of those that the base, its tokenizer and its chat "
+            "template name.",
+            (list,),
+        ),
         "draft_tables": Key(
             "Whether the bundle holds draft tables for speculation. They hold fragments of the adapters' training data.", (bool,)
         ),
-        "adapters": Key("The folder of each adapter, by name.", (dict,)),
+        "adapters": Key("The folder or GGUF file of each adapter, by name, or a table for it; see below.", (dict,)),
         "quantization": Key("How weights are stored; see below.", (dict,)),
         "gate": Key("What each variant must keep of its adapters; see below.", (dict,)),
         "variants": Key("One table per variant; see below.", (dict,)),
         "router": Key("Trains a router that picks a variant for each prompt; see below. No router without this table.", (dict,)),
+    }
+)
+ADAPTER: Mapping[str, Key] = MappingProxyType(
+    {
+        "path": Key("A PEFT or MLX folder, or a GGUF file.", (str,)),
+        "trained_on": Key(
+            "`nf4`, `int4` or `none`: how training held the base, for an adapter without edgelora.json, which says it.", (str,)
+        ),
     }
 )
 VARIANT: Mapping[str, Key] = MappingProxyType(

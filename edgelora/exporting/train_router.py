@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from edgelora.data.calibration import find_training_data, read_general_text
-from edgelora.data.rows import read_rows
+from edgelora.data.rows import read_request, read_rows
 from edgelora.exporting.softmax_regression import SparseRows, find_temperature, fit_softmax
 from edgelora_export.plan.variants import PackedRouter
 from edgelora_runtime.bundle.manifest import RouterClass, RouterEntry
@@ -58,7 +58,7 @@ def make_router(recipe: Recipe, adapters: Mapping[str, Adapter]) -> PackedRouter
     if recipe.router is None:
         return None
     files = assign_data(recipe, recipe.router, adapters)
-    prompts = {name: [row.prompt for path in paths for row in read_rows(path)] for name, paths in files.items()}
+    prompts = {name: [read_request(row) for path in paths for row in read_rows(path)] for name, paths in files.items()}
     fallback = recipe.router.fallback or recipe.default or next(iter(recipe.variants))
     return train_router(prompts, fallback=fallback, threshold=recipe.router.threshold)
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal, cast
 
-from edgelora_export.plan.variants import TrainedBase
+from edgelora_export.plan.adapted_decoder import adapt_decoder
+from edgelora_export.plan.variants import Delta, TrainedBase
 from edgelora_export.quantize.int4 import quantize_rtn
-from edgelora_export.weights.merged import vocab_modules
 from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -46,16 +46,20 @@ def hold_weight(weight: Floats, quantization: Held) -> Floats:
 
 
 @dataclass(frozen=True)
-class OnTrainedBase:
-    """A mix on the quantized base of training. Satisfies edgelora_export's Delta.
+class OnTrainedBase(Delta):
+    """A mix on the quantized base of training.
 
-    held: modules whose weights training held in 4 bits. modules: the modules that change. The others keep the float weights.
+    held: modules whose weights training held in 4 bits. changed: the modules that change. The others keep the float weights.
     """
 
     mix: Mix
     quantization: Held
     held: Set[str]
-    modules: Set[str]
+    changed: Set[str]
+
+    @property
+    def modules(self) -> Set[str]:
+        return self.changed
 
     def dense(self, module: str, weight: Floats) -> Floats:
         """Returns the replacement of the float base's weight (N, K), minus that weight: float32 (N, K)."""
@@ -63,14 +67,29 @@ class OnTrainedBase:
         change = base - weight
         return change + self.mix.dense(module, base) if module in self.mix.modules else change
 
+    @property
+    def biased(self) -> Set[str]:
+        return self.mix.biased
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.mix.vocab_size
+
+    @property
+    def ties_vocab(self) -> bool:
+        return self.mix.ties_vocab
+
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Returns the mix's Δb (N,). Training holds biases as they are."""
+        return self.mix.bias(module, base_bias)
+
 
 def find_quantization(mix: Mix) -> Held | None:
     """Finds how training held the base of a mix.
 
     Returns None if it was unquantized, is unknown, or differs between adapters.
     """
-    origins = [mix.adapters[name].provenance for name in mix.weights]
-    found = {None if origin is None else origin.base_quantization for origin in origins}
+    found = {mix.adapters[name].trained_on for name in mix.weights}
     return cast("Held", found.pop()) if len(found) == 1 and found <= {"nf4", "int4"} else None
 
 
@@ -84,7 +103,7 @@ def read_trained_base(mix: Mix, quantization: Held, decoder: Decoder) -> Trained
         raise MissingExtraError("bitsandbytes", "train")
     held = {module for linear in decoder.linears for module in linear.modules}
     if quantization == "int4":
-        held |= set(vocab_modules(decoder).values())
+        held |= set(adapt_decoder(decoder, mix).vocab_modules.values())
     return TrainedBase(
         quantization,
         merged=OnTrainedBase(mix, quantization, held, mix.modules),

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora.adapters.checks import check_factors
+from edgelora.adapters.names import EMBEDDING, HEAD
+from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.reference import write_completions
 from edgelora.mix.methods.spectra import stack_factors
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.weights.torch_model import load_model, quiet_libraries
 from edgelora_runtime.errors import InputError
-from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,25 +71,27 @@ class MixedModel:
     The base's own weights are kept, so rounding errors do not accumulate.
     """
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Any, template_options: Mapping[str, Any] | None = None) -> None:
         self.model, self.tokenizer = model.eval().requires_grad_(requires_grad=False), tokenizer
+        self.encoder = RowEncoder(tokenizer, template_options)
         self._weights: dict[str, Any] = {}  # the base's own parameters, of modules that currently hold a sum instead
+        self._biases: dict[str, Any] = {}  # likewise. None where the base has no bias
         self._hooks: list[Any] = []
 
     @classmethod
-    def open(cls, base: str) -> MixedModel:
+    def open(cls, base: str, template_options: Mapping[str, Any] | None = None) -> MixedModel:
         """Loads a folder or hub id in float32, on a GPU if there is one.
 
-        Raises InputError if transformers cannot load it.
+        template_options: what the chat template gets beside the messages of rows. Raises InputError if transformers cannot load
+        the base.
         """
         import torch
-        from transformers import AutoTokenizer
 
         found = Base.find(base)
+        tokenizer = load_tokenizer(found)
         with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(found.path, local_files_only=True)
             model = load_model(found)
-        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer)
+        return cls(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, template_options)
 
     def set_mix(self, mix: Mix | None) -> None:
         """Sets a mix by any method, in place of the current one.
@@ -105,6 +110,15 @@ class MixedModel:
             self._weights[name] = module.weight
             # A new parameter, so that a head tied to the embedding keeps the base's.
             module.weight = torch.nn.Parameter((weight + delta).T if transposed else weight + delta, requires_grad=False)
+        for name in sorted(mix.biased) if mix is not None else ():
+            module = self._module(name)
+            bias = None if module.bias is None else module.bias.data
+            assert mix is not None
+            change = torch.from_numpy(mix.bias(name, None if bias is None else bias.cpu().numpy())).to(module.weight)
+            self._biases[name] = module.bias
+            module.bias = torch.nn.Parameter(change if bias is None else bias + change, requires_grad=False)
+        if mix is not None and mix.ties_vocab and HEAD not in mix.modules and self._weights.get(EMBEDDING) is not None:
+            self._tie_head()
 
     def set_stacks(self, stacks: Mapping[str, FactorStack]) -> None:
         """Sets factors on modules, by name, in place of the current mix."""
@@ -117,8 +131,7 @@ class MixedModel:
 
         The index is as in evaluation.completion_loss.
         """
-        prompt, whole = (self.tokenizer(text)["input_ids"] for text in (row.prompt, row.prompt + row.completion))
-        return whole, max(1, shared_prefix(prompt, whole))
+        return self.encoder.whole(row)
 
     def batches(self, rows: Sequence[Row]) -> Iterator[CompletionBatch]:
         """Rows in batches of similar length, shortest first."""
@@ -175,14 +188,23 @@ class MixedModel:
     def write(self, rows: Sequence[Row], max_tokens: int = 64) -> list[str]:
         """Completes the rows' prompts by greedy decoding."""
         with quiet_libraries():
-            return write_completions(self.model, self.tokenizer, rows, max_tokens)
+            return write_completions(self.model, self.encoder, rows, max_tokens)
+
+    def _tie_head(self) -> None:
+        """Gives a head that the base ties to its embedding the embedding's new weight."""
+        head = self.model.get_output_embeddings()
+        if head.weight is self._weights[EMBEDDING]:
+            self._weights[HEAD] = head.weight
+            head.weight = self._module(EMBEDDING).weight
 
     def _clear(self) -> None:
         for hook in self._hooks:
             hook.remove()
         for name, weight in self._weights.items():
             self._module(name).weight = weight
-        self._hooks, self._weights = [], {}
+        for name, bias in self._biases.items():
+            self._module(name).bias = bias
+        self._hooks, self._weights, self._biases = [], {}, {}
 
     def _module(self, name: str) -> Any:
         try:
@@ -204,12 +226,11 @@ def stack_adapters(adapters: Mapping[str, Adapter], device: str = "cpu") -> dict
     """
     import torch
 
+    check_factors(adapters, "such an adapter cannot be stacked; set it as a mix")
     opened = list(adapters.values())
     stacks = {}
     for module in sorted({module for adapter in opened for module in adapter.modules}):
         owners = [place for place, adapter in enumerate(opened) if module in adapter.modules]
-        if wrong := [opened[place].name for place in owners if opened[place].is_embedding(module)]:
-            raise InputError(f"adapter {wrong[0]}: {module} is an embedding, which cannot be stacked; set it as a mix")
         factors = [opened[place].factors(module) for place in owners]
         a, b = (torch.from_numpy(factor).to(device) for factor in stack_factors(factors))
         stacks[module] = FactorStack(

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.train import load_base
+from edgelora_export.base.base import Base
+from edgelora_export.texts.ends import find_end_tokens
 from edgelora_export.weights.torch_model import quiet_libraries
 
 if TYPE_CHECKING:
@@ -35,15 +38,15 @@ def write_with_torch(
     from peft import PeftModel
 
     with quiet_libraries(whole_process=False):
-        model, tokenizer = load_base(base, quant)
+        model, tokenizer = load_base(Base.find(base), quant)
         if adapter is not None:
             model = PeftModel.from_pretrained(model, adapter)
-        return write_completions(model.eval(), tokenizer, rows, max_tokens, on_progress)
+        return write_completions(model.eval(), RowEncoder(tokenizer), rows, max_tokens, on_progress)
 
 
 def write_completions(
     model: Any,
-    tokenizer: Any,
+    encoder: RowEncoder,
     rows: Sequence[Row],
     max_tokens: int,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
@@ -55,11 +58,14 @@ def write_completions(
     import torch
     from transformers import GenerationConfig
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    configs = [model.generation_config.to_dict(), model.config.to_dict()]
+    tokenizer = encoder.tokenizer
+    ends = list(find_end_tokens(tokenizer, configs, model.config.vocab_size))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)  # masked, so any token does
     settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_tokens, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=pad
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=ends or None, pad_token_id=pad
     )
-    encoded = [tokenizer(row.prompt)["input_ids"] for row in rows]
+    encoded = [encoder(row.prompt) for row in rows]
     order = sorted(range(len(rows)), key=lambda place: len(encoded[place]))
     written = [""] * len(rows)
     with torch.inference_mode():

@@ -52,13 +52,11 @@ def encode_rows(model: MixedModel, adapter: Adapter, rows: Sequence[Row]) -> lis
     """
     import torch
 
-    end = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
     _set_alone(model, adapter)
     examples = []
     with torch.inference_mode():
         for row in rows:
-            whole, start = model.encode(row)
-            tokens = whole + end
+            tokens, start = model.encoder.with_end(row)
             logits = model.model(input_ids=torch.tensor([tokens], device=model.model.device), use_cache=False).logits
             teacher = torch.log_softmax(logits[0, start - 1 : -1].float(), dim=-1).to(torch.float16)
             examples.append(Example(tokens, start, teacher.clone()))

@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgelora.adapters.checks import check_same_base, check_shapes
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import find_template_options, open_adapters
 from edgelora.composing.compose import check_composable, derive_provenance, write_composed
 from edgelora.data.calibration import find_training_data, gather_samples
+from edgelora.data.encode_rows import RowEncoder
 from edgelora.data.rows import read_rows
 from edgelora.in_torch.mixed_model import FactorStack, MixedModel
 from edgelora.learn.distillation import Example, distillation_loss, encode_rows, write_rows
 from edgelora.learn.regmean import solve_regmean
 from edgelora.mix.methods.spectra import stack_factors
-from edgelora_export.architectures import read_decoder
+from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.weights.merged import check_modules
-from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError, list_wrong
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.data.rows import Row
     from edgelora.mix.methods.deltas import Factors
     from edgelora_export.plan.calibration import Sample
@@ -59,6 +61,7 @@ class LearnConfig:
     short training that starts from the merge. The other grains only reweight it.
     rows: labelled rows to use per adapter. steps, batch_size, lr: of AdamW, with linear decay after warmup. lr: None for the
     grain's default. distillation_share: share of the loss on the adapters' own probabilities. The rest is on the labels.
+    template_options: what the chat template gets beside the messages of rows, in addition to what the adapters were trained with.
     """
 
     base: str
@@ -75,6 +78,7 @@ class LearnConfig:
     lr: float | None = None
     distillation_share: float = 0.7
     seed: int = 0
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         unknown = sorted((set(self.labelled) | set(self.prompts)) - set(self.adapters))
@@ -131,9 +135,11 @@ def learn(
     not an adapter. The output is then unchanged.
     """
     base = Base.find(config.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in sorted(config.adapters.items())}
+    adapters = open_adapters(dict(sorted(config.adapters.items())), base=base.config, on_note=on_note)
     check_same_base(adapters, base.sha256)
     check_composable(adapters)
+    if base.config.get("model_type") in native_types():
+        check_shapes(adapters, read_decoder(base.config))
     labelled = {name: _sample_rows(read_rows(path), config.rows, config.seed) for name, path in sorted(config.labelled.items())}
     if config.start == "regmean":
         pairs = _run_regmean(config, base, adapters, on_progress)
@@ -154,7 +160,7 @@ def learn(
     loss, count, rows = None, 0, {name: len(rows) for name, rows in labelled.items()}
     how = config.start
     if labelled or config.written:
-        model = MixedModel.open(config.base)
+        model = MixedModel.open(config.base, find_template_options(adapters, config.template_options))
         examples = _gather_examples(config, model, adapters, labelled, on_progress)
         factors, loss, count = _train_stacks(config, model, pairs, examples, on_progress)
         learned = sum(map(len, examples.values()))
@@ -184,10 +190,9 @@ def _run_regmean(
     check_shapes(adapters, decoder)
     for name, adapter in adapters.items():
         check_modules(decoder, adapter.modules, f"adapter {name}")
-    tokenizer = load_tokenizer(base.texts[TOKENIZER])
+    encode = RowEncoder(load_tokenizer(base), find_template_options(adapters, config.template_options))
     samples: dict[str, Sequence[Sample]] = {
-        name: gather_samples(path, lambda text: list(tokenizer.encode(text).ids), REGMEAN_TOKENS, config.seed)
-        for name, path in _find_prompts(config, adapters).items()
+        name: gather_samples(path, encode, REGMEAN_TOKENS, config.seed) for name, path in _find_prompts(config, adapters).items()
     }
     layers = len(decoder.layers)
     return solve_regmean(base, decoder, adapters, samples, lambda index: on_progress(index, layers, f"layer {index + 1}"))

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from edgelora.adapters.checks import check_same_base
+from edgelora.adapters.names import EMBEDDING, HEAD
 from edgelora.mix.methods import DEFAULT_DENSITY, DENSITY, MIX_METHODS, SEEDS
 from edgelora.mix.methods.deltas import Product
 from edgelora.mix.methods.magnitude import check_density
 from edgelora.mix.methods.spectra import truncate, truncate_product
 from edgelora.mix.weights import Weight as Weight  # re-exported
 from edgelora.mix.weights import check_weight, describe_weight, idle_patterns, weight_at
+from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from edgelora.adapters.folder import Adapter
@@ -30,9 +33,12 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 
+_SUMS = ("linear", "svd")  # methods whose result is the weighted sum, as it is
+
+
 @dataclass(frozen=True)
-class Mix:
-    """Weighted adapters of one base. Satisfies edgelora_export's Delta and LowRank.
+class Mix(Delta):
+    """Weighted adapters of one base. Satisfies edgelora_export's LowRank, too.
 
     weights: per adapter a number, or numbers by pattern of module names. An adapter with weight 0 in a module is left out there.
     method: a name in MIX_METHODS. density: the share of each delta's entries to keep. seed: for random draws. Methods that do
@@ -55,18 +61,36 @@ class Mix:
         if wrong := [mistake for name, weight in self.weights.items() for mistake in check_weight(weight, name)]:
             raise InputError(f"weights of a mix: {'; '.join(wrong)}")
         for name, weight in self.weights.items():
-            if idle := idle_patterns(weight, self.adapters[name].modules):
-                example = min(self.adapters[name].modules)
+            changed = self.adapters[name].modules | self.adapters[name].biased
+            if idle := idle_patterns(weight, changed):
+                example = min(changed)
                 raise InputError(f"weights of {name}: no module matches {', '.join(idle)}; one of its modules is {example}")
         check_density(self.density)
         if self.seed < 0:
             raise InputError(f"seed = {self.seed}: use a whole number, 0 or more")
         check_same_base({name: self.adapters[name] for name in self.weights})
+        self._check_biases()
+        self._check_vocab()
 
     @cached_property
     def modules(self) -> Set[str]:
         """The modules that an adapter changes with a weight other than 0."""
         return {module for name in self.weights for module in self.adapters[name].modules if self.weight(name, module)}
+
+    @cached_property
+    def biased(self) -> Set[str]:
+        """The modules to whose bias an adapter adds with a weight other than 0."""
+        return {module for name in self.weights for module in self.adapters[name].biased if self.weight(name, module)}
+
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding and the head that its adapters bring, None for the base's own."""
+        return next((size for size in self._vocab_sizes().values()), None)
+
+    @cached_property
+    def ties_vocab(self) -> bool:
+        """True if its change of the embedding is the head's too, on a base that ties them."""
+        return any(self.adapters[name].ties_vocab for name in self._vocab_names())
 
     def weight(self, name: str, module: str) -> float:
         """An adapter's weight in a module."""
@@ -109,6 +133,16 @@ class Mix:
             deltas.append(adapter.dense(module, weight) if reason else Product(*adapter.factors(module)))
         return method.dense(deltas, self._weights(module, names), **self._arguments(module, names))
 
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Returns the weighted sum of the adapters' Δb, float32 (N,), for a module in `biased`.
+
+        base_bias: the base's own (N,), None if it has none.
+        """
+        names = [name for name in sorted(self.weights) if module in self.adapters[name].biased and self.weight(name, module)]
+        parts = [self.adapters[name].bias(module, base_bias) * np.float32(self.weight(name, module)) for name in names]
+        total: Floats = np.sum(parts, axis=0, dtype=np.float32)
+        return total
+
     def factors(self, module: str) -> tuple[Floats, Floats]:
         """Returns A, float32 (r, K), and B, float32 (N, r).
 
@@ -129,6 +163,40 @@ class Mix:
             a, b = self._merge_factors(module, names)
             return (a, b, 0.0) if rank is None or len(a) <= rank else truncate_product(a, b, rank)
         return truncate(self.dense(module), rank or self.rank(module))
+
+    def _check_biases(self) -> None:
+        """Raises InputError for biases in a mix that is no sum. A merge method has no meaning for one vector."""
+        if self.method not in _SUMS and len(self.weights) > 1 and self.biased:
+            owners = [name for name in self.weights if not self.biased.isdisjoint(self.adapters[name].biased)]
+            raise InputError(
+                f"{', '.join(owners)} adds to biases, which mix by sums alone; use method {' or '.join(_SUMS)} "
+                f"instead of {self.method}"
+            )
+
+    def _check_vocab(self) -> None:
+        """Raises InputError for adapters of vocabularies of different sizes, or that tie head and embedding in part."""
+        sizes = self._vocab_sizes()
+        if len(set(sizes.values())) > 1:
+            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise InputError(f"adapters of different vocabularies do not mix: rows of the embedding are {shown}")
+        ties = {name: self.adapters[name].ties_vocab for name in self._vocab_names()}
+        if len(set(ties.values())) > 1:
+            raise InputError(
+                f"{', '.join(name for name, tied in ties.items() if tied)} trained embedding and head as one, "
+                f"{', '.join(name for name, tied in ties.items() if not tied)} apart; such adapters do not mix"
+            )
+
+    def _vocab_names(self) -> list[str]:
+        """Lists the adapters that change the embedding or the head with a weight other than 0."""
+        return [
+            name
+            for name in self.weights
+            if any(module in self.adapters[name].modules and self.weight(name, module) for module in (EMBEDDING, HEAD))
+        ]
+
+    def _vocab_sizes(self) -> dict[str, int]:
+        sizes = {name: self.adapters[name].vocab_size for name in self._vocab_names()}
+        return {name: size for name, size in sizes.items() if size is not None}
 
     def _names(self, module: str) -> list[str]:
         """Lists the adapters that change a module with a weight other than 0.

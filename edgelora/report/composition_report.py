@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora.adapters.checks import check_same_base
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.checks import check_factors, check_same_base, check_shapes
+from edgelora.adapters.folder import open_adapters
 from edgelora.data.rows import read_rows
 from edgelora.report.interference import Interference, ModuleFigures, Stack, compare_deltas, summarize
 from edgelora.report.output_interference import (
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.data.rows import Row
     from edgelora.mix.methods.deltas import Factors
     from edgelora.report.output_interference import OutputInterference
@@ -138,6 +139,7 @@ def report_composition(
     budget: int | None = None,
     limit: int = 100,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_note: Callable[[str], None] = lambda note: None,
 ) -> CompositionReport:
     """Compares adapters, given as name → folder, and plans which mixes to compile.
 
@@ -149,9 +151,14 @@ def report_composition(
     tasks = _read_tasks(adapters, base, data or {}, limit)
     if tasks and (missing := [name for name in ("torch", "transformers") if find_spec(name) is None]):
         raise MissingExtraError(", ".join(missing), "export")
-    opened = {name: Adapter.open(folder, name) for name, folder in adapters.items()}
     found_base = Base.find(base) if base else None
+    opened = open_adapters(adapters, base=found_base.config if found_base else None, on_note=on_note)
     check_same_base(opened, found_base.sha256 if found_base else None)
+    check_factors(opened, "the report compares factors; leave it out", embeddings=True)
+    native = found_base is not None and found_base.config.get("model_type") in native_types()
+    decoder = read_decoder(found_base.config) if found_base is not None and native else None
+    if decoder is not None:
+        check_shapes(opened, decoder)
     pairs = [*itertools.combinations(opened, 2)]
     modules = sorted({module for adapter in opened.values() for module in adapter.modules})
     total = len(modules) + (2 * len(opened) + 1 + len(pairs) * (len(EQUAL_WEIGHTS) + 1) if tasks else 0)
@@ -167,8 +174,6 @@ def report_composition(
         moments = _observe(scorer, modules, on_step)
     figures, views = _compare(opened, modules, moments, on_step)
     reports = [_report_pair([*opened], pair, figures, views, scorer, on_step) for pair in pairs]
-    native = found_base is not None and found_base.config.get("model_type") in native_types()
-    decoder = read_decoder(found_base.config) if found_base is not None and native else None
     on_progress(total, total, "done")
     return CompositionReport(
         base=base,

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_export.decoder.description import HEAD_MODULE
 from edgelora_export.quantize.int4 import Grid
-from edgelora_export.weights.merged import vocab_modules
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -119,9 +119,9 @@ def count_merged_bytes(adapters: Iterable[Adapter], decoder: Decoder | None) -> 
     if decoder is None:
         return sum(_matrix_bytes(rows, columns) for rows, columns in shapes.values())
     linears = [linear for linear in decoder.linears if not shapes.keys().isdisjoint(linear.modules)]
-    ends = [module for module in vocab_modules(decoder).values() if module in shapes]
+    ends = [shapes[module] for module in (decoder.embedding.removesuffix(".weight"), HEAD_MODULE) if module in shapes]
     return sum(_matrix_bytes(linear.rows, linear.columns) for linear in linears) + sum(
-        _matrix_bytes(decoder.vocab_size, decoder.hidden_size) for _ in ends
+        _matrix_bytes(rows or decoder.vocab_size, decoder.hidden_size) for rows, _ in ends
     )
 
 
@@ -131,7 +131,7 @@ def count_base_bytes(decoder: Decoder) -> int:
     Norms and graph, a thousandth of it, do not count.
     """
     linears = sum(_matrix_bytes(linear.rows, linear.columns) for linear in decoder.linears)
-    return linears + len(vocab_modules(decoder)) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
+    return linears + len(decoder.vocab_modules) * _matrix_bytes(decoder.vocab_size, decoder.hidden_size)
 
 
 def count_live_bytes(adapters: Iterable[Adapter]) -> int:

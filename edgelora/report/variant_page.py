@@ -159,6 +159,8 @@ def _list_facts(item: VariantDescription, found: FidelityEntry, teacher: str) ->
         "Held-out tokens": str(found.tokens),
         "Calibration": "" if item.calibration is None else _name_calibration(item),
         "Products in 8 bits": ", ".join(item.int8) or "none",
+        "Vocabulary": "" if item.vocab_size is None else f"{item.vocab_size} tokens",
+        "Not shared with the base": " and ".join(item.own_vocab),
         "Size": f"{format_bytes(item.bytes)}, {format_bytes(item.private_bytes)} of its own",
     }
     return [(name, value) for name, value in facts.items() if value]

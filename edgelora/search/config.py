@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from edgelora.mix.methods import MIX_METHODS
 from edgelora_runtime.bundle.manifest import check_variant_name
@@ -32,7 +32,8 @@ class SearchConfig:
     sampler: Optuna's gp (a Gaussian process, which needs scipy) or tpe, or auto, which is gp if scipy is installed.
     confirm: the share of each task's rows to keep out of the search. The report is measured on them.
     parallel: trials to propose at a time. With Ray they also run in parallel. address: Ray's, or None to run in this process.
-    max_tokens: maximum number of tokens to write, with objective score.
+    max_tokens: maximum number of tokens to write, with objective score. template_options: what the chat template gets beside
+    the messages of rows, in addition to what the adapters were trained with.
     """
 
     base: str
@@ -51,6 +52,7 @@ class SearchConfig:
     seed: int = 0
     max_tokens: int = 64
     address: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         least = len(self.adapters) + 2

@@ -41,7 +41,7 @@ class HeldOut:
     @property
     def sha256(self) -> str:
         """A hash of the exact text of both parts."""
-        parts = [[(row.prompt, row.completion) for row in rows] for rows in (self.searched, self.confirmed)]
+        parts = [[(str(row.prompt), row.completion) for row in rows] for rows in (self.searched, self.confirmed)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -84,7 +84,7 @@ def is_test_file(path: Path) -> bool:
 
 def hash_row(row: Row) -> str:
     """SHA-256 of a row's text, ignoring case, white space and Unicode variants (NFKC)."""
-    parts = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in (row.prompt, row.completion))
+    parts = (" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in (str(row.prompt), row.completion))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.adapters.checks import check_same_base
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.checks import check_factors, check_same_base, check_shapes
+from edgelora.adapters.folder import open_adapters
 from edgelora.composing.compose import compose
 from edgelora.search.held_out import read_held_out
 from edgelora.search.objective import Objective, sum_up
@@ -22,13 +22,15 @@ from edgelora.search.space import Point, choose_sampler, read_point
 from edgelora.search.trial_log import Trial, TrialLog
 from edgelora.search.trials import choose_best, run_trials
 from edgelora.search.workers import Job, open_workers
+from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.weights.publish import write_file
-from edgelora_runtime.errors import InputError, MissingExtraError
+from edgelora_runtime.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from edgelora.adapters.folder import Adapter
     from edgelora.search.config import SearchConfig
     from edgelora.search.held_out import HeldOut
 
@@ -51,15 +53,17 @@ def search(
     if missing := [name for name in ("optuna", "torch", "transformers") if find_spec(name) is None]:
         raise MissingExtraError(", ".join(missing), "search")
     base = Base.find(config.base)
-    adapters = {name: Adapter.open(folder, name) for name, folder in config.adapters.items()}
+    adapters = open_adapters(config.adapters, base=base.config, on_note=on_note)
     check_same_base(adapters, base.sha256)
-    _check_factors(adapters)
+    check_factors(adapters, "such a mix cannot be written as an adapter; search without it")
+    if base.config.get("model_type") in native_types():
+        check_shapes(adapters, read_decoder(base.config))
     for task in sorted(config.data.keys() - adapters.keys()):
         on_note(f"{task}: no adapter has that name; it is measured against the adapter that does best on it")
     held_out = read_held_out(config.data, adapters, config.confirm, on_note)
     trial_log = TrialLog(config.output, _make_plan(config, base, adapters, held_out))
     job = Job(
-        base=str(Path(config.base).resolve()) if Path(config.base).is_dir() else config.base,
+        base=str(Path(config.base).resolve()) if Path(config.base).exists() else config.base,
         adapters={name: Path(folder).resolve() for name, folder in config.adapters.items()},
         rows={
             "searched": {task: rows.searched for task, rows in held_out.items()},
@@ -67,6 +71,7 @@ def search(
         },
         objective=config.objective,
         max_tokens=config.max_tokens,
+        template_options=config.template_options,
     )
     before = dict(trial_log.trials)
     with open_workers(job, config.parallel, config.address) as workers:
@@ -83,6 +88,7 @@ def search(
         {name: (folder, chosen.weights[name]) for name, folder in config.adapters.items()},
         config.output / ADAPTER,
         method=chosen.method,
+        base=config.base,
         **chosen.settings,
     )
 
@@ -113,21 +119,6 @@ def search(
     return report
 
 
-def _check_factors(adapters: Mapping[str, Adapter]) -> None:
-    """Raises InputError for adapters whose mix cannot be written as an adapter.
-
-    It is called before anything runs.
-    """
-    wrong = [
-        f"{name}: {module} is {'an embedding' if adapter.is_embedding(module) else adapter.why_not_low_rank(module)}"
-        for name, adapter in adapters.items()
-        for module in sorted(adapter.modules)
-        if adapter.is_embedding(module) or adapter.why_not_low_rank(module)
-    ]
-    if wrong:
-        raise InputError(f"{'; '.join(wrong[:3])}: such a mix cannot be written as an adapter; search without it")
-
-
 def _make_plan(
     config: SearchConfig, base: Base, adapters: Mapping[str, Adapter], held_out: Mapping[str, HeldOut]
 ) -> dict[str, Any]:
@@ -142,6 +133,7 @@ def _make_plan(
         **{name: getattr(config, name) for name in ("methods", "weights", "density", "scale", "objective", "parallel", "seed")},
         "sampler": choose_sampler(config),
         "max_tokens": config.max_tokens if config.objective == "score" else None,
+        **({"template_options": config.template_options} if config.template_options else {}),
     }
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from edgelora.adapters.folder import Adapter
+from edgelora.adapters.folder import find_template_options, open_adapters
 from edgelora.data.scores import count_scores
 from edgelora.mix.mix import Mix
+from edgelora_export.base.base import Base
 from edgelora_export.weights.torch_model import first_line
 from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError
 
@@ -41,6 +42,7 @@ class Job:
     rows: Mapping[str, Mapping[str, Sequence[Row]]]
     objective: str
     max_tokens: int
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Scorer:
@@ -50,8 +52,8 @@ class Scorer:
         from edgelora.in_torch.mixed_model import MixedModel
 
         self._job = job
-        self._adapters = {name: Adapter.open(folder, name) for name, folder in job.adapters.items()}
-        self._model = MixedModel.open(job.base)
+        self._adapters = open_adapters(job.adapters, base=Base.find(job.base).config)
+        self._model = MixedModel.open(job.base, find_template_options(self._adapters, job.template_options))
 
     def score(self, number: int, point: Point, split: str) -> tuple[int, Figures]:
         """Scores one point, and returns its number and figures.

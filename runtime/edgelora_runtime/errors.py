@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 INTERRUPTED = 130  # exit code of Ctrl-C: 128 + SIGINT, as shells count
+TERMINATED = 143  # exit code of SIGTERM: 128 + SIGTERM
+BROKEN_PIPE = 141  # exit code of writing to a reader that is gone: 128 + SIGPIPE
 
 
 class EdgeloraError(Exception):

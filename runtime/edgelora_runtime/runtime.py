@@ -15,16 +15,16 @@ import numpy as np
 
 from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
-from edgelora_runtime.bundle.prompt import check_tokens, encode_prompt, find_routed_text
+from edgelora_runtime.bundle.messages import CHAT_OPTIONS
+from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
-from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.grammar import Grammars
 from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
-from edgelora_runtime.decode.options import resolve_options
+from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader
 from edgelora_runtime.decode.request import build_request
 from edgelora_runtime.decode.speculation import Speculation
+from edgelora_runtime.decode.texts import TextSides
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
@@ -45,7 +45,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from edgelora_runtime.bundle.manifest import VariantEntry
-    from edgelora_runtime.bundle.prompt import Prompt
+    from edgelora_runtime.bundle.messages import ChatOptions
+    from edgelora_runtime.bundle.prompt import CheckedPrompt, Prompt
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.decode.request import Request
     from edgelora_runtime.residency.packed_cache import PackedCache
@@ -102,8 +104,7 @@ class Runtime:
             raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
         if self._target not in ("cpu", "gpu"):
             raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
-        self._tokenizer = Tokenizer(self._bundle)
-        self._grammars = Grammars(self._tokenizer, self._manifest.model)
+        self._texts = TextSides(self._bundle)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
@@ -140,7 +141,7 @@ class Runtime:
         self._loaded.clear()
         self._prompts.clear()
         self._live.clear()
-        self._grammars.clear()
+        self._texts.clear()
         self._speculation.clear()
         self._router.clear()
 
@@ -150,7 +151,8 @@ class Runtime:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        return self._tokenizer
+        """The tokenizer of the current variant or mix."""
+        return self._texts.of(self._current).tokenizer
 
     @property
     def provider(self) -> str:
@@ -243,17 +245,21 @@ class Runtime:
 
         prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
         GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
-        the context, MissingExtraError for a json_schema, regex or grammar without llguidance.
+        the context or that the template refuses, MissingExtraError for a json_schema, regex or grammar without llguidance.
         """
         chosen = resolve_options(options)
         variant, mix = chosen["variant"], chosen["mix"]
-        constraint = self._grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
         cancellation = Cancellation(chosen["timeout"])
-        route = self.route(prompt) if variant == AUTO and mix is None else None
+        checked = check_prompt(prompt, select_chat_options(chosen))
+        route = self._route(checked) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
-        model = self._manifest.model
-        tokens = check_tokens(self.encode(prompt), model, may_overflow=chosen["overflow"] == "slide")
-        request = build_request(chosen, tokens, model, cancellation=cancellation, constraint=constraint, route=route)
+        texts = self._texts.of(choice)
+        constraint = texts.grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
+        tokens = check_tokens(encode_prompt(texts.tokenizer, checked), texts.model, may_overflow=chosen["overflow"] == "slide")
+        stop = texts.tokenizer.find_added_tokens(chosen["stop"])
+        request = build_request(
+            chosen, tokens, texts.model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
+        )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 
     def route(self, prompt: Prompt) -> Route:
@@ -263,7 +269,10 @@ class Runtime:
         the user's last one only, since a conversation may change its subject. Raises UsageError if the bundle has no router,
         InputError as stream() does.
         """
-        return self._router.route(find_routed_text(self._tokenizer, prompt, self._manifest.model))
+        return self._route(check_prompt(prompt, {}))
+
+    def _route(self, prompt: CheckedPrompt) -> Route:
+        return self._router.route(find_routed_text(self._texts.own.tokenizer, prompt, self._manifest.model))
 
     def embed(self, prompt: Prompt, *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Embeds a text as a float32 vector (hidden_size,) of length 1.
@@ -271,8 +280,10 @@ class Runtime:
         The vector is the mean of the text's hidden states after the final norm, scaled. Raises UsageError for a graph without
         that output, such as one traced from another implementation.
         """
-        tokens = check_tokens(self.encode(prompt), self._manifest.model)
-        model, live, receipt = self._prepare(self._choose(variant, mix))
+        choice = self._choose(variant, mix)
+        texts = self._texts.of(choice)
+        tokens = check_tokens(encode_prompt(texts.tokenizer, check_prompt(prompt, {})), texts.model)
+        model, live, receipt = self._prepare(choice)
         if not model.has_states:
             raise UsageError(
                 f"the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
@@ -283,10 +294,11 @@ class Runtime:
         return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
-        """Returns the logits at every position, float32 (T, V), from an empty KV cache."""
-        found = np.empty((len(token_ids), self._manifest.model.vocab_size), np.float32)
+        """Returns the logits at every position, float32 (T, V), from an empty KV cache. V is that of the variant."""
+        choice = self._choose(variant, mix)
+        found = np.empty((len(token_ids), self._manifest.find_model(choice.graph).vocab_size), np.float32)
         done = 0
-        for chunk in self.iterate_logits(token_ids, variant=variant, mix=mix):
+        for chunk in self._iterate_logits(token_ids, choice, PREFILL_CHUNK):
             found[done : done + len(chunk)] = chunk
             done += len(chunk)
         return found
@@ -305,17 +317,28 @@ class Runtime:
         """
         if positions < 1:
             raise UsageError(f"positions = {positions}: use 1 or more")
-        step = min(positions, PREFILL_CHUNK)
-        tokens = check_tokens(token_ids, self._manifest.model)
-        model, live, _ = self._prepare(self._choose(variant, mix))
-        cache = model.new_cache()
-        for start in range(0, len(tokens), step):
-            chunk = tokens[start : start + step]
-            yield model.read(cache, chunk, live=live, keep=len(chunk))
+        yield from self._iterate_logits(token_ids, self._choose(variant, mix), min(positions, PREFILL_CHUNK))
 
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Returns the tokens of a prompt."""
-        return encode_prompt(self._tokenizer, prompt)
+    def encode(
+        self,
+        prompt: Prompt,
+        *,
+        variant: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> list[int]:
+        """Returns the tokens of a prompt, by the tokenizer and template of a variant or mix.
+
+        options: what the chat template is given with messages, as in GenerateOptions. Raises InputError for messages that cannot
+        be used or that the template refuses, UsageError for options that cannot be used.
+        """
+        if unknown := sorted(options.keys() - set(CHAT_OPTIONS)):
+            raise UsageError(f"encode takes no option {unknown[0]!r}; use one of {', '.join(CHAT_OPTIONS)}")
+        return encode_prompt(self.find_tokenizer(variant, mix), check_prompt(prompt, options))
+
+    def find_tokenizer(self, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Tokenizer:
+        """Returns the tokenizer of a variant or mix: the bundle's own, unless its adapters brought one."""
+        return self._texts.of(self._choose(variant, mix)).tokenizer
 
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
@@ -330,10 +353,18 @@ class Runtime:
         """
         found = read_prompts(path, self._bundle, self._target)
         for saved in found:
-            cache = new_cache(self._manifest.model, saved.float_type, self._provider.memory)
+            cache = new_cache(self._manifest.find_model(saved.choice.graph), saved.float_type, self._provider.memory)
             cache.restore(saved.tokens, saved.state)
             self._prompts.put(saved.choice, cache)
         return len(found)
+
+    def _iterate_logits(self, token_ids: Sequence[int], choice: Choice, step: int) -> Iterator[Floats]:
+        tokens = check_tokens(token_ids, self._manifest.find_model(choice.graph))
+        model, live, _ = self._prepare(choice)
+        cache = model.new_cache()
+        for start in range(0, len(tokens), step):
+            chunk = tokens[start : start + step]
+            yield model.read(cache, chunk, live=live, keep=len(chunk))
 
     def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
         """Yields the pieces of one request, which owns its KV cache until it ends."""
@@ -341,7 +372,7 @@ class Runtime:
         cache = self._prompts.take(choice, request.prompt, model.new_cache)
         try:
             reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
-            return (yield from continue_prompt(request, receipt, self._tokenizer, reader))
+            return (yield from continue_prompt(request, receipt, self._texts.of(choice).tokenizer, reader))
         finally:
             self._prompts.put(choice, cache)
 

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from edgelora.data.chats import Chat
 from edgelora.data.rows import Row
 from edgelora.evaluation import completion_loss, evaluate, log_likelihood
-from edgelora_runtime.errors import InputError
+from edgelora.in_torch.mixed_model import MixedModel
+from edgelora_runtime.decode.options import OPTIONS
+from edgelora_runtime.errors import InputError, UsageError
 from tests.tiny import load_base, make_tokenizer
 
 if TYPE_CHECKING:
@@ -61,3 +64,50 @@ def test_log_likelihood_of_large_logits() -> None:
 def test_no_rows_are_refused(runtime: Runtime) -> None:
     with pytest.raises(InputError, match="no rows"):
         evaluate(runtime, [])
+
+
+def make_chat_row(question: str, answer: str) -> Row:
+    prompt = Chat.of([{"role": "user", "content": question}])
+    return Row(prompt, answer, prompt.answer(answer))
+
+
+def test_loss_of_an_answer_is_torchs_after_the_rendered_prompt(runtime: Runtime, tiny_base: Path) -> None:
+    """The special tokens of the template, and no second start of text."""
+    tokenizer = make_tokenizer()
+    messages = [{"role": "user", "content": "the cat"}]
+    head = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False) + " sat"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids[: len(head)] == head
+    nats, count = completion_loss(runtime, make_chat_row("the cat", " sat"), variant="base")
+    assert count == len(ids) - len(head)
+    assert nats == pytest.approx(reference_loss(tiny_base, ids, len(head)), rel=1e-4)
+
+
+def test_losses_of_conversations_are_those_of_the_search(runtime: Runtime, tiny_base: Path) -> None:
+    rows = [make_chat_row("the cat", "sat on the mat"), make_chat_row("a day", "in the sun"), Row("the ca", "t sat")]
+    found = MixedModel.open(str(tiny_base)).losses(rows)
+    for row, (nats, count) in zip(rows, found, strict=True):
+        expected, tokens = completion_loss(runtime, row, variant="base")
+        assert (nats, count) == (pytest.approx(expected, rel=1e-4), tokens)
+
+
+def test_right_answers_in_a_conversation_score_in_both(runtime: Runtime, tiny_base: Path) -> None:
+    asked = [Chat.of([{"role": "user", "content": text}]) for text in ("the cat", "a day")]
+    texts = [runtime.generate(chat.messages, variant="base", max_tokens=4).text for chat in asked]
+    rows = [make_chat_row(chat.messages[0]["content"], text) for chat, text in zip(asked, texts, strict=True)]
+    assert evaluate(runtime, rows, variant="base", max_tokens=4).exact_match == 1.0
+    assert MixedModel.open(str(tiny_base)).write(rows, 4) == texts
+
+
+def test_an_answer_without_text_is_not_scored(runtime: Runtime) -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "clock"}]}
+    chat = Chat.of([{"role": "user", "content": "a day"}, call])
+    with pytest.raises(InputError, match="rows line 1: the answer has no text"):
+        evaluate(runtime, [Row(chat.start(1), "", chat, place="rows line 1")])
+
+
+@pytest.mark.skipif("template_options" not in OPTIONS, reason="requests take no template options yet")
+def test_template_options_reach_the_template(runtime: Runtime) -> None:
+    with pytest.raises(UsageError, match="messages"):
+        evaluate(runtime, [make_chat_row("a", "b")], variant="base", template_options={"messages": []})

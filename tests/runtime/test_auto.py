@@ -72,6 +72,9 @@ def test_a_conversation_is_routed_by_its_last_turn(routed: Runtime) -> None:
     assert routed.generate(talk, variant="auto", max_tokens=2).variant == "plain"
     assert routed.generate(talk[:1], variant="auto", max_tokens=2).variant == "other"
     assert routed.route(talk).confidence == routed.route(CAT).confidence
+    parts: Any = [*talk, {"role": "user", "content": [{"type": "text", "text": DAY}]}]
+    assert routed.generate(parts, variant="auto", max_tokens=2).variant == "other"
+    assert routed.route([{"role": "user", "content": None}]).variant == routed.route("").variant
 
 
 @pytest.mark.parametrize("prompt", [[], [300], [-1], [1, "x"], [{"role": "user", "content": 3}]])

@@ -175,7 +175,10 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "unknown adapter": ({"mix": {"nope": 1.0}}, UsageError, "no live adapter nope"),
     "weight is not finite": ({"mix": {"plain": float("nan")}}, UsageError, "plain = nan"),
     "temperature": ({"temperature": -1.0}, UsageError, "temperature"),
-    "messages without a role": ({"prompt": [{"content": "hi"}]}, InputError, "template"),
+    "messages without a role": ({"prompt": [{"content": "hi"}]}, InputError, r"messages\[0\] has no role"),
+    "unknown date": ({"date": "2025-02-30"}, UsageError, "date = 2025-02-30: use YYYY-MM-DD"),
+    "tools that are no list": ({"tools": {"name": "f"}}, UsageError, "use a list of objects"),
+    "template options of a text": ({"template_options": {"a": 1}}, UsageError, "template_options: only a chat template"),
 }
 
 

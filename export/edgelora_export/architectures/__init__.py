@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora_export.architectures.gemma import read_gemma2, read_gemma3
 from edgelora_export.architectures.granite import read_granite
 from edgelora_export.architectures.llama import read_llama
-from edgelora_export.architectures.mistral import read_mistral
+from edgelora_export.architectures.mistral import read_ministral3, read_mistral
 from edgelora_export.architectures.olmo2 import read_olmo2
 from edgelora_export.architectures.phi3 import read_phi3
 from edgelora_export.architectures.qwen import read_qwen2, read_qwen3
@@ -24,6 +24,7 @@ _READERS: dict[str, Callable[[dict[str, Any], int | None], Decoder]] = {
     "gemma3_text": read_gemma3,
     "granite": read_granite,
     "llama": read_llama,
+    "ministral3": read_ministral3,
     "mistral": read_mistral,
     "olmo2": read_olmo2,
     "phi3": read_phi3,
@@ -45,6 +46,11 @@ def read_decoder(config: dict[str, Any], context_length: int | None = None) -> D
     Raises InputError for an architecture or a setting that the builder cannot express.
     """
     kind = config.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise InputError(f"model_type {kind!r} is not supported; supported: {', '.join(sorted(_READERS))}")
-    return _READERS[kind](config, context_length)
+    try:
+        return _READERS[kind](config, context_length)
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:  # a value of another type than expected
+        raise InputError(f"config.json of this {kind} has a value that cannot be used ({error!r:.200})") from error

@@ -19,6 +19,9 @@ CONTEXT_LIMIT = 32768  # default bound of the rotary table. 128k positions would
 ACTIVATIONS = ("gelu_pytorch_tanh", "silu")
 EMBEDDING = "model.embed_tokens.weight"
 _REQUIRED_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_OPTIONAL_KEYS = ("head_dim", "num_key_value_heads")  # absent or null: derived from the others
+_LARGEST = {"num_hidden_layers": 1000, "head_dim": 8192}  # far more than any model has, and little enough to be tried
+_LARGEST_OTHER = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ def read_config_sizes(
     """
     if absent := [key for key in _REQUIRED_KEYS if key not in config]:
         raise InputError(f"config.json lacks {', '.join(absent)}")
+    keys = [*_REQUIRED_KEYS, *(key for key in _OPTIONAL_KEYS if config.get(key) is not None)]
+    if wrong := [key for key in keys if not _is_size(config[key], _LARGEST.get(key, _LARGEST_OTHER))]:
+        raise InputError(f"config.json has {wrong[0]} = {repr(config[wrong[0]])[:40]}, which is no size of a model")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     size = config.get("head_dim") or hidden // heads
     rotary = int(size * partial_rotary_factor)
@@ -86,6 +92,10 @@ def read_config_sizes(
         layers=config["num_hidden_layers"],
         context_length=context,
     )
+
+
+def _is_size(value: object, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= largest
 
 
 def _default_context(config: Mapping[str, Any]) -> int:

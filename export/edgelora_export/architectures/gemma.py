@@ -102,11 +102,11 @@ def _set_gemma_options(decoder: Decoder, config: dict[str, Any]) -> Decoder:
 def _read_ropes(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads the rope settings of global and of local layers.
 
-    transformers nests both under rope_parameters, or writes those of global layers flat.
+    transformers 5 nests both under rope_parameters. Before, rope_scaling held those of global layers.
     """
-    theta, local_theta = config.get("rope_theta", 1000000.0), config.get("rope_local_base_freq", 10000.0)
-    nested = config.get("rope_parameters") or {"full_attention": config.get("rope_scaling")}
-    return (
-        read_rope({"rope_parameters": nested.get("full_attention"), "rope_theta": theta}),
-        read_rope({"rope_parameters": nested.get("sliding_attention"), "rope_theta": local_theta}),
-    )
+    nested = config.get("rope_parameters") or {}
+    nested = {**nested, "full_attention": {**(nested.get("full_attention") or {}), **(config.get("rope_scaling") or {})}}
+    thetas = {"full_attention": config.get("rope_theta", 1000000.0), "sliding_attention": config.get("rope_local_base_freq", 1e4)}
+    shared = {"max_position_embeddings": config["max_position_embeddings"]}
+    ropes = (read_rope(shared | {"rope_parameters": nested.get(kind), "rope_theta": theta}) for kind, theta in thetas.items())
+    return next(ropes), next(ropes)

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes as ml_dtypes  # numpy knows bfloat16, which most bases are, only once this is imported
 import numpy as np
 
-from edgelora_export.base.files import read_json
+from edgelora_export.base.fit import check_fit
+from edgelora_export.base.gguf.open import SUFFIX, open_gguf
+from edgelora_export.base.head import settle_head
+from edgelora_export.base.kinds import check_kind, read_config
+from edgelora_export.base.quantized.dequantize import dequantize
 from edgelora_export.base.safetensors_folder import SafetensorsFolder
+from edgelora_export.base.text_part import take_text_config, take_text_tensors
 from edgelora_export.base.texts import TextsOfFolder
 from edgelora_runtime.errors import InputError, MissingExtraError
 
@@ -32,8 +37,8 @@ _HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", 
 class Base:
     """A base on disk.
 
-    path: its folder or file. config: config.json as transformers reads it. tensors: by transformers' names. texts: its configs,
-    tokenizer and chat templates, by file name.
+    path: its folder or file. config: config.json as transformers reads it, of a multimodal model the text part's. tensors: by the
+    names that transformers gives them in a plain model. texts: its configs, tokenizer and chat templates, by file name.
     """
 
     path: Path
@@ -43,23 +48,42 @@ class Base:
 
     @classmethod
     def open(cls, path: Path | str) -> Base:
-        """Opens a local folder. Raises InputError if config.json or the safetensors files are missing or broken."""
+        """Opens a local folder in the Hugging Face layout, or a GGUF file, and checks it without reading a weight.
+
+        Raises InputError, with what lies there instead and what to give, for anything that export would refuse later.
+        """
         path = Path(path)
+        if path.suffix == SUFFIX and path.is_file():
+            base = cls(path, *open_gguf(path))
+            check_fit(base.config, base.tensors, path)
+            return base
         if not path.is_dir():
-            raise InputError(f"base {path} is not a folder; give a local folder in the Hugging Face layout")
-        config = read_json(path / "config.json", "a base needs it")
-        return cls(path, config, SafetensorsFolder.open(path), TextsOfFolder(path))
+            raise InputError(f"base {path} is neither a folder in the Hugging Face layout nor a {SUFFIX} file")
+        whole = read_config(path)
+        check_kind(whole, str(path))
+        tensors, whole = dequantize(SafetensorsFolder.open(path), whole, path)
+        config = take_text_config(whole, path)
+        if config["model_type"] != whole["model_type"]:
+            check_kind(config, f"{path} (its text part)")
+            tensors = take_text_tensors(tensors)
+        config, tensors = settle_head(config, tensors)
+        check_fit(config, tensors, path)
+        return cls(path, config, tensors, TextsOfFolder(path))
 
     @classmethod
     def find(cls, name: str) -> Base:
-        """Opens a local folder or a hub id, from the local hub cache or by download."""
-        if Path(name).is_dir() or not _HUB_ID.fullmatch(name):
+        """Opens a local folder, a GGUF file, or a hub id, from the local hub cache or by download.
+
+        A download starts with the configs, so that a model of another kind is refused before its weights are fetched.
+        """
+        if Path(name).exists() or name.endswith(SUFFIX) or not _HUB_ID.fullmatch(name):
             return cls.open(name)
         try:
             from huggingface_hub import snapshot_download
         except ImportError as error:
             raise MissingExtraError("huggingface_hub", "export") from error
         try:
+            check_kind(read_config(Path(snapshot_download(name, allow_patterns=["*.json"]))), name)
             return cls.open(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
         except InputError:
             raise

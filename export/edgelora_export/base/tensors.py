@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -31,3 +33,30 @@ class Tensors(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Reads some rows of a matrix, as read(), without reading the others."""
+
+
+@dataclass(frozen=True)
+class RenamedTensors:
+    """Some of another base's tensors, under other names. Satisfies Tensors.
+
+    sources: the name that the other base has for each tensor.
+    """
+
+    tensors: Tensors
+    sources: Mapping[str, str]
+
+    @cached_property
+    def files(self) -> Mapping[str, str]:
+        return {name: self.tensors.files[source] for name, source in self.sources.items()}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors.shape(self.sources[name])
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        return self.tensors.dtype(self.sources[name])
+
+    def read(self, name: str) -> NDArray[Any]:
+        return self.tensors.read(self.sources[name])
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        return self.tensors.read_rows(self.sources[name], start, stop)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "chat_templates/*.jinja")
+_PATTERNS = ("*.json", "*.jinja", "*.model", "*.txt", "additional_chat_templates/*.jinja")
 _NOT_TEXTS = ".safetensors.index.json"
 
 

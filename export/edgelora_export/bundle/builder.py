@@ -19,9 +19,10 @@ from edgelora_export.bundle.genai_config import GENAI_CONFIG, pack_genai_config
 from edgelora_export.bundle.graphs import find_live_products, write_graphs, write_live_adapters
 from edgelora_export.bundle.merge_base import choose_merge_base
 from edgelora_export.bundle.progress import Progress
-from edgelora_export.bundle.texts import copy_texts, read_end_tokens, read_generation_settings
+from edgelora_export.bundle.texts import read_generation_settings
 from edgelora_export.bundle.weights import BundleWeights
 from edgelora_export.graph.live_slots import name_live_slots
+from edgelora_export.plan.adapted_decoder import explain_not_live
 from edgelora_export.plan.targets import CPU
 from edgelora_export.weights.publish import BLOB, staged_folder, write_file, write_hashed
 from edgelora_runtime import Runtime
@@ -52,7 +53,7 @@ def build_bundle(plan: BundlePlan, output: Path, *, on_progress: OnProgress = la
     """
     with staged_folder(output, marker=MANIFEST, plan=plan.resume_key) as folder:
         builder = BundleBuilder(plan, folder, on_progress)
-        builder.copy_texts()
+        builder.write_texts()
         builder.choose_merge_bases()
         builder.store_weights()
         builder.pass_gate()
@@ -82,13 +83,13 @@ class BundleBuilder:
         self._weights.expect_progress(self.variants)
         self._progress.expect(len(self._find_measured()))
 
-    def copy_texts(self) -> None:
-        """Writes tokenizer, configs, router and draft tables.
+    def write_texts(self) -> None:
+        """Writes tokenizers, chat templates, configs, router and draft tables.
 
         Requires: an empty folder, or the blobs of an interrupted run.
         Ensures: these files are in the folder.
         """
-        copy_texts(self._plan.base, self._folder)
+        self._plan.texts.write(self._folder)
         if self._plan.router is not None:
             write_file(self._folder / self._plan.router.entry.file, [self._plan.router.content])
         for name, table in self._plan.draft_tables.items():
@@ -102,7 +103,7 @@ class BundleBuilder:
         """
         for name, variant in self.variants.items():
             self._progress.show(f"choosing the base of {name}")
-            self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder, variant)
+            self.variants[name] = choose_merge_base(self._plan.base, self._plan.decoder_of(variant), variant)
 
     def store_weights(self) -> None:
         """Stores the weights of every variant.
@@ -141,9 +142,10 @@ class BundleBuilder:
         for path in self._folder.iterdir():
             if path.suffix in (BLOB, ".onnx") and path.name not in used:
                 path.unlink()
-        if default.live is None:  # onnxruntime-genai binds no factors and would run a live variant as the bare base
+        # onnxruntime-genai binds no factors and would run a live variant as the bare base, and it knows one tokenizer.
+        if default.live is None and manifest.variants[default.name].texts is None:
             graph = manifest.variants[default.name].graphs[CPU.name].file
-            write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(graph)])
+            write_file(self._folder / GENAI_CONFIG, [self._pack_genai_config(default, graph)])
         manifest = replace(manifest, files=describe_files(self._folder))
         write_file(self._folder / MANIFEST, [manifest.dump()])
         self._progress.finish("written")
@@ -153,7 +155,8 @@ class BundleBuilder:
         """Returns what the gate measures of a variant. Requires: its weights are stored."""
         variant, plan = self.variants[name], self._plan
         samples = plan.find_calibration(variant).held_out
-        return Subject(plan.base, plan.decoder, variant, samples, self._folder, self._weights.get(variant), self._weights.bare)
+        weights = self._weights.get(variant)
+        return Subject(plan.base, plan.decoder_of(variant), variant, samples, self._folder, weights, self._weights.bare)
 
     @contextmanager
     def run_variant(self, name: str) -> Iterator[Runtime]:
@@ -216,7 +219,7 @@ class BundleBuilder:
         repairs = self._propose_repairs(name, gate, teacher)
         while True:
             repair = next(repairs)
-            if isinstance(repair, MakeLive) and (reason := find_live_obstacle(self.variants[name], self._plan.live_adapters)):
+            if isinstance(repair, MakeLive) and (reason := self._find_live_obstacle(self.variants[name])):
                 raise IntegrityError(f"{name} {' and '.join(gate.find_shortfalls(found))}, and cannot be made live: {reason}")
             self.repair(name, repair)
             measurement = self._measure(name, teacher)
@@ -230,6 +233,10 @@ class BundleBuilder:
                 return "repaired", measurement, teacher.products
             if isinstance(repair, MergeIntoFloat):
                 repairs = self._propose_repairs(name, gate, teacher)
+
+    def _find_live_obstacle(self, variant: Variant) -> str | None:
+        plan = self._plan
+        return explain_not_live(plan.decoder, variant.delta) or find_live_obstacle(variant, plan.live_adapters)
 
     def _propose_repairs(self, name: str, gate: Gate, teacher: Teacher) -> Iterator[Repair]:
         variant = self.variants[name]
@@ -250,10 +257,15 @@ class BundleBuilder:
             created_by=f"edgelora {__version__}",
             default_variant=plan.default_variant if plan.default_variant in graphs else variants[0].name,
             base=describe_base(plan.base),
-            model=describe_model(plan.base, plan.decoder),
+            model=describe_model(plan.decoder, plan.texts.base.end_tokens),
             quantization=describe_quantization(plan.quantization),
             adapters={
-                name: replace(entry, file=files.get(name), draft_table=self._draft_tables.get(name))
+                name: replace(
+                    entry,
+                    file=files.get(name),
+                    draft_table=self._draft_tables.get(name),
+                    texts=plan.texts.describe([name]) if name in files else None,
+                )
                 for name, entry in plan.adapters.items()
             },
             live_slots=tuple(name_live_slots(linear) for linear in plan.decoder.linears if linear.name in live),
@@ -267,10 +279,11 @@ class BundleBuilder:
             router=None if plan.router is None else plan.router.entry,
         )
 
-    def _pack_genai_config(self, graph: str) -> bytes:
+    def _pack_genai_config(self, default: Variant, graph: str) -> bytes:
         base = self._plan.base
         settings = {**base.config, **read_generation_settings(base)}
-        return pack_genai_config(self._plan.decoder, graph, settings=settings, end_tokens=read_end_tokens(base))
+        ends = self._plan.texts.base.end_tokens
+        return pack_genai_config(self._plan.decoder_of(default), graph, settings=settings, end_tokens=ends)
 
 
 def _describe_fidelity(measurement: Measurement, outcome: Outcome, products: dict[str, ProductFidelity]) -> FidelityEntry:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from edgelora_export.bundle.texts import read_end_tokens
+from edgelora_export.plan.adapted_decoder import find_own_matrices
 from edgelora_export.weights.publish import BLOB
 from edgelora_runtime.bundle.folder import hash_file
 from edgelora_runtime.bundle.manifest import (
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from edgelora_export.base.base import Base
     from edgelora_export.bundle.plan import BundlePlan
     from edgelora_export.decoder.description import Decoder
-    from edgelora_export.plan.variants import Quantization, Variant
+    from edgelora_export.plan.variants import Delta, Quantization, Variant
     from edgelora_export.weights.stored import StoredWeights
     from edgelora_runtime.bundle.manifest import FidelityEntry, GraphEntry
+
+_VOCAB: tuple[Literal["embedding"], Literal["head"]] = ("embedding", "head")
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
@@ -43,8 +45,8 @@ def describe_base(base: Base) -> BaseEntry:
     return BaseEntry("".join(filter(str.isprintable, base.name)), base.sha256)
 
 
-def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
-    """Returns the sizes by which a runtime makes inputs and outputs."""
+def describe_model(decoder: Decoder, end_tokens: tuple[int, ...]) -> ModelEntry:
+    """Returns the sizes by which a runtime makes inputs and outputs, and the tokens that end an answer."""
     return ModelEntry(
         architecture=decoder.architecture,
         hidden_size=decoder.hidden_size,
@@ -53,13 +55,19 @@ def describe_model(base: Base, decoder: Decoder) -> ModelEntry:
         head_size=decoder.head_size,
         vocab_size=decoder.vocab_size,
         context_length=decoder.context_length,
-        eos_token_ids=read_end_tokens(base),
+        eos_token_ids=end_tokens,
     )
 
 
 def describe_quantization(quantization: Quantization) -> QuantizationEntry:
     """Returns the grid and the method of a bundle's weights."""
     return QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method)
+
+
+def name_own_vocab(base: Decoder, decoder: Decoder, delta: Delta | None) -> tuple[Literal["embedding", "head"], ...]:
+    """Names what a variant has for itself of embedding and head. One tied matrix is both."""
+    own = find_own_matrices(base, decoder, delta)
+    return ("embedding", "head") if own and decoder.tied else tuple(each for each in _VOCAB if each in own)
 
 
 def describe_variant(
@@ -70,6 +78,7 @@ def describe_variant(
     fidelity: FidelityEntry | None,
 ) -> VariantEntry:
     """Returns the entry of a variant as it was built. graphs: by target."""
+    decoder = plan.decoder_of(variant)
     calibration = plan.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
     raised = tuple(name for name, grid in weights.grids.items() if grid.bits == 8 and plan.quantization.bits == 4)
     return VariantEntry(
@@ -87,4 +96,7 @@ def describe_variant(
         trained_on=None if variant.trained is None else variant.trained.quantization,
         merge_losses=dict(variant.merge_losses),
         fidelity=fidelity,
+        vocab_size=None if decoder.vocab_size == plan.decoder.vocab_size else decoder.vocab_size,
+        own_vocab=name_own_vocab(plan.decoder, decoder, variant.delta),
+        texts=plan.texts.describe(variant.mix),
     )

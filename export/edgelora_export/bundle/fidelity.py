@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.plan.adapted_decoder import changes_vocab
 from edgelora_export.quantize.gptq import output_error
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
-from edgelora_export.weights.merged import changes_linear, changes_vocab, read_linear
+from edgelora_export.weights.merged import changes_bias, changes_linear, read_bias, read_linear
 from edgelora_export.weights.stored import load_matrix
 from edgelora_runtime.bundle.manifest import ProductFidelity
 
@@ -38,7 +39,8 @@ _FLOAT64_VALUES = 1 << 20  # compared in float64 at a time, unless one row has m
 class Subject:
     """A variant to measure, and the place of its weights.
 
-    samples: held-out samples. weights: the variant's, stored in folder. bare: the bare base's, None if they are not stored.
+    decoder: the variant's own. samples: held-out samples. weights: the variant's, stored in folder. bare: the bare base's, None
+    if they are not stored.
     """
 
     base: Base
@@ -101,6 +103,7 @@ class Comparison:
 def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index: None) -> Teacher:
     """Runs the samples through the float base with and without the variant's delta, and through its trained base.
 
+    The bare base gets as many vocabulary rows as the variant has, of which those that it lacks are 0.
     Each product of a merged variant is compared on the way with the float weight that it replaces.
     """
     base, decoder, variant, samples = subject.base, subject.decoder, subject.variant, subject.samples
@@ -129,7 +132,9 @@ def _run_layer(
     assert variant.delta is not None
     bare_weights = read_layer(subject.base, subject.decoder, index, None)
     changed = [linear for linear in layer.linears if changes_linear(variant.delta, linear)]
+    biased = [linear for linear in layer.linears if changes_bias(variant.delta, linear)]
     adapted_weights = bare_weights | {linear.name: read_linear(subject.base, linear, variant.delta) for linear in changed}
+    adapted_weights |= {f"{linear.name}.bias": read_bias(subject.base, linear, variant.delta) for linear in biased}
     inputs: dict[str, list[Floats]] = {linear.name: [] for linear in changed if variant.live is None}
     adapted = stream.run(index, adapted_weights, adapted, {product: seen.append for product, seen in inputs.items()})
     bare = stream.run(index, bare_weights, bare)
@@ -142,7 +147,10 @@ def _run_layer(
 
 
 def measure_loss(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta) -> float:
-    """Measures the loss of the float base on samples with a delta added, in nats per token."""
+    """Measures the loss of the float base on samples with a delta added, in nats per token.
+
+    decoder: adapted to the delta.
+    """
     stream = LayerStream(decoder)
     states = HiddenStates(delta, stream.final_states(base, samples, delta))
     nats, tokens = 0.0, 0

@@ -29,7 +29,7 @@ def pack_genai_config(
         "type": _TYPES.get(decoder.architecture, decoder.architecture),
         "vocab_size": decoder.vocab_size,
         "context_length": decoder.context_length,
-        **_special_tokens(settings, end_tokens),
+        **_special_tokens(settings, end_tokens, decoder.vocab_size),
         "decoder": {
             "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
             "filename": filename,
@@ -66,7 +66,7 @@ def pack_genai_config(
     return (json.dumps({"model": model, "search": search}, indent=1) + "\n").encode()
 
 
-def _special_tokens(settings: Mapping[str, Any], end_tokens: Sequence[int]) -> dict[str, Any]:
+def _special_tokens(settings: Mapping[str, Any], end_tokens: Sequence[int], vocab_size: int) -> dict[str, Any]:
     """Returns the ids of the known special tokens. Without a padding token, the first end token pads, as in the builder."""
     tokens: dict[str, Any] = {}
     if end_tokens:
@@ -74,7 +74,7 @@ def _special_tokens(settings: Mapping[str, Any], end_tokens: Sequence[int]) -> d
     if (begin := settings.get("bos_token_id")) is not None:
         tokens["bos_token_id"] = begin
     padding = settings.get("pad_token_id")
-    if padding is not None and 0 <= padding < settings.get("vocab_size", padding + 1):
+    if padding is not None and 0 <= padding < vocab_size:
         tokens["pad_token_id"] = padding
     elif end_tokens:
         tokens["pad_token_id"] = end_tokens[0]

@@ -42,7 +42,7 @@ def write_graphs(
         for stem, variant in sources.items():
             stored = weights.get(variant) if target.float_type == CPU.float_type else copies.copy(weights.get(variant))
             inputs = live if stem == _LIVE_STEM else frozenset[str]()
-            models[stem] = build_graph(plan.decoder, stored, folder, live=inputs, target=target)
+            models[stem] = build_graph(plan.decoder_of(variant), stored, folder, live=inputs, target=target)
         stages = split_graphs(models, folder) if target is CPU else {}
         for stem, model in models.items():
             file = f"{stem}.{name}.onnx"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def choose_merge_base(base: Base, decoder: Decoder, variant: Variant) -> Variant:
-    """Returns the variant with its merge base chosen, float or trained.
+    """Returns the variant with its merge base chosen, float or trained. decoder: the variant's own.
 
     An adapter compensates for the rounding of the base on which it was trained, and the float base has no such rounding. But the
     rounding itself loses some of the float base. Neither is always better, so both run over the held-out samples before

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgelora_export.bundle.texts import read_bundle_texts
+from edgelora_export.plan.adapted_decoder import adapt_decoder, explain_not_live
 from edgelora_export.plan.calibration import Calibration
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import Quantization
-from edgelora_export.weights.merged import check_modules, vocab_modules
+from edgelora_export.weights.merged import check_delta, check_modules, check_vocab
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgelora_export.base.base import Base
     from edgelora_export.bundle.gate import Gate
+    from edgelora_export.bundle.texts import BundleTexts
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import LowRank, PackedRouter, Variant
     from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -31,7 +34,8 @@ class BundlePlan:
     live_adapters: factors by adapter name, for live variants and for those that the gate makes live. base_calibration: the
     samples on which the bare base is quantized. gate: the limits for variants. None measures nothing.
     default: the variant with which a runtime starts, None for the first. targets: names of Targets, cpu among them. router: picks
-    a variant for a prompt. draft_tables: bytes by adapter.
+    a variant for a prompt. draft_tables: bytes by adapter. texts: tokenizers, chat templates and end tokens, by default the
+    base's.
     resume_key: one line that two plans share only if they lead to the same weights. A later run with the same key reuses what an
     interrupted run has finished. With None an interrupted run leaves nothing.
     """
@@ -48,20 +52,28 @@ class BundlePlan:
     targets: tuple[str, ...] = (CPU.name,)
     router: PackedRouter | None = None
     draft_tables: Mapping[str, bytes] = field(default_factory=dict)
+    texts: BundleTexts = None  # type: ignore[assignment]  # None only until __post_init__
     resume_key: str | None = None
 
     def __post_init__(self) -> None:
+        if self.texts is None:
+            object.__setattr__(self, "texts", read_bundle_texts(self.base, self.decoder.vocab_size))
         check_targets(self.targets)
         check_names(self.variants)
+        check_vocab(self.base, self.decoder)
         for variant in self.variants:
             if variant.delta is not None:
-                check_modules(self.decoder, variant.delta.modules, f"variant {variant.name}", vocab=True)
+                check_delta(self.decoder, variant.delta, f"variant {variant.name}")
+            if variant.live is not None and (reason := explain_not_live(self.decoder, variant.delta)):
+                raise InputError(f"variant {variant.name} cannot be live: {reason}; use kind = 'merged'")
         for name, adapter in self.live_adapters.items():
             check_modules(self.decoder, adapter.modules, f"adapter {name}")
-        folded = [name.lower() for name in self.live_adapters]
-        if twice := sorted({name for name in self.live_adapters if folded.count(name.lower()) > 1}):
+        with_files = {*self.live_adapters, *self.texts.own}
+        folded = [name.lower() for name in with_files]
+        if twice := sorted({name for name in with_files if folded.count(name.lower()) > 1}):
             raise InputError(f"adapters {', '.join(twice)} differ only in case, and so would their files; rename one")
-        products = [*(linear.name for linear in self.decoder.linears), *vocab_modules(self.decoder)]
+        vocab = dict.fromkeys(product for variant in self.variants for product in self.decoder_of(variant).vocab_modules)
+        products = [*(linear.name for linear in self.decoder.linears), *vocab]
         if idle := self.quantization.idle_patterns(products):
             raise InputError(
                 f"int8 = {', '.join(idle)}: no product matches; products are named from {products[0]} to {products[-1]}"
@@ -71,6 +83,10 @@ class BundlePlan:
     def default_variant(self) -> str:
         """The name of the variant with which a runtime starts."""
         return self.variants[0].name if self.default is None else self.default
+
+    def decoder_of(self, variant: Variant) -> Decoder:
+        """Returns the decoder as a variant's delta adapts it: with its own biases, head and vocabulary size."""
+        return adapt_decoder(self.decoder, variant.delta)
 
     def find_calibration(self, variant: Variant) -> Calibration:
         """Returns the samples on which a variant is measured: its own, or the base's if it has no delta."""

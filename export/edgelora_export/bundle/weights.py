@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgelora_export.bundle.progress import GPTQ_COST
+from edgelora_export.plan.adapted_decoder import find_own_matrices
 from edgelora_export.plan.variants import Merge
-from edgelora_export.stream.embeddings import store_embeddings
+from edgelora_export.stream.embeddings import find_vocab_grid, store_embeddings, store_own_matrices
 from edgelora_export.stream.products import compensates, raise_to_int8, store_products
 from edgelora_export.weights.journal import Journal
-from edgelora_export.weights.merged import changes_linear, changes_vocab, vocab_modules
+from edgelora_export.weights.merged import changes_linear
 from edgelora_export.weights.publish import locate_journal
-from edgelora_export.weights.stored import Storage, StoredWeights, store_norms, store_vocab_matrix
+from edgelora_export.weights.stored import Storage, StoredWeights, store_biases, store_norms, store_vocab_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from edgelora_export.bundle.progress import Progress
     from edgelora_export.plan.calibration import Calibration
     from edgelora_export.plan.variants import Variant
+    from edgelora_export.weights.journal import JournalSection
 
 
 class BundleWeights:
@@ -62,7 +64,10 @@ class BundleWeights:
         Ensures: get() finds the weights of each variant. Weights that were stored before do not change.
         """
         if self.shared is None:
-            merges = [self._bare_merge, *(variant.merge for variant in variants.values() if variant.change)]
+            merges = [
+                self._bare_merge,
+                *(each.merge for each in variants.values() if each.change and not self._has_own_head(each)),
+            ]
             finished, on_layer = self._journal.section(""), self._progress.start_pass("embedding")
             self.shared = store_norms(self._storage) | store_embeddings(self._storage, merges, finished, on_layer)
         if self.bare is None and self._needs_bare(variants):
@@ -71,11 +76,12 @@ class BundleWeights:
             self.bare = store_products(self._storage, self._bare_merge, self.shared, finished, on_layer=on_layer)
         for name, variant in variants.items():
             if name not in self._merged and _is_merged(variant):
+                finished = self._journal.section(f"{name}, {variant.merge_base} base")  # the gate may change the base
                 self._merged[name] = store_products(
-                    self._storage,
+                    self._storage_of(variant),
                     variant.merge,
-                    self.shared | self._store_changed_vocab(variant),
-                    self._journal.section(f"{name}, {variant.merge_base} base"),  # the gate may change the base
+                    self.shared | self._store_own(variant, finished),
+                    finished,
                     bare=self.bare,
                     on_layer=self._progress.start_pass(name, self._cost(variant.calibration)),
                 )
@@ -86,12 +92,13 @@ class BundleWeights:
 
     def raise_to_int8(self, variant: Variant, products: Collection[str]) -> None:
         """Stores some products of a merged variant again, in 8 bits. Other variants keep theirs."""
-        linears = [linear for linear in self._plan.decoder.linears if linear.name in products]
-        stored = raise_to_int8(self._storage, variant.change, linears)
-        for name in vocab_modules(self._plan.decoder).keys() & set(products):
-            grid = self._plan.quantization.grid(name)
+        storage = self._storage_of(variant)
+        linears = [linear for linear in storage.decoder.linears if linear.name in products]
+        stored = raise_to_int8(storage, variant.change, linears)
+        for name in storage.decoder.vocab_modules.keys() & set(products):
+            grid = find_vocab_grid(storage, name)
             assert grid is not None
-            stored.update(store_vocab_matrix(self._storage, name, variant.change, replace(grid, bits=8)))
+            stored.update(store_vocab_matrix(storage, name, variant.change, replace(grid, bits=8)))
         self._merged[variant.name].update(stored)
 
     def _needs_bare(self, variants: Mapping[str, Variant]) -> bool:
@@ -102,12 +109,25 @@ class BundleWeights:
             for linear in self._plan.decoder.linears
         )
 
-    def _store_changed_vocab(self, variant: Variant) -> StoredWeights:
-        """Stores the vocabulary matrices of a variant that changes one of them, rounded to nearest."""
-        weights = StoredWeights()
-        if changes_vocab(variant.change, self._plan.decoder):
-            for name in vocab_modules(self._plan.decoder):
-                weights.update(store_vocab_matrix(self._storage, name, variant.change, self._plan.quantization.grid(name)))
+    def _storage_of(self, variant: Variant) -> Storage:
+        """Returns the storage with the variant's own decoder."""
+        return replace(self._storage, decoder=self._plan.decoder_of(variant))
+
+    def _own_matrices(self, variant: Variant) -> list[str]:
+        return find_own_matrices(self._plan.decoder, self._plan.decoder_of(variant), variant.delta)
+
+    def _has_own_head(self, variant: Variant) -> bool:
+        return self._plan.decoder_of(variant).head_product in self._own_matrices(variant)
+
+    def _store_own(self, variant: Variant, finished: JournalSection) -> StoredWeights:
+        """Stores a variant's own vocabulary matrices and biases. An untied head that it leaves alone is the base's embedding."""
+        assert self.shared is not None
+        storage, own = self._storage_of(variant), self._own_matrices(variant)
+        on_layer = self._progress.start_pass(f"{variant.name}, head") if self._has_own_head(variant) else lambda index: None
+        weights = store_own_matrices(storage, own, variant.merge, finished, on_layer)
+        if storage.decoder.untied and "head" not in own:
+            weights.update(self.shared.rename("embedding", "head"))
+        weights.update(store_biases(storage, variant.change))
         return weights
 
     def _cost(self, calibration: Calibration) -> int:

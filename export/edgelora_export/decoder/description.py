@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
+HEAD_MODULE = "lm_head"  # the checkpoint's name for the head, also where the embedding is the head
 HEAD_MULTIPLE = 16  # GroupQueryAttention rotates only heads whose size is a multiple of this
 
 
@@ -99,12 +100,14 @@ class Part:
 class Linear:
     """One matrix product of the graph. It stacks the rows of its parts, which share their input.
 
-    name: prefix of its initializers, such as layers.0.attention.qkv.
+    name: prefix of its initializers, such as layers.0.attention.qkv. bias: True if the graph adds one. new_bias: True if a
+    variant brings it, and the checkpoint stores none.
     """
 
     name: str
     parts: tuple[Part, ...]
     bias: bool = False
+    new_bias: bool = False
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -161,7 +164,8 @@ class Layer:
     """One transformer block: attention and a gated MLP, each around a residual, with a norm before it, after it, or both.
 
     query_norm, key_norm: over each head if their layout has one head, else over all heads together.
-    rotary: the prefix of its rotary table's name, None if its heads do not rotate.
+    rotary: the prefix of its rotary table's name, None if its heads do not rotate. query_scales: the name of the table that
+    multiplies its queries by their position, None for no such table.
     window: how many positions it sees, its own included. None for all.
     """
 
@@ -176,6 +180,7 @@ class Layer:
     attention_post_norm: Norm | None = None
     mlp_post_norm: Norm | None = None
     rotary: str | None = "rotary"
+    query_scales: str | None = None
     window: int | None = None
 
     @property
@@ -195,10 +200,13 @@ class Decoder:
 
     head_size: as in the graph, padding included. attention_scale is that of the unpadded head.
     attention_cap: scores s become cap * tanh(s / cap). logits_cap: the same for logits. None for no cap.
-    rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin.
+    rotary_tables: by initializer name, float32 (context_length, head_size / 2): <prefix>.cos and <prefix>.sin. Also the tables
+    of query scales, float32 (context_length, 1).
     embedding_multiplier: scales the embedding's rows before the first block. It does not scale the head, even if that is tied.
     activation: of the MLP's gate, by its name in config.json.
-    head: the checkpoint tensor of the output projection. It is the embedding's if they are tied.
+    vocab_size: rows of the embedding and the head. The checkpoint may hold another number of them.
+    head: the checkpoint tensor of the output projection. It is the embedding's if the checkpoint ties them.
+    untied: True for a variant whose head differs from its embedding, although both start from the same tensor.
     wide_residual: True if the residual sum exceeds the range of fp16.
     """
 
@@ -221,10 +229,22 @@ class Decoder:
     attention_cap: float | None = None
     logits_cap: float | None = None
     wide_residual: bool = False
+    untied: bool = False
 
     @property
     def tied(self) -> bool:
-        return self.head == self.embedding
+        return self.head == self.embedding and not self.untied
+
+    @property
+    def vocab_tensors(self) -> dict[str, str]:
+        """The checkpoint tensors of the vocabulary matrices, by product: `embedding` and, unless it is tied, `head`."""
+        return {"embedding": self.embedding} if self.tied else {"embedding": self.embedding, "head": self.head}
+
+    @property
+    def vocab_modules(self) -> dict[str, str]:
+        """The modules of the same matrices, as a delta names them."""
+        names = {product: tensor.removesuffix(".weight") for product, tensor in self.vocab_tensors.items()}
+        return names | {"head": HEAD_MODULE} if self.untied else names
 
     @property
     def head_product(self) -> str:

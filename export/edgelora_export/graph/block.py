@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import onnx_ir as ir
+
 from edgelora_export.graph.nodes import CONTRIB
 from edgelora_export.graph.products import multiply_matrix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import onnx_ir as ir
 
     from edgelora_export.decoder.description import Decoder, Layer, Linear, Norm
     from edgelora_export.graph.live_inputs import LiveInputs
@@ -165,13 +165,27 @@ class BlockBuilder:
         return BlockOutput(new_key, new_value, taps)
 
     def _separate_heads(self, layer: Layer, packed: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
-        """Splits queries, keys and values if they have norms. Without norms GroupQueryAttention takes them packed."""
-        if layer.query_norm is None or layer.key_norm is None:
+        """Splits queries, keys and values if they have norms or scales. Else GroupQueryAttention takes them packed."""
+        if layer.query_norm is None and layer.key_norm is None and layer.query_scales is None:
             return packed, None, None
         heads, kv_heads, head_size = self._decoder.heads, self._decoder.kv_heads, self._decoder.head_size
         sizes = self._b.constant("qkv.sizes", [heads * head_size, kv_heads * head_size, kv_heads * head_size])
         query, key, value = self._b.ops("Split", packed, sizes, count=3, axis=-1)
-        return self._normalize_heads(layer.query_norm, query), self._normalize_heads(layer.key_norm, key), value
+        if layer.query_norm is not None and layer.key_norm is not None:
+            query, key = self._normalize_heads(layer.query_norm, query), self._normalize_heads(layer.key_norm, key)
+        if layer.query_scales is not None:
+            query = self._scale_queries(layer.query_scales, query)
+        return query, key, value
+
+    def _scale_queries(self, table: str, query: ir.Value) -> ir.Value:
+        """Multiplies each query of (1, S, heads * head_size) by its position's entry in a table (C, 1)."""
+        b = self._b
+        one = b.constant("scalar_1", 1)
+        count = b.op("Gather", b.op("Shape", query), one, axis=0)
+        last = b.op("Squeeze", b.op("Cast", self._positions.last, to=ir.DataType.INT64))
+        end = b.op("Add", last, one)
+        positions = b.op("Range", b.op("Sub", end, count), end, one)
+        return b.op("Mul", query, b.op("Gather", b.weight(table), positions, axis=0))
 
     def _normalize_heads(self, norm: Norm, x: ir.Value) -> ir.Value:
         """Normalizes x (1, S, heads * head_size): head by head, or all heads together if the norm's weight spans them."""

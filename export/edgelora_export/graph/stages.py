@@ -28,7 +28,7 @@ LEAST_SHARED = 0.5  # of a graph's weights. Sharing less is not worth the slower
 def split_graphs(models: Mapping[str, ir.Model], folder: Path) -> dict[str, list[ir.Model]]:
     """Splits each graph that is large enough and shares enough into stages. Returns the stages in the order in which they run.
 
-    Requires: `models` are cpu graphs of one decoder made by build_graph, and their blobs lie in `folder`.
+    Requires: `models` are cpu graphs of variants of one base made by build_graph, and their blobs lie in `folder`.
     Ensures: the models are unchanged. A model that is not worth splitting has no entry. Stages with equal nodes and equal weights
     are equal bytes.
     """

@@ -25,14 +25,43 @@ MERGE_BASES = ("auto", "float", "trained")
 
 
 class Delta(Protocol):
-    """A change to a base's weights, computed module by module. It may depend on the weights."""
+    """A change to a base's weights, computed module by module. It may depend on the weights.
+
+    A class that derives from it changes no biases and keeps the base's vocabulary, unless it says otherwise.
+    """
 
     @property
     def modules(self) -> Set[str]:
         """Names of the linear layers and embeddings that it changes, as in the checkpoint, without '.weight'."""
 
     def dense(self, module: str, weight: Floats) -> Floats:
-        """Computes ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K)."""
+        """Computes ΔW of one module, float32 (N, K), for the base's own weight, float32 (N, K).
+
+        With a vocab_size, the weight of the embedding or the head comes with that many rows: new ones are 0, surplus ones are
+        cut.
+        """
+
+    @property
+    def biased(self) -> Set[str]:
+        """Names of the linear layers to whose bias it adds."""
+        return frozenset()
+
+    def bias(self, module: str, base_bias: Floats | None) -> Floats:
+        """Computes Δb of one module of `biased`, float32 (N,). base_bias: the base's, or None if it has none there."""
+        raise KeyError(module, base_bias)
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The rows that it gives the embedding and the head. None keeps the base's."""
+        return None
+
+    @property
+    def ties_vocab(self) -> bool:
+        """True if its change of the embedding is the head's too, in a base that ties the two.
+
+        False if it was trained with the two apart. A base that ties nothing does not ask.
+        """
+        return False
 
 
 class LowRank(Protocol):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.quantize.int4 import BlockQuantized, Grid, pack_codes
-from edgelora_export.weights.merged import read_part, read_vocab_matrix
+from edgelora_export.weights.merged import read_part, read_part_bias, read_vocab_matrix
 from edgelora_export.weights.torch_model import first_line, load_model, quiet_libraries
-from edgelora_runtime.bundle.tokenizer import TOKENIZER
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -112,7 +112,11 @@ def _load_merged(base: Base, decoder: Decoder, delta: Delta | None) -> Any:
     with torch.no_grad():
         for linear in decoder.linears:
             for part in linear.parts:
-                model.get_submodule(part.module).weight.copy_(torch.from_numpy(read_part(base, part, delta)))
+                layer = model.get_submodule(part.module)
+                layer.weight.copy_(torch.from_numpy(read_part(base, part, delta)))
+                if linear.bias:
+                    layer.bias = torch.nn.Parameter(torch.from_numpy(read_part_bias(base, linear, part, delta)))
+        model.resize_token_embeddings(decoder.vocab_size, mean_resizing=False)  # the head does not count: only layers are learned
         model.get_input_embeddings().weight.copy_(torch.from_numpy(read_vocab_matrix(base, decoder, "embedding", delta)))
     return model
 
@@ -152,7 +156,7 @@ def _keep_positions(model: Any, decoder: Decoder, length: int, on_layer: Callabl
     own: dict[Any, dict[str, Any]] = {}
 
     def remember(block: Any, _: Any, kwargs: dict[str, Any]) -> None:
-        own[block] = {name: kwargs[name] for name in ("position_embeddings", "attention_mask") if name in kwargs}
+        own[block] = {name: kwargs[name] for name in ("position_embeddings", "attention_mask", "position_ids") if name in kwargs}
 
     hooks = [block.register_forward_pre_hook(remember, with_kwargs=True) for block in blocks]
     with torch.no_grad():
@@ -186,17 +190,15 @@ def _even_out(samples: Sequence[Sample]) -> list[list[int]]:
 def _learn(model: Any, base: Base, learned: set[str], quantization: Quantization, rows: Sequence[Sequence[int]]) -> Any:
     """Runs auto-round over the layers `learned` of a model. Returns the model with the learned weights."""
     import torch
-    from transformers import PreTrainedTokenizerFast
 
     others = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name not in learned]
     try:
         with quiet_libraries():
             from auto_round import AutoRound
 
-            tokenizer: Any = PreTrainedTokenizerFast
             tuner: Any = AutoRound(
                 model,
-                tokenizer(tokenizer_file=str(base.path / TOKENIZER)),  # required, but only used for texts
+                load_tokenizer(base),  # required, but only used for texts
                 bits=BITS,
                 group_size=quantization.block_size,
                 sym=quantization.symmetric,

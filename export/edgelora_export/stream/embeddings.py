@@ -1,4 +1,4 @@
-"""Stores the embedding and the head once for all variants, with codes that suit the final states of every variant."""
+"""Stores the embedding and the head once for all variants, with codes that suit them all, and again for one that changes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_export.plan.adapted_decoder import adapt_decoder
 from edgelora_export.plan.calibration import Moments, take_share
 from edgelora_export.quantize.gptq import DAMPING, Compensator, output_error
 from edgelora_export.quantize.int4 import quantize_rtn, stack_rows
 from edgelora_export.stream.layer_stream import LayerStream
 from edgelora_export.stream.products import compensates
-from edgelora_export.weights.merged import iterate_vocab_rows, vocab_modules
+from edgelora_export.weights.merged import iterate_vocab_rows
 from edgelora_export.weights.stored import StoredWeights, store_matrix, store_vocab_matrix
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_export.plan.variants import Merge
+    from edgelora_export.plan.variants import Delta, Merge
     from edgelora_export.quantize.int4 import BlockQuantized, Grid
     from edgelora_export.weights.journal import JournalSection
     from edgelora_export.weights.stored import Storage
@@ -45,30 +46,79 @@ def store_embeddings(
 
     Ensures: the result has a weight for each of them, and `finished` lists it.
 
-    merges: one per variant. The head is quantized on the final states of all of them together, by GPTQ if the method is
-    calibrated. finished: products that an earlier run stored.
+    merges: one per variant that uses this head. The head is quantized on the final states of all of them together, by GPTQ if the
+    method is calibrated. finished: products that an earlier run stored.
     """
-    weights, decoder = StoredWeights(), storage.decoder
-    for name in vocab_modules(decoder):
-        stored = finished.find(name)
-        if stored is None:
-            grid = storage.quantization.grid(name)
-            calibrated = [merge for merge in merges if compensates(storage.quantization, merge.calibration)]
-            if grid is not None and calibrated and name == decoder.head_product:
-                stored = finished.note(name, store_matrix(storage.folder, name, _compensate(storage, grid, calibrated, on_layer)))
-            else:
-                stored = finished.note(name, store_vocab_matrix(storage, name, None, grid))
-        weights.update(stored)
+    weights = StoredWeights()
+    for product in storage.decoder.vocab_modules:
+        grid = storage.quantization.grid(product)
+        weights.update(_store_matrix(storage, product, grid, merges, None, finished, on_layer))
     return weights
 
 
-def _compensate(storage: Storage, grid: Grid, merges: Sequence[Merge], on_layer: Callable[[int], None]) -> BlockQuantized:
-    """Quantizes the head on the final states of each merge in float32, over an equal share of its calibration tokens."""
+def store_own_matrices(
+    storage: Storage,
+    products: Sequence[str],
+    merge: Merge,
+    finished: JournalSection,
+    on_layer: Callable[[int], None] = lambda index: None,
+) -> StoredWeights:
+    """Stores the vocabulary matrices that one variant has for itself.
+
+    Requires: storage.decoder is adapted to the merge's delta.
+    Ensures: the result has a weight for each of `products`, and `finished` lists it.
+
+    products: `embedding`, `head` or both. The head is quantized on the final states of this variant alone.
+    """
+    weights = StoredWeights()
+    for product in products:
+        grid = find_vocab_grid(storage, product)
+        weights.update(_store_matrix(storage, product, grid, [merge], merge.delta, finished, on_layer))
+    return weights
+
+
+def find_vocab_grid(storage: Storage, product: str) -> Grid | None:
+    """Finds the grid of a vocabulary matrix, or None for float32.
+
+    An untied head comes out of the embedding, and has 8 bits where either of them should.
+    """
+    names = ("embedding", "head") if storage.decoder.untied and product == "head" else (product,)
+    grids = [grid for name in names if (grid := storage.quantization.grid(name)) is not None]
+    return max(grids, key=lambda grid: grid.bits, default=None)
+
+
+def _store_matrix(
+    storage: Storage,
+    product: str,
+    grid: Grid | None,
+    merges: Sequence[Merge],
+    delta: Delta | None,
+    finished: JournalSection,
+    on_layer: Callable[[int], None],
+) -> StoredWeights:
+    """Stores a vocabulary matrix with a delta added, unless it is finished. The head is quantized on the merges' final states."""
+    stored = finished.find(product)
+    if stored is not None:
+        return stored
+    calibrated = [merge for merge in merges if compensates(storage.quantization, merge.calibration)]
+    if grid is not None and calibrated and product == storage.decoder.head_product:
+        matrix = _compensate(storage, grid, calibrated, delta, on_layer)
+        return finished.note(product, store_matrix(storage.folder, product, matrix))
+    return finished.note(product, store_vocab_matrix(storage, product, delta, grid))
+
+
+def _compensate(
+    storage: Storage, grid: Grid, merges: Sequence[Merge], delta: Delta | None, on_layer: Callable[[int], None]
+) -> BlockQuantized:
+    """Quantizes the head with a delta added, on the final states of each merge in float32.
+
+    Each merge has an equal share of its calibration tokens.
+    """
     base, decoder = storage.base, storage.decoder
     moments, unseen = Moments(decoder.hidden_size), []
-    stream = LayerStream(decoder)
     parts = max(1.0, sum(merge.calibration.fit_tokens for merge in merges) * decoder.hidden_size / _HEAD_INPUTS)
     for merge in merges:
+        stream = LayerStream(adapt_decoder(decoder, merge.delta))
         fit, others = (take_share(samples, parts) for samples in (merge.calibration.fit, merge.calibration.unseen))
         states = stream.final_states(base, (*fit, *others), merge.delta, on_layer)
         for item in states[: len(fit)]:
@@ -77,7 +127,7 @@ def _compensate(storage: Storage, grid: Grid, merges: Sequence[Merge], on_layer:
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
     inputs = np.concatenate(unseen) if unseen else np.zeros((0, decoder.hidden_size), np.float32)
     matrices = []
-    for rows in iterate_vocab_rows(base, decoder, decoder.head_product, None):
+    for rows in iterate_vocab_rows(base, decoder, decoder.head_product, delta):
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))
         errors = [output_error(candidate.dequantize() - rows, inputs) for candidate in candidates]
         matrices.append(candidates[int(np.argmin(errors))])

@@ -10,15 +10,7 @@ import onnxruntime as ort
 
 from edgelora_export.graph.nodes import pack_graph
 from edgelora_export.stream.layer_graph import HIDDEN, HIDDEN_OUT, LOGITS, build_head_graph, build_layer_graph
-from edgelora_export.weights.merged import (
-    changes_vocab,
-    iterate_vocab_rows,
-    read_bias,
-    read_linear,
-    read_norm,
-    read_rows,
-    read_vocab_matrix,
-)
+from edgelora_export.weights.merged import embed_tokens, iterate_vocab_rows, read_bias, read_linear, read_norm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -41,28 +33,29 @@ _HEAD_ROWS = 16384  # of the vocabulary at once, at most
 def embed(base: Base, decoder: Decoder, samples: Sequence[Sample], delta: Delta | None = None) -> list[Floats]:
     """Embeds each sample: the hidden states (T, H) that enter the first layer of the float base with a delta added."""
     tokens = np.unique(np.concatenate([np.array(sample.tokens) for sample in samples]))
-    changed = changes_vocab(delta, decoder)
-    rows = read_vocab_matrix(base, decoder, "embedding", delta)[tokens] if changed else read_rows(base, decoder.embedding, tokens)
-    rows = rows * np.float32(decoder.embedding_multiplier)
+    rows = embed_tokens(base, decoder, tokens, delta) * np.float32(decoder.embedding_multiplier)
     return [rows[np.searchsorted(tokens, sample.tokens)] for sample in samples]
 
 
 def read_layer(base: Base, decoder: Decoder, index: int, delta: Delta | None) -> dict[str, Floats]:
     """Reads one layer's weights in float32, by their names in the whole graph.
 
-    The delta is added to the products that it changes.
+    The delta is added to the products and biases that it changes.
     """
     layer = decoder.layers[index]
     weights = {**decoder.rotary_tables, **{norm.name: read_norm(base, norm) for norm in layer.norms}}
     for linear in layer.linears:
         weights[linear.name] = read_linear(base, linear, delta)
         if linear.bias:
-            weights[f"{linear.name}.bias"] = read_bias(base, linear)
+            weights[f"{linear.name}.bias"] = read_bias(base, linear, delta)
     return weights
 
 
 class LayerStream:
-    """The sessions that run layers, one for each kind of layer."""
+    """The sessions that run layers, one for each kind of layer.
+
+    decoder: adapted to the deltas that its methods are given.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgelora_export.bundle.entries import describe_base, describe_files, describe_quantization
 from edgelora_export.bundle.plan import check_names
-from edgelora_export.bundle.texts import copy_texts, read_end_tokens
+from edgelora_export.bundle.texts import read_bundle_texts
 from edgelora_export.graph.nodes import list_blobs, pack_graph
 from edgelora_export.plan.targets import CPU
 from edgelora_export.traced.graph import find_lookups, find_products, rewrite_graph
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgelora_export.base.base import Base
+    from edgelora_export.bundle.texts import BundleTexts
     from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
     from edgelora_export.traced.graph import Matrix
     from edgelora_export.traced.optimum import TracedDecoder
@@ -42,8 +44,11 @@ class TracedPlan:
     adapters: Mapping[str, AdapterEntry] = field(default_factory=dict)
     default: str | None = None
     router: PackedRouter | None = None
+    texts: BundleTexts = None  # type: ignore[assignment]  # None only until __post_init__
 
     def __post_init__(self) -> None:
+        if self.texts is None:
+            object.__setattr__(self, "texts", read_bundle_texts(self.base, find_vocab_size(self.base)))
         check_names(self.variants)
         if live := [variant.name for variant in self.variants if variant.live is not None]:
             raise InputError(
@@ -51,6 +56,12 @@ class TracedPlan:
             )
         if self.quantization.method not in ("rtn", "none"):
             raise InputError(f"quantization method {self.quantization.method!r} is for native graphs; for this base use rtn")
+
+
+def find_vocab_size(base: Base) -> int:
+    """Returns the tokens of a base that has no native graph, or a number above any where config.json leaves it to the class."""
+    size = base.config.get("vocab_size")
+    return size if isinstance(size, int) else sys.maxsize
 
 
 class TracedMatrices:
@@ -104,6 +115,14 @@ def build_traced_bundle(
     Raises InputError for modules that cannot be changed, ResourceError for a full disk.
     """
     for variant in plan.variants:
+        if variant.delta is not None and (
+            variant.delta.biased or variant.delta.vocab_size not in (None, traced.sizes.vocab_size)
+        ):
+            changed = "biases" if variant.delta.biased else "the size of the vocabulary"
+            raise InputError(
+                f"variant {variant.name} changes {changed}, but a {traced.architecture} is exported through Optimum, which "
+                "traces the base's own; use a base with a native graph"
+            )
         if variant.delta is not None and (unknown := sorted(variant.delta.modules - matrices.shapes.keys())):
             shown = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
             raise InputError(
@@ -111,7 +130,7 @@ def build_traced_bundle(
                 f"{traced.architecture}"
             )
     with staged_folder(output, marker=MANIFEST) as folder:
-        copy_texts(plan.base, folder)
+        plan.texts.write(folder)
         if plan.router is not None:
             write_file(folder / plan.router.entry.file, [plan.router.content])
         stored = _store_weights(matrices, plan, folder, on_progress)
@@ -125,7 +144,7 @@ def build_traced_bundle(
             created_by=f"edgelora {__version__}",
             default_variant=plan.variants[0].name if plan.default is None else plan.default,
             base=describe_base(plan.base),
-            model=_describe_model(plan.base, traced),
+            model=_describe_model(traced, plan.texts.base.end_tokens),
             quantization=describe_quantization(plan.quantization),
             adapters=dict(plan.adapters),
             live_slots=(),
@@ -138,6 +157,7 @@ def build_traced_bundle(
                     weights={name: dict(by_pattern) for name, by_pattern in variant.weights.items()},
                     density=variant.density,
                     seed=variant.seed,
+                    texts=plan.texts.describe(variant.mix),
                 )
                 for variant in plan.variants
             },
@@ -148,7 +168,7 @@ def build_traced_bundle(
     return manifest
 
 
-def _describe_model(base: Base, traced: TracedDecoder) -> ModelEntry:
+def _describe_model(traced: TracedDecoder, end_tokens: tuple[int, ...]) -> ModelEntry:
     return ModelEntry(
         architecture=traced.architecture,
         hidden_size=traced.hidden_size,
@@ -157,7 +177,7 @@ def _describe_model(base: Base, traced: TracedDecoder) -> ModelEntry:
         head_size=traced.sizes.head_size,
         vocab_size=traced.sizes.vocab_size,
         context_length=traced.context_length,
-        eos_token_ids=read_end_tokens(base),
+        eos_token_ids=end_tokens,
         cache="growing",
     )
 

@@ -5,96 +5,87 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
 
 from edgelora_export.base.safetensors_folder import INDEX, NAMES, SINGLE
+from edgelora_export.weights.planned_checkpoint import DTYPES as DTYPES  # re-exported
+from edgelora_export.weights.planned_checkpoint import FLOATS, PlannedTensor, plan_checkpoint
 from edgelora_export.weights.publish import write_file
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from edgelora_export.base.base import Base
-    from edgelora_export.base.tensors import Tensors
+    from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.variants import Delta
-
-DTYPES: Mapping[str, tuple[str, np.dtype[Any]]] = {  # safetensors' names
-    "float32": ("F32", np.dtype(np.float32)),
-    "float16": ("F16", np.dtype(np.float16)),
-    "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
-}
-_FLOATS = dict(DTYPES.values())
 
 
 def write_checkpoint(
-    base: Base, delta: Delta, folder: Path, dtype: str | None, on_progress: Callable[[int, int, str], None]
+    base: Base,
+    decoder: Decoder,
+    delta: Delta,
+    folder: Path,
+    dtype: str | None,
+    on_progress: Callable[[int, int, str], None],
 ) -> None:
     """Fills an empty folder with the base's shards under their own names, the delta added, and its configs and tokenizer.
 
-    dtype: a key of DTYPES for all floating-point weights. None keeps each tensor's own. The modules of the delta must be the
-    base's (check_modules). Raises InputError for a sum that the type cannot hold.
+    decoder: the base's. The config gets the delta's vocab_size, tie_word_embeddings and flags of biases, and the tensors that
+    these ask for are added.
+    dtype: a key of DTYPES for all floating-point weights. None keeps each tensor's own. The delta must fit the base
+    (check_delta). Raises InputError for a sum that the type cannot hold, and for biases that this kind of model has no place for.
     """
     for name, content in base.texts.items():
         if name != "config.json":
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, [content])
-    config = dict(base.config)
+    config, written = plan_checkpoint(base, decoder, delta)
     if dtype is not None:
         config |= {key: dtype for key in ("dtype", "torch_dtype") if key in config} or {"dtype": dtype}
     write_file(folder / "config.json", [(json.dumps(config, indent=2) + "\n").encode()])
     names: dict[str, list[str]] = {}
-    for name, file in sorted(base.tensors.files.items()):
-        names.setdefault(file, []).append(name)
+    for name, tensor in sorted(written.items()):
+        names.setdefault(tensor.file, []).append(name)
     done = total_size = 0
 
     def report(name: str) -> None:
         nonlocal done
-        on_progress(done, len(base.tensors.files), name)
+        on_progress(done, len(written), name)
         done += 1
 
     for file, held in names.items():
-        header, size = _make_header(base.tensors, held, dtype)
+        tensors = {name: written[name].convert(dtype) for name in held}
+        header, size = _make_header(tensors)
         total_size += size
         packed = json.dumps(header).encode()
         packed += b" " * (-len(packed) % 8)  # the format aligns the data to 8 bytes
-        tensors = _changed_tensors(base.tensors, held, delta, dtype, report)
-        write_file(folder / file, _chain(len(packed).to_bytes(8, "little") + packed, tensors))
+        write_file(folder / file, _chain(len(packed).to_bytes(8, "little") + packed, _read_tensors(tensors, report)))
     if set(names) != {SINGLE}:
-        index = {"metadata": {"total_size": total_size}, "weight_map": dict(base.tensors.files)}
+        weight_map = {name: tensor.file for name, tensor in written.items()}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         write_file(folder / INDEX, [(json.dumps(index, indent=2) + "\n").encode()])
 
 
-def _make_header(tensors: Tensors, names: Sequence[str], dtype: str | None) -> tuple[dict[str, Any], int]:
+def _make_header(tensors: Mapping[str, PlannedTensor]) -> tuple[dict[str, Any], int]:
     """Makes the safetensors header of a file to write, and counts the bytes of its tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers rejects files without it
     offset = 0
-    for name in names:
-        own, shape = tensors.dtype(name), tensors.shape(name)
-        written = DTYPES[dtype][1] if dtype is not None and own in _FLOATS.values() else own
-        size = written.itemsize * int(np.prod(shape, dtype=np.int64))
-        header[name] = {"dtype": NAMES[written], "shape": shape, "data_offsets": [offset, offset + size]}
+    for name, tensor in tensors.items():
+        size = tensor.dtype.itemsize * int(np.prod(tensor.shape, dtype=np.int64))
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": tensor.shape, "data_offsets": [offset, offset + size]}
         offset += size
     return header, offset
 
 
-def _changed_tensors(
-    tensors: Tensors, names: Sequence[str], delta: Delta, dtype: str | None, report: Callable[[str], None]
-) -> Iterator[memoryview]:
-    for name in names:
+def _read_tensors(tensors: Mapping[str, PlannedTensor], report: Callable[[str], None]) -> Iterator[memoryview]:
+    for name, tensor in tensors.items():
         report(name)
-        values = tensors.read(name)
-        own = values.dtype
-        wanted = DTYPES[dtype][1] if dtype is not None and own in _FLOATS.values() else own
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in delta.modules:
-            weight = values.astype(np.float32)
-            values = weight + delta.dense(module, weight)
         with np.errstate(over="ignore"):  # the error below names the tensor
-            values = values.astype(wanted, copy=False)
-        if wanted in _FLOATS.values() and not np.isfinite(values.astype(np.float32)).all():
-            raise InputError(f"{name} holds NaN, infinity or numbers that {wanted} cannot hold; use --dtype float32")
+            values = tensor.read().astype(tensor.dtype, copy=False)
+        if tensor.dtype in FLOATS and not np.isfinite(values.astype(np.float32)).all():
+            raise InputError(f"{name} holds NaN, infinity or numbers that {tensor.dtype} cannot hold; use --dtype float32")
         yield np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora_export.quantize.int4 import BlockQuantized, Grid, quantize_rtn, stack_rows
 from edgelora_export.weights.blobs import StoredTensor, read_stored, write_blob
-from edgelora_export.weights.merged import iterate_vocab_rows, read_bias, read_norm, read_vocab_matrix
+from edgelora_export.weights.merged import changes_bias, iterate_vocab_rows, read_bias, read_norm, read_vocab_matrix
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from edgelora_export.plan.variants import Delta, Quantization
 
     Floats = NDArray[np.float32]
+
+_KINDS = ("codes", "scales", "zero_points")  # tensors of a quantized matrix
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,17 @@ class StoredWeights:
         return StoredWeights(self.tensors | other.tensors, self.grids | other.grids)
 
     def select(self, product: str) -> StoredWeights:
-        """Returns the tensors and the grid of one product."""
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name == product or name.startswith(f"{product}.")}
+        """Returns the matrix of one product: its tensors, without the bias, and its grid."""
+        names = (product, *(f"{product}.{kind}" for kind in _KINDS))
+        tensors = {name: self.tensors[name] for name in names if name in self.tensors}
         return StoredWeights(tensors, {name: grid for name, grid in self.grids.items() if name == product})
+
+    def rename(self, product: str, name: str) -> StoredWeights:
+        """Returns the matrix of one product under another name, in the same bytes."""
+        chosen = self.select(product)
+        tensors = {name + each.removeprefix(product): tensor for each, tensor in chosen.tensors.items()}
+        grid = chosen.grids.get(product)
+        return StoredWeights(tensors, {} if grid is None else {name: grid})
 
     def update(self, other: StoredWeights) -> None:
         """Adds the other's tensors and grids, which replace those of the same name."""
@@ -62,8 +72,18 @@ def store_norms(storage: Storage) -> StoredWeights:
     return StoredWeights(tensors | (write_blob(folder, biases) if biases else {}))
 
 
+def store_biases(storage: Storage, delta: Delta | None) -> StoredWeights:
+    """Stores the biases that a delta changes or adds. storage: with a decoder that is adapted to the delta."""
+    changed = [linear for linear in storage.decoder.linears if changes_bias(delta, linear)]
+    biases = {f"{linear.name}.bias": read_bias(storage.base, linear, delta) for linear in changed}
+    return StoredWeights(write_blob(storage.folder, biases) if biases else {})
+
+
 def store_vocab_matrix(storage: Storage, name: str, delta: Delta | None, grid: Grid | None) -> StoredWeights:
-    """Stores the `embedding` or the `head` with a delta added: rounded to nearest, or in float32 without a grid."""
+    """Stores the `embedding` or the `head` with a delta added: rounded to nearest, or in float32 without a grid.
+
+    storage: with a decoder that is adapted to the delta.
+    """
     base, decoder = storage.base, storage.decoder
     if grid is None:
         return StoredWeights(write_blob(storage.folder, {name: read_vocab_matrix(base, decoder, name, delta)}))

@@ -15,7 +15,7 @@ from edgelora_runtime.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from edgelora_runtime.bundle.manifest import Manifest
+    from edgelora_runtime.bundle.manifest import Manifest, TextsEntry
 
 LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by name, no weight 0
 
@@ -24,13 +24,14 @@ LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by
 class Choice:
     """A graph and, if it is live, the weight of each adapter.
 
-    Together they determine the result. label: its name in receipts. Comparisons ignore it, so a variant and a mix that compute
-    the same are equal.
+    Together they determine the result. label: its name in receipts. texts: the tokenizer, template and end tokens that its
+    adapters brought, None for the bundle's own. Comparisons ignore both, so a variant and a mix that compute the same are equal.
     """
 
     label: str = field(compare=False)
     graph: str
     live: LiveWeights | None
+    texts: TextsEntry | None = field(default=None, compare=False)
 
 
 def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
@@ -44,13 +45,14 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
     if entry is None:
         raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(manifest.variants)}")
     live = _sort_weights(entry.live) if entry.kind == "live" else None
-    return Choice(variant, entry.graphs[target].file, live)
+    return Choice(variant, entry.graphs[target].file, live, entry.texts)
 
 
 def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Choice:
     """Returns the choice for weights of live adapters.
 
-    Raises UsageError for an adapter that the bundle lacks or a weight that is not finite.
+    Raises UsageError for an adapter that the bundle lacks, for a weight that is not finite, and for adapters that brought
+    different tokenizers or templates.
     """
     graph = manifest.live_graph(target)
     adapters = [name for name, entry in manifest.adapters.items() if entry.file is not None]
@@ -61,7 +63,11 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
     if wrong := [f"{name} = {weight}" for name, weight in mix.items() if not math.isfinite(weight)]:
         raise UsageError(f"weights of a mix must be finite: {', '.join(wrong)}")
     live = _sort_weights(mix)
-    return Choice(" + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)", graph.file, live)
+    brought = {entry: name for name, _ in live if (entry := manifest.adapters[name].texts) is not None}
+    if len(brought) > 1:
+        raise UsageError(f"adapters {', '.join(brought.values())} have different tokenizers or templates; use one at a time")
+    label = " + ".join(f"{weight:g} {name}" for name, weight in live) or "base (live)"
+    return Choice(label, graph.file, live, next(iter(brought), None))
 
 
 def choose(manifest: Manifest, target: str, *, variant: str | None, mix: Mapping[str, float] | None, current: Choice) -> Choice:

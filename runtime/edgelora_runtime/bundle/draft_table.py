@@ -57,6 +57,10 @@ class DraftTable:
         """
         return find_longest(self._entries, tuple(text[-MAX_CONTEXT:]))[1]
 
+    def limit(self, vocab_size: int) -> DraftTable:
+        """Returns the table without entries that propose a token outside a vocabulary."""
+        return DraftTable({context: entry for context, entry in self._entries.items() if entry[0] < vocab_size})
+
     def dump(self) -> bytes:
         """Serializes the table as the bytes of its file."""
         contexts = [(_NONE,) * (MAX_CONTEXT - len(context)) + context for context in self._entries]

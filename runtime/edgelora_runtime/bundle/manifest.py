@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import types
-import typing
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
+from edgelora_runtime.bundle.strict_json import decode, read_strictly
 from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
@@ -70,16 +68,37 @@ class QuantizationEntry:
 
 
 @dataclass(frozen=True)
+class TextsEntry:
+    """The texts of an adapter that brought its own: each the name of a file, which may be the bundle's own one.
+
+    chat_templates: [ADAPTER.]chat_template.jinja for the default one, and [ADAPTER.]chat_template.NAME.jinja for others.
+    eos_token_ids: the tokens that end an answer.
+    """
+
+    tokenizer: str
+    tokenizer_config: str
+    chat_templates: tuple[str, ...] = ()
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def files(self) -> set[str]:
+        """All files that it names."""
+        return {self.tokenizer, self.tokenizer_config, *self.chat_templates}
+
+
+@dataclass(frozen=True)
 class AdapterEntry:
     """An adapter that the bundle was made from.
 
     rank: the largest of its modules. file: its A and B, if a live variant needs them. draft_table: a file, see draft_table.py.
+    texts: what it brought in place of the bundle's own tokenizer, template and end tokens, for mixes at request time.
     """
 
     sha256: str
     rank: int
     file: str | None = None
     draft_table: str | None = None
+    texts: TextsEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +196,9 @@ class VariantEntry:
     0. density, seed: None where the method reads none. calibration: None where weights were rounded to nearest. int8: products
     that have 8 bits in a bundle of 4. merge_base: the base that the mix was added to before quantization: the float base, or the
     base as its adapters' training held it. trained_on: how that training held the base, None where it is the float one or not
-    known. merge_losses: held-out loss in nats per token by merge base, before quantization. Empty without a choice.
+    known. merge_losses: held-out loss in nats per token by merge base, before quantization. Empty without a choice. vocab_size:
+    tokens of its embedding and its logits, None for the model's. own_vocab: which of the two it does not share with the base.
+    texts: what its adapters brought in place of the bundle's own tokenizer, template and end tokens.
     """
 
     kind: Literal["merged", "live"]
@@ -194,6 +215,9 @@ class VariantEntry:
     weights: dict[str, dict[str, float]] = field(default_factory=dict)
     density: float | None = None
     seed: int | None = None
+    vocab_size: int | None = None
+    own_vocab: tuple[Literal["embedding", "head"], ...] = ()
+    texts: TextsEntry | None = None
 
 
 @dataclass(frozen=True)
@@ -245,6 +269,13 @@ class Manifest:
         """Returns the bytes of each blob that a graph maps."""
         return {name: self.files[name].size for name in graph.blobs}
 
+    def find_model(self, graph: str) -> ModelEntry:
+        """Returns the sizes of a graph's inputs and outputs: the model's, with the vocabulary of the variant that runs on it."""
+        for variant in self.variants.values():
+            if variant.vocab_size is not None and any(entry.file == graph for entry in variant.graphs.values()):
+                return replace(self.model, vocab_size=variant.vocab_size)
+        return self.model
+
     def live_graph(self, target: str) -> GraphEntry | None:
         """Returns the graph that all live variants run on, or None without any."""
         graphs = (entry.graphs[target] for entry in self.variants.values() if entry.kind == "live")
@@ -260,14 +291,11 @@ def parse_manifest(raw: bytes) -> Manifest:
     """Reads and checks a manifest. IntegrityError names the key that is wrong."""
     if len(raw) > MANIFEST_LIMIT:
         raise IntegrityError(f"{MANIFEST} has {len(raw)} bytes, over the limit of {MANIFEST_LIMIT}")
-    try:
-        value = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{MANIFEST} is not valid JSON ({error})") from error
+    value = read_strictly(raw, MANIFEST)
     if not isinstance(value, dict) or value.pop("format", None) != FORMAT:
         raise IntegrityError(f"{MANIFEST} does not say format {FORMAT!r}; this is not an edgelora bundle")
     minor = _check_version(value.pop("version", None))
-    manifest: Manifest = _decode(Manifest, value, "", skip_unknown=minor > VERSION[1])
+    manifest: Manifest = decode(Manifest, value, MANIFEST, skip_unknown=minor > VERSION[1])
     _check_names(manifest)
     _check_references(manifest)
     return manifest
@@ -282,17 +310,6 @@ def check_variant_name(name: str) -> str | None:
     return None
 
 
-def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object repeats a key")
-    return value
-
-
 def _check_version(text: object) -> int:
     match = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", text) if isinstance(text, str) else None
     if match is None:
@@ -301,54 +318,6 @@ def _check_version(text: object) -> int:
     if major != VERSION[0]:
         raise IntegrityError(f"{MANIFEST}: version {text} is not readable by this edgelora, which reads {VERSION[0]}.x")
     return minor
-
-
-def _decode(kind: Any, value: Any, path: str, *, skip_unknown: bool) -> Any:
-    """Returns the value as the annotated type, or raises IntegrityError if it has another."""
-
-    def fail(expected: str) -> typing.NoReturn:
-        raise IntegrityError(f"{MANIFEST}: {path or 'top level'} should be {expected}, not {json.dumps(value)[:80]}")
-
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            fail("an object")
-        hints = typing.get_type_hints(kind)
-        known = {item.name: item for item in fields(kind)}
-        absent = [
-            name
-            for name, item in known.items()
-            if name not in value and item.default is MISSING and item.default_factory is MISSING
-        ]
-        unknown = [] if skip_unknown else sorted(set(value) - set(known))
-        if absent or unknown:
-            said = [f"{word} {', '.join(names)}" for word, names in (("lacks", absent), ("has unknown", unknown)) if names]
-            raise IntegrityError(f"{MANIFEST}: {path or 'top level'} {' and '.join(said)}")
-        given = {name: item for name, item in value.items() if name in known}
-        return kind(**{n: _decode(hints[n], v, f"{path}.{n}".lstrip("."), skip_unknown=skip_unknown) for n, v in given.items()})  # type: ignore[operator]
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is dict:
-        if not isinstance(value, dict):
-            fail("an object")
-        return {key: _decode(arguments[1], item, f"{path}[{key!r}]", skip_unknown=skip_unknown) for key, item in value.items()}
-    if origin is tuple:
-        if not isinstance(value, list):
-            fail("a list")
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]", skip_unknown=skip_unknown) for i, item in enumerate(value))
-    if origin is Literal:
-        if value not in arguments:
-            fail(" or ".join(map(repr, arguments)))
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _decode(arguments[0], value, path, skip_unknown=skip_unknown)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not abs(value) <= sys.float_info.max:  # 1e999 is read as infinity, and an int may be larger than any float
-            fail("a finite number")
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        fail(f"a {kind.__name__}")
-    if kind is int and not 0 <= value < 1 << 53:
-        fail("a whole number from 0 to 2^53")
-    return value
 
 
 def _check_names(manifest: Manifest) -> None:
@@ -393,10 +362,15 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} is merged into a trained base, and trained_on does not say which")
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
+        if variant.vocab_size is not None and (variant.kind == "live" or variant.vocab_size < 1):
+            wrong.append(f"variant {name} is {variant.kind} and has a vocabulary of {variant.vocab_size}")
         for graph in variant.graphs.values():
+            if manifest.find_model(graph.file).vocab_size != (variant.vocab_size or manifest.model.vocab_size):
+                wrong.append(f"variant {name} and another run {graph.file} with vocabularies of different sizes")
             wrong += [f"variant {name} uses {file}, which files lacks" for file in sorted(graph.files - manifest.files.keys())]
             if graph.stages and {blob for stage in graph.stages for blob in stage.blobs} != set(graph.blobs):
                 wrong.append(f"variant {name} has stages that map other blobs than its graph")
+        wrong += _check_texts(f"variant {name}", variant.texts, manifest)
         for adapter in variant.live:
             if adapter not in manifest.adapters or manifest.adapters[adapter].file is None:
                 wrong.append(f"variant {name} needs adapter {adapter}, which adapters lacks or gives no file")
@@ -406,6 +380,7 @@ def _check_references(manifest: Manifest) -> None:
             for file in (entry.file, entry.draft_table)
             if file is not None and file not in manifest.files
         ]
+        wrong += _check_texts(f"adapter {name}", entry.texts, manifest)
     for slots in manifest.live_slots:
         if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
@@ -419,6 +394,13 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"model.{key} is {getattr(model, key)}")
     if wrong:
         raise IntegrityError(f"{MANIFEST}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
+
+
+def _check_texts(owner: str, texts: TextsEntry | None, manifest: Manifest) -> list[str]:
+    """Lists what is wrong with the texts of a variant or an adapter."""
+    if texts is None:
+        return []
+    return [f"{owner} uses {file}, which files lacks" for file in sorted(texts.files - manifest.files.keys())]
 
 
 def _check_router(router: RouterEntry, manifest: Manifest) -> list[str]:

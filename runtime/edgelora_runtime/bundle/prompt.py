@@ -1,36 +1,50 @@
-"""Prompts as text, messages or token ids, and their tokens."""
+"""Prompts as text, messages or token ids, checked at the door, and their tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_runtime.bundle.messages import CHAT_OPTIONS, Chat, check_chat, is_message
 from edgelora_runtime.bundle.router import find_last_request
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from edgelora_runtime.bundle.manifest import ModelEntry
-    from edgelora_runtime.bundle.tokenizer import Message, Tokenizer
+    from edgelora_runtime.bundle.messages import ChatOptions, Message
+    from edgelora_runtime.bundle.tokenizer import Tokenizer
 
     Prompt = str | Sequence[Message] | Sequence[int]
+    CheckedPrompt = str | list[int] | Chat
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    """Returns a prompt's tokens.
+def check_prompt(prompt: Prompt, options: ChatOptions) -> CheckedPrompt:
+    """Checks a prompt and what its chat template is given.
 
-    Raises InputError for a list of anything but messages or token ids.
+    Raises InputError for a list of anything but messages or token ids, or for messages that cannot be used. Raises UsageError for
+    template options that cannot be used, or that a prompt without messages has no use for.
     """
+    if not isinstance(prompt, str) and len(prompt) and all(map(is_message, prompt)):
+        return check_chat(prompt, options)
+    if unused := [name for name in CHAT_OPTIONS if options.get(name) not in (None, False)]:
+        kind = "text" if isinstance(prompt, str) else "a list of token ids"
+        raise UsageError(f"{' and '.join(unused)}: only a chat template reads this, but the prompt is {kind}; pass messages")
     if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    messages = [item for item in prompt if isinstance(item, Mapping)]
+        return prompt
     tokens = [int(item) for item in prompt if isinstance(item, int | np.integer)]
-    if len(tokens) == len(prompt):
-        return tokens
-    if len(messages) < len(prompt):
+    if len(tokens) < len(prompt):
         raise InputError("a prompt is text, a list of messages, or a list of token ids; this list holds something else")
-    return tokenizer.encode_chat(messages)
+    return tokens
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: CheckedPrompt) -> list[int]:
+    """Returns the tokens of a checked prompt."""
+    if isinstance(prompt, str):
+        return tokenizer.encode_prompt(prompt)
+    return tokenizer.encode_chat(prompt) if isinstance(prompt, Chat) else prompt
 
 
 def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: bool = False) -> list[int]:
@@ -48,14 +62,13 @@ def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: b
     return tokens
 
 
-def find_routed_text(tokenizer: Tokenizer, prompt: Prompt, model: ModelEntry) -> str:
+def find_routed_text(tokenizer: Tokenizer, prompt: CheckedPrompt, model: ModelEntry) -> str:
     """Returns the text that a router sees.
 
     It is a prompt's own text, the last request among its messages, or the text of its tokens.
     """
     if isinstance(prompt, str):
         return prompt
-    messages = [item for item in prompt if isinstance(item, Mapping)]
-    if messages and len(messages) == len(prompt):
-        return find_last_request(messages)
-    return tokenizer.decode(check_tokens(encode_prompt(tokenizer, prompt), model))
+    if isinstance(prompt, Chat):
+        return find_last_request(prompt.messages)
+    return tokenizer.decode(check_tokens(prompt, model))

@@ -14,7 +14,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from edgelora_runtime.errors import InputError, IntegrityError, UsageError
+from edgelora_runtime.bundle.messages import join_parts
+from edgelora_runtime.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.bundle.manifest import RouterEntry
-    from edgelora_runtime.bundle.tokenizer import Message
+    from edgelora_runtime.bundle.messages import Message
 
     Floats = NDArray[np.float32]
 
@@ -167,12 +168,7 @@ def count_ngrams(text: str, buckets: int) -> tuple[NDArray[np.int64], Floats]:
 def find_last_request(messages: Sequence[Message]) -> str:
     """Returns the text that a conversation is routed by.
 
-    It is the user's last message, or the last message if no user speaks.
+    It is the user's last message, or the last message if no user speaks. The messages are checked ones.
     """
     asked = [message for message in messages if message.get("role") == "user"] or messages
-    content = asked[-1].get("content")
-    if not isinstance(content, str):
-        raise InputError(
-            f"the last message's content is {type(content).__name__}, not text; variant 'auto' is chosen by its text"
-        )
-    return content
+    return join_parts(asked[-1].get("content"))

@@ -1,44 +1,50 @@
-"""The tokenizer, its chat template in a sandbox, and decoding in pieces of whole characters."""
+"""The tokenizer of a bundle, with its chat templates, and decoding in pieces of whole characters."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as RustTokenizer
 
+from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
+from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templates, list_templates, read_special_tokens
+from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Sequence
+    from typing import Unpack
 
     from edgelora_runtime.bundle.folder import Bundle
-
-    Message = Mapping[str, str]
+    from edgelora_runtime.bundle.manifest import TextsEntry
+    from edgelora_runtime.bundle.messages import ChatOptions, Message
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
-_TEMPLATE_LIMIT = 1 << 18  # bytes of template
-_RENDERED_LIMIT = 1 << 24  # characters of rendered chat
 _REPLACEMENT = "\ufffd"
 
 
 class Tokenizer:
-    """A bundle's tokenizer and chat template."""
+    """A bundle's tokenizer and chat templates.
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._tokenizer = load_tokenizer(bundle.read(TOKENIZER))
-        config = _read_config(bundle.read(TOKENIZER_CONFIG)) if bundle.has(TOKENIZER_CONFIG) else {}
-        self._special = {key: _token_text(config.get(key)) for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        source = bundle.read(CHAT_TEMPLATE, limit=_TEMPLATE_LIMIT) if bundle.has(CHAT_TEMPLATE) else None
-        self._template = None if source is None else _compile(source)
+    texts: the files that an adapter brought, None for the bundle's own.
+    """
+
+    def __init__(self, bundle: Bundle, texts: TextsEntry | None = None) -> None:
+        if texts is None:
+            file, config_file, templates = TOKENIZER, TOKENIZER_CONFIG, list_own_templates(bundle.manifest.files)
+        else:
+            file, config_file, templates = texts.tokenizer, texts.tokenizer_config, list_templates(texts.chat_templates)
+        self._tokenizer = load_tokenizer(bundle.read(file))
+        special = read_special_tokens(_read_config(bundle.read(config_file)) if bundle.has(config_file) else {})
+        self._templates = ChatTemplates(templates, bundle.read, special)
+        first = self.encode("")[:1]  # what the tokenizer adds by itself
+        self._start = first[0] if first and first[0] == self._tokenizer.token_to_id(special.get("bos_token", "")) else None
 
     @property
     def has_chat_template(self) -> bool:
-        return self._template is not None
+        return bool(self._templates.names)
 
     @property
     def size(self) -> int:
@@ -50,44 +56,46 @@ class Tokenizer:
         text: str = self._tokenizer.to_str()
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the tokens of a plain prompt, with the tokenizer's own special tokens."""
-        return list(self._tokenizer.encode(text).ids)
+    def find_added_tokens(self, texts: str | Iterable[str]) -> frozenset[int]:
+        """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
+        ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
+        return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Returns the tokens of a conversation, up to where the assistant's answer starts."""
-        return list(self._tokenizer.encode(self.render_chat(messages), add_special_tokens=False).ids)
+    def name_token(self, token: int) -> str:
+        """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
+        return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
 
-    def render_chat(self, messages: Sequence[Message]) -> str:
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Returns the tokens of a plain text, with the special tokens that the tokenizer adds unless told otherwise.
+
+        Raises InputError for a text that is not valid Unicode.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
+        except TypeError:  # a lone surrogate, which is no character
+            raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
+
+        A text that was rendered with a chat template has one already.
+        """
+        ids, start = self.encode(text), self._start
+        return ids[1:] if start is not None and ids[:2] == [start, start] else ids
+
+    def encode_chat(self, chat: Chat) -> list[int]:
+        """Returns the tokens of a checked conversation, up to where the assistant's answer starts.
+
+        The template writes the special tokens, so the tokenizer adds none.
+        """
+        return self.encode(self._templates.render(chat), special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> str:
         """Renders a conversation with the chat template.
 
-        Raises InputError if there is no template or it fails.
+        Raises InputError if there is no template or it refuses the messages, IntegrityError if the template is not valid.
         """
-        if self._template is None:
-            raise InputError("this bundle has no chat template; pass the prompt as text")
-        pieces: list[str] = []
-        length = 0
-        try:
-            for piece in self._template.generate(messages=messages, add_generation_prompt=True, **self._special):
-                length += len(piece)
-                if length > _RENDERED_LIMIT:
-                    raise InputError(
-                        f"the chat template wrote more than {_RENDERED_LIMIT} characters; the bundle's template is broken"
-                    )
-                pieces.append(piece)
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"the chat template refused these messages ({error})") from error
-        return "".join(pieces)
+        return self._templates.render(check_chat(messages, options))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of tokens, without special ones."""
@@ -148,27 +156,3 @@ def _read_config(raw: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise IntegrityError(f"{TOKENIZER_CONFIG} holds {type(value).__name__}, not an object")
     return value
-
-
-def _compile(source: bytes) -> Any:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.globals["raise_exception"] = _raise_exception
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-    try:
-        return environment.from_string(source.decode())
-    except (TemplateError, UnicodeDecodeError, RecursionError) as error:
-        raise IntegrityError(f"{CHAT_TEMPLATE} is not a valid template ({error})") from error
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _token_text(value: object) -> str:
-    """Returns the text of a special token in tokenizer_config.json.
-
-    The token is text, or an object with text.
-    """
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else ""

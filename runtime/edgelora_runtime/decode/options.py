@@ -6,8 +6,10 @@ Every front end reads them from here.
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date as Date  # noqa: N812 - the option is named date
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
+from edgelora_runtime.bundle.messages import CHAT_OPTIONS, ChatOptions, read_date
 from edgelora_runtime.errors import UsageError, list_wrong
 
 
@@ -28,6 +30,19 @@ class Option:
 
 
 _INFINITY = float("inf")
+_LIST = "a list of objects"
+
+
+def _is_list(value: object) -> bool:
+    return value is None or isinstance(value, list | tuple)
+
+
+def _is_date(value: object) -> bool:
+    try:
+        read_date(value)
+    except UsageError:
+        return False
+    return True
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -39,7 +54,12 @@ class GenerateOptions(TypedDict, total=False):
     tokens never change which token is drawn from given logits, but steps of several rows round differently from steps of one row.
     Where two tokens are nearly equally likely, the answer can therefore differ from that of "off". With "on", every call gives
     the same answer to the same seed. "auto" is faster, as it takes steps of one row where drafting does not pay, but its answer
-    can change from call to call. Growing caches have no room for draft tokens, so speculation is off for them.
+    can change from call to call. Growing caches have no room for draft tokens, so speculation is off for them. tools, documents,
+    template_options, date: what the chat template sees with messages, as transformers' apply_chat_template() passes them. Tools
+    are JSON schemas. The template option chat_template picks one of the bundle's named templates. Without it, tools pick the one
+    named tool_use. A template that writes the date gives another prompt each day. With a fixed date, cached prompts stay valid.
+    continue_final_message: the last message is an assistant's, and the answer goes on where it ends. stop: one that is a special
+    token ends the answer at that token.
     """
 
     variant: Annotated[
@@ -150,6 +170,37 @@ class GenerateOptions(TypedDict, total=False):
             choices=("auto", "on", "off"),
         ),
     ]
+    tools: Annotated[
+        Sequence[Mapping[str, Any]] | None,
+        Option(
+            None, "Tools for the chat template, a list of JSON schemas.", accepts=lambda value: _is_list(value), allowed=_LIST
+        ),
+    ]
+    documents: Annotated[
+        Sequence[Mapping[str, Any]] | None,
+        Option(None, "Documents for the chat template, a list of objects.", accepts=lambda value: _is_list(value), allowed=_LIST),
+    ]
+    template_options: Annotated[
+        Mapping[str, Any] | None,
+        Option(
+            None,
+            "Variables for the chat template by name, such as enable_thinking.",
+            accepts=lambda value: value is None or isinstance(value, Mapping),
+            allowed="an object of names and values",
+        ),
+    ]
+    date: Annotated[
+        str | Date | None,
+        Option(
+            None,
+            "The day that the chat template takes for today, YYYY-MM-DD; the clock's by default.",
+            accepts=lambda value: _is_date(value),
+            allowed="YYYY-MM-DD, such as 2025-01-31",
+        ),
+    ]
+    continue_final_message: Annotated[
+        bool, Option(False, "Go on with the last message, instead of starting an answer of its own.")
+    ]
 
 
 _HINTS = get_type_hints(GenerateOptions, include_extras=True)
@@ -169,6 +220,11 @@ def resolve_options(given: Mapping[str, object]) -> GenerateOptions:
     if wrong:
         raise UsageError("; ".join(wrong))
     return cast("GenerateOptions", options)
+
+
+def select_chat_options(options: GenerateOptions) -> ChatOptions:
+    """Returns those options of a request that its chat template sees."""
+    return cast("ChatOptions", {name: options[name] for name in CHAT_OPTIONS})  # type: ignore[literal-required]
 
 
 def _describe_unknown(name: str) -> str:

@@ -23,9 +23,9 @@ class Request:
     """A prompt and how to continue it.
 
     A request serves one generation, since stop, cancellation and constraint have a state. prompt: token ids. end_tokens: the
-    model's own, or none where the request ignores them. context: tokens that the model sees at once. A text that outgrows it
-    loses its middle, so max_tokens is small enough in a request that must not lose it. route, logprobs: as in Generation and
-    GenerateOptions. constraint: what the answer must fit.
+    model's own, unless the request ignores them, and those that a stop string is the text of. context: tokens that the model
+    sees at once. A text that outgrows it loses its middle, so max_tokens is small enough in a request that must not lose it.
+    route, logprobs: as in Generation and GenerateOptions. constraint: what the answer must fit.
     """
 
     prompt: Sequence[int]
@@ -48,15 +48,19 @@ def build_request(
     cancellation: Cancellation,
     constraint: Constraint | None,
     route: Route | None,
+    stop_tokens: frozenset[int] = frozenset(),
 ) -> Request:
-    """Builds a request from its options, which must be complete, and its prompt's tokens."""
+    """Builds a request from its options, which must be complete, and its prompt's tokens.
+
+    stop_tokens: those that a stop string is the text of. They end the answer too, since decoding leaves their text out.
+    """
     room = model.context_length - len(prompt) + 1  # the last token is never read back
     return Request(
         prompt=prompt,
         max_tokens=options["max_tokens"] if options["overflow"] == "slide" else min(options["max_tokens"], room),
         sampling=Sampling.of(options),
         stop=StopFilter(options["stop"]),
-        end_tokens=frozenset() if options["ignore_eos"] else frozenset(model.eos_token_ids),
+        end_tokens=stop_tokens if options["ignore_eos"] else stop_tokens.union(model.eos_token_ids),
         context=model.context_length,
         cancellation=cancellation,
         route=route,

@@ -23,22 +23,23 @@ class DraftTables:
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
-        self._tables: dict[str, DraftTable] = {}  # by file
+        self._tables: dict[tuple[str, int], DraftTable] = {}  # by file and number of tokens
 
-    def load(self, adapters: Sequence[str]) -> list[DraftTable]:
-        """Returns the tables of those adapters that have one."""
+    def load(self, adapters: Sequence[str], vocab_size: int) -> list[DraftTable]:
+        """Returns the tables of those adapters that have one, with only the tokens that a model of vocab_size can read."""
         files = [self._bundle.manifest.adapters[name].draft_table for name in adapters]
-        return [self._load_file(file) for file in files if file is not None]
+        return [self._load_file(file, vocab_size) for file in files if file is not None]
 
     def clear(self) -> None:
         """Frees the tables. A later request reads them again."""
         self._tables.clear()
 
-    def _load_file(self, file: str) -> DraftTable:
-        table = self._tables.get(file)
+    def _load_file(self, file: str, vocab_size: int) -> DraftTable:
+        table = self._tables.get((file, vocab_size))
         if table is None:
-            raw = self._bundle.read(file, limit=TABLE_LIMIT)
-            table = self._tables[file] = DraftTable.read(raw, file, self._bundle.manifest.model.vocab_size)
+            raw, manifest = self._bundle.read(file, limit=TABLE_LIMIT), self._bundle.manifest
+            largest = max([manifest.model.vocab_size, *(each.vocab_size or 0 for each in manifest.variants.values())])
+            table = self._tables[file, vocab_size] = DraftTable.read(raw, file, largest).limit(vocab_size)
         return table
 
 
@@ -73,7 +74,8 @@ class Speculation:
         statistics = self._statistics.setdefault((choice.graph, *adapters), AcceptanceStatistics())
         if mode == "auto" and (plain.model.costs.plain is None or not statistics.recommend()):
             return plain
-        drafter = self._make_drafter(request.prompt, self._tables.load(adapters), statistics, request.end_tokens)
+        tables = self._tables.load(adapters, self._bundle.manifest.find_model(choice.graph).vocab_size)
+        drafter = self._make_drafter(request.prompt, tables, statistics, request.end_tokens)
         min_rows = 1 if mode == "auto" else MIN_ROWS
         return SpeculatingReader(plain, drafter, statistics, min_rows=min_rows, estimate=self._estimate)
 

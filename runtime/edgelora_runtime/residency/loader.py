@@ -86,7 +86,7 @@ class Loader:
         opened = {blob for file, (_, is_new) in found.items() if is_new for blob in self._entries[file].blobs}
         return Model(
             [found[stage.file][0] for stage in self._chains[graph]],
-            self._bundle.manifest.model,
+            self._bundle.manifest.find_model(graph),
             name=graph,
             provider=self._provider,
             step_lock=self._step_lock,

@@ -119,7 +119,7 @@ def _find_choice(manifest: Manifest, target: str, entry: Mapping[str, Any]) -> C
 
 def _check(prompt: SavedPrompt, manifest: Manifest) -> SavedPrompt:
     """Refuses a prompt that a KV cache of this model could not hold."""
-    model, tokens = manifest.model, prompt.tokens
+    model, tokens = manifest.find_model(prompt.choice.graph), prompt.tokens
     shape = (model.kv_heads, len(tokens), model.head_size)
     if not 0 < len(tokens) <= model.context_length:
         raise ValueError(f"{len(tokens)} tokens in a context of {model.context_length}")

@@ -129,7 +129,7 @@ class KVCache(ABC):
             raise ResourceError("no memory for a larger KV cache; use a shorter prompt or fewer tokens") from error
 
 
-def shared_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
     """Returns the length of the longest common prefix of two sequences."""
     length = 0
     for one, other in zip(first, second, strict=False):

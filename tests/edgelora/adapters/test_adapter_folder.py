@@ -13,7 +13,17 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 
 from edgelora.adapters.checks import check_same_base
-from edgelora.adapters.folder import CONFIG, PROVENANCE, WEIGHTS, Adapter, Provenance, read_provenance, write_provenance
+from edgelora.adapters.folder import (
+    CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    Adapter,
+    Provenance,
+    open_adapters,
+    read_provenance,
+    write_provenance,
+)
+from edgelora.composing.compose import compose
 from edgelora_runtime.errors import InputError
 from tests.tiny import load_base, make_adapter, make_base
 
@@ -87,8 +97,15 @@ def copy(tiny_adapters: dict[str, Path], tmp_path: Path, **config: Any) -> Path:
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "whole layers": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    "biases": ({"bias": "all"}, "biases"),
-    "lora bias": ({"lora_bias": True}, "biases"),
+    "biases": ({"bias": "some"}, "bias is 'some'"),
+    "lora bias": ({"lora_bias": True}, "lora_bias"),
+    "another rank": ({"r": 5}, "rank"),
+    "another rank by pattern": ({"rank_pattern": {"k_proj": 5}}, "k_proj 5"),
+    "no rank": ({"r": 0}, "r is 0"),
+    "rank as text": ({"r": "4"}, "r is '4'"),
+    "nothing targeted": ({"target_modules": []}, "target_modules is empty"),
+    "patterns as a list": ({"alpha_pattern": ["q_proj"]}, "alpha_pattern"),
+    "a pattern of text": ({"alpha_pattern": {"q_proj": "8"}}, "alpha_pattern"),
     "pissa iterated": ({"init_lora_weights": "pissa_niter_16"}, "pissa_niter_16"),
     "corda": ({"init_lora_weights": "corda"}, "corda"),
     "loftq": ({"init_lora_weights": "loftq"}, "loftq"),
@@ -117,10 +134,10 @@ def test_unsupported_kinds_are_refused(
 
 
 def test_all_reasons_are_given_at_once(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
-    config = {"use_qalora": True, "bias": "all", "init_lora_weights": "pissa_niter_4"}
+    config = {"use_qalora": True, "bias": "some", "init_lora_weights": "pissa_niter_4"}
     with pytest.raises(InputError) as caught:
         Adapter.open(copy(tiny_adapters, tmp_path, **config))
-    for mention in ("use_qalora", "biases", "pissa_niter_4"):
+    for mention in ("use_qalora", "bias is", "pissa_niter_4"):
         assert mention in str(caught.value)
 
 
@@ -289,3 +306,45 @@ def test_export_refuses_adapters_of_another_shape(tiny_base: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"layers\.2\.self_attn\.q_proj"):
         export(Recipe(str(tiny_base), {"third": tmp_path / "third"}, {"v": VariantRecipe({"third": 1.0})}), tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
+
+
+# --- what a config names and a file lacks ------------------------------------------------------------------------------------
+
+
+def test_targets_without_factors_are_noted(tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy(tiny_adapters, tmp_path, target_modules=["q_proj", "w_proj"], layers_to_transform=[0, 1, 5])
+    said: list[str] = []
+    open_adapters({"sql": folder, "plain": tiny_adapters["plain"]}, on_note=said.append)
+    report = compose({"sql": (folder, 1.0)}, tmp_path / "out", on_note=said.append)
+    expected = [
+        "adapter sql: target_modules names w_proj, which has no factors",
+        "adapter sql: layers_to_transform names 5, where nothing has factors",
+    ]
+    assert said == expected * 2
+    assert list(report.notes) == expected
+    assert Adapter.open(tmp_path / "out").notes == ()
+
+
+def test_modules_that_the_base_lacks_are_counted(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
+    """Every way to use an adapter refuses one whose modules the base does not have, in part or at all."""
+    from edgelora.composing.merge_into_base import merge_into
+    from edgelora.exporting.export import export
+    from edgelora.exporting.recipe import Recipe, VariantRecipe
+    from edgelora.report.composition_report import report_composition
+
+    folder = copy(tiny_adapters, tmp_path)
+    tensors = {name.replace("layers.1.", "layers.9."): tensor for name, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    line = r"adapter part: 7 of its 14 modules are not in this llama base: model\.layers\.9\."
+    adapters = {"part": folder, "plain": tiny_adapters["plain"]}
+    with pytest.raises(InputError, match=line):
+        compose({"part": (folder, 1.0)}, tmp_path / "out", base=str(tiny_base))
+    with pytest.raises(InputError, match=line):
+        merge_into(str(tiny_base), {"part": (folder, 1.0)}, tmp_path / "out")
+    with pytest.raises(InputError, match=line):
+        report_composition(adapters, base=str(tiny_base))
+    # The bundle's one variant is live and of the other adapter; the adapter that does not fit would go along as factors.
+    recipe = Recipe(str(tiny_base), adapters, {"v": VariantRecipe({"plain": 1.0}, kind="live")})
+    with pytest.raises(InputError, match=line):
+        export(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -162,12 +162,17 @@ def test_factors_out_of_rounded_weights_are_refused(
         Adapter.open(folder)
 
 
-def test_a_change_of_one_of_two_tied_matrices_is_refused(tmp_path: Path) -> None:
+def test_a_change_of_one_of_two_tied_matrices_unties_the_variant(tmp_path: Path) -> None:
     make_base(tmp_path / "base", tie_word_embeddings=True)
     with pytest.warns(UserWarning, match="tie"):
         folder = train_somewhat(tmp_path / "base", tmp_path / "a", target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(InputError, match="ties its head to its embedding"):
-        export(Recipe(str(tmp_path / "base"), {"a": folder}, {"v": VariantRecipe({"a": 1.0})}), tmp_path / "bundle")
+    recipe = Recipe(str(tmp_path / "base"), {"a": folder}, {"v": VariantRecipe({"a": 1.0})}, quantization=Quantization(bits=32))
+    manifest = export(recipe, tmp_path / "bundle")
+    assert manifest.variants["v"].own_vocab == ("embedding",)
+    with pytest.warns(UserWarning, match="tie"):
+        model = PeftModel.from_pretrained(load_base(tmp_path / "base"), str(folder)).eval()
+    with Runtime(tmp_path / "bundle") as runtime:
+        np.testing.assert_allclose(runtime.logits(TOKENS), torch_logits(model, TOKENS), atol=1e-4)
 
 
 def test_a_saved_head_of_another_vocabulary_is_refused(tiny_base: Path, tmp_path: Path) -> None:

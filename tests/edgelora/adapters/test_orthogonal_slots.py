@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edgelora.adapters.folder import Adapter
 from edgelora.adapters.orthogonal_slots import basis_rows
-from edgelora.in_torch.train import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:

@@ -164,7 +164,8 @@ def test_compose_as_json(call: Callable[..., Result], tiny_adapters: dict[str, P
     options = ("--adapter", f"a={tiny_adapters['plain']}:0.5", "--adapter", f"b={tiny_adapters['other']}:-1", "--json")
     linear = call("compose", *options, "--output", tmp_path / "m")
     assert linear.code == 0, linear.err
-    assert linear.json == {"output": str(tmp_path / "m"), "modules": 14, "rank": 6, "largest_error": 0.0, "mean_error": 0.0}
+    figures = {"modules": 14, "rank": 6, "largest_error": 0.0, "mean_error": 0.0}
+    assert linear.json == {"output": str(tmp_path / "m"), **figures, "notes": []}
     ties = call("compose", *options, "--method", "ties", "--density", 0.5, "--output", tmp_path / "t")
     assert 0 < ties.json["largest_error"] < 1
     assert (tmp_path / "t" / "adapter_model.safetensors").is_file()

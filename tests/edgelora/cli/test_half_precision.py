@@ -1,4 +1,7 @@
-"""Each verb takes bases and adapters in bfloat16 and float16, in a process of its own, where no other import helps."""
+"""Each verb takes bases in each type and a multimodal one, with adapters in bfloat16.
+
+It runs in a process of its own, where no other import helps.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import load_base, make_adapter, make_base
+from edgelora_export.base.base import Base
+from edgelora_export.weights.torch_model import load_model
+from tests.multimodal import make_wrapper
+from tests.tiny import greedy, load_base, make_adapter, make_base, make_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,18 +42,44 @@ def convert(path: Path, dtype: torch.dtype) -> None:
     save_file({name: tensor.to(dtype) for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float16"])
-def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with a base, two adapters, rows and a recipe; base and adapters in the type."""
-    folder, dtype = tmp_path_factory.mktemp(request.param), getattr(torch, request.param)
+def make_bases(folder: Path, kind: str) -> Path:
+    """Makes the folder `base`: a Llama in a type, or Gemma 3 with vision. Returns a plain folder of the same model."""
+    if kind == "multimodal":
+        make_wrapper(folder / "base", "gemma3", torch.bfloat16)
+        load_model(Base.open(folder / "base")).save_pretrained(folder / "plain")
+        make_tokenizer().save_pretrained(folder / "plain")
+        return folder / "plain"
     make_base(folder / "base")
-    model = load_base(folder / "base").to(dtype)
-    model.save_pretrained(folder / "base")
+    load_base(folder / "base").to(getattr(torch, kind)).save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def write_rows(file: Path, model: Any = None) -> None:
+    """Writes rows whose completions a model writes, so that it does well on them, or made-up ones."""
+    rows = []
+    for n in range(24):
+        prompt, completion = f"the cat number {n}", f" sat {n}"
+        if model is not None:
+            completion = make_tokenizer().decode(
+                greedy(model, make_tokenizer()(prompt)["input_ids"], 6), skip_special_tokens=True
+            )
+        rows.append(json.dumps({"prompt": prompt, "completion": completion or " "}))
+    file.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("float16", "float32", "multimodal")]
+
+
+@pytest.fixture(scope="module", params=["bfloat16", *SLOW])
+def workplace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a base, two adapters in bfloat16, rows and a recipe."""
+    folder = tmp_path_factory.mktemp(request.param)
+    plain = make_bases(folder, request.param)
     for seed, name in enumerate(("a", "b"), 1):
-        make_adapter(folder / "base", folder / name, seed=seed)
-        convert(folder / name / "adapter_model.safetensors", dtype)
-    rows = [json.dumps({"prompt": f"the cat number {n}", "completion": f" sat {n}"}) for n in range(24)]
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        make_adapter(plain, folder / name, seed=seed)
+        convert(folder / name / "adapter_model.safetensors", torch.bfloat16)
+        write_rows(folder / f"{name}.jsonl", PeftModel.from_pretrained(load_base(plain), str(folder / name)))
+    write_rows(folder / "rows.jsonl")
     (folder / "recipe.toml").write_text(
         'base = "base"\n[adapters]\na = "a"\nb = "b"\n[quantization]\nmethod = "rtn"\n[variants.base]\nmix = {}\n'
         '[variants.both]\nmix = { a = 0.5, b = 0.5 }\n[variants.any]\nmix = { a = 1.0 }\nkind = "live"\n',
@@ -65,19 +98,26 @@ def test_train_saves_its_adapter(workplace: Path) -> None:
 def test_compose(workplace: Path) -> None:
     edgelora(workplace, "compose", "--adapter", "a=a:0.6", "--adapter", "b=b:0.6", "--method", "ties", "--output", "mixed")
     edgelora(workplace, "compose", "--adapter", "a=a:1.0", "--merge-into", "base", "--output", "merged")
-    assert {tensor.dtype for tensor in load_file(workplace / "merged" / "model.safetensors").values()} == {
-        tensor.dtype for tensor in load_file(workplace / "base" / "model.safetensors").values()
-    }
+    types = [
+        {tensor.dtype for tensor in load_file(workplace / name / "model.safetensors").values()} for name in ("merged", "base")
+    ]
+    assert types[0] == types[1]
 
 
 def test_compose_report(workplace: Path) -> None:
-    adapters = ["--adapter", "a=a", "--adapter", "b=b"]
+    adapters = ["--adapter", "a=a", "--adapter", "b=b", "--data", "a=a.jsonl", "--data", "b=b.jsonl", "--limit", "2"]
     edgelora(workplace, "compose", "report", *adapters, "--base", "base", "--output", "report")
 
 
 def test_compose_learn(workplace: Path) -> None:
     adapters = ["--adapter", "a=a", "--adapter", "b=b", "--prompts", "a=rows.jsonl", "--prompts", "b=rows.jsonl"]
     edgelora(workplace, "compose", "learn", "--base", "base", *adapters, "--output", "learned")
+
+
+def test_compose_search(workplace: Path) -> None:
+    adapters = ["--adapter", "a=a", "--adapter", "b=b", "--data", "a=a.jsonl", "--data", "b=b.jsonl", "--budget", "5"]
+    edgelora(workplace, "compose", "search", "--base", "base", *adapters, "--sampler", "tpe", "--output", "searched")
+    assert (workplace / "searched" / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_export_and_eval(workplace: Path) -> None:

@@ -52,10 +52,10 @@ def test_training_lowers_the_loss_and_tells_its_progress(tmp_path: Path) -> None
 def test_prompt_tokens_do_not_depend_on_what_follows() -> None:
     tokenizer, rng = make_tokenizer(768, 0), random.Random(5)
     for row in [general_row(rng) for _ in range(100)] + [make(rng) for make in TASKS.values() for _ in range(30)]:
-        prompt, both = tokenizer(row.prompt)["input_ids"], tokenizer(row.prompt + row.completion)["input_ids"]
+        prompt, both = tokenizer(row.prompt)["input_ids"], tokenizer(f"{row.prompt}{row.completion}")["input_ids"]
         assert both[: len(prompt)] == prompt
         assert both[0] == tokenizer.bos_token_id
-        assert tokenizer.decode(both, skip_special_tokens=True) == row.prompt + row.completion
+        assert tokenizer.decode(both, skip_special_tokens=True) == f"{row.prompt}{row.completion}"
 
 
 def test_chat_template_writes_what_training_saw() -> None:

@@ -48,7 +48,7 @@ def test_base_never_sees_a_task() -> None:
     """No general row has a task's command, but every word of the commands occurs in general rows."""
     rng = random.Random(0)
     rows = [general_row(rng) for _ in range(5000)]
-    commands = {row.prompt.partition(":")[0] for row in rows}
+    commands = {str(row.prompt).partition(":")[0] for row in rows}
     assert not commands & set(COMMANDS.values())
     assert any(row.completion == UNKNOWN for row in rows)
 
@@ -57,7 +57,7 @@ def test_every_prompt_ends_its_line_and_every_completion_is_bare() -> None:
     """This keeps the prompt's tokens the same with and without a completion."""
     for task in make_tasks(SIZES):
         for row in (*task.train, *task.test):
-            assert row.prompt.endswith("\n")
+            assert str(row.prompt).endswith("\n")
             assert row.completion == row.completion.strip()
 
 

@@ -75,7 +75,7 @@ def held_by_training(base: Path, quant: str) -> Any:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
-    held, _ = load_training_base(str(base), quant)
+    held, _ = load_training_base(Base.open(base), quant)
     plain = load_base(base)
     for name, module in held.named_modules():
         weight = getattr(module, "weight", None)

@@ -47,7 +47,7 @@ def peft_loss(base: Path, adapter: Path, rows: list[Row]) -> float:
     peft = PeftModel.from_pretrained(load_base(base), str(adapter)).eval()
     tokenizer, nats, count = make_tokenizer(), 0.0, 0
     for row in rows:
-        head, ids = tokenizer(row.prompt)["input_ids"], tokenizer(row.prompt + row.completion)["input_ids"]
+        head, ids = tokenizer(row.prompt)["input_ids"], tokenizer(f"{row.prompt}{row.completion}")["input_ids"]
         start = max(1, next((at for at, (one, other) in enumerate(zip(head, ids, strict=False)) if one != other), len(head)))
         with torch.no_grad():
             logits = peft(torch.tensor([ids])).logits[0, start - 1 : -1]

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from edgelora.adapters.folder import Adapter, read_provenance
-from edgelora.in_torch.train import TrainConfig, load_base, read_train_config, train
+from edgelora.in_torch.train import load_base, train
+from edgelora.in_torch.train_config import TrainConfig, read_train_config
 from edgelora_export.base.base import Base
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_runtime.errors import InputError
@@ -68,7 +69,7 @@ def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
     seen: list[int] = []
     train(replace(config, quant="none", max_steps=120), on_progress=lambda done, total, what: seen.append(done))
     assert seen == list(range(1, 121))
-    model, tokenizer = load_base(config.base, "none")
+    model, tokenizer = load_base(Base.open(config.base), "none")
     adapted: Any = PeftModel.from_pretrained(model, config.output).eval()
     row = ROWS[1]
     prompt = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
@@ -79,8 +80,27 @@ def test_adapter_learns_its_rows_and_to_stop(config: TrainConfig) -> None:
     assert tokenizer.decode(written) == row["completion"] + tokenizer.eos_token
 
 
+@pytest.mark.slow
+def test_adapter_learns_to_answer_in_a_conversation_and_to_stop(config: TrainConfig) -> None:
+    """As the model is asked at run time: by the template, whose turns end with no special token of their own."""
+    import torch
+    from peft import PeftModel
+
+    rows = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}] for row in ROWS]
+    write_rows(config.data, [{"messages": messages} for messages in rows])
+    train(replace(config, quant="none", max_steps=160))
+    model, tokenizer = load_base(Base.open(config.base), "none")
+    adapted: Any = PeftModel.from_pretrained(model, config.output).eval()
+    asked = tokenizer.apply_chat_template(rows[1][:1], add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        written = adapted.generate(
+            input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=20, pad_token_id=1
+        )[0, asked.shape[1] :]
+    assert tokenizer.decode(written) == f" {rows[1][1]['content']}\n{tokenizer.eos_token}"
+
+
 def test_int4_base_is_on_the_export_grid(tiny_base: Path) -> None:
-    model, _ = load_base(str(tiny_base), "int4")
+    model, _ = load_base(Base.open(tiny_base), "int4")
     name = "model.layers.0.mlp.down_proj.weight"
     held = model.get_parameter(name).detach().numpy()
     np.testing.assert_array_equal(held, quantize_rtn(Base.open(tiny_base).tensor(name)).dequantize())

@@ -16,7 +16,8 @@ from edgelora.composing.compose import compose
 from edgelora.data.rows import Row, read_rows
 from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.in_torch.reference import write_completions
-from edgelora.in_torch.train import TrainConfig, train
+from edgelora.in_torch.train import train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora.learn.distillation import distillation_loss, encode_rows, write_rows
 from edgelora.learn.learn import GRAINS, LearnConfig, learn
 from edgelora.mix.mix import Mix
@@ -99,7 +100,7 @@ def test_an_adapter_writes_what_peft_writes_and_sees_no_label(trained: tuple[Lea
     written = write_rows(model, adapter, rows, 3, 0)
     peft: Any = PeftModel.from_pretrained(load_base(Path(config.base)), adapter.folder).eval()
     assert 1 <= len({row.prompt for row in written}) == len(written) <= 3
-    assert [row.completion for row in written] == write_completions(peft, model.tokenizer, written, 64)
+    assert [row.completion for row in written] == write_completions(peft, model.encoder, written, 64)
 
 
 def test_what_adapters_write_makes_it_better(trained: tuple[LearnConfig, dict[str, Path]], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from edgelora.inspection import BundleDescription, VariantDescription
+from edgelora.inspection import BundleDescription, TextsDescription, VariantDescription
 from edgelora.report.fidelity_pages import name_files, render_fidelity
 from edgelora_runtime.bundle.manifest import (
     BaseEntry,
@@ -59,6 +59,7 @@ BUNDLE = BundleDescription(
     QuantizationEntry(4, 32, True, "gptq"),
     VARIANTS,
     None,
+    TextsDescription((), {1: "</s>"}),
 )
 
 

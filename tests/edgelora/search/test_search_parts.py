@@ -80,7 +80,7 @@ def test_a_test_split_under_another_name_is_refused_by_its_rows(disguise: str, t
     rows = {
         "copy": ROWS,
         "part": ROWS[5:9],
-        "respelt": [Row(f"  {row.prompt.upper()}", row.completion.replace(" ", "  ")) for row in ROWS],
+        "respelt": [Row(f"  {str(row.prompt).upper()}", row.completion.replace(" ", "  ")) for row in ROWS],
         "diluted": [*ROWS, *(Row(f"other {number}", " x") for number in range(400))],
     }[disguise]
     with pytest.raises(InputError, match=r"a=.*held-out.jsonl: \d+ of its \d+ rows are among the 20 of .*a\.test\.jsonl"):

@@ -17,6 +17,7 @@ from transformers import (
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -56,9 +57,25 @@ def long_rope(pairs: int, **settings: Any) -> dict[str, Any]:
     return {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": short, "long_factor": long, **settings}
 
 
+def yarn(**settings: Any) -> dict[str, Any]:
+    """YaRN whose original context is a few tokens, so that its pairs differ."""
+    return {"rope_type": "yarn", "rope_theta": 300.0, "factor": 8.0, "original_max_position_embeddings": 128, **settings}
+
+
+def ministral(**settings: Any) -> dict[str, Any]:
+    """YaRN and query scales that change every eleven tokens."""
+    return yarn(original_max_position_embeddings=11, llama_4_scaling_beta=0.4, mscale=1.0, mscale_all_dim=1.0, **settings)
+
+
 GEMMA = {"num_key_value_heads": 2, "tie_word_embeddings": True, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
+    "llama, yarn": (LlamaConfig, {"rope_parameters": yarn()}),
+    "ministral3": (Ministral3Config, {"head_dim": 16, "rope_parameters": ministral()}),
+    "ministral3, padded heads, windows": (
+        Ministral3Config,
+        {"head_dim": 20, "sliding_window": WINDOW, "rope_parameters": ministral(attention_factor=1.2)},
+    ),
     "mistral": (MistralConfig, {"sliding_window": WINDOW}),
     "mistral, padded heads": (MistralConfig, {"sliding_window": 1, "head_dim": 20}),
     "mistral without a window": (MistralConfig, {"sliding_window": None}),
@@ -68,6 +85,10 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1, "hidden_size": 48},
     ),
     "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "qwen3, yarn with its own turns": (
+        Qwen3Config,
+        {"head_dim": 32, "rope_parameters": yarn(beta_fast=9.0, beta_slow=2.0, truncate=False, mscale=0.7, mscale_all_dim=1.5)},
+    ),
     "qwen3, padded heads, biases": (Qwen3Config, {"head_dim": 20, "attention_bias": True, "tie_word_embeddings": True}),
     "qwen3, padded heads, large epsilon": (Qwen3Config, {"head_dim": 12, "rms_norm_eps": 0.3, "num_key_value_heads": 1}),
     "phi3": (Phi3Config, {"sliding_window": WINDOW}),
@@ -244,6 +265,7 @@ FUSED = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
         ("phi3, long rope, partly rotary, padded heads", FUSED),
         ("phi3", ["qkv_proj"]),
         ("qwen3, padded heads, biases", None),
+        ("ministral3, padded heads, windows", None),
         ("gemma2, padded heads, no caps", None),
         ("gemma3", None),
         ("olmo2, padded heads", None),
@@ -328,6 +350,7 @@ SILENT: dict[str, tuple[Any, dict[str, Any]]] = {
     "gemma3": (Gemma3TextConfig, {"num_hidden_layers": 7}),
     "granite": (GraniteConfig, {}),
     "llama": (LlamaConfig, {}),
+    "ministral3": (Ministral3Config, {}),
     "mistral": (MistralConfig, {}),
     "olmo2": (Olmo2Config, {}),
     "phi3": (Phi3Config, {}),
@@ -356,7 +379,9 @@ def test_silent_configs_mean_what_transformers_assumes(config_class: Any, settin
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "activation": ("gemma2", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
-    "yarn": ("qwen2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
+    "dynamic rope": ("qwen2", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic'"),
+    "yarn without a factor": ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "yarn and lack factor"),
+    "no query scale": ("ministral3", {"rope_parameters": yarn()}, "llama_4_scaling_beta"),
     "bidirectional": ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "no factor": ("llama", {"rope_parameters": {"rope_type": "linear"}}, "lack factor"),
     "partly rotary": ("llama", {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor"),

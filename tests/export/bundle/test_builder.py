@@ -105,9 +105,15 @@ def test_a_chat_template_inside_the_tokenizers_config(base: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [({"eos_token_id": [5, 6]}, 1, (5, 6)), ({}, 1, (1,)), (None, [3], (3,)), (None, None, ()), ({"eos_token_id": 0}, 1, (0,))],
+    [
+        ({"eos_token_id": [5, 6]}, 1, (1, 5, 6)),
+        ({}, 1, (1,)),
+        (None, [3], (1, 3)),
+        (None, None, (1,)),
+        ({"eos_token_id": 0}, [7, -1, 300], (1, 0, 7)),
+    ],
 )
-def test_end_tokens(
+def test_end_tokens_are_those_of_tokenizer_and_configs(
     base: Path, tmp_path: Path, generation: dict[str, Any] | None, config: Any, expected: tuple[int, ...]
 ) -> None:
     (base / "generation_config.json").unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from edgelora_export.bundle.fidelity import Subject, compare, run_teacher
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.bundle.plan import BundlePlan
 from edgelora_export.plan.calibration import Calibration, Sample
-from edgelora_export.plan.variants import Quantization, TrainedBase, Variant
+from edgelora_export.plan.variants import Delta, Quantization, TrainedBase, Variant
 from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.bundle.manifest import AdapterEntry
@@ -87,7 +87,7 @@ def test_figures_are_those_of_peft_against_the_runtime(
 ) -> None:
     """The figures do not depend on the number of positions that are compared at once."""
     builder = BundleBuilder(make_plan(tiny_base, strong, None, kind=kind), tmp_path)
-    builder.copy_texts()
+    builder.write_texts()
     builder.store_weights()
     subject = builder.subject("tuned")
     adapted = PeftModel.from_pretrained(load_base(tiny_base), strong.folder).eval()
@@ -179,7 +179,7 @@ def test_a_lost_adapter_is_repaired(tiny_base: Path, faint: Adapter, tmp_path: P
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Delta):
     """An adapter's change times a factor, as a stand-in for a merge that misses the adapter's effect."""
 
     adapter: Adapter

@@ -51,7 +51,7 @@ def start_builder(plan: BundlePlan, folder: Path) -> BundleBuilder:
     """Makes a builder that has stored the plan's weights in a new folder."""
     folder.mkdir()
     builder = BundleBuilder(plan, folder)
-    builder.copy_texts()
+    builder.write_texts()
     builder.store_weights()
     return builder
 

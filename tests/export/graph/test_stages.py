@@ -12,7 +12,7 @@ import pytest
 from edgelora.exporting.export import export
 from edgelora_export.base.base import Base
 from edgelora_export.graph import stages
-from edgelora_export.plan.variants import Quantization, Variant
+from edgelora_export.plan.variants import Delta, Quantization, Variant
 from edgelora_runtime import Bundle, IntegrityError, PackedCache, Runtime
 from edgelora_runtime.session.model import Model
 from tests.export.architectures.test_architectures import EACH, TOKENS, make
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Noise:
+class Noise(Delta):
     """A delta of one module."""
 
     module: str

@@ -18,6 +18,7 @@ from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.bundle.gate import Gate
+from edgelora_export.plan.adapted_decoder import adapt_decoder
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_export.plan.variants import Quantization, Variant
 from edgelora_export.quantize.int4 import Grid, unpack_codes
@@ -28,6 +29,7 @@ from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
 from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
 from tests.tiny import ATTENTION, build_variants, load_base, make_adapter, make_base, random_tokens
+from tests.trained_changes import train_somewhat
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -254,3 +256,26 @@ def tune(
     monkeypatch.setattr(auto_round_backend, "_learn", spy)
     tuned = auto_round_backend.tune_products(storage, None, list(decoder.linears), FIT[:20])
     return tuned, left[0]
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ({}, {"lora_bias": True}),
+        ({"attention_bias": True}, {"bias": "all"}),
+        ({"tie_word_embeddings": True}, {"rows": 306}),
+        ({"config_class": Gemma3TextConfig, "head_dim": 16}, {"rows": 290, "modules_to_save": ["embed_tokens"]}),
+    ],
+    ids=["new biases", "biases", "more tokens", "fewer tokens, scaled"],
+)
+def test_it_learns_on_the_states_that_peft_computes(shape: dict[str, Any], settings: dict[str, Any], tmp_path: Path) -> None:
+    """Biases and rows of the embedding decide the inputs of every product. The head decides none."""
+    make_base(tmp_path / "base", **shape)
+    trained = train_somewhat(tmp_path / "base", tmp_path / "adapter", **settings)
+    base = Base.open(tmp_path / "base")
+    model = auto_round_backend._load_merged(base, adapt_decoder(read_decoder(base.config), trained.change), trained.change)
+    tokens = torch.tensor([random_tokens(20, 290)])
+    with torch.no_grad():
+        found = model.base_model(tokens).last_hidden_state
+        wanted = trained.model.base_model.model.model(tokens).last_hidden_state
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()

@@ -15,7 +15,8 @@ import torch
 import transformers
 
 from edgelora.exporting.export import export
-from edgelora.in_torch.train import TrainConfig, _round_to_int4, train
+from edgelora.in_torch.train import _round_to_int4, train
+from edgelora.in_torch.train_config import TrainConfig
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_runtime import Bundle, InputError, Runtime
 from edgelora_runtime.session.model import Model
@@ -214,7 +215,7 @@ def test_what_optimum_does_not_know_is_refused_in_one_line(tmp_path: Path) -> No
     (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "model_type": "abacus"}), encoding="utf-8")
     printed = run_export(write_recipe(tmp_path / "base"), tmp_path / "bundle")
     assert printed["code"] == 3
-    assert "transformers cannot load base" in printed["error"]
+    assert "'abacus' is no language model that transformers" in printed["error"]
     assert not (tmp_path / "bundle").exists()
 
 

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from edgelora.exporting.train_router import train_router
 from edgelora_export.base.base import Base
-from edgelora_export.plan.variants import PackedRouter, Quantization, Variant
+from edgelora_export.plan.variants import Delta, PackedRouter, Quantization, Variant
 from edgelora_export.quantize.int4 import quantize_rtn
 from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle
 from edgelora_export.traced.graph import prepare_traced, read_sizes
@@ -25,6 +25,7 @@ from edgelora_export.traced.optimum import TracedDecoder, digest
 from edgelora_runtime import InputError, Runtime
 from edgelora_runtime.session.model import Model
 from tests.tiny import make_tokenizer, random_tokens
+from tests.trained_changes import TrainedChange
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Set
@@ -125,7 +126,7 @@ def make_traced(folder: Path, head: str, *, equal: bool = False) -> Traced:
 
 
 @dataclass
-class Change:
+class Change(Delta):
     """A delta given as matrices (N, K)."""
 
     deltas: Mapping[str, Floats] = field(default_factory=dict)
@@ -292,3 +293,18 @@ def test_an_embedding_that_the_graph_does_not_look_up_plainly_stays_in_float32(t
     build(replace(traced, decoder=decoder), tmp_path / "bundle", [Variant("base")])
     tokens = random_tokens(20)
     assert np.abs(run_bundle(tmp_path / "bundle", tokens) - expected_logits(traced, tokens)).max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        (TrainedChange({}, {"mlp.fc": np.ones(32, np.float32)}), "variant v changes biases, but"),
+        (TrainedChange({}, rows=40), "variant v changes the size of the vocabulary, but"),
+    ],
+    ids=["biases", "vocabulary"],
+)
+def test_biases_and_vocabularies_are_refused(change: TrainedChange, mention: str, tmp_path: Path) -> None:
+    traced = make_traced(tmp_path / "base", next(iter(HEADS)))
+    with pytest.raises(InputError, match=f"{mention} .* is exported through Optimum"):
+        build(traced, tmp_path / "bundle", [Variant("base"), Variant("v", {"a": 1.0}, delta=change)])
+    assert not (tmp_path / "bundle").exists()

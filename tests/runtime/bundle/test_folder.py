@@ -205,8 +205,8 @@ def test_runtime_reads_no_text_with_a_wrong_hash(bundle_copy: Path, name: str) -
     raw = bytearray((bundle_copy / name).read_bytes())
     raw[-2] ^= 1
     (bundle_copy / name).write_bytes(raw)
-    with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
-        Runtime(bundle_copy)
+    with pytest.raises(IntegrityError, match=name.replace(".", r"\.")), Runtime(bundle_copy) as runtime:
+        runtime.encode([{"role": "user", "content": "hi"}])  # which is when the template is read
 
 
 def test_runtime_opens_no_graph_or_adapter_with_a_wrong_hash(bundle_copy: Path) -> None:
@@ -237,10 +237,6 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
     "tokenizer config cut": ("tokenizer_config.json", b'{"bos_token": "<s>'),
     "tokenizer config deep": ("tokenizer_config.json", b'{"a":' * 100_000),
     "tokenizer config not UTF-8": ("tokenizer_config.json", b"\xff\xff"),
-    "template unclosed": ("chat_template.jinja", b"{% for m in messages %}"),
-    "template not UTF-8": ("chat_template.jinja", b"\xff\xff"),
-    "template deep": ("chat_template.jinja", b"{{" + b"(" * 5000 + b"1" + b")" * 5000 + b"}}"),
-    "template too large": ("chat_template.jinja", b"x" * ((1 << 18) + 1)),
     "adapter of zeros": ("plain.adapter.safetensors", bytes(100)),
     "empty adapter": ("plain.adapter.safetensors", b""),
     "adapter with a huge header": ("plain.adapter.safetensors", b"\xff" * 8 + b"{}"),
@@ -288,31 +284,24 @@ def test_an_adapter_with_only_one_factor_is_refused(bundle_copy: Path) -> None:
         runtime.switch("plain-live")
 
 
-TEMPLATES = {
-    "attribute walk": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "globals": "{{ raise_exception.__globals__ }}",
-    "import": "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "format string": "{{ '{0.__class__}'.format(1) }}",
-    "changes the messages": "{{ messages.append(1) }}",
-    "raises": "{{ raise_exception('no system role') }}",
-    "undefined": "{{ nothing.at.all }}",
-    "division": "{{ 1 // 0 }}",
-    "type": "{{ messages + 1 }}",
-    "endless output": "{% for a in range(99999) %}{% for b in range(99999) %}xxxxxxxxxxxxxxxxxxxxxxxx{% endfor %}{% endfor %}",
-    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+BROKEN_TEMPLATES = {
+    "unclosed": (b"{% for m in messages %}\n{{ m }}", "line 2"),
+    "unknown tag": (b"a\n{% nothing %}", "line 2.*nothing"),
+    "unknown filter": (b"{{ messages | nothing }}", "line 1.*nothing"),
+    "not UTF-8": (b"ab\xff", "not UTF-8"),
+    "deep": (b"{{" + b"(" * 5000 + b"1" + b")" * 5000 + b"}}", "not a valid template"),
+    "too large": (b"x" * ((1 << 18) + 1), "262145 bytes"),
 }
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
-def test_hostile_chat_template_is_contained(bundle_copy: Path, template: str) -> None:
-    replace(bundle_copy, "chat_template.jinja", template.encode())
+@pytest.mark.parametrize(("raw", "said"), BROKEN_TEMPLATES.values(), ids=BROKEN_TEMPLATES.keys())
+def test_a_broken_chat_template_keeps_no_bundle_from_opening(bundle_copy: Path, raw: bytes, said: str) -> None:
+    replace(bundle_copy, "chat_template.jinja", raw)
     with Runtime(bundle_copy) as runtime:
-        try:
-            rendered = runtime.tokenizer.render_chat([{"role": "user", "content": "hi"}])
-        except InputError as error:
-            assert "\n" not in str(error)
-        else:
-            assert "class" not in rendered
+        assert len(runtime.generate("the cat", max_tokens=3, ignore_eos=True).tokens) == 3
+        with pytest.raises(IntegrityError, match=said) as raised:
+            runtime.generate([{"role": "user", "content": "hi"}])
+        assert "\n" not in str(raised.value)
 
 
 MODEL_LIES = {

@@ -23,6 +23,7 @@ from edgelora_runtime.bundle.manifest import (
     QuantizationEntry,
     RouterClass,
     RouterEntry,
+    TextsEntry,
     VariantEntry,
     check_variant_name,
     parse_manifest,
@@ -40,6 +41,8 @@ WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
 CACHES = st.sampled_from(["in_place", "growing"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.isprintable)
 
+BROUGHT = TextsEntry("tokenizer.json", "tokenizer.json", ("a.chat_template.jinja",), (1, 2))
+
 
 def example() -> Manifest:
     files = (
@@ -49,6 +52,7 @@ def example() -> Manifest:
         "a.adapter.safetensors",
         "tokenizer.json",
         "router.safetensors",
+        "a.chat_template.jinja",
     )
     return Manifest(
         created_by="edgelora 0.1.0",
@@ -56,11 +60,13 @@ def example() -> Manifest:
         base=BaseEntry("base", HASH),
         model=ModelEntry("llama", 64, 2, 2, 16, 300, 1024, (1, 2)),
         quantization=QuantizationEntry(4, 32, True, "rtn"),
-        adapters={"a": AdapterEntry(HASH, 4, "a.adapter.safetensors"), "b": AdapterEntry(HASH, 2)},
+        adapters={"a": AdapterEntry(HASH, 4, "a.adapter.safetensors", texts=BROUGHT), "b": AdapterEntry(HASH, 2)},
         live_slots=(LiveSlots("x.lora_A", ("q.lora_B", "k.lora_B"), ("q", "k"), 64, (64, 32)),),
         variants={
             "m": VariantEntry("merged", {"a": 0.5, "b": 1.0}, "linear", {"cpu": GraphEntry(files[0], (files[2],))}),
-            "l": VariantEntry("live", {"a": 1.0}, "linear", {"cpu": GraphEntry(files[1], (files[2],))}, {"a": 1.0}),
+            "l": VariantEntry(
+                "live", {"a": 1.0}, "linear", {"cpu": GraphEntry(files[1], (files[2],))}, {"a": 1.0}, texts=BROUGHT
+            ),
         },
         files={name: FileEntry(10, HASH) for name in files},
         router=RouterEntry(files[5], "bytes 3-5", (RouterClass("m", 9, 1, 0.5), RouterClass(None, 8, 0, None)), "l", 0.25, 0.5),
@@ -96,6 +102,8 @@ def manifests(draw: st.DrawFn) -> Manifest:
                 weights=draw(st.dictionaries(st.sampled_from(sorted(mixed)), by_pattern, max_size=2)) if mixed else {},
                 density=draw(st.none() | WEIGHTS),
                 seed=draw(st.none() | st.integers(0, (1 << 53) - 1)),
+                vocab_size=draw(st.none() | SIZES),
+                own_vocab=draw(st.sampled_from([(), ("embedding",), ("head",), ("embedding", "head")])),
             )
     slots = draw(
         st.lists(
@@ -184,6 +192,17 @@ def variant_named(name: str) -> Callable[[dict[str, Any]], None]:
 
 # What is done to a good manifest, and what the refusal must mention.
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "live variant with a vocabulary of its own": (
+        changed("variants", "l", "vocab_size", value=9),
+        "live and has a vocabulary of 9",
+    ),
+    "one graph of two vocabularies": (
+        lambda value: value["variants"].update(n=value["variants"]["m"] | {"vocab_size": 9}),
+        "with vocabularies of different sizes",
+    ),
+    "no tokens": (changed("variants", "m", "vocab_size", value=0), "merged and has a vocabulary of 0"),
+    "vocabulary as text": (changed("variants", "m", "vocab_size", value="9"), "vocab_size should be a int"),
+    "unknown matrix of its own": (changed("variants", "m", "own_vocab", value=["norm"]), "should be 'embedding' or 'head'"),
     "other format": (changed("format", value="zip"), "format"),
     "no format": (removed("format"), "format"),
     "no version": (removed("version"), "version"),
@@ -275,6 +294,12 @@ HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "unknown kind": (changed("variants", "m", "kind", value="remote"), "'merged' or 'live'"),
     "kind of another type": (changed("variants", "m", "kind", value=["merged"]), "'merged' or 'live'"),
     "no cpu graph": (changed("variants", "m", "graphs", value={}), "no cpu graph"),
+    "texts that are not listed": (
+        changed("variants", "l", "texts", "chat_template", value="../x.jinja"),
+        "variant l uses ../x.jinja, which files lacks",
+    ),
+    "an adapter's texts that are not listed": (changed("adapters", "a", "texts", "tokenizer", value="x"), "adapter a uses x"),
+    "an end that is no token": (changed("variants", "l", "texts", "eos_token_ids", value=[-1]), "a whole number"),
     "graph that is not listed": (changed("variants", "m", "graphs", "cpu", "file", value="/etc/x.onnx"), "files lacks"),
     "blob that is not listed": (changed("variants", "m", "graphs", "cpu", "blobs", value=["x.bin"]), "x.bin"),
     "weights by module of an adapter that is not mixed": (
@@ -394,6 +419,7 @@ def test_keys_that_have_a_default_may_be_absent() -> None:
     for variant in value["variants"].values():
         for key in ("calibration", "int8", "merge_base", "trained_on", "merge_losses", "weights", "density", "seed"):
             del variant[key]
+        del variant["vocab_size"], variant["own_vocab"]
         for graph in variant["graphs"].values():
             del graph["stages"]
     read = parse_manifest(json.dumps(value).encode())

@@ -74,6 +74,13 @@ def test_a_table_survives_its_file(entries: dict[tuple[int, ...], tuple[int, flo
         assert found[1] == pytest.approx(share)
 
 
+def test_a_smaller_vocabulary_is_never_proposed_what_it_lacks() -> None:
+    table = DraftTable({(1,): (5, 0.9), (2, 1): (9, 0.5)})
+    assert table.find((2, 1)) == (9, 0.5)
+    assert table.limit(9).find((2, 1)) == (5, 0.9)
+    assert len(table.limit(5)) == 0
+
+
 def test_the_longest_context_decides() -> None:
     table = DraftTable({(1,): (5, 0.9), (2, 1): (6, 0.1)})
     assert table.find([2, 1]) == (6, 0.1)

@@ -158,7 +158,7 @@ def test_a_constraint_that_allows_everything_changes_nothing(
 
 
 def test_the_end_comes_only_where_the_grammar_accepts(opened: Runtime) -> None:
-    grammars = opened._grammars
+    grammars = opened._texts.own.grammars
     likes_the_end = np.zeros(opened._manifest.model.vocab_size, np.float32)
     likes_the_end[1] = 9
     constraint = grammars.compile(regex="no*")
@@ -224,7 +224,7 @@ def test_cached_prompts_and_constraints_live_together(bundle32: Path, runtime: R
 def test_many_threads_with_a_grammar_each(opened: Runtime) -> None:
     """The tokenizer is read once for all, and each answer follows its own grammar."""
     regexes = ["(yes|no)", "[ab]{9}", "[0-9]{5}", " [xy]{3}"]
-    opened._grammars.clear()
+    opened._texts.own.grammars.clear()
     found: dict[int, str] = {}
 
     def ask(number: int) -> None:
@@ -240,11 +240,11 @@ def test_many_threads_with_a_grammar_each(opened: Runtime) -> None:
 
 def test_the_tokenizer_is_read_once_and_again_after_close(opened: Runtime) -> None:
     opened.generate("a", regex="a")
-    first = opened._grammars._tokenizer
+    first = opened._texts.own.grammars._tokenizer
     opened.generate("a", json_schema={})
-    assert opened._grammars._tokenizer is first
+    assert opened._texts.own.grammars._tokenizer is first
     opened.close()
-    assert opened._grammars._tokenizer is None
+    assert opened._texts.own.grammars._tokenizer is None
     assert opened.generate("a", regex="ab").text == "ab"
 
 
@@ -274,7 +274,11 @@ def real(request: pytest.FixtureRequest) -> tuple[Grammars, Tokenizer, tuple[int
     """A real tokenizer with its end tokens, for a model with more tokens (phi3) or fewer (gpt2)."""
     name = request.param
     folder: Path = request.getfixturevalue("models_folder" if name == "pocket" else "tokenizers_folder") / name
-    bundle = SimpleNamespace(read=lambda file, limit=0: (folder / file).read_bytes(), has=lambda file: file == "tokenizer.json")
+    bundle = SimpleNamespace(
+        read=lambda file, limit=0: (folder / file).read_bytes(),
+        has=lambda file: file == "tokenizer.json",
+        manifest=SimpleNamespace(files={}),
+    )
     tokenizer = Tokenizer(cast("Any", bundle))
     size, ends = {"pocket": (4096, (1,)), "gpt2": (50257, (50256,)), "phi3": (32064, (32000, 32007))}[name]
     return make_grammars(tokenizer, size, ends), tokenizer, ends, size

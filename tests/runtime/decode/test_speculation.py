@@ -41,7 +41,7 @@ class KnownTables(DraftTables):
                 entries[tuple(text[max(0, end - 3) : end])] = token, 1.0
         self._table = DraftTable(entries)
 
-    def load(self, adapters: Sequence[str]) -> list[DraftTable]:
+    def load(self, adapters: Sequence[str], vocab_size: int) -> list[DraftTable]:
         return [self._table]
 
     def clear(self) -> None:

@@ -95,6 +95,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
     bundle = SimpleNamespace(
         read=lambda name, limit=0: (folder / name).read_bytes(),
         has=lambda name: name in ("tokenizer.json", "tokenizer_config.json"),
+        manifest=SimpleNamespace(files={}),
     )
     return Tokenizer(cast("Any", bundle))
 

@@ -1,0 +1,74 @@
+"""Ctrl-C and SIGTERM: one line and an exit code, whenever they come.
+
+While the command line loads, nothing has been begun, and the process ends on the spot. Later they raise KeyboardInterrupt, so
+that every block cleans up what it has begun. Python loses an exception that is raised inside a weak reference's callback or a
+finalizer, as happens while large packages load. Its hook for such exceptions then sets a timer that raises it again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgelora_runtime.errors import INTERRUPTED, TERMINATED
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+_AGAIN = 0.001  # seconds until a lost interrupt is raised again
+_WORDS = {signal.SIGINT: ("interrupted", INTERRUPTED), signal.SIGTERM: ("terminated", TERMINATED)}
+_received: signal.Signals | None = None
+
+
+def exit_at_once() -> None:
+    """Makes both signals end the process without any clean-up, for as long as there is nothing to clean up."""
+    _handle_with(_exit)
+
+
+def raise_when_interrupted() -> None:
+    """Makes both signals raise KeyboardInterrupt, also where Python would lose it."""
+    _handle_with(_raise)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGALRM, _raise)
+        sys.unraisablehook = _raise_again(sys.unraisablehook)
+
+
+def was_interrupted() -> bool:
+    """True if one of the signals has come, whatever became of it."""
+    return _received is not None
+
+
+def describe_interruption() -> tuple[str, int]:
+    """Returns the word for what ended the process, and its exit code."""
+    return _WORDS[_received or signal.SIGINT]
+
+
+def _handle_with(handler: Any) -> None:
+    for number in _WORDS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup and background jobs of scripts ignore SIGINT
+            signal.signal(number, handler)
+
+
+def _exit(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a handler's signature)
+    word, code = _WORDS[signal.Signals(number)]
+    os.write(2, f"edgelora: {word}\n".encode())
+    os._exit(code)
+
+
+def _raise(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001  (a handler's signature)
+    global _received
+    if number in _WORDS:
+        _received = signal.Signals(number)
+    raise KeyboardInterrupt
+
+
+def _raise_again(hook: Any) -> Any:
+    def handle(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt:
+            hook(unraisable)
+        elif sys.platform != "win32":
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN)  # a thread could wait here for a lock that this one holds
+
+    return handle

@@ -1,0 +1,1 @@
+"""What the formats share: the encoded weight, its codes, scales and checks."""
