@@ -52,7 +52,7 @@ def main() -> None:
             if arguments.long:
                 figures["long"] = {"tokens": arguments.long, "logits_differ": compare_logits(runtime, model, arguments.long)}
             if arguments.with_loader:
-                figures["loader"] = compare_loader(runtime, arguments.gguf)
+                figures["loader"] = compare_loader(runtime, arguments.gguf, arguments.prompts)
         with Runtime(Path(folder) / "4") as runtime:
             figures["int4"] = compare_answers(runtime, model, arguments.prompts)
     print_json(figures)
@@ -111,7 +111,12 @@ def compare_answers(runtime: Runtime, model: Any, count: int) -> dict[str, Any]:
         ids = torch.tensor([prompt])
         with torch.inference_mode():
             written = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=ANSWER, do_sample=False, eos_token_id=-1, pad_token_id=0
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=ANSWER,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
             )[0, len(prompt) :].tolist()
             logits = model(ids).logits[0].numpy()
         differ = max(differ, float(np.abs(runtime.logits(prompt) - logits).max()))
@@ -129,14 +134,14 @@ def compare_logits(runtime: Runtime, model: Any, count: int) -> float:
     return float(np.abs(runtime.logits(tokens) - expected).max())
 
 
-def compare_loader(runtime: Runtime, gguf: Path) -> dict[str, Any]:
+def compare_loader(runtime: Runtime, gguf: Path, count: int) -> dict[str, Any]:
     """Compares with the model that transformers' GGUF loader makes of the file."""
     import torch
     from transformers import AutoModelForCausalLM
 
     started = time.perf_counter()
     loaded: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    return compare_answers(runtime, loaded.float().eval(), len(TOPICS)) | {"seconds": time.perf_counter() - started}
+    return compare_answers(runtime, loaded.eval(), count) | {"seconds": time.perf_counter() - started}
 
 
 if __name__ == "__main__":

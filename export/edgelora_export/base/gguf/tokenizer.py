@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6  # types of tokens; 1 is a normal one
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_PHI3_KEEPING_SPACE = ("<s>", "<unk>", "<|endoftext|>")
+# Special tokens that leave the spaces after them alone, as in Phi-3's own tokenizer.json. llama.cpp differs in the last three.
+# https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/blob/main/tokenizer.json
+_PHI3_KEEPING_SPACE = ("<s>", "<unk>", "<|endoftext|>", "<|system|>", "<|user|>", "<|end|>")
 
 
 @dataclass(frozen=True)

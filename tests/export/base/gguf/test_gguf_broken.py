@@ -159,8 +159,8 @@ def _drop(writer: GGUFWriter, key: str) -> None:
 
 def _replace(writer: GGUFWriter, key: str, value: Any) -> None:
     _drop(writer, key)
-    adders: dict[type, Any] = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}
-    adders[type(value)](key, value)
+    add: Any = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+    add(key, value)
 
 
 @pytest.mark.parametrize(("change", "said"), CHANGES.values(), ids=CHANGES.keys())

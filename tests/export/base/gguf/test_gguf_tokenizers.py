@@ -145,6 +145,11 @@ def test_sentencepiece_tokens_are_sentencepieces(prefix: bool, tmp_path: Path) -
         assert encode(path, ["a[tool]b"]) == [[1, *model.encode("a[tool]b")]]
 
 
+def call_it_phi3(writer: GGUFWriter) -> None:
+    del writer.kv_data[0]["general.architecture"]
+    writer.add_string("general.architecture", "phi3")
+
+
 def test_phi3_tokens_are_its_own(tokenizers_folder: Path, tmp_path: Path) -> None:
     """Written as the converter writes Phi-3: its special tokens take the spaces after them."""
     make_base(tmp_path / "base")
@@ -169,7 +174,7 @@ def test_phi3_tokens_are_its_own(tokenizers_folder: Path, tmp_path: Path) -> Non
         tmp_path / "base",
         tmp_path / "model.gguf",
         vocabulary=lambda writer, _: add_sentencepiece(writer, tokens, prefix=True, eos=vocabulary["<|endoftext|>"]),
-        change=_call_it_phi3,
+        change=call_it_phi3,
     )
     from edgelora_export.base.gguf.header import read_header
     from edgelora_export.base.gguf.tokenizer import Vocabulary, make_tokenizer
@@ -180,8 +185,3 @@ def test_phi3_tokens_are_its_own(tokenizers_folder: Path, tmp_path: Path) -> Non
     assert [ours.encode(text, add_special_tokens=False).ids for text in texts] == [
         theirs.encode(text, add_special_tokens=False).ids for text in texts
     ]
-
-
-def _call_it_phi3(writer: Any) -> None:
-    del writer.kv_data[0]["general.architecture"]
-    writer.add_string("general.architecture", "phi3")
