@@ -25,6 +25,7 @@ def train(
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 16,
     seed: SeedOption = 0,
     composable: Annotated[
         int | None,
@@ -45,6 +46,7 @@ def train(
         "epochs": epochs,
         "lr": lr,
         "max_steps": max_steps,
+        "batch_size": batch_size,
         "seed": seed,
         "composable": composable,
     }
