@@ -163,8 +163,9 @@ def answer_with_peft(gguf: Path, output: Path, tests: Mapping[str, Sequence[Row]
     from peft import PeftModel
 
     from edgelora.in_torch.train import load_base
+    from edgelora_export.base.base import Base
 
-    model, tokenizer = load_base(str(gguf), "none")
+    model, tokenizer = load_base(Base.open(gguf), "none")
     peft: Any = PeftModel.from_pretrained(model, str(output / "sql"), adapter_name="sql").eval()
     for name in ("buses", "both"):
         peft.load_adapter(str(output / name), adapter_name=name)
