@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, suggest_name
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def bench(
 ) -> BenchReport:
     """Measures variants, interleaved within each round, on prompts of random tokens.
 
-    Raises UsageError for lengths that do not fit the context.
+    Raises UsageError for a variant that the bundle lacks, and for lengths that do not fit the context.
     """
     model = runtime.bundle.manifest.model
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
@@ -76,6 +76,9 @@ def bench(
         raise UsageError(
             f"{prompt} tokens of prompt and {tokens} more do not fit the context of {model.context_length}; ask for less"
         )
+    if unknown := [name for name in variants if name not in runtime.variants]:
+        near = suggest_name(unknown, runtime.variants)
+        raise UsageError(f"no variant {unknown[0]!r} in this bundle; it has {', '.join(runtime.variants)}{near}")
     generator = random.Random(_SEED)  # noqa: S311  (not for secrets)
     vocab_size = min(entry.vocab_size or model.vocab_size for entry in (runtime.variants[variant] for variant in variants))
     texts = [[generator.randrange(vocab_size) for _ in range(prompt)] for _ in range(rounds)]
