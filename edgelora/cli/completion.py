@@ -37,7 +37,8 @@ def _read_manifest(context: typer.Context) -> Manifest | None:
     """Reads the manifest of the bundle on the command line. Returns None if there is none that can be read."""
     from edgelora_runtime import Bundle
 
-    bundle = context.params.get("bundle")
+    # An option that still lacks its value ends the parsing, and leaves the arguments before it unnamed.
+    bundle = context.params.get("bundle") or next(iter(context.args), None)
     try:
         return None if bundle is None else Bundle.open(bundle).manifest
     except (EdgeloraError, OSError):

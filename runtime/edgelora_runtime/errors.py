@@ -71,6 +71,10 @@ class MissingExtraError(EdgeloraError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'edgelora[{extra}]'")
+        self.package, self.extra = package, extra
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str]]:
+        return type(self), (self.package, self.extra)  # as a worker sends it to its parent
 
 
 def list_wrong(checks: Iterable[tuple[str, object, bool, str]]) -> list[str]:
