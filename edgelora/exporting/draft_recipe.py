@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEPTH = 3  # folders below the first that are looked into
 _CONFIG, _ADAPTER_CONFIG = "config.json", "adapter_config.json"
+_BARE, _MIXED, _LIVE = "base", "mixed", "all-live"  # variants beside those of single adapters
 _IGNORED = {"node_modules", "__pycache__", "venv", "site-packages"}
 
 
@@ -121,7 +122,7 @@ def _is_model(path: Path) -> bool:
     from edgelora_export.base.gguf.header import read_header
 
     try:
-        return read_header(path).metadata.get("general.type", "model") == "model"
+        return str(read_header(path).metadata.get("general.type", "model")) == "model"
     except InputError:
         return False  # opening it as an adapter says what is wrong
 
@@ -152,9 +153,10 @@ def _name(path: Path, taken: Mapping[str, FoundAdapter]) -> str:
     name = name_path(path)
     if check_variant_name(name):
         name = f"adapter-{name}"[:64].rstrip("-.")
-    if name in taken:
-        name = f"{name_path(path.resolve().parent)}-{name}"[:60]
-    return next(each for each in (name, *(f"{name}-{number}" for number in range(2, 1000))) if each not in taken)
+    used = {*taken, _BARE, _MIXED, _LIVE}
+    if name in used:
+        name = f"{name_path(path.resolve().parent)}-{name}"[:60].lstrip("-")
+    return next(each for each in (name, *(f"{name}-{number}" for number in range(2, 1000))) if each not in used)
 
 
 def _show_path(path: Path, origin: Path) -> str:
@@ -189,19 +191,19 @@ def _write_text(base: str | None, adapters: tuple[FoundAdapter, ...], left_out: 
         f'policy = "{gate.policy}"  # one of {", ".join(POLICIES)}',
         f"retention = {gate.retention}  # the least share of the adapters' effect that must survive",
         "",
-        "[variants.base]  # the bare base",
+        f"[variants.{_BARE}]  # the bare base",
         "mix = {}",
     ]
     for name in names:
         lines += ["", f"[variants.{_key(name)}]", f"mix = {{ {_key(name)} = 1.0 }}"]
     if len(names) > 1:
         mix = ", ".join(f"{_key(name)} = {round(1 / len(names), 2)}" for name in names)
-        lines += ["", "# A mix of all; edgelora compose report says whether they go together.", "# [variants.mixed]"]
+        lines += ["", "# A mix of all; edgelora compose report says whether they go together.", f"# [variants.{_MIXED}]"]
         lines += [f"# mix = {{ {mix} }}", '# method = "ties"', "# density = 0.3"]
     lines += [
         "",
         "# Weights that a request chooses: A and B stay apart from the base, which costs some speed.",
-        "# [variants.live]",
+        f"# [variants.{_LIVE}]",
     ]
     lines += [f"# mix = {{ {', '.join(f'{_key(name)} = 1.0' for name in names)} }}", '# kind = "live"']
     return "\n".join(lines) + "\n"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 from edgelora.cli.arguments import parse_adapters, parse_mix, parse_paths
 from edgelora_runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ADAPTERS = {
     "adapters/sql": {"sql": ("adapters/sql", 1.0)},

@@ -79,15 +79,6 @@ def test_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     check_start(tmp_path, "inspect", os.fsdecode(b"caf\xe9"), code=3)
 
 
-def test_a_template_that_raises(tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN, tmp_path / "b")
-    texts = json.dumps({"chat_template": "{{ raise_exception(" + json.dumps(EVIL) + ") }}"})
-    manifest = json.loads((tmp_path / "b" / "bundle.json").read_text(encoding="utf-8"))
-    names = [name for name in manifest["files"] if "template" in name or name == "tokenizer_config.json"]
-    assert texts
-    assert names or "chat_template" not in json.dumps(manifest)
-
-
 def test_tables_and_lines_print_names_as_text(capsys: pytest.CaptureFixture[str]) -> None:
     """rich takes [red] for a color and [link=…] for a link, where it is let."""
     print_table(f"t {EVIL}", ["variant", f"[red]{EVIL}"], [[f"[link=http://x]{EVIL}", EVIL], ["plain", "1"]])

@@ -69,7 +69,7 @@ def test_choices_are_those_that_the_code_takes() -> None:
     from edgelora.learn import learn
     from edgelora_runtime.session import providers
 
-    assert (PROVIDERS, STARTS, GRAINS) == (providers.PROVIDERS, learn.STARTS, tuple(learn.GRAINS))
+    assert (providers.PROVIDERS, learn.STARTS, tuple(learn.GRAINS)) == (PROVIDERS, STARTS, GRAINS)
 
 
 @pytest.mark.parametrize("width", [50, 80, 140])

@@ -66,7 +66,7 @@ def test_the_recipe_exports_as_it_stands(workplace: Path, tiny_base: Path) -> No
     exported = edgelora(workplace, "export", "recipe.toml", "--output", "bundle", "--json")
     assert exported.returncode == 0, exported.stderr
     variants = {each["name"]: each["kind"] for each in json.loads(exported.stdout)["variants"]}
-    assert variants == dict.fromkeys(("base", "other", "plain", "mixed"), "merged") | {"live": "live"}, "comments hold, too"
+    assert variants == dict.fromkeys(("base", "other", "plain", "mixed"), "merged") | {"all-live": "live"}, "comments hold, too"
 
 
 def test_nothing_is_overwritten(workplace: Path) -> None:
@@ -87,7 +87,9 @@ def test_without_an_adapter_nothing_is_written(tmp_path: Path) -> None:
 def test_mlx_folders_and_gguf_files_are_found(workplace: Path) -> None:
     write_mlx(workplace / "adapters" / "plain", workplace / "mlx", "plain", 2)
     write_gguf(workplace / "adapters" / "other", workplace / "other.gguf")
-    found = {each.path: (each.name, each.summary.split(",")[0]) for each in draft_recipe(workplace, workplace / "r").adapters}
+    draft = draft_recipe(workplace, workplace / "recipe.toml")
+    assert [each.base for each in draft.left_out] == ["mlx-community/tiny"]
+    found = {each.path: (each.name, each.summary.split(",")[0]) for each in (*draft.adapters, *draft.left_out)}
     assert found == {
         "adapters/other": ("other", "PEFT"),
         "adapters/plain": ("plain", "PEFT"),
@@ -97,8 +99,10 @@ def test_mlx_folders_and_gguf_files_are_found(workplace: Path) -> None:
 
 
 def test_paths_are_those_of_the_recipes_folder(workplace: Path) -> None:
-    assert edgelora(workplace, "init", "recipes/first.toml").returncode == 0
-    recipe = read_recipe(workplace / "recipes" / "first.toml")
+    (workplace / "recipes").mkdir()
+    path = workplace / "recipes" / "first.toml"
+    path.write_text(draft_recipe(workplace, path).text, encoding="utf-8")
+    recipe = read_recipe(path)
     assert sorted(path.resolve() for path in recipe.adapters.values()) == [
         workplace / "adapters" / name for name in ("other", "plain")
     ]
@@ -120,6 +124,13 @@ def test_the_only_model_is_the_base_of_adapters_that_name_none(workplace: Path) 
     shutil.copytree(workplace / "adapters" / "plain", workplace / "model", ignore=shutil.ignore_patterns("adapter*"))
     (workplace / "model" / "config.json").write_text("{}", encoding="utf-8")
     assert draft_recipe(workplace, workplace / "recipe.toml").base == "model"
+
+
+def test_an_adapter_called_base_is_no_second_variant_of_that_name(workplace: Path) -> None:
+    (workplace / "adapters" / "plain").rename(workplace / "adapters" / "base")
+    path = workplace / "recipe.toml"
+    path.write_text(draft_recipe(workplace, path).text, encoding="utf-8")
+    assert sorted(read_recipe(path).variants) == ["adapters-base", "base", "other"]
 
 
 def test_hostile_names_stay_text(workplace: Path) -> None:
