@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.bundle.choice import choose_variant
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, suggest_name
 from edgelora_runtime.residency.memory import find_anonymous_memory
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def bench(
 ) -> BenchReport:
     """Measures variants, interleaved within each round, on prompts of random tokens.
 
-    Raises UsageError for lengths that do not fit the context.
+    Raises UsageError for a variant that the bundle lacks, and for lengths that do not fit the context.
     """
     model = runtime.bundle.manifest.model
     for name, value in (("prompt", prompt), ("tokens", tokens), ("rounds", rounds)):
@@ -77,6 +77,9 @@ def bench(
         raise UsageError(
             f"{prompt} tokens of prompt and {tokens} more do not fit the context of {model.context_length}; ask for less"
         )
+    if unknown := [name for name in variants if name not in runtime.variants]:
+        near = suggest_name(unknown, runtime.variants)
+        raise UsageError(f"no variant {unknown[0]!r} in this bundle; it has {', '.join(runtime.variants)}{near}")
     generator = random.Random(_SEED)  # noqa: S311  (not for secrets)
     manifest = runtime.bundle.manifest
     graphs = [choose_variant(manifest, "cpu", variant).graph for variant in variants]

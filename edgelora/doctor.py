@@ -13,16 +13,32 @@ from edgelora_runtime.residency.packed_cache import PackedCache, find_packed_fol
 from edgelora_runtime.session.kernels import explain_absence, find_kernels
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 RUNTIME = ("numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "typer", "rich")
 EXTRAS = {
     "export": ("torch", "transformers", "onnx", "onnx-ir", "ml-dtypes"),
     "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets"),
+    "serve": ("starlette", "uvicorn"),
 }
+_GPUS = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}
+_WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
 
 # Distributions that install the same files. onnxruntime-genai and the onnxruntime-ep-… plugins do not clash with them.
 _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", "-webgpu", "-openvino", "-qnn", "-silicon")}
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """One thing that people do with edgelora.
+
+    lacks: why it cannot be done here, "" if it can. remedy: the command that makes it ready, "" if there is none or none is due.
+    """
+
+    name: str
+    lacks: str = ""
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,8 @@ class Diagnosis:
 
     python, system: versions. cores: logical cores. memory: bytes, None if unknown. providers: onnxruntime's execution providers.
     kernels: the instruction set of edgelora's own kernels, None if they are absent. packages: version per package, None if it is
-    not installed. packed_cache: the folder, and the bytes in it. advice: one line per thing to do, empty if all is well.
+    not installed. packed_cache: the folder, and the bytes in it. ready: run, train, export, serve and gpu. remedy: the one
+    command that makes ready what packages are missing for, "" if none is. advice: one line per thing to do, empty if all is well.
     """
 
     python: str
@@ -42,6 +59,8 @@ class Diagnosis:
     kernels: str | None
     packages: dict[str, str | None]
     packed_cache: tuple[Path, int]
+    ready: tuple[Readiness, ...]
+    remedy: str
     advice: tuple[str, ...]
 
 
@@ -62,9 +81,9 @@ def diagnose() -> Diagnosis:
     kernels = find_kernels()
     if kernels is None:
         advice.append(f"edgelora's own kernels {explain_absence()}; onnxruntime's kernels are used instead, which are slower")
-    for extra, names in EXTRAS.items():
-        if missing := [name for name in names if packages[name] is None]:
-            advice.append(f"edgelora {extra} needs {', '.join(missing)}: pip install 'edgelora[{extra}]'")
+    ready = (*_check_packages(packages), _check_gpu(providers))
+    lacking = [item.name for item in ready if item.name in EXTRAS and item.remedy]
+    advice += [f"edgelora {item.name} {item.lacks}: {item.remedy}" for item in ready if item.name in lacking]
     return Diagnosis(
         python=sys.version.split()[0],
         system=f"{platform.system()} {platform.machine()}",
@@ -74,8 +93,44 @@ def diagnose() -> Diagnosis:
         kernels=None if kernels is None else kernels.instruction_set,
         packages=packages,
         packed_cache=_measure_packed_cache(),
+        ready=ready,
+        remedy=f"pip install 'edgelora[{','.join(lacking)}]'" if lacking else "",
         advice=tuple(advice),
     )
+
+
+def _check_packages(packages: Mapping[str, str | None]) -> Iterator[Readiness]:
+    """Says of run, train, export and serve whether their packages are here. Training needs what export needs, too."""
+    needs = {"run": RUNTIME, "train": (*EXTRAS["export"], *EXTRAS["train"]), "export": EXTRAS["export"], "serve": EXTRAS["serve"]}
+    for name, names in needs.items():
+        missing = [package for package in names if packages[package] is None]
+        extra = f"[{name}]" if name in EXTRAS else ""
+        yield Readiness(name, f"needs {', '.join(missing)}", f"pip install 'edgelora{extra}'") if missing else Readiness(name)
+
+
+def _check_gpu(providers: Sequence[str]) -> Readiness:
+    """Says whether onnxruntime finds a GPU that edgelora can use."""
+    from edgelora_runtime.errors import UsageError
+    from edgelora_runtime.session.providers import find_provider
+
+    if not providers:
+        return Readiness("gpu", "needs onnxruntime", "pip install edgelora")
+    reasons = []
+    for name in _GPUS.values():
+        try:
+            found = find_provider(name, architecture="llama", gpu_graphs=True)
+        except UsageError as error:
+            reasons.append(str(error))
+        else:
+            if found.device is not None or name == "cuda":
+                return Readiness("gpu")
+    if _version(_WEBGPU_PLUGIN) is None and "CUDAExecutionProvider" not in providers:
+        return Readiness(
+            "gpu",
+            "no provider for a GPU is installed",
+            f"pip install {_WEBGPU_PLUGIN}, or onnxruntime-gpu in place of onnxruntime",
+        )
+    return Readiness("gpu", reasons[-1] if reasons else "no GPU is found")
 
 
 def _measure_packed_cache() -> tuple[Path, int]:

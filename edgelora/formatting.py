@@ -1,9 +1,10 @@
-"""Turns values into text: bytes, shares and JSON."""
+"""Turns values into text: bytes, shares, names and JSON."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,27 @@ def format_share(share: float | None) -> str:
     return "–" if share is None else f"{100 * share:.1f}"
 
 
-def to_json(value: object) -> str:
-    """Formats a value as JSON on one line.
+def name_path(path: Path) -> str:
+    """Makes a short name of a path's last part, without a file's suffix: "sql" of adapters/sql and of data/sql.jsonl.
 
-    Dataclasses become objects and paths become strings.
+    Characters that a variant's name cannot have become dashes. Returns "" if nothing is left.
     """
-    return json.dumps(_to_plain(value), ensure_ascii=False)
+    last = path.name if path.name not in ("", "..") else path.resolve().name
+    last = last if path.is_dir() or not path.suffix[1:].isalpha() else path.stem
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:64]
+
+
+def to_json(value: object) -> str:
+    r"""Formats a value as JSON on one line.
+
+    Dataclasses become objects and paths become strings. Characters that a terminal obeys are escaped, as \u009b.
+    """
+    text = json.dumps(_to_plain(value), ensure_ascii=False)
+    return text if text.isprintable() else "".join(map(_escape, text))
+
+
+def _escape(character: str) -> str:
+    return character if character.isprintable() else json.dumps(character)[1:-1]
 
 
 def _to_plain(value: object) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,14 +16,16 @@ from edgelora.cli.chat import chat
 from edgelora.cli.demo import demo
 from edgelora.cli.doctor import doctor
 from edgelora.cli.evaluate import evaluate
+from edgelora.cli.examples import show_example
 from edgelora.cli.export import export
+from edgelora.cli.init import init
 from edgelora.cli.inspect import inspect, verify
 from edgelora.cli.interruption import describe_interruption, was_interrupted
 from edgelora.cli.run import run
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
-from edgelora_runtime.errors import BROKEN_PIPE, INTERRUPTED, EdgeloraError
+from edgelora_runtime.errors import BROKEN_PIPE, INTERRUPTED, LONGEST_MESSAGE, EdgeloraError, make_printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,15 +33,17 @@ if TYPE_CHECKING:
 # Some versions of Typer bundle click and others depend on it. Typer's public error class leads to click's in both.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 
+_NAME = "edgelora"  # also in shells' completion, however the process was started
+_COMPLETION = "_EDGELORA_COMPLETE"  # set by shells that ask for completions
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
-    name="edgelora",
+    name=_NAME,
     help="Mix LoRA adapters on one 4-bit base, compile the mixes into int4 ONNX variants, switch between them offline.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog='Example: edgelora demo, then edgelora run edgelora-demo/bundle "…". Each verb shows one of its own with --help.',
 )
 
 
@@ -50,8 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     as_json = "--json" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for consoles whose encoding lacks a character
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(arguments, prog_name=_NAME, standalone_mode=False)
         code = _report(*describe_interruption(), as_json) if result == INTERRUPTED else 0  # typer's own way to say Ctrl-C
         if sys.stdout is not None:
             sys.stdout.flush()  # while a reader that is gone or a full disk can still be reported
@@ -63,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = _report(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):
         code = _report(*describe_interruption(), as_json)
-    except (BrokenPipeError, SystemExit):  # as SystemExit, from typer and rich
+    except BrokenPipeError:
         code = _drop_output()
+    except SystemExit as ended:  # from the shell's completion with its code, from typer and rich for a broken pipe
+        code = int(ended.code or 0) if _COMPLETION in os.environ else _drop_output()
     except ModuleNotFoundError as error:
         if os.environ.get("EDGELORA_DEBUG"):
             raise
@@ -95,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _report(message: str, code: int, as_json: bool) -> int:
     if was_interrupted():  # a failure after a signal comes from the signal
         message, code = describe_interruption()
-    line = " ".join(message.split())
+    line = make_printable(message, LONGEST_MESSAGE)
     print_note(f"edgelora: {line}")
     if as_json:
         print_json({"error": line, "exit_code": code})
@@ -122,14 +131,20 @@ def _options(
     pass
 
 
-app.command()(train)
-app.add_typer(compose.app, name="compose")
-app.command()(export)
-app.command()(inspect)
-app.command()(verify)
-app.command()(run)
-app.command()(chat)
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(doctor)
-app.command()(demo)
+_MAKE, _BUNDLE, _USE, _HERE = "Make adapters", "Make bundles", "Use bundles", "This machine"
+_VERBS = (
+    ("train", train, _MAKE),
+    ("init", init, _BUNDLE),
+    ("export", export, _BUNDLE),
+    ("inspect", inspect, _BUNDLE),
+    ("verify", verify, _BUNDLE),
+    ("run", run, _USE),
+    ("chat", chat, _USE),
+    ("eval", evaluate, _USE),
+    ("bench", bench, _USE),
+    ("doctor", doctor, _HERE),
+    ("demo", demo, _HERE),
+)
+for _name, _verb, _panel in _VERBS:
+    app.command(_name, rich_help_panel=_panel, epilog=show_example(_name))(_verb)
+app.add_typer(compose.app, name="compose", rich_help_panel=_MAKE)

@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgelora.cli.choices import PROVIDERS, choose
+from edgelora.cli.completion import complete_mix, complete_variants
 from edgelora.data.rows import read_text
+from edgelora.formatting import name_path
 from edgelora.mix.weights import EVERYWHERE
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, suggest_name
+from edgelora_runtime.session.kernels import KERNELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,31 +23,62 @@ if TYPE_CHECKING:
     from edgelora.mix.weights import Weight
     from edgelora_runtime import Runtime
 
+_RUNTIME = "Runtime"  # headings of groups in --help
+_OUTPUT = "Output"
+
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle's folder.")]
 VariantOption = Annotated[
     str | None,
-    typer.Option(help="The variant, or auto to let the bundle's router pick one per prompt; the bundle's default if omitted."),
+    typer.Option(
+        metavar="NAME",
+        help="The variant, or auto to let the bundle's router pick one per prompt; the bundle's default if omitted.",
+        autocompletion=complete_variants,
+    ),
 ]
 MixOption = Annotated[
     list[str] | None,
-    typer.Option("--mix", metavar="ADAPTER=WEIGHT", help="Mix live adapters for this call; repeat for each adapter."),
+    typer.Option(
+        "--mix",
+        metavar="ADAPTER[=WEIGHT]",
+        help="Mix live adapters for this call, with weight 1 if omitted; repeat for each adapter.",
+        autocompletion=complete_mix,
+    ),
 ]
-MaxTokensOption = Annotated[int, typer.Option(help="Maximum number of tokens to write.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Compute threads; all physical cores if omitted.")]
+MaxTokensOption = Annotated[int, typer.Option(metavar="N", help="Maximum number of tokens to write.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Compute threads; all physical cores if omitted.", rich_help_panel=_RUNTIME)
+]
 ProviderOption = Annotated[
-    str, typer.Option(help="cpu, cuda, webgpu, or auto: a GPU if there is one and the bundle has graphs for it.")
+    str,
+    choose(PROVIDERS, "Where to compute; auto takes a GPU if there is one and the bundle has graphs for it.", panel=_RUNTIME),
 ]
 PackedCacheOption = Annotated[
-    bool, typer.Option("--packed-cache", help="Map packed weights from this machine's cache, and add those that it lacks.")
+    bool,
+    typer.Option(
+        "--packed-cache",
+        help="Map packed weights from this machine's cache, and add those that it lacks.",
+        rich_help_panel=_RUNTIME,
+    ),
 ]
 WholeGraphsOption = Annotated[
-    bool, typer.Option("--whole-graphs", help="One session per variant that shares no weights; its steps may be faster.")
+    bool,
+    typer.Option(
+        "--whole-graphs",
+        help="One session per variant that shares no weights; its steps may be faster.",
+        rich_help_panel=_RUNTIME,
+    ),
 ]
 KernelsOption = Annotated[
-    str, typer.Option(help="Kernels to compute with: edgelora (the package edgelora-kernels), onnxruntime, or auto.")
+    str, choose(KERNELS, "Kernels to compute with; edgelora's are the package edgelora-kernels.", panel=_RUNTIME)
 ]
-BaseOption = Annotated[str, typer.Option(help="Folder, GGUF file or hub id of the base.")]
-AdaptersOption = Annotated[list[str], typer.Option(metavar="NAME=ADAPTER", help="An adapter's folder; repeat for each adapter.")]
+BaseOption = Annotated[str, typer.Option(metavar="BASE", help="Folder, GGUF file or hub id of the base.")]
+AdaptersOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="[NAME=]ADAPTER",
+        help="An adapter's folder or GGUF file, named after itself if NAME= is omitted; repeat for each adapter.",
+    ),
+]
 TemplateOptions = Annotated[
     list[str] | None,
     typer.Option(
@@ -52,9 +87,14 @@ TemplateOptions = Annotated[
         help="What the chat template gets beside the messages of rows, as enable_thinking=false; repeat for each.",
     ),
 ]
-SeedOption = Annotated[int, typer.Option(help="Random seed.")]
+SeedOption = Annotated[int, typer.Option(metavar="N", help="Random seed.")]
 JsonOption = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output; everything else goes to standard error.")
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object on standard output; everything else goes to standard error.",
+        rich_help_panel=_OUTPUT,
+    ),
 ]
 
 
@@ -83,43 +123,69 @@ def read_option_file(path: Path | None, option: str) -> str | None:
 
 
 def parse_mix(items: Sequence[str] | None) -> Mapping[str, float] | None:
+    """Weights by live adapter, each from ADAPTER=WEIGHT, or 1 from ADAPTER alone."""
     if not items:
         return None
-    pairs = parse_pairs(items, "--mix ADAPTER=WEIGHT")
+    pairs = parse_pairs([item if "=" in item else f"{item}=1" for item in items], "--mix ADAPTER[=WEIGHT]")
     return {name: parse_number(value, f"--mix {name}={value}") for name, value in pairs.items()}
 
 
 def parse_adapters(items: Sequence[str], by_pattern: Mapping[str, Weight] | None = None) -> dict[str, tuple[str, Weight]]:
-    """Folder and weight by name.
+    """Path and weight by name, each from [NAME=]ADAPTER[:WEIGHT].
 
     by_pattern: weights from a file. A number in the argument is then the weight of the modules that no pattern matches.
     """
     adapters: dict[str, tuple[str, Weight]] = {}
     by_pattern = by_pattern or {}
-    pairs = parse_pairs(items, "--adapter NAME=ADAPTER:WEIGHT")
+    pairs = parse_paths(items, "--adapter [NAME=]ADAPTER[:WEIGHT]", weighted=True)
     if unknown := sorted(set(by_pattern) - set(pairs)):
-        raise UsageError(f"the file of weights names {', '.join(unknown)}, but no --adapter does")
+        raise UsageError(f"the file of weights names {', '.join(unknown)}, but no --adapter does{suggest_name(unknown, pairs)}")
     for name, value in pairs.items():
-        folder, colon, text = value.rpartition(":")
-        if name not in by_pattern:
-            if not colon:
-                raise UsageError(f"--adapter {name}={value} has no weight; write {name}={value}:1.0")
-            adapters[name] = (folder, parse_number(text, f"--adapter {name}={value}"))
-            continue
-        weight = by_pattern[name]
-        try:
-            default = float(text) if colon else None
-        except ValueError:  # the colon belongs to the folder's path
-            default = None
-        if default is None:
-            adapters[name] = (value, weight)
+        path, given = _split_weight(value, f"--adapter {name}={value}")
+        weight = by_pattern.get(name)
+        if weight is None:
+            adapters[name] = (path, 1.0 if given is None else given)
+        elif given is None:
+            adapters[name] = (path, weight)
         elif isinstance(weight, Mapping) and EVERYWHERE not in weight:
-            adapters[name] = (folder, {EVERYWHERE: default, **weight})
+            adapters[name] = (path, {EVERYWHERE: given, **weight})
         else:
             raise UsageError(
                 f"--adapter {name}={value}: the file of weights also gives a weight for all modules; give only one of the two"
             )
     return adapters
+
+
+def parse_paths(items: Sequence[str], form: str, *, weighted: bool = False) -> dict[str, str]:
+    """Paths by name, each from [NAME=]PATH. A path without a name is named after itself, without a file's suffix.
+
+    weighted: a weight may follow each path. It stays there, and is left out of the name.
+    """
+    pairs: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
+        if not equals or "/" in name or "\\" in name or Path(item).exists():  # the sign belongs to the path
+            place = Path(_split_weight(item, item)[0] if weighted else item)
+            name, path = name_path(place), item
+        if not (name and path):
+            raise UsageError(f"{item!r} is not of the form {form}")
+        if name in pairs:
+            raise UsageError(f"{name} is given twice; each needs a name of its own, {form}")
+        pairs[name] = path
+    return pairs
+
+
+def _split_weight(value: str, where: str) -> tuple[str, float | None]:
+    """Splits ADAPTER[:WEIGHT]. A colon that no number follows belongs to the path, unless what precedes it is a path."""
+    path, colon, text = value.rpartition(":")
+    if not colon or Path(value).exists():
+        return value, None
+    try:
+        return path, float(text)
+    except ValueError:
+        if Path(path).exists():
+            raise UsageError(f"{where}: {text!r} is not a number") from None
+        return value, None
 
 
 def parse_pairs(items: Sequence[str], form: str) -> dict[str, str]:
@@ -144,10 +210,6 @@ def parse_template_options(items: Sequence[str] | None) -> dict[str, Any]:
             hint = f"put a text in quotes: {name}='{json.dumps(text)}'"
             raise UsageError(f"--template-option {name}={text} is no JSON; {hint}") from None
     return options
-
-
-def parse_paths(items: Sequence[str], form: str) -> dict[str, Path]:
-    return {name: Path(path) for name, path in parse_pairs(items, form).items()}
 
 
 def parse_range(text: str, where: str) -> tuple[float, float]:

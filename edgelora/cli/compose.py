@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import JsonOption, is_given, parse_adapters, parse_pairs
+from edgelora.cli.arguments import JsonOption, is_given, parse_adapters, parse_paths
+from edgelora.cli.choices import DTYPES, choose
+from edgelora.cli.examples import show_example
 from edgelora.cli.learn import learn
 from edgelora.cli.search import search
-from edgelora.cli.terminal import print_json, print_note, show_progress
+from edgelora.cli.terminal import print_json, print_line, print_next, print_note, quote_path, show_progress
 from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora_runtime.errors import UsageError
 
@@ -20,50 +22,84 @@ if TYPE_CHECKING:
     from edgelora.composing.compose import ComposeReport
     from edgelora.mix.weights import Weight
 
+_MERGE, _OTHER = "How to merge", "Other forms of input and output"  # headings of groups in --help
+
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
 
-@app.callback(epilog="\n\n".join(f"{name}: {method.summary}" for name, method in MIX_METHODS.items()))
+@app.callback(
+    epilog="\n\n".join((*(f"{name}: {method.summary}" for name, method in MIX_METHODS.items()), show_example("compose")))
+)
 def compose(
     context: typer.Context,
     adapter: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=ADAPTER:WEIGHT", help="An adapter's folder or GGUF file, and its weight; repeat for each adapter."
+            metavar="[NAME=]ADAPTER[:WEIGHT]",
+            help="An adapter's folder or GGUF file, with weight 1 and its own name if omitted; repeat for each adapter.",
         ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for the mixed adapter, or *.gguf for llama.cpp, or folder for the merged checkpoint."),
+        typer.Option(
+            metavar="PATH", help="Folder for the mixed adapter, or *.gguf for llama.cpp, or folder for the merged checkpoint."
+        ),
     ] = None,
-    method: Annotated[str, typer.Option(help="How to merge the deltas; see below.")] = "linear",
+    method: Annotated[
+        str, choose([*MIX_METHODS], "How to merge the deltas; explained below.", kind="METHOD", panel=_MERGE)
+    ] = "linear",
     density: Annotated[
-        float, typer.Option(help="Share of a delta's entries to keep, for methods that drop some.")
+        float,
+        typer.Option(
+            metavar="SHARE", help="Share of a delta's entries to keep, for methods that drop some.", rich_help_panel=_MERGE
+        ),
     ] = DEFAULT_DENSITY,
-    seed: Annotated[int, typer.Option(help="Random seed, for methods that drop entries at random.")] = 0,
-    rank: Annotated[int | None, typer.Option(help="Truncate the mix to this rank, and print the error.")] = None,
+    seed: Annotated[
+        int, typer.Option(metavar="N", help="Random seed, for methods that drop entries at random.", rich_help_panel=_MERGE)
+    ] = 0,
+    rank: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Truncate the mix to this rank, and print the error.", rich_help_panel=_MERGE),
+    ] = None,
     weights: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE.toml", help='Weights by module: a table [weights.NAME] with lines such as "model.layers.0.*" = 0.2.'
+            metavar="FILE.toml",
+            help='Weights by module: a table weights.NAME with lines such as "model.layers.0.*" = 0.2.',
+            rich_help_panel=_MERGE,
         ),
     ] = None,
     merge_into: Annotated[
-        str | None, typer.Option(metavar="BASE", help="Add the mix to this base and save a plain Hugging Face checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="BASE",
+            help="Add the mix to this base and save a plain Hugging Face checkpoint.",
+            rich_help_panel=_OTHER,
+        ),
     ] = None,
     mergekit: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.yaml", help="Read a mergekit configuration of base+adapter models instead of --adapter."),
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Read a mergekit configuration of base+adapter models instead of --adapter.",
+            rich_help_panel=_OTHER,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="float32, float16 or bfloat16. With --merge-into, the base's own type if omitted; for *.gguf float32 if omitted."
+        choose(
+            DTYPES,
+            "Type of the output. With --merge-into, the base's own if omitted; for *.gguf float32 if omitted.",
+            panel=_OTHER,
         ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of the base, whose config GGUF adapters need; what an adapter names if omitted."),
+        typer.Option(
+            metavar="BASE",
+            help="Folder or hub id of the base, whose config GGUF adapters need; what an adapter names if omitted.",
+            rich_help_panel=_OTHER,
+        ),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -106,7 +142,8 @@ def compose(
         if json:
             print_json(merged)
         else:
-            print(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
+            print_line(f"{merged.output}: {merge_into} with {merged.modules} modules changed")
+            print_next(f"it is a base of its own: edgelora train --base {quote_path(merged.output)} …, or any tool that reads it")
         return
     _check_dtype(dtype, output)
     from edgelora.composing.compose import compose as run_composition
@@ -174,17 +211,21 @@ def _show_result(report: ComposeReport, *, json: bool) -> None:
             if report.largest_error > 1e-6
             else ", exact"
         )
-        print(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
+        print_line(f"{report.output}: {report.modules} modules, rank {report.rank}{error}")
+        if report.output.suffix == ".gguf":
+            print_next(f"llama-cli -m BASE.gguf --lora {quote_path(report.output)}")
+        else:
+            print_next("edgelora init, which writes a recipe of the adapters in this folder")
 
 
-app.command()(search)
-app.command()(learn)
+app.command(epilog=show_example("search"))(search)
+app.command(epilog=show_example("learn"))(learn)
 
 
-@app.command()
+@app.command(epilog=show_example("report"))
 def report(
     adapter: Annotated[
-        list[str], typer.Option(metavar="NAME=FOLDER", help="An adapter's folder; repeat for each adapter, at least two.")
+        list[str], typer.Option(metavar="[NAME=]ADAPTER", help="An adapter's folder; repeat for each adapter, at least two.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for report.json, report.html and recipe.toml.")],
     base: Annotated[
@@ -193,7 +234,8 @@ def report(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=ROWS.jsonl", help="Held-out rows of an adapter's task, to measure every pair on; one file per adapter."
+            metavar="[NAME=]ROWS.jsonl",
+            help="Held-out rows of an adapter's task, to measure every pair on; one file per adapter.",
         ),
     ] = None,
     limit: Annotated[int, typer.Option(help="Use only this many rows of each file, from the first.")] = 100,
@@ -210,9 +252,9 @@ def report(
     limits = [size for size in map(parse_bytes, (disk, memory)) if size is not None]
     with show_progress("comparing") as on_progress:
         found = report_composition(
-            parse_pairs(adapter, "--adapter NAME=FOLDER"),
+            parse_paths(adapter, "--adapter [NAME=]ADAPTER"),
             base=base,
-            data=parse_pairs(data or [], "--data NAME=ROWS.jsonl"),
+            data=parse_paths(data or [], "--data [NAME=]ROWS.jsonl"),
             budget=min(limits, default=None),
             limit=limit,
             on_progress=on_progress,
@@ -223,7 +265,9 @@ def report(
         print_json(found)
     else:
         show_composition(found)
-        print(f"written: {', '.join(map(str, files))}")
+        print_line(f"written: {', '.join(map(str, files))}")
+        page, recipe = (quote_path(output / name) for name in ("report.html", "recipe.toml"))
+        print_next(f"read {page}, then edgelora export {recipe} --output BUNDLE")
 
 
 def _read_weights(path: Path | None) -> Mapping[str, Weight]:

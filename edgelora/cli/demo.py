@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import JsonOption, SeedOption, parse_pairs
-from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
+from edgelora.cli.arguments import JsonOption, SeedOption, parse_paths
+from edgelora.cli.terminal import print_json, print_line, print_next, print_note, print_table, quote_path, show_progress
 from edgelora.formatting import format_bytes, format_share
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def demo(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE.jsonl",
+            metavar="[NAME=]FILE.jsonl",
             help="A task's rows, with --base; repeat for each task. The demo trains an adapter per task and mixes them.",
         ),
     ] = None,
@@ -31,7 +31,7 @@ def demo(
     """Train, mix, export and switch adapters on a tiny model made on the spot, or on your own base and data."""
     from edgelora.demo import run_demo
 
-    rows = parse_pairs(data or [], "--data NAME=FILE.jsonl")
+    rows = parse_paths(data or [], "--data [NAME=]FILE.jsonl")
     with show_progress("demo") as on_progress:
         report = run_demo(output, seed=seed, base=base, data=rows, on_progress=on_progress, on_note=print_note)
     if json:
@@ -53,7 +53,7 @@ def show_demo(report: DemoReport) -> None:
     metrics = ", ".join(f"{report.metrics[task]} on {count} test rows of {task}" for task, count in report.test_rows.items())
     print_table(f"in %: {metrics}", columns, rows)
     kept = ", ".join(f"{format_share(share)}% of {name}" for name, share in report.kept.items())
-    print(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
+    print_line(f"mix: learned from {report.written} answers of each adapter, without labels; it keeps {kept}")
     size = format_bytes(sum(path.stat().st_size for path in report.bundle.iterdir()))
-    print(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) is in {report.bundle}")
-    print(f"talk to it:  edgelora chat {report.bundle} --variant mix")
+    print_line(f"{sum(report.seconds.values()):.0f} s in all; the bundle ({size}) is in {report.bundle}")
+    print_next(f"talk to it: edgelora chat {quote_path(report.bundle)} --variant mix")

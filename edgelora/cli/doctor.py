@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the annotations)
-from edgelora.cli.terminal import print_json, print_table
+from edgelora.cli.terminal import print_json, print_line, print_next, print_table
 from edgelora.formatting import format_bytes
 from edgelora_runtime import __version__
 
@@ -25,12 +25,18 @@ def doctor(json: JsonOption = False) -> None:
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Prints versions, packages, the packed cache and the advice."""
+    """Prints what is ready, versions, packages, the packed cache and the advice, and what to do next."""
     memory = "unknown" if found.memory is None else format_bytes(found.memory)
-    print(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
-    print(f"onnxruntime providers: {', '.join(found.providers) or 'none'}; edgelora's own kernels: {found.kernels or 'none'}")
+    print_line(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
+    print_line(
+        f"onnxruntime providers: {', '.join(found.providers) or 'none'}; edgelora's own kernels: {found.kernels or 'none'}"
+    )
+    for item in found.ready:
+        remedy = f"; {item.remedy}" if item.remedy else ""
+        print_line(f"{item.name + ':':8}{item.lacks or 'ready'}{remedy}")
     print_table("", ["package", "version"], [[name, version or "absent"] for name, version in found.packages.items()])
     folder, held = found.packed_cache
-    print(f"packed cache: {format_bytes(held)} in {folder}, which may be deleted at any time")
+    print_line(f"packed cache: {format_bytes(held)} in {folder}, which may be deleted at any time")
     for line in found.advice:
-        print(f"- {line}")
+        print_line(f"- {line}")
+    print_next(found.remedy or "edgelora demo, which trains, mixes, exports and switches adapters on a tiny model")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from edgelora.cli.interruption import describe_interruption, exit_at_once, raise_when_interrupted
+from edgelora.cli.interruption import describe_interruption, exit_at_once, ignore_at_the_end, raise_when_interrupted
 
 
 def main() -> NoReturn:
     """Runs the command line. Ctrl-C and SIGTERM are one line on standard error and an exit code, from the first import on."""
     exit_at_once()
+    ignore_at_the_end()
     try:
         from edgelora.cli.app import main as run
 

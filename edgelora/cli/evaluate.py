@@ -10,39 +10,31 @@ import typer
 from edgelora.cli.arguments import (
     BundleArgument,
     JsonOption,
-    KernelsOption,
     MaxTokensOption,
     MixOption,
-    PackedCacheOption,
-    ProviderOption,
     TemplateOptions,
-    ThreadsOption,
     VariantOption,
-    WholeGraphsOption,
-    open_runtime,
     parse_mix,
     parse_template_options,
 )
-from edgelora.cli.terminal import print_json, print_table, show_progress
+from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
+from edgelora.cli.terminal import print_json, print_line, print_next, print_table, quote_path, show_progress
 from edgelora.data.rows import FORM
 from edgelora.formatting import format_share
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import UsageError
 
 
+@takes_runtime_options
 def evaluate(
     bundle: BundleArgument,
-    data: Annotated[Path, typer.Option(help=f"JSON lines of {FORM}.")],
+    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help=f"JSON lines of {FORM}.")],
+    runtime_options: RuntimeOptions,
     variant: VariantOption = None,
     mix: MixOption = None,
-    limit: Annotated[int | None, typer.Option(help="Score only this many rows, from the first.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Score only this many rows, from the first.")] = None,
     max_tokens: MaxTokensOption = 64,
     template_option: TemplateOptions = None,
-    threads: ThreadsOption = None,
-    provider: ProviderOption = "auto",
-    packed_cache: PackedCacheOption = False,
-    whole_graphs: WholeGraphsOption = False,
-    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Score a variant on a data file: exact match, loss, and slot F1 where the completions are slots."""
@@ -53,10 +45,10 @@ def evaluate(
         raise UsageError(f"--limit {limit}: use 1 or more")
     rows, options = read_rows(data)[:limit], parse_template_options(template_option)
     with (
-        open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime,
+        runtime_options.open(bundle) as runtime,
         show_progress("evaluating") as on_progress,
     ):
-        name, weights = variant, parse_mix(mix)
+        name, weights, names = variant, parse_mix(mix), list(runtime.variants)
         if variant != AUTO:
             name = runtime.switch(variant, mix=weights).variant
         scores = run_evaluation(
@@ -69,4 +61,9 @@ def evaluate(
     row = [str(name), str(scores.rows), format_share(scores.exact_match), format_share(scores.slot_f1)]
     print_table("", columns, [[*row, f"{scores.loss:.3f}", f"{scores.perplexity:.2f}"]])
     if scores.routed:
-        print("routed to " + ", ".join(f"{variant} {count}" for variant, count in sorted(scores.routed.items())))
+        print_line("routed to " + ", ".join(f"{variant} {count}" for variant, count in sorted(scores.routed.items())))
+    others = [other for other in names if other != name]
+    if others and weights is None:
+        print_next(f"edgelora eval {quote_path(bundle)} --data {quote_path(data)} --variant {others[0]}, to compare")
+    else:
+        print_next(f'edgelora run {quote_path(bundle)} "…", to see an answer')

@@ -8,29 +8,31 @@ from typing import Annotated
 import typer
 
 from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the annotations)
+from edgelora.cli.choices import choose
 from edgelora.cli.inspect import show_bundle
-from edgelora.cli.terminal import print_note, show_progress
+from edgelora.cli.terminal import print_next, print_note, quote_path, show_progress
+from edgelora_export.bundle.gate import POLICIES
 
 
 def export(
     recipe: Annotated[
         Path, typer.Argument(metavar="RECIPE.toml", help="Names the base, the adapters, and the mixes that become variants.")
     ],
-    output: Annotated[Path, typer.Option(help="Folder for the bundle.")],
+    output: Annotated[Path, typer.Option(metavar="BUNDLE", help="Folder for the bundle.")],
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help='JSON lines of {"text": …}, or rows, to quantize and measure on, in addition to the adapters\' training data.'
+            metavar="FILE.jsonl",
+            help='JSON lines of {"text": …}, or rows, to quantize and measure on, in addition to the adapters\' training data.',
         ),
     ] = None,
     gate: Annotated[
         str | None,
-        typer.Option(
-            help="What to do about a variant that loses its adapter: repair, fail, live, or off. The recipe's choice if omitted."
-        ),
+        choose(POLICIES, "What to do about a variant that loses its adapter; off measures none. The recipe's choice if omitted."),
     ] = None,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for an index page, and a page per variant that shows what each layer keeps.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for an index page, and a page per variant that shows what each layer keeps."),
     ] = None,
     json: JsonOption = False,
 ) -> None:
@@ -47,3 +49,5 @@ def export(
         for path in write_fidelity(opened, report):
             print_note(f"{path}")
     show_bundle(opened, as_json=json)
+    if not json:
+        print_next(f'edgelora run {quote_path(output)} "…", or edgelora chat {quote_path(output)}')

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
-from edgelora.cli.terminal import print_json, print_table, show_progress
+from edgelora.cli.terminal import print_json, print_line, print_next, print_table, quote_path, show_progress
 from edgelora.formatting import format_bytes, format_share
 from edgelora_runtime.errors import IntegrityError
 
@@ -31,6 +31,8 @@ def inspect(bundle: InspectedArgument, json: JsonOption = False) -> None:
         _show_adapter(bundle, as_json=json)
         return
     show_bundle(Bundle.open(bundle), as_json=json)
+    if not json:
+        print_next(f'edgelora run {quote_path(bundle)} "…" --variant NAME, or edgelora verify {quote_path(bundle)}')
 
 
 def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
@@ -53,7 +55,8 @@ def verify(bundle: BundleArgument, json: JsonOption = False) -> None:
     if json:
         print_json({"bundle": bundle, "files": len(opened.manifest.files), "bytes": size, "ok": True})
     else:
-        print(f"{bundle}: {len(opened.manifest.files)} files, {format_bytes(size)}, all as listed")
+        print_line(f"{bundle}: {len(opened.manifest.files)} files, {format_bytes(size)}, all as listed")
+        print_next(f'edgelora run {quote_path(bundle)} "…"')
 
 
 def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
@@ -67,7 +70,7 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
     model, grid = described.model, described.quantization
     stored = "float32" if grid.bits == 32 else f"int{grid.bits}, block {grid.block_size}, {grid.method}"
     base = f"base {described.base.name} ({described.base.sha256[:12]})"
-    print(f"{bundle.folder}: {model.architecture}, {model.layers} layers, {base}, {stored}")
+    print_line(f"{bundle.folder}: {model.architecture}, {model.layers} layers, {base}, {stored}")
     rows = [
         [
             item.name + (" *" if item.name == described.default_variant else ""),
@@ -83,7 +86,7 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
     print_table("", ["variant", "kind", "mix", "method", "merged into", "bytes", "of its own"], rows)
     for item in described.variants:
         if said := _describe_vocab(item):
-            print(f"{item.name}: {said}")
+            print_line(f"{item.name}: {said}")
     measured = [(item, item.fidelity) for item in described.variants if item.fidelity is not None]
     if measured:
         kernels = " and ".join(sorted({found.kernels for _, found in measured}))
@@ -92,14 +95,14 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
             ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
             [_list_figures(item, found) for item, found in measured],
         )
-    print(f"answers end at {_list_ends(described.texts)}")
+    print_line(f"answers end at {_list_ends(described.texts)}")
     for item in described.variants:
         if item.texts is not None:
             own = " and ".join(item.texts.own) or "end tokens"
-            print(f"{item.name} has its adapter's own {own}; its answers end at {_list_ends(item.texts)}")
+            print_line(f"{item.name} has its adapter's own {own}; its answers end at {_list_ends(item.texts)}")
     if described.router is not None:
         _show_router(described.router)
-    print(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
+    print_line(f"{format_bytes(described.bytes)} on disk, {format_bytes(described.shared_bytes)} shared; * is the default")
 
 
 def _show_adapter(path: Path, *, as_json: bool) -> None:
@@ -110,13 +113,14 @@ def _show_adapter(path: Path, *, as_json: bool) -> None:
         print_json(found)
         return
     base = f"base {found.base or 'unknown'}, held as {found.trained_on or 'unknown'} in training"
-    print(f"{path}: {found.form} adapter, rank {found.rank}, {len(found.modules)} modules, {base}")
+    print_line(f"{path}: {found.form} adapter, rank {found.rank}, {len(found.modules)} modules, {base}")
     if found.biased:
-        print(f"adds to {len(found.biased)} biases")
+        print_line(f"adds to {len(found.biased)} biases")
     if found.vocab_size is not None:
-        print(f"brings a vocabulary of {found.vocab_size} rows")
+        print_line(f"brings a vocabulary of {found.vocab_size} rows")
     for note in found.notes:
-        print(f"note: {note}")
+        print_line(f"note: {note}")
+    print_next("edgelora init, which writes a recipe of the adapters in this folder")
 
 
 def _list_ends(texts: TextsDescription) -> str:

@@ -3,10 +3,14 @@
 While the command line loads, nothing has been begun, and the process ends on the spot. Later they raise KeyboardInterrupt, so
 that every block cleans up what it has begun. Python loses an exception that is raised inside a weak reference's callback or a
 finalizer, as happens while large packages load. Its hook for such exceptions then sets a timer that raises it again.
+
+At its very end, Python gives both signals back to the system, which would end the process without a word, though all is done. So
+they are ignored there.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -25,6 +29,11 @@ _received: signal.Signals | None = None
 def exit_at_once() -> None:
     """Makes both signals end the process without any clean-up, for as long as there is nothing to clean up."""
     _handle_with(_exit)
+
+
+def ignore_at_the_end() -> None:
+    """Makes Python ignore both signals once it has joined all threads and run what other modules registered for its end."""
+    atexit.register(_handle_with, signal.SIG_IGN)  # runs last if it is registered first
 
 
 def raise_when_interrupted() -> None:

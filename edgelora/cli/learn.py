@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +16,8 @@ from edgelora.cli.arguments import (
     parse_paths,
     parse_template_options,
 )
-from edgelora.cli.terminal import print_json, print_note, show_progress
+from edgelora.cli.choices import GRAINS, STARTS, choose
+from edgelora.cli.terminal import print_json, print_line, print_next, print_note, show_progress
 
 
 def learn(
@@ -25,18 +26,20 @@ def learn(
     output: Annotated[Path, typer.Option(help="Folder for the mixed adapter.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Labelled rows of an adapter's task. Without any, the result is the start."),
+        typer.Option(
+            metavar="[NAME=]ROWS.jsonl", help="Labelled rows of an adapter's task. Without any, the result is the start."
+        ),
     ] = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=ROWS.jsonl", help="Rows for the start, instead of those that the adapter was trained on."),
+        typer.Option(metavar="[NAME=]ROWS.jsonl", help="Rows for the start, instead of those that the adapter was trained on."),
     ] = None,
     start: Annotated[
-        str, typer.Option(help="regmean: the least-squares fit to each adapter on its own inputs; or linear: equal weights.")
+        str, choose(STARTS, "regmean is the least-squares fit to each adapter on its own inputs; linear has equal weights.")
     ] = "regmean",
     grain: Annotated[
         str,
-        typer.Option(help="What to learn: a weight per module or per rank, a core matrix between the factors, or the factors."),
+        choose(GRAINS, "What to learn: a weight per module or per rank, a core matrix between the factors, or the factors."),
     ] = "factors",
     template_option: TemplateOptions = None,
     rows: Annotated[int, typer.Option(help="Labelled rows to use per adapter.")] = 100,
@@ -54,10 +57,10 @@ def learn(
 
     config = LearnConfig(
         base=base,
-        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
+        adapters={name: Path(path) for name, path in parse_paths(adapter, "--adapter [NAME=]ADAPTER").items()},
         output=output,
-        labelled=parse_paths(data or [], "--data NAME=ROWS.jsonl"),
-        prompts=parse_paths(prompts or [], "--prompts NAME=ROWS.jsonl"),
+        labelled={name: Path(path) for name, path in parse_paths(data or [], "--data [NAME=]ROWS.jsonl").items()},
+        prompts={name: Path(path) for name, path in parse_paths(prompts or [], "--prompts [NAME=]ROWS.jsonl").items()},
         start=start,
         grain=grain,
         rows=rows,
@@ -73,4 +76,5 @@ def learn(
         print_json(report)
     else:
         how = f"{report.weights} weights learned, loss {report.loss:.3f}" if report.loss is not None else "nothing learned"
-        print(f"{report.output}: {report.modules} modules, rank {report.rank}, {how}")
+        print_line(f"{report.output}: {report.modules} modules, rank {report.rank}, {how}")
+        print_next("edgelora init, which writes a recipe of the adapters in this folder")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 from edgelora.cli.arguments import parse_mix, parse_pairs, read_option_file
+from edgelora.cli.choices import choose
+from edgelora.cli.completion import complete_mix, complete_variants
 from edgelora_runtime.decode.options import OPTIONS, TYPES
 from edgelora_runtime.errors import InputError, UsageError
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 class _Adaptation(NamedTuple):
     """An option that the command line takes in another form.
 
-    type: of that form. convert: makes the runtime's value of it. flag: the option's name, if it is another one.
+    type: of that form. convert: makes the runtime's value of it. flag: the option's name, if it is another one. complete: returns
+    what the shell may complete.
     """
 
     type: Any
@@ -29,10 +32,18 @@ class _Adaptation(NamedTuple):
     convert: Callable[[Any], Any]
     metavar: str | None = None
     flag: str | None = None
+    complete: Callable[..., Any] | None = None
 
 
 _ADAPTATIONS = {
-    "mix": _Adaptation(list[str] | None, "Mix live adapters for this call; repeat for each.", parse_mix, "ADAPTER=WEIGHT"),
+    "variant": _Adaptation(str | None, OPTIONS["variant"].help, lambda name: name, "NAME", complete=complete_variants),
+    "mix": _Adaptation(
+        list[str] | None,
+        "Mix live adapters for this call, with weight 1 if omitted; repeat for each.",
+        parse_mix,
+        "ADAPTER[=WEIGHT]",
+        complete=complete_mix,
+    ),
     "stop": _Adaptation(
         list[str] | None, "Text that ends the answer and is left out; repeat for each.", lambda texts: texts or None
     ),
@@ -62,6 +73,17 @@ _ADAPTATIONS = {
     "date": _Adaptation(str | None, OPTIONS["date"].help, lambda day: day, "YYYY-MM-DD"),
 }
 
+# The headings of --help, each with its options. An option that is not here stands with the verb's own.
+_PANELS = {
+    "Sampling": ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
+    "End of the answer": ("max_tokens", "stop", "timeout", "overflow", "ignore_eos"),
+    "Form of the answer": ("json_schema", "regex", "grammar"),
+    "Chat template": ("tools", "documents", "template_options", "date", "continue_final_message"),
+    "Output": ("logprobs",),
+    "Runtime": ("speculation",),
+}
+_PANEL_OF = {name: panel for panel, names in _PANELS.items() for name in names}
+
 
 def takes_request_options(*names: str, **defaults: object) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a verb the named request options, in place of its **options.
@@ -90,12 +112,23 @@ def takes_request_options(*names: str, **defaults: object) -> Callable[[Callable
 def _make_parameter(name: str, default: object) -> inspect.Parameter:
     option, adaptation = OPTIONS[name], _ADAPTATIONS.get(name)
     annotate: Any = Annotated  # with types that are known at run time only
+    panel = _PANEL_OF.get(name)
     if adaptation is None:
-        annotation = annotate[TYPES[name], typer.Option(help=option.help, metavar="|".join(option.choices) or None)]
+        if option.choices:
+            declared = choose(option.choices, option.help, panel=panel)
+        else:
+            declared = typer.Option(help=option.help, rich_help_panel=panel)
+        annotation = annotate[TYPES[name], declared]
     else:
         default = None
-        names = [adaptation.flag] if adaptation.flag else []
-        annotation = annotate[adaptation.type, typer.Option(*names, help=adaptation.help, metavar=adaptation.metavar)]
+        declared = typer.Option(
+            *([adaptation.flag] if adaptation.flag else []),
+            help=adaptation.help,
+            metavar=adaptation.metavar,
+            autocompletion=adaptation.complete,
+            rich_help_panel=panel,
+        )
+        annotation = annotate[adaptation.type, declared]
     return inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=annotation)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +17,10 @@ from edgelora.cli.arguments import (
     parse_range,
     parse_template_options,
 )
-from edgelora.cli.terminal import print_json, print_note, print_table, show_progress
+from edgelora.cli.choices import choose
+from edgelora.cli.terminal import print_json, print_line, print_next, print_note, print_table, show_progress
+from edgelora.mix.methods import MIX_METHODS
+from edgelora.search.config import OBJECTIVES, SAMPLERS
 
 if TYPE_CHECKING:
     from edgelora.search.report import SearchReport
@@ -30,7 +33,7 @@ def search(
     data: Annotated[
         list[str],
         typer.Option(
-            metavar="NAME=HELDOUT.jsonl", help="A task's held-out rows, by the name of its adapter; repeat for each task."
+            metavar="[NAME=]HELDOUT.jsonl", help="A task's held-out rows, by the name of its adapter; repeat for each task."
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the trials, the report, and the best mix as an adapter.")],
@@ -39,15 +42,20 @@ def search(
     ],
     method: Annotated[
         str,
-        typer.Option(help="Methods to choose from, separated by commas; or all, which leaves out methods equivalent to another."),
+        choose(
+            ("all", *MIX_METHODS),
+            "Methods to choose from, separated by commas; or all, which leaves out methods equivalent to another.",
+            kind="METHOD",
+            several=True,
+        ),
     ] = "linear",
     weights: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of every adapter's weight.")] = "0:1.5",
     density: Annotated[str, typer.Option(metavar="LOW:HIGH", help="Range of the density, for methods that use one.")] = "0.1:0.9",
     scale: Annotated[
         str | None, typer.Option(metavar="LOW:HIGH", help="Range of a common factor on all weights; 1 if omitted.")
     ] = None,
-    objective: Annotated[str, typer.Option(help="loss, or score (slot F1 or exact match), which takes longer.")] = "loss",
-    sampler: Annotated[str, typer.Option(help="Optuna's sampler: gp, tpe, or auto for gp if scipy is installed.")] = "auto",
+    objective: Annotated[str, choose(OBJECTIVES, "score is slot F1 or exact match, and takes longer.")] = "loss",
+    sampler: Annotated[str, choose(SAMPLERS, "Optuna's sampler; auto is gp if scipy is installed.")] = "auto",
     confirm: Annotated[
         float, typer.Option(help="Share of the rows to keep out of the search and measure the best mix on.")
     ] = 0.5,
@@ -69,8 +77,8 @@ def search(
 
     config = SearchConfig(
         base=base,
-        adapters=parse_paths(adapter, "--adapter NAME=ADAPTER"),
-        data=parse_paths(data, "--data NAME=HELDOUT.jsonl"),
+        adapters={name: Path(path) for name, path in parse_paths(adapter, "--adapter [NAME=]ADAPTER").items()},
+        data={name: Path(path) for name, path in parse_paths(data, "--data [NAME=]HELDOUT.jsonl").items()},
         output=output,
         budget=budget,
         methods=DISTINCT_METHODS if method == "all" else tuple(method.split(",")),
@@ -92,6 +100,7 @@ def search(
         print_json(report)
     else:
         show_search(report)
+        print_next("put these lines into the recipe, then edgelora export RECIPE.toml --output BUNDLE")
 
 
 def show_search(report: SearchReport) -> None:
@@ -109,19 +118,22 @@ def show_search(report: SearchReport) -> None:
         ],
     )
     resumed = f", {report.resumed} of them in earlier runs" if report.resumed else ""
-    print(f"{report.configurations} configurations tried{resumed}")
-    print(f"best: {_describe_mix(report.best.mix)}, trial {report.best.trial}")
+    print_line(f"{report.configurations} configurations tried{resumed}")
+    print_line(f"best: {_describe_mix(report.best.mix)}, trial {report.best.trial}")
     low, high = report.interval
     equal = _describe_mix(report.equal.mix)
-    print(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
+    print_line(f"keeps {report.difference:+.3f} over equal weights, {equal}; 95% interval {low:+.3f} to {high:+.3f}")
     if not confirmed:
-        print("the interval is optimistic: the best mix was chosen on the same rows; --confirm keeps some rows apart")
+        print_line("the interval is optimistic: the best mix was chosen on the same rows; --confirm keeps some rows apart")
     if report.written_kept is not None:
-        print(
+        print_line(
             f"{report.adapter} is the nearest adapter of rank {report.rank} (relative error up to {report.largest_error:.2f}) "
             f"and keeps {report.written_kept:.3f}; a merged variant of the recipe below is the mix itself"
         )
-    print(f"{report.adapter}\n\n{report.recipe}")
+    print_line(f"{report.adapter}")
+    print_line()
+    for line in report.recipe.splitlines():
+        print_line(line)
 
 
 def _describe_mix(mix: Point) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgelora.cli.terminal import print_table
+from edgelora.cli.terminal import print_line, print_table
 from edgelora.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ def show_composition(report: CompositionReport) -> None:
         print_table("", columns, [[name, *map(_name_score, row.values())] for name, row in named.items()])
     print_table("", _COLUMNS, [_describe(pair) for pair in report.pairs])
     for pair in report.pairs:
-        print(f"{pair.name}: {pair.verdict.choice} ({pair.verdict.basis}: {pair.verdict.reason})")
+        print_line(f"{pair.name}: {pair.verdict.choice} ({pair.verdict.basis}: {pair.verdict.reason})")
     if report.mixes_tried:
-        print(f"{report.mixes_tried} mixes were tried; the best of each pair is shown, chosen on these same rows")
-    print(_describe_plan(report.plan))
+        print_line(f"{report.mixes_tried} mixes were tried; the best of each pair is shown, chosen on these same rows")
+    print_line(_describe_plan(report.plan))
 
 
 def _describe(pair: PairReport) -> list[str]:

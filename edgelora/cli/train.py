@@ -8,31 +8,45 @@ from typing import Annotated, Any
 import typer
 
 from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, TemplateOptions, is_given, parse_template_options
-from edgelora.cli.terminal import print_json, show_progress
+from edgelora.cli.choices import choose
+from edgelora.cli.terminal import print_json, print_line, print_next, show_progress
 from edgelora.data.rows import FORM
+from edgelora.in_torch.train_config import QUANTS
+
+_ADAPTER, _RUN = "Adapter", "Run"  # headings of groups in --help
 
 
 def train(
     context: typer.Context,
     base: BaseOption,
-    data: Annotated[Path, typer.Option(help=f"JSON lines of {FORM}.")],
+    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help=f"JSON lines of {FORM}.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
     quant: Annotated[
-        str, typer.Option(help="Precision of the base while training: nf4, int4 (the grid that export writes) or none.")
+        str, choose(QUANTS, "Form of the base while training; int4 is the grid that export writes.", panel=_ADAPTER)
     ] = "nf4",
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 16,
-    alpha: Annotated[float, typer.Option(help="LoRA alpha; the scale is alpha / rank.")] = 32.0,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps; overrides --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 16,
+    rank: Annotated[int, typer.Option(metavar="N", help="LoRA rank.", rich_help_panel=_ADAPTER)] = 16,
+    alpha: Annotated[
+        float, typer.Option(metavar="NUMBER", help="LoRA alpha; the scale is alpha / rank.", rich_help_panel=_ADAPTER)
+    ] = 32.0,
+    epochs: Annotated[float, typer.Option(metavar="NUMBER", help="Passes over the data.", rich_help_panel=_RUN)] = 1.0,
+    lr: Annotated[float, typer.Option(metavar="NUMBER", help="Learning rate.", rich_help_panel=_RUN)] = 2e-4,
+    max_steps: Annotated[
+        int | None, typer.Option(metavar="N", help="Optimizer steps; overrides --epochs.", rich_help_panel=_RUN)
+    ] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows per optimizer step.", rich_help_panel=_RUN)] = 16,
     seed: SeedOption = 0,
     composable: Annotated[
         int | None,
-        typer.Option(metavar="SLOT", help="For adapters to be mixed: freeze A to this slot (0, 1, …) of a shared basis."),
+        typer.Option(
+            metavar="SLOT",
+            help="For adapters to be mixed: freeze A to this slot (0, 1, …) of a shared basis.",
+            rich_help_panel=_ADAPTER,
+        ),
     ] = None,
     template_option: TemplateOptions = None,
-    config: Annotated[Path | None, typer.Option(help="TOML with any of TrainConfig's fields; flags override it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="Any of TrainConfig's fields; flags override it.")
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Fine-tune a LoRA adapter on a 4-bit base (QLoRA)."""
@@ -65,4 +79,5 @@ def train(
             if count
         )
         rows = f"{report.rows} rows" + (f" ({kept})" if kept else "")
-        print(f"{report.output}: {report.steps} steps on {rows} in {report.seconds:.0f} s, loss {report.train_loss:.3f}")
+        print_line(f"{report.output}: {report.steps} steps on {rows} in {report.seconds:.0f} s, loss {report.train_loss:.3f}")
+        print_next("edgelora init, which writes a recipe of the adapters in this folder, or edgelora compose to mix them")

@@ -18,7 +18,7 @@ from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import MERGE_BASES, Quantization
 from edgelora_runtime.bundle.manifest import check_variant_name
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,7 +119,11 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
 
     def take(table: Mapping[str, Any], where: str, keys: Mapping[str, Key]) -> dict[str, Any]:
         """Returns the known keys of a table that have the right type. Notes all others."""
-        wrong.extend(f"{where}{key} is not a known key; known: {', '.join(keys)}" for key in table if key not in keys)
+        wrong.extend(
+            f"{where}{key} is not a known key; known: {', '.join(keys)}{suggest_name([key], keys)}"
+            for key in table
+            if key not in keys
+        )
         taken = {}
         for key, known in keys.items():
             if key in table:
@@ -165,7 +169,8 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
     if not all(isinstance(token, str | int) and not isinstance(token, bool) for token in top.get("end_tokens", [])):
         wrong.append(f"end_tokens = {top['end_tokens']!r} is not a list of token texts or ids")
     if "default" in top and top["default"] not in top.get("variants", {}):
-        wrong.append(f"default = {top['default']!r} is not a variant of the recipe")
+        near = suggest_name([top["default"]], top.get("variants", {}))
+        wrong.append(f"default = {top['default']!r} is not a variant of the recipe{near}")
     try:
         patterns = quantization.pop("int8", [])
         if not all(isinstance(pattern, str) for pattern in patterns):
@@ -207,7 +212,7 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
     wrong = []
     for name, weight in table.get("mix", {}).items():
         if name not in adapters:
-            wrong.append(f"{where}mix names {name}, which is not in [adapters]")
+            wrong.append(f"{where}mix names {name}, which is not in [adapters]{suggest_name([name], adapters)}")
         wrong += check_weight(weight, f"{where}mix.{name}")
     if not 0 < table.get("density", 1) <= 1:
         wrong.append(f"{where}density = {table['density']}: use a share, more than 0 and at most 1")
@@ -219,7 +224,7 @@ def _check_variant(table: Mapping[str, Any], where: str, adapters: Mapping[str, 
         wrong += [f"{where}{key} has no effect on method {method}; leave it out" for key in idle]
     for key, allowed in (("kind", KINDS), ("method", MIX_METHODS)):
         if key in table and table[key] not in allowed:
-            wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}")
+            wrong.append(f"{where}{key} = {table[key]!r}: use one of {', '.join(allowed)}{suggest_name([table[key]], allowed)}")
     wrong += _check_merge_base(table, where)
     if table.get("merge_base") == "trained" and (table.get("kind") == "live" or not table.get("mix")):
         wrong.append(f"{where}merge_base = 'trained' is for a merged variant with a mix; leave it out here")
@@ -249,12 +254,15 @@ def _check_router(table: Mapping[str, Any], variants: Mapping[str, Any]) -> list
     wrong = []
     for key in ("variants", "data"):
         wrong += [
-            f"router.{key} names {name!r}, which is not a variant" for name in table.get(key, ()) if name not in [*variants]
+            f"router.{key} names {name!r}, which is not a variant{suggest_name([str(name)], variants)}"
+            for name in table.get(key, ())
+            if name not in [*variants]
         ]
     if table.get("variants") == []:
         wrong.append("router.variants is empty; leave it out to choose from all variants with training data")
     if "fallback" in table and table["fallback"] not in variants:
-        wrong.append(f"router.fallback = {table['fallback']!r} is not a variant of the recipe")
+        near = suggest_name([table["fallback"]], variants)
+        wrong.append(f"router.fallback = {table['fallback']!r} is not a variant of the recipe{near}")
     if not 0 <= table.get("threshold", 0) <= 1:
         wrong.append(f"router.threshold = {table['threshold']}: use a probability, from 0 to 1")
     for name, paths in table.get("data", {}).items():

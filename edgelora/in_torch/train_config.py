@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.base.files import read_toml
-from edgelora_runtime.errors import InputError, list_wrong
+from edgelora_runtime.errors import InputError, list_wrong, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +81,9 @@ def read_train_config(path: Path) -> dict[str, Any]:
     value = read_toml(path, "--config names it")
     known = {field.name: str(field.type) for field in fields(TrainConfig)}
     if unknown := sorted(set(value) - set(known)):
-        raise InputError(f"config {path}: {', '.join(unknown)} is not known; known: {', '.join(known)}")
+        raise InputError(
+            f"config {path}: {', '.join(unknown)} is not known; known: {', '.join(known)}{suggest_name(unknown, known)}"
+        )
     if wrong := [f"{name} = {item!r} is not {known[name]}" for name, item in value.items() if not _fits(item, known[name])]:
         raise InputError(f"config {path}: {'; '.join(wrong)}")
     if "target_modules" in value:

@@ -25,7 +25,7 @@ from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
 from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.weights.merged import check_modules
-from edgelora_runtime.errors import InputError, list_wrong
+from edgelora_runtime.errors import InputError, list_wrong, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -85,7 +85,12 @@ class LearnConfig:
         wrong = list_wrong(
             (
                 ("adapters", sorted(self.adapters), len(self.adapters) >= 2, "two or more"),
-                ("data", unknown, not unknown, f"names of adapters: {', '.join(self.adapters)}"),
+                (
+                    "data",
+                    ", ".join(unknown),
+                    not unknown,
+                    f"names of adapters: {', '.join(self.adapters)}{suggest_name(unknown, self.adapters)}",
+                ),
                 ("start", self.start, self.start in STARTS, f"one of {', '.join(STARTS)}"),
                 ("grain", self.grain, self.grain in GRAINS, f"one of {', '.join(GRAINS)}"),
                 ("rows", self.rows, self.rows >= 1, "1 or more"),

@@ -21,7 +21,7 @@ from edgelora.mix.methods.spectra import truncate, truncate_product
 from edgelora.mix.weights import Weight as Weight  # re-exported
 from edgelora.mix.weights import check_weight, describe_weight, idle_patterns, weight_at
 from edgelora_export.plan.variants import Delta
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence, Set
@@ -53,10 +53,12 @@ class Mix(Delta):
 
     def __post_init__(self) -> None:
         if self.method not in MIX_METHODS:
-            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(MIX_METHODS)}")
+            near = suggest_name([self.method], MIX_METHODS)
+            raise InputError(f"method {self.method!r} is not known; use one of {', '.join(MIX_METHODS)}{near}")
         if unknown := sorted(set(self.weights) - set(self.adapters)):
             raise InputError(
                 f"the mix names {', '.join(unknown)}, which is not an adapter here; there are {', '.join(self.adapters)}"
+                f"{suggest_name(unknown, self.adapters)}"
             )
         if wrong := [mistake for name, weight in self.weights.items() for mistake in check_weight(weight, name)]:
             raise InputError(f"weights of a mix: {'; '.join(wrong)}")

@@ -27,7 +27,7 @@ from edgelora.report.precompiling import Candidate, Plan, count_base_bytes, coun
 from edgelora_export.architectures import native_types, read_decoder
 from edgelora_export.base.base import Base
 from edgelora_runtime.bundle.manifest import check_variant_name
-from edgelora_runtime.errors import MissingExtraError, UsageError
+from edgelora_runtime.errors import MissingExtraError, UsageError, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence, Set
@@ -226,7 +226,9 @@ def _read_tasks(
         wrong.append("--data needs the --base that the adapters run on")
     if data:
         wrong += [f"adapter {name} has no --data {name}=ROWS.jsonl" for name in adapters if name not in data]
-        wrong += [f"--data {name}=… belongs to no adapter" for name in data if name not in adapters]
+        wrong += [
+            f"--data {name}=… belongs to no adapter{suggest_name([name], adapters)}" for name in data if name not in adapters
+        ]
     if limit < 1:
         wrong.append(f"limit = {limit}: use 1 or more rows")
     if wrong:

@@ -33,12 +33,6 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
     return value
 
 
-def make_printable(text: str, limit: int = 200) -> str:
-    """Cuts a text from a file to a length, and drops what a terminal would obey, so that a message can quote it."""
-    kept = "".join(filter(str.isprintable, text))
-    return kept if len(kept) <= limit else f"{kept[:limit]}…"
-
-
 def _read(path: Path, parse: Callable[[str], Any], kind: str, hint: str) -> Any:
     try:
         return parse(path.read_text(encoding="utf-8"))

@@ -6,10 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.architectures import native_types
-from edgelora_export.base.files import make_printable, read_json
+from edgelora_export.base.files import read_json
 from edgelora_export.base.safetensors_folder import list_files
 from edgelora_export.base.text_part import WRAPPERS, is_multimodal
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, make_printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

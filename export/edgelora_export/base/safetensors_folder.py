@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from edgelora_export.base.files import make_printable, read_json
-from edgelora_runtime.errors import InputError
+from edgelora_export.base.files import read_json
+from edgelora_runtime.errors import InputError, make_printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

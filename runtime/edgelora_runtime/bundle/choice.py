@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.bundle.router import AUTO
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, suggest_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,7 +43,8 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
         raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     entry = manifest.variants.get(variant)
     if entry is None:
-        raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(manifest.variants)}")
+        near = suggest_name([variant], manifest.variants)
+        raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(manifest.variants)}{near}")
     live = _sort_weights(entry.live) if entry.kind == "live" else None
     return Choice(variant, entry.graphs[target].file, live, entry.texts)
 
@@ -59,7 +60,8 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
     if graph is None:
         raise UsageError("this bundle has no live variant, so it cannot mix at request time; export one with kind = 'live'")
     if unknown := sorted(set(mix) - set(adapters)):
-        raise UsageError(f"no live adapter {', '.join(unknown)} in this bundle; it has {', '.join(adapters)}")
+        near = suggest_name(unknown, adapters)
+        raise UsageError(f"no live adapter {', '.join(unknown)} in this bundle; it has {', '.join(adapters)}{near}")
     if wrong := [f"{name} = {weight}" for name, weight in mix.items() if not math.isfinite(weight)]:
         raise UsageError(f"weights of a mix must be finite: {', '.join(wrong)}")
     live = _sort_weights(mix)

@@ -10,7 +10,7 @@ from datetime import date as Date  # noqa: N812 - the option is named date
 from typing import Annotated, Any, TypedDict, cast, get_type_hints
 
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS, ChatOptions, read_date
-from edgelora_runtime.errors import UsageError, list_wrong
+from edgelora_runtime.errors import UsageError, list_wrong, suggest_name
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class GenerateOptions(TypedDict, total=False):
 _HINTS = get_type_hints(GenerateOptions, include_extras=True)
 OPTIONS: Mapping[str, Option] = {name: hint.__metadata__[0] for name, hint in _HINTS.items()}
 TYPES: Mapping[str, Any] = {name: hint.__origin__ for name, hint in _HINTS.items()}
-_CONSTRAINTS = ("json_schema", "regex", "grammar")
+CONSTRAINTS = ("json_schema", "regex", "grammar")
 
 
 def resolve_options(given: Mapping[str, object]) -> GenerateOptions:
@@ -228,15 +228,13 @@ def select_chat_options(options: GenerateOptions) -> ChatOptions:
 
 
 def _describe_unknown(name: str) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, OPTIONS, 1)
-    return f"no option {name!r}; " + (f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(OPTIONS)}")
+    return f"no option {name!r}" + (suggest_name([name], OPTIONS) or f"; use one of {', '.join(OPTIONS)}")
 
 
 def _list_wrong_values(options: Mapping[str, Any]) -> list[str]:
     unsupported = [
         f"{name} {options[name]!r} is not supported; use one of {', '.join(option.choices)}"
+        f"{suggest_name([str(options[name])], option.choices)}"
         for name, option in OPTIONS.items()
         if option.choices and options[name] not in option.choices
     ]
@@ -252,7 +250,7 @@ def _accepts(option: Option, value: object) -> bool:
 
 
 def _list_conflicts(options: Mapping[str, Any]) -> list[str]:
-    constraints = [name for name in _CONSTRAINTS if options[name] is not None]
+    constraints = [name for name in CONSTRAINTS if options[name] is not None]
     wrong = []
     if len(constraints) > 1:
         wrong.append(f"{' and '.join(constraints)} are given together; use one of them")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from edgelora_runtime.errors import IntegrityError, UsageError
+from edgelora_runtime.errors import IntegrityError, UsageError, suggest_name
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,9 @@ def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider
     GPU, otherwise the CPU.
     """
     if name not in PROVIDERS:
-        raise UsageError(f"provider {name!r} is not supported; use one of {', '.join(PROVIDERS)}")
+        raise UsageError(
+            f"provider {name!r} is not supported; use one of {', '.join(PROVIDERS)}{suggest_name([name], PROVIDERS)}"
+        )
     if name == "cuda":
         return _find_cuda()
     if name == "webgpu":

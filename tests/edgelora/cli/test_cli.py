@@ -221,7 +221,9 @@ def test_run_auto(call: Callable[..., Result], routed_bundle: Path) -> None:
     assert found["route"]["fallback"] is False
     printed = call(*command)
     assert printed.out == found["text"] + "\n"
-    assert printed.err == f"routed to plain (confidence {found['route']['confidence']:.2f})\n"
+    routed, cut = printed.err.splitlines()
+    assert routed == f"routed to plain (confidence {found['route']['confidence']:.2f})"
+    assert cut == "the answer is cut off after 3 tokens; --max-tokens 6 allows more"
     other = call("run", routed_bundle, "--variant", "auto", "--prompt", "§§", "--max-tokens", 3)
     assert other.err.startswith("routed to base (fallback, confidence ")
 
@@ -325,7 +327,14 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "not a number": (["run", "BUNDLE", "--prompt", "a", "--max-tokens", "many"], 2, "--max-tokens"),
     "unknown variant": (["run", "BUNDLE", "--prompt", "a", "--variant", "nope"], 2, "no variant 'nope'"),
     "unknown adapter": (["run", "BUNDLE", "--prompt", "a", "--mix", "nope=1"], 2, "nope"),
-    "mix without a weight": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain"], 2, "ADAPTER=WEIGHT"),
+    "mix of nothing": (["run", "BUNDLE", "--prompt", "a", "--mix", "=1"], 2, "ADAPTER[=WEIGHT]"),
+    "a near variant": (["run", "BUNDLE", "a", "--variant", "plian"], 2, "did you mean 'plain'?"),
+    "a near adapter": (["run", "BUNDLE", "a", "--mix", "othr=1"], 2, "did you mean 'other'?"),
+    "a near choice": (["run", "BUNDLE", "a", "--provider", "cudda"], 2, "did you mean 'cuda'?"),
+    "a near method": (["compose", "--adapter", "ADAPTER", "--method", "tise", "--output", "TMP/m"], 2, "did you mean 'ties'?"),
+    "two prompts": (["run", "BUNDLE", "a", "--prompt", "a"], 2, "twice"),
+    "compose of one name twice": (["compose", "--adapter", "ADAPTER", "--adapter", "ADAPTER", "--output", "TMP/m"], 2, "twice"),
+    "a weight that is none": (["compose", "--adapter", "ADAPTER:much", "--output", "TMP/m"], 2, "'much' is not a number"),
     "mix weight as text": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain=much"], 2, "'much' is not a number"),
     "mix twice": (["run", "BUNDLE", "--prompt", "a", "--mix", "plain=1", "--mix", "plain=2"], 2, "twice"),
     "variant and mix": (["run", "BUNDLE", "--prompt", "a", "--variant", "base", "--mix", "plain=1"], 2, "both"),
@@ -336,7 +345,6 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "auto without a router": (["run", "BUNDLE", "--variant", "auto", "--prompt", "x"], 2, "this bundle has no router"),
     "provider without graphs": (["chat", "BUNDLE", "--provider", "cuda"], 2, "cuda"),
     "limit": (["eval", "BUNDLE", "--data", "x", "--limit", "0"], 2, "--limit"),
-    "compose without a weight": (["compose", "--adapter", "a=folder", "--output", "x"], 2, "no weight"),
     "a density that means nothing": (
         ["compose", "--adapter", "a=ADAPTER:1", "--density", "0.3", "--output", "TMP/m"],
         2,
@@ -358,7 +366,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
         3,
         "does not exist",
     ),
-    "compose without a name": (["compose", "--adapter", "folder", "--output", "x"], 2, "NAME=ADAPTER:WEIGHT"),
+    "compose without a folder": (["compose", "--adapter", "a=", "--output", "x"], 2, "[NAME=]ADAPTER[:WEIGHT]"),
     "bench of no round": (["bench", "BUNDLE", "--rounds", "0"], 2, "rounds = 0"),
     "bench over the context": (["bench", "BUNDLE", "--prompt", "1000", "--tokens", "100"], 2, "context of 1024"),
     "bench of a variant that is not there": (["bench", "BUNDLE", "--variant", "nope"], 2, "no variant 'nope'"),
@@ -377,7 +385,7 @@ ERRORS: dict[str, tuple[list[str], int, str]] = {
     "no base": (["export", "TMP/no-base.toml", "--output", "TMP/b"], 3, "nowhere"),
     "output in use": (["export", "RECIPE", "--output", "TMP"], 3, "choose another --output"),
     "no adapter": (["compose", "--adapter", "a=TMP/nothing:1", "--output", "TMP/m"], 3, "is not a folder"),
-    "unknown method": (["compose", "--adapter", "a=ADAPTER:1", "--method", "x", "--output", "TMP/m"], 3, "method 'x'"),
+    "unknown method": (["compose", "--adapter", "a=ADAPTER:1", "--method", "x", "--output", "TMP/m"], 2, "method 'x'"),
     "damaged bundle": (["inspect", "DAMAGED"], 4, "tokenizer.json"),
     "damaged bundle to run": (["run", "DAMAGED", "--prompt", "a"], 4, "tokenizer.json"),
     "flipped bit": (["verify", "FLIPPED"], 4, ".bin"),
