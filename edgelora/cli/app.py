@@ -19,6 +19,7 @@ from edgelora.cli.export import export
 from edgelora.cli.inspect import inspect, verify
 from edgelora.cli.interruption import describe_interruption, was_interrupted
 from edgelora.cli.run import run
+from edgelora.cli.serve import serve
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
@@ -129,6 +130,7 @@ app.command()(inspect)
 app.command()(verify)
 app.command()(run)
 app.command()(chat)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(doctor)
