@@ -44,10 +44,16 @@ def test_what_is_outside_is_refused(name: str) -> None:
         assert (caught.value.status, caught.value.param) == (400, name)
 
 
-@given(st.dictionaries(st.sampled_from([*OPTION_SCHEMAS, *UNSUPPORTED, "n", "logprobs", "x"]), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
-)))
+@given(
+    st.dictionaries(
+        st.sampled_from([*OPTION_SCHEMAS, *UNSUPPORTED, "n", "logprobs", "x"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+            max_leaves=5,
+        ),
+    )
+)
 def test_any_fields_become_options_or_a_400(fields: dict[str, Any]) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **fields}
     try:
