@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from edgelora_runtime.serve.api import chat, completions, embeddings, models, ollama
+from edgelora_runtime.serve.api import chat, completions, embeddings, models, ollama, responses
 from edgelora_runtime.serve.failures import ClientGone, RequestFailed, explain
 from edgelora_runtime.serve.metrics import CountRequests
 from edgelora_runtime.serve.openapi import describe_api
@@ -31,6 +31,7 @@ def build_app(service: Service) -> Starlette:
     routes = [
         Route("/v1/chat/completions", chat.complete_chat, methods=["POST"]),
         Route("/v1/completions", completions.complete, methods=["POST"]),
+        Route("/v1/responses", responses.respond, methods=["POST"]),
         Route("/v1/embeddings", embeddings.embed, methods=["POST"]),
         Route("/v1/models", models.list_models),
         Route("/v1/models/{model:path}", models.show_model),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime._version import __version__
-from edgelora_runtime.serve.api.schemas import CHAT, COMPLETION, EMBEDDING, OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
+from edgelora_runtime.serve.api.schemas import CHAT, COMPLETION, EMBEDDING, OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, RESPONSE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,6 +66,12 @@ _REASONS = {
 _POSTS: Mapping[str, tuple[Schema, Schema, str | None, str]] = {
     "/v1/chat/completions": (CHAT, _ANSWER, _EVENTS, "Answers a conversation."),
     "/v1/completions": (COMPLETION, _ANSWER, _EVENTS, "Continues prompts, without a chat template."),
+    "/v1/responses": (
+        RESPONSE,
+        {"type": "object", "required": ["id", "object", "status", "output", "usage"]},
+        _EVENTS,
+        "Answers a text or a conversation, without keeping it.",
+    ),
     "/v1/embeddings": (EMBEDDING, _LIST, None, "Embeds texts as vectors of length 1."),
     "/api/chat": (OLLAMA_CHAT, _OLLAMA_ANSWER, _LINES, "Answers a conversation, as Ollama does."),
     "/api/generate": (OLLAMA_GENERATE, _OLLAMA_ANSWER, _LINES, "Answers a prompt, as Ollama does."),

@@ -25,6 +25,7 @@ MODELS = ["base", "plain", "plain-live", "auto", "plain:0.5+rslora:-0.5", "nobod
 OPERATIONS = (
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
     "/v1/embeddings",
     "/v1/models/{model}",
     "/api/chat",
@@ -42,7 +43,7 @@ def read_description(server: Server) -> dict[str, Any]:
             properties["model"] = {"enum": MODELS}
             options = properties.get("options", {}).get("anyOf", [{}])[0].get("properties", {})
             for fields in (properties, options):
-                for name in ("max_tokens", "max_completion_tokens", "num_predict"):
+                for name in ("max_tokens", "max_completion_tokens", "max_output_tokens", "num_predict"):
                     if name in fields:
                         fields[name] = {"type": "integer", "minimum": 1, "maximum": 8}
     return description

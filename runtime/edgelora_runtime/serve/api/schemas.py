@@ -187,6 +187,67 @@ COMPLETION = _make_object(
     },
     ("model", "prompt"),
 )
+_TEXT_FORMAT: Schema = {
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
+        {
+            "type": "object",
+            "properties": {
+                "type": {"const": "json_schema"},
+                "name": {"type": "string"},
+                "description": {"type": "string"},
+                "schema": OBJECT,
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["type", "schema"],
+            "additionalProperties": False,
+        },
+    ]
+}
+_INPUT_ITEM: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "message"},
+        "id": {"type": "string"},
+        "status": {"type": "string"},
+        "role": {"enum": ["user", "assistant", "system", "developer"]},
+        "content": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {"type": {"enum": ["input_text", "output_text"]}, "text": {"type": "string"}},
+                        "required": ["type", "text"],
+                    },
+                },
+            ]
+        },
+    },
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+RESPONSE = _make_object(
+    {
+        "model": _MODEL,
+        "lora": _LORA,
+        **{name: schema for name, schema in OPTION_SCHEMAS.items() if name != "max_tokens"},
+        **_WITHOUT_EFFECT,
+        "stream": BOOLEAN,
+        "input": {"anyOf": [TEXT, {"type": "array", "items": _INPUT_ITEM, "minItems": 1}]},
+        "instructions": {"type": "string"},
+        "max_output_tokens": OPTION_SCHEMAS["max_tokens"],
+        "text": {"type": "object", "properties": {"format": _TEXT_FORMAT}, "additionalProperties": False},
+        "chat_template_kwargs": describe_option("template_options", OBJECT),
+    },
+    ("model", "input"),
+)
 EMBEDDING = _make_object(
     {
         "model": _MODEL,
