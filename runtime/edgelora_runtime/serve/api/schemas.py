@@ -39,7 +39,7 @@ _OPTIONS: dict[str, Schema] = {
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}},
     "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
     "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
-    "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 100},
+    "repetition_penalty": {"type": "number", "minimum": 0.01, "maximum": 100},  # below, logits overflow float32
     "timeout": {"type": "number", "minimum": 0.001, "maximum": 1e6},
     "ignore_eos": BOOLEAN,
     "regex": TEXT,
