@@ -12,6 +12,7 @@ from edgelora_runtime.serve.settings import ServeSettings, read_keys
 from tests.runtime.serve.servers import Server
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 KEY = "a-key-of-many-letters"
@@ -75,7 +76,7 @@ def test_a_preflight_of_a_foreign_page_gets_nothing(server: Server) -> None:
 
 
 @pytest.fixture(scope="module")
-def locked(routed_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Server:
+def locked(routed_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"# ours\n\n{KEY}\nanother-key-of-letters\n", encoding="utf-8")
     options = ("--api-key-file", keys, "--allow-host", "box.example", "--allow-origin", "https://app.example")
