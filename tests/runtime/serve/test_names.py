@@ -81,7 +81,7 @@ def test_lora_is_the_mix_of_the_same_adapters(manifest: Manifest) -> None:
     assert found.key == names.find("rslora:0.3+plain:0.7").key
     for lora, said in (([(99, 1.0)], "no adapter 99"), ([(-1, 1.0)], "no adapter -1"), ([("plain", 1.0)] * 2, "twice")):
         with pytest.raises(RequestFailed, match=said):
-            names.find("plain-live", lora)  # type: ignore[arg-type]
+            names.find("plain-live", lora)
     with pytest.raises(RequestFailed, match="merged"):
         names.find("plain", [(0, 1.0)])
 
