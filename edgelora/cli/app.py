@@ -22,6 +22,7 @@ from edgelora.cli.init import init
 from edgelora.cli.inspect import inspect, verify
 from edgelora.cli.interruption import describe_interruption, was_interrupted
 from edgelora.cli.run import run
+from edgelora.cli.serve import serve
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
@@ -140,6 +141,7 @@ _VERBS = (
     ("verify", verify, _BUNDLE),
     ("run", run, _USE),
     ("chat", chat, _USE),
+    ("serve", serve, _USE),
     ("eval", evaluate, _USE),
     ("bench", bench, _USE),
     ("doctor", doctor, _HERE),

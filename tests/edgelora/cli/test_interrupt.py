@@ -27,7 +27,7 @@ START = (
 )
 WORDS = {signal.SIGINT: (130, "edgelora: interrupted"), signal.SIGTERM: (143, "edgelora: terminated")}
 VERBS = (
-    "run", "chat", "eval", "bench", "train", "export", "inspect", "verify", "doctor", "demo",
+    "run", "chat", "serve", "eval", "bench", "train", "export", "inspect", "verify", "doctor", "demo",
     "compose", "report", "learn", "search",
 )  # fmt: skip
 SHORT = ("inspect", "verify", "doctor", "compose", "report", "export")
@@ -72,6 +72,7 @@ def verbs(folder: Path, base: Path, adapters: dict[str, Path]) -> dict[str, list
     return {
         "run": ["run", GOLDEN, "--prompt", "-"],
         "chat": ["chat", GOLDEN],
+        "serve": ["serve", GOLDEN, "--port", 0],
         "eval": ["eval", GOLDEN, "--data", rows],
         "bench": ["bench", GOLDEN, "--prompt", 32, "--tokens", 16, "--rounds", 10000],
         "train": ["train", "--base", base, "--data", rows, "--output", new, "--epochs", 1000],
@@ -88,7 +89,7 @@ def verbs(folder: Path, base: Path, adapters: dict[str, Path]) -> dict[str, list
 
 
 @pytest.mark.parametrize("number", WORDS)
-@pytest.mark.parametrize("verb", ["run", "chat", "train"])
+@pytest.mark.parametrize("verb", ["run", "chat", "serve", "train"])
 def test_at_work(verb: str, number: signal.Signals, tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
     seconds = 12 if verb == "train" else 3
     code, errors = interrupt(verbs(tmp_path, tiny_base, tiny_adapters)[verb], seconds, tmp_path, number)
