@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.inputs.table import PAGE, list_cases, write_page
+
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.inputs.cases import Case
 
-CASES: list[Case] = [
-    case
-    for path in sorted(Path(__file__).parent.glob("*.py"))
-    if path.stem not in ("__init__", "cases", "test_inputs")
-    for case in import_module(f"tests.inputs.{path.stem}").CASES
-]
+CASES = list_cases()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -29,3 +26,7 @@ def test_input(case: Case, tmp_path: Path) -> None:
 
 def test_names_are_distinct() -> None:
     assert len({case.name for case in CASES}) == len(CASES)
+
+
+def test_the_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == write_page(CASES), "run python -m tests.inputs.table"
