@@ -25,8 +25,8 @@ def write_page(cases: list[Case]) -> str:
     lines = [
         "# Tried inputs",
         "",
-        "Each line is a test (`tests/inputs`). It makes the input and runs transformers or PEFT and edgelora on it. Both must agree",
-        "to 1e-5 in float32, or in every token or character, or edgelora must refuse the input in one line.",
+        "Each line is a test (`tests/inputs`), which makes the input and runs both sides on it. They agree to 1e-5 in float32,",
+        "or in every token or character, or edgelora refuses the input in one line.",
     ]
     for part, heading in _HEADINGS.items():
         lines += ["", f"## {heading}", "", "| input | transformers or PEFT | edgelora |", "|---|---|---|"]
