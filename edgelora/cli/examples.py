@@ -23,6 +23,7 @@ EXAMPLES: Mapping[str, str] = MappingProxyType(
         "verify": "edgelora verify bundle",
         "run": 'edgelora run bundle "List all customers" --chat --variant sql',
         "chat": "edgelora chat bundle --variant sql",
+        "serve": "edgelora serve bundle --port 8080",
         "eval": "edgelora eval bundle --variant sql --data test.jsonl",
         "bench": "edgelora bench bundle --variant sql --rounds 3",
         "doctor": "edgelora doctor",
