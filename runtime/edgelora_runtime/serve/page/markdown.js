@@ -95,7 +95,7 @@ function renderBlock({ kind, lines }, depth) {
   if (kind === "code") return renderCode(lines);
   if (kind === "heading") {
     const [, marks, text] = HEADING.exec(lines[0]);
-    return element(`h${Math.min(6, marks.length + 2)}`, {}, ...renderInline(text ?? "")); // below the page's own h1 and h2
+    return element(`h${Math.min(6, marks.length + 3)}`, {}, ...renderInline(text ?? "")); // below an answer's own h3
   }
   if (kind === "rule") return element("hr");
   if (kind === "table") return renderTable(lines);
@@ -124,7 +124,7 @@ function renderTable([head, divider, ...rows]) {
   };
   const body = rows.map((row) => element("tr", {}, ...cells("td", row)));
   const table = element("table", {}, element("thead", {}, element("tr", {}, ...cells("th", head))), element("tbody", {}, ...body));
-  return element("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
+  return element("div", { class: "table", tabindex: "0", role: "group", "aria-label": "Table" }, table);
 }
 
 const splitCells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));

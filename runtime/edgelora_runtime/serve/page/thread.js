@@ -44,7 +44,7 @@ function renderTurn(node, cards, actions) {
   const again = element("button", { type: "button", class: "quiet", disabled: busy, onclick: () => actions.again(node) }, "Ask again");
   const tools = element("div", { class: "tools" }, renderPager(node, busy, actions), edit, again);
   return element("article", { class: "turn", "aria-label": "Turn" },
-    element("div", { class: "asked" }, element("h3", { class: "hidden" }, "You"), prompt, tools),
+    element("div", { class: "asked" }, element("h2", { class: "hidden" }, "You"), prompt, tools),
     element("div", { class: answers.length > 1 ? "answers two" : "answers" }, ...answers),
   );
 }
@@ -85,7 +85,7 @@ function makeCard(answer) {
   const facts = element("ul", { class: "facts", "aria-label": "Receipt" });
   const copyButton = element("button", { type: "button", class: "quiet", onclick: () => copy(answer.text, copyButton) }, "Copy");
   const head = element("header", {}, element("span", { class: `dot ${kind}`, "aria-hidden": "true" }), element("h3", {}, showName(answer.model)), state, copyButton);
-  const root = element("section", { class: "answer", "aria-label": `Answer of ${showName(answer.model)}` }, head, reasoning, body, error, facts);
+  const root = element("div", { class: "answer", role: "group", "aria-label": `Answer of ${showName(answer.model)}` }, head, reasoning, body, error, facts);
   const update = () => {
     root.classList.toggle("writing", answer.state === "writing");
     const routed = answer.receipt && answer.model === `${bundleOf(answer.model)}auto` ? `by ${answer.receipt.variant}` : "";
