@@ -97,7 +97,9 @@ def _tell_ending(conversation: Conversation, generation: Generation) -> None:
     if generation.route is not None:
         print_note(describe_route(generation.route))
     if generation.finish_reason == "length":
-        print_note(f"cut off after {len(generation.tokens)} tokens; /set max_tokens {2 * conversation.max_tokens} allows more")
+        count = len(generation.tokens)
+        written = "1 token" if count == 1 else f"{count} tokens"
+        print_note(f"cut off after {written}; /set max_tokens {2 * conversation.max_tokens} allows more")
     elif generation.finish_reason == "timeout":
         print_note("cut off by the timeout")
 

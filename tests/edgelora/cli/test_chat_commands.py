@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from edgelora.cli.markdown_stream import find_last_block, strip_controls
 
 ROOT = Path(__file__).resolve().parents[3]
+SHORT = ("/set max_tokens 1", "/set overflow slide")  # the golden bundle has a context of 64 tokens
 GOLDEN = ROOT / "tests" / "runtime" / "bundle" / "golden" / "bundle"
 
 
@@ -39,6 +40,7 @@ def test_variants_mixes_options_and_again(tmp_path: Path) -> None:
         "hi",
         "/set max_tokens 1",
         "/again",
+        "/reset",
         " /not a command",
         "/quit now",
         "hi",
@@ -81,8 +83,8 @@ def test_what_is_refused_is_one_line_and_changes_nothing(tmp_path: Path) -> None
 
 
 def test_a_saved_conversation_goes_on_as_it_would_have(tmp_path: Path) -> None:
-    whole, _ = chat(tmp_path, "/system be", "/mix a=0.5", "hi", "/save kept.json", "yo")
-    again, said = chat(tmp_path, "/load kept.json", "yo")
+    whole, _ = chat(tmp_path, *SHORT, "/system be", "/mix a=0.5", "hi", "/save kept.json", "yo")
+    again, said = chat(tmp_path, *SHORT, "/load kept.json", "yo")
     assert again[0] == whole[1]
     assert "1 turn loaded; 0.5 a in" in said
     assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
