@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
 
 from edgelora.cli.arguments import (
     BundleArgument,
@@ -15,15 +18,21 @@ from edgelora.cli.arguments import (
     WholeGraphsOption,
     open_runtime,
 )
+from edgelora.cli.chat_commands import WELCOME, ChatEnded, describe_route, is_command, obey
+from edgelora.cli.conversation import Conversation
 from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.terminal import print_json, print_note
-from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import EdgeloraError
 
 if TYPE_CHECKING:
-    from edgelora_runtime import GenerateOptions, Route, Runtime
+    from collections.abc import Callable
 
-HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /variants lists them, /reset forgets all, /quit ends"
+    from edgelora_runtime import GenerateOptions, Generation
+
+PlainOption = Annotated[bool, typer.Option("--plain", help="Print answers as they are written, without rendering Markdown.")]
+HistoryOption = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keep typed lines in this file; by default they are forgotten at the end.")
+]
 
 
 @takes_request_options(
@@ -31,6 +40,8 @@ HELP = "/switch NAME changes the variant, /switch auto picks one per turn, /vari
 )
 def chat(
     bundle: BundleArgument,
+    plain: PlainOption = False,
+    history: HistoryOption = None,
     threads: ThreadsOption = None,
     provider: ProviderOption = "auto",
     packed_cache: PackedCacheOption = False,
@@ -39,97 +50,76 @@ def chat(
     json: JsonOption = False,
     **options: Any,
 ) -> None:
-    """Talk to a bundle; /switch NAME changes the variant between two turns."""
+    """Talk to a bundle; /variant NAME and /mix change who answers between two turns, /help lists all commands."""
     with open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
-        turns = run_chat(runtime, cast("GenerateOptions", options), quiet=json)
+        conversation = Conversation(runtime, cast("GenerateOptions", options))
+        if sys.stdin.isatty() and sys.stderr.isatty():
+            from edgelora.cli.chat_terminal import make_ask, open_prompt
+
+            read_line = open_prompt(conversation, history)
+            print_note(conversation.switch(conversation.variant))
+            print_note(WELCOME)
+            run_chat(conversation, read_line, make_ask(quiet=json, rendered=not plain and sys.stdout.isatty()))
+        else:
+            print_note(conversation.switch(conversation.variant))
+            run_chat(conversation, _read_line, _ask_quietly if json else _ask_plainly)
     if json:
-        print_json({"turns": turns})
+        print_json({"turns": conversation.turns})
 
 
-def run_chat(runtime: Runtime, options: GenerateOptions, *, quiet: bool) -> list[dict[str, str]]:
-    """Reads lines until /quit or the end of input.
+def run_chat(
+    conversation: Conversation, read_line: Callable[[], str | None], ask: Callable[[Conversation, str], Generation]
+) -> None:
+    """Reads lines until /quit or the end of input, and obeys or asks each.
 
-    Returns the turns as {"variant", "prompt", "answer"}. A bundle with a chat template gets the conversation so far. One without
-    gets each line as a separate prompt.
-    options: of each request. With variant "auto" the bundle's router picks one for each line, from that line only.
-    quiet: answers are not printed.
+    read_line: returns None at the end of input. ask: asks one prompt, and shows its answer. A command or a prompt that fails is
+    one line on standard error, and the chat goes on.
     """
-    current = _switch(runtime, options.get("variant"))
-    print_note(HELP)
-    messages: list[dict[str, str]] = []
-    turns: list[dict[str, str]] = []
-    while (line := _read_line(f"{current}> ")) is not None:
-        if line.startswith("/"):
-            if line == "/quit":
-                break
-            current = _obey(runtime, line, messages, current)
+    while (line := read_line()) is not None:
+        if not line.strip():
             continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": line})
-        prompt = messages if runtime.tokenizer.has_chat_template else line
+        before = list(conversation.messages)
         try:
-            request: GenerateOptions = {**options, "variant": current}
-            stream = runtime.stream(prompt, **request)
-            pieces = []
-            for piece in stream:
-                pieces.append(piece)
-                if not quiet:
-                    print(piece, end="", flush=True)
+            said, prompt = obey(conversation, line) if is_command(line) else ("", line.strip())
+            if said:
+                print_note(said)
+            if prompt is not None:
+                _tell_ending(conversation, ask(conversation, prompt))
+        except ChatEnded:
+            break
         except EdgeloraError as error:
+            conversation.messages = before
             print_note(f"edgelora: {error}")
-            messages.pop()
-            continue
-        answer = "".join(pieces)
-        if not quiet:
-            print()
-        assert stream.generation is not None
-        if stream.generation.route is not None:
-            print_note(describe_route(stream.generation.route))
-        messages.append({"role": "assistant", "content": answer})
-        turns.append({"variant": stream.generation.variant, "prompt": line, "answer": answer})
-    return turns
 
 
-def describe_route(route: Route) -> str:
-    """Names the variant that a router chose, and how sure it was."""
-    return f"routed to {route.variant} ({'fallback, ' if route.fallback else ''}confidence {route.confidence:.2f})"
+def _tell_ending(conversation: Conversation, generation: Generation) -> None:
+    """Tells what the answer's text does not show: the router's choice, and an end before the answer's own."""
+    if generation.route is not None:
+        print_note(describe_route(generation.route))
+    if generation.finish_reason == "length":
+        count = len(generation.tokens)
+        written = "1 token" if count == 1 else f"{count} tokens"
+        print_note(f"cut off after {written}; /set max_tokens {2 * conversation.max_tokens} allows more")
+    elif generation.finish_reason == "timeout":
+        print_note("cut off by the timeout")
 
 
-def _switch(runtime: Runtime, variant: str | None) -> str:
-    """Makes a variant ready, or the router. Returns what the next turns ask for."""
-    if variant == AUTO:
-        runtime.route("")  # loads the router, or says that there is none
-        print_note("each turn goes to the variant that the router picks for it")
-        return AUTO
-    receipt = runtime.switch(variant)
-    print_note(f"{receipt.variant} in {receipt.milliseconds:.1f} ms ({'cold' if receipt.cold else 'warm'})")
-    return receipt.variant
-
-
-def _read_line(prompt: str) -> str | None:
-    """Reads a line without its end, or None at the end of input.
-
-    The prompt goes to standard error.
-    """
-    if sys.stdin.isatty():
-        print(prompt, end="", file=sys.stderr, flush=True)
+def _read_line() -> str | None:
+    """Reads a line without its end, or None at the end of input."""
     line = sys.stdin.readline()
-    return line.strip() if line else None
+    return line.rstrip("\r\n") if line else None
 
 
-def _obey(runtime: Runtime, line: str, messages: list[dict[str, str]], current: str) -> str:
-    """Obeys a line with a slash. Returns what the next turns ask for."""
-    verb, _, name = line.partition(" ")
-    if verb == "/switch":
-        try:
-            return _switch(runtime, name.strip())
-        except EdgeloraError as error:
-            print_note(f"edgelora: {error}")
-    elif verb == "/variants":
-        print_note(", ".join(runtime.variants))
-    elif verb == "/reset":
-        messages.clear()
-    else:
-        print_note(HELP)
-    return current
+def _ask_plainly(conversation: Conversation, prompt: str) -> Generation:
+    stream = conversation.ask(prompt)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print()
+    return conversation.finish(prompt, stream)
+
+
+def _ask_quietly(conversation: Conversation, prompt: str) -> Generation:
+    stream = conversation.ask(prompt)
+    for _ in stream:
+        pass
+    return conversation.finish(prompt, stream)

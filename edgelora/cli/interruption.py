@@ -14,11 +14,13 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgelora_runtime.errors import INTERRUPTED, TERMINATED
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from types import FrameType
 
 _AGAIN = 0.001  # seconds until a lost interrupt is raised again
@@ -42,6 +44,16 @@ def raise_when_interrupted() -> None:
     if sys.platform != "win32":
         signal.signal(signal.SIGALRM, _raise)
         sys.unraisablehook = _raise_again(sys.unraisablehook)
+
+
+@contextmanager
+def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
+    """Makes Ctrl-C call a function, and nothing else, inside a with block. SIGTERM ends the process as before."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: act())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def was_interrupted() -> bool:
