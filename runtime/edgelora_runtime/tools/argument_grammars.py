@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.tools.lark import Lark
     from edgelora_runtime.tools.notations import Notation
 
-_PYTHON_TEXT = r"""/'([^'\\\n]|\\['"\\nrt])*'/"""
+_PYTHON_CHARACTER = r"""([^'\\\x00-\x1f]|\\['"\\nrt])"""
 _PYTHON_WORDS = {"boolean": '("True" | "False")', "null": '"None"'}
 _SCALARS = ("integer", "number", "boolean", "null")
 _MOST_DEPTH = 32  # of schemas within schemas
@@ -25,8 +25,8 @@ _MOST_DEPTH = 32  # of schemas within schemas
 def write_arguments(notation: Notation, schema: Schema, lark: Lark) -> str:
     """Returns an expression for arguments that fit a schema.
 
-    In JSON they fit all of it. The other notations are held to the parameters' names, to which are required, to types, choices and the
-    lengths of texts.
+    In JSON they fit all of it. The other notations are held to the parameters' names, to which are required, to types, choices, and the
+    lengths of texts and of Gemma's lists.
     """
     if isinstance(notation, TaggedNotation):
         return _write_tags(notation, schema, lark)
@@ -64,11 +64,16 @@ def _write_python(schema: Schema, name: str, lark: Lark) -> str:
         return choose(lark.literal(PythonNotation.write_value(value)) for value in choices)
     kinds = _kinds(parameter)
     if "string" in kinds and len(kinds) == 1:
-        return lark.add(_PYTHON_TEXT, kind="TEXT")
+        return _write_python_text(parameter, lark)
     if kinds and all(kind in (*_SCALARS, "string") for kind in kinds):
-        texts = {"string": lark.add(_PYTHON_TEXT, kind="TEXT"), **_PYTHON_WORDS}
+        texts = {"string": _write_python_text(parameter, lark), **_PYTHON_WORDS}
         return choose(texts[kind] if kind in texts else lark.json({**parameter, "type": kind}) for kind in kinds)
     return lark.json(parameter)
+
+
+def _write_python_text(schema: Schema, lark: Lark) -> str:
+    limit = schema.get("maxLength")
+    return lark.add(f"/'{_PYTHON_CHARACTER}{{0,{limit if isinstance(limit, int) else ''}}}'/", kind="TEXT")
 
 
 class _GemmaGrammar:
@@ -106,8 +111,7 @@ class _GemmaGrammar:
         if kind == "array":
             items = schema.get("items")
             item = self.write(items, depth + 1) if isinstance(items, Mapping) else self._write_any()
-            item = self._lark.add(item)
-            return f'"[" ({item} ("," {item})*)? "]"'
+            return _write_list(self._lark.add(item), schema.get("minItems"), schema.get("maxItems"))
         if "properties" not in schema:
             return self._write_object_of_any()
         properties = _properties(schema)
@@ -135,6 +139,15 @@ class _GemmaGrammar:
     def _write_object_of_any(self) -> str:
         field = self._lark.add(f'/[A-Za-z0-9_]{{1,64}}/ ":" {self._write_any()}')
         return f'"{{" ({field} ("," {field})*)? "}}"'
+
+
+def _write_list(item: str, least: object, most: object) -> str:
+    low = least if isinstance(least, int) else 0
+    more = f"{{{max(low - 1, 0)},{most - 1 if isinstance(most, int) and most else ''}}}"
+    if most == 0:
+        return '"[]"'
+    items = f'{item} ("," {item}){more}'
+    return f'"[" {items} "]"' if low else f'"[" ({items})? "]"'
 
 
 def _join_fields(fields: Mapping[str, str], required: set[str], separator: str, lark: Lark) -> str:

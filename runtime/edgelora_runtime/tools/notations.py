@@ -93,7 +93,7 @@ class GemmaNotation:
         return self.quote
 
     def write(self, arguments: Arguments) -> str:
-        return self.write_value(dict(sorted(arguments.items())))
+        return self.write_value(arguments)
 
     def read(self, text: str, at: int, schema: Arguments) -> tuple[Arguments, int]:  # noqa: ARG002 - texts are quoted
         if text[at : at + 1] not in ("{", ""):
@@ -106,7 +106,8 @@ class GemmaNotation:
         if isinstance(value, str):
             return f"{self.quote}{value}{self.quote}"
         if isinstance(value, Mapping):
-            return "{" + ",".join(f"{name}:{self.write_value(item)}" for name, item in value.items()) + "}"
+            items = sorted(value.items(), key=lambda item: str(item[0]).lower())  # as Jinja's dictsort does
+            return "{" + ",".join(f"{name}:{self.write_value(item)}" for name, item in items) + "}"
         if isinstance(value, list | tuple):
             return "[" + ",".join(map(self.write_value, value)) + "]"
         return _write_json(value)

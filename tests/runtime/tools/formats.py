@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as RustTokenizer
 
 from edgelora_runtime.bundle.messages import check_chat
@@ -17,7 +17,6 @@ from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.tools.format import ToolFormat
 from tests.runtime.tools import families
-from tests.tiny import make_tokenizer
 
 if TYPE_CHECKING:
     from edgelora_runtime.bundle.folder import Bundle
@@ -34,8 +33,12 @@ USER = {"role": "user", "content": "Find it."}
 
 
 def make_rust_tokenizer(*, with_marks: bool) -> RustTokenizer:
-    """The tiny tokenizer, with the marks of all families as their models have them, or without."""
-    tokenizer = RustTokenizer.from_str(make_tokenizer().backend_tokenizer.to_str())
+    """A tokenizer of bytes, with the marks of all families as their models have them, or without."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = RustTokenizer(models.BPE({text: token for token, text in enumerate(["<s>", "</s>", *alphabet])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.add_special_tokens(["<s>", "</s>"])
     if with_marks:
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
         tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in families.ADDED])
@@ -69,7 +72,7 @@ def list_formats(*sources: str) -> list[str]:
 def render_answer(tokenizer: Tokenizer, answer: dict[str, Any], tools: list[dict[str, Any]]) -> tuple[str, str] | None:
     """The prompt and the answer as a template writes them, or None where it refuses the answer.
 
-    The end of the turn is part of the answer.
+    The end of the turn is part of the answer. A prompt that opens another thought than the answer's is cut where they differ.
     """
     try:
         prompt = tokenizer.render_chat([USER], tools=tools)
@@ -78,4 +81,4 @@ def render_answer(tokenizer: Tokenizer, answer: dict[str, Any], tools: list[dict
     except InputError:
         return None
     start = next((at for at in range(len(prompt), 0, -1) if whole.startswith(prompt[:at])), 0)
-    return prompt, whole[start:]
+    return whole[:start], whole[start:]

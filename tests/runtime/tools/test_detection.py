@@ -13,6 +13,7 @@ from edgelora_runtime.tools.layout import ToolCall
 from tests.runtime.tools.formats import TEMPLATES, list_formats, make_format, render_answer
 
 WRITTEN = list_formats("calls")
+ORIGINAL = [name for name in WRITTEN if not name.endswith("_training")]  # those for training write calls in the same way
 LAYOUTS = {  # trigger and notation, by the start of a template's name; the last that fits counts
     "qwen": ("<tool_call>", "JsonNotation"),
     "qwen3_5": ("<tool_call>", "TaggedNotation"),
@@ -48,14 +49,12 @@ VALUES = st.recursive(
 ARGUMENTS = st.dictionaries(st.sampled_from(["city", "days", "x_1", "B"]), VALUES, max_size=3)
 
 
-def make_tools(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def make_tool(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """A tool whose parameters are of the arguments' own types."""
     kinds = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
     properties = {name: {"type": kinds[type(value)], "description": "d"} for name, value in arguments.items()}
     parameters = {"type": "object", "properties": properties}
-    return [
-        {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}} for name in ("find", "f.2")
-    ]
+    return {"type": "function", "function": {"name": name, "description": "d", "parameters": parameters}}
 
 
 def to_message(name: str, arguments: dict[str, Any], at: int = 0) -> dict[str, Any]:
@@ -79,13 +78,13 @@ def test_an_example_in_the_prompt_is_found() -> None:
     assert (found.source, found.layout.trigger, found.layout.middle) == ("example", "<tool_call>", '", "arguments": ')
 
 
-@pytest.mark.parametrize("name", WRITTEN)
-@settings(deadline=None, max_examples=15)
+@pytest.mark.parametrize("name", ORIGINAL)
+@settings(deadline=None, max_examples=8)
 @given(first=ARGUMENTS, second=ARGUMENTS, text=st.just("") | TEXTS)
 def test_rendered_calls_are_parsed_and_written(name: str, first: dict[str, Any], second: dict[str, Any], text: str) -> None:
     """The template writes calls, the parser reads them back, and the layout writes them as the template did."""
     found, tokenizer = make_format(name)
-    tools = make_tools({**first, **second})
+    tools = [make_tool("find", first), make_tool("f.2", second)]
     calls = [to_message("find", first), to_message("f.2", second, 1)]
     answer: dict[str, Any] = {"content": text, "tool_calls": calls}
     rendered = render_answer(tokenizer, answer, tools)
@@ -107,8 +106,8 @@ def test_rendered_calls_are_parsed_and_written(name: str, first: dict[str, Any],
 
 
 def normalize(text: str) -> str:
-    """Without whitespace, and with JSON's booleans: some templates write Python's, which their models then see."""
-    return "".join(text.split()).replace("True", "true").replace("False", "false")
+    """Without whitespace, and with JSON's booleans and quotes: some templates write Python's, which their models then see."""
+    return "".join(text.split()).replace("True", "true").replace("False", "false").replace("'", '"')
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if make_format(name)[0].thoughts])
