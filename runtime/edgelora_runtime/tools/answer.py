@@ -56,7 +56,8 @@ Delta = TextDelta | ThoughtDelta | CallDelta
 
 @dataclass(frozen=True)
 class Answer:
-    """A parsed answer. thought: empty if there is none. A call that was cut off is the last one, and its arguments are no JSON."""
+    """A parsed answer. thought: empty if there is none. A call that was cut off is the last one, and its arguments are no
+    JSON."""
 
     text: str
     thought: str
@@ -74,9 +75,9 @@ class AnswerParser:
     layout: of calls, or None for calls to stay text. thoughts: the marks of thoughts, or None. schemas: those of the functions'
     arguments by name. in_thought: the prompt ended with an opened thought. new_id: makes ids for calls without.
 
-    Text that could become a mark is held back until it is known. So is whitespace that could stand before one, since it belongs to the
-    layout. What looks like a call but is none stays text, so nothing is lost. A function that is none of the tools is a call
-    nevertheless.
+    Text that could become a mark is held back until it is known. So is whitespace that could stand before one, since it belongs
+    to the layout. What looks like a call but is none stays text, so nothing is lost. A function that is none of the tools is a
+    call nevertheless.
     """
 
     def __init__(
@@ -158,11 +159,9 @@ class AnswerParser:
         for prefix in layout.prefixes:
             if len(start) <= len(prefix) and prefix.startswith(start):
                 return False
-            start = start.removeprefix(prefix)
-        if start.startswith("{"):
-            self._held, self._step = start, self._read_call
-        else:
-            self._step = self._read_text
+            if start.startswith(prefix):
+                self._held = start = start.removeprefix(prefix)
+        self._step = self._read_call if start.lstrip().startswith("{") else self._read_text
         return True
 
     def _read_thought(self) -> bool:

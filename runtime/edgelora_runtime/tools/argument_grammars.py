@@ -10,8 +10,6 @@ from edgelora_runtime.tools.lark import choose
 from edgelora_runtime.tools.notations import GemmaNotation, PythonNotation, TaggedNotation, find_parameter, is_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from edgelora_runtime.tools.declarations import Schema
     from edgelora_runtime.tools.lark import Lark
     from edgelora_runtime.tools.notations import Notation
@@ -25,8 +23,8 @@ _MOST_DEPTH = 32  # of schemas within schemas
 def write_arguments(notation: Notation, schema: Schema, lark: Lark) -> str:
     """Returns an expression for arguments that fit a schema.
 
-    In JSON they fit all of it. The other notations are held to the parameters' names, to which are required, to types, choices, and the
-    lengths of texts and of Gemma's lists.
+    In JSON they fit all of it. The other notations are held to the parameters' names, to which are required, to types, choices,
+    and the lengths of texts and of Gemma's lists.
     """
     if isinstance(notation, TaggedNotation):
         return _write_tags(notation, schema, lark)

@@ -25,8 +25,8 @@ class ToolChoice:
 def read_tools(tools: Sequence[Mapping[str, Any]] | None) -> dict[str, Schema]:
     """Returns the schema of each tool's arguments by name.
 
-    A tool is an object as OpenAI's API takes it, with its function under `function` or beside `type`. A tool without parameters takes
-    none. Raises one UsageError that lists every tool that cannot be used.
+    A tool is an object as OpenAI's API takes it, with its function under `function` or beside `type`. A tool without parameters
+    takes none. Raises one UsageError that lists every tool that cannot be used.
 
     >>> read_tools([{"type": "function", "function": {"name": "now"}}])
     {'now': {'type': 'object', 'properties': {}, 'additionalProperties': False}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,7 +67,7 @@ def find_layout(render: Render) -> CallLayout | None:
     else:
         return None
     header, _, end = plain.rpartition(_TEXT)
-    start = len(os.path.commonprefix([header, one]))
+    start = len(_share(header, one))
     at = one.find(_NAMES[0], start)
     if at < 0:
         return None
@@ -151,7 +150,7 @@ def _find_tags(text: str) -> tuple[str, Notation, str] | None:
     if found is None or found[2] != found[4]:
         return None
     first, between, joint, _, rest = found.groups()
-    shared = os.path.commonprefix([first[::-1], joint[::-1]])[::-1]
+    shared = _share(first[::-1], joint[::-1])[::-1]
     before = shared[shared.find("<") :] if "<" in shared else ""  # a tag's own text: what stands before it closes another
     after = joint[: len(joint) - len(before)]
     if not before or not after.strip() or not rest.startswith(after):
@@ -178,3 +177,10 @@ def _find_closing(tail: str, separator: str | None, opening: str, end: str) -> s
         if tail.startswith(closing):
             return closing
     return tail.removesuffix(end).rstrip()
+
+
+def _share(one: str, other: str) -> str:
+    """Returns the longest start that two texts have in common."""
+    return one[
+        : next((at for at, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), min(len(one), len(other)))
+    ]

@@ -44,10 +44,10 @@ _PYTHON_TAG = "<|python_tag|>"
 class ToolFormat:
     """How a model writes calls and thoughts.
 
-    layout: of the calls. thoughts: the marks around a thought, None for a template without. source: where the layout was found: in
-    the calls that the template writes, in the example that it shows the model, in the tokens of the vocabulary, or nowhere, and
-    then it is that of Hermes. tokens: ids of the added tokens that stand in these texts, by text. keep_tokens: the special ones
-    among them, for the option of that name, without which an answer's text lacks them.
+    layout: of the calls. thoughts: the marks around a thought, None for a template without. source: where the layout was found:
+    in the calls that the template writes, in the example that it shows the model, in the tokens of the vocabulary, or nowhere,
+    and then it is that of Hermes. tokens: ids of the added tokens that stand in these texts, by text. keep_tokens: the special
+    ones among them, for the option of that name, without which an answer's text lacks them.
     """
 
     layout: CallLayout
@@ -95,10 +95,10 @@ class ToolFormat:
     ) -> str | None:
         """Returns a grammar for the option of that name, or None if any text is an answer.
 
-        choice: auto (text or calls), none (no calls), required (calls only), or a function to call, as tool_choice of OpenAI's API.
-        The arguments of each call fit the tool's schema. parallel: whether an answer may hold several calls. json_schema: what an
-        answer without calls must fit. prompt: the end of the rendered prompt, which may open a thought. A thought may come before
-        everything, if the template knows thoughts. Raises UsageError for tools or a choice that cannot be used.
+        choice: auto (text or calls), none (no calls), required (calls only), or a function to call, as tool_choice of OpenAI's
+        API. The arguments of each call fit the tool's schema. parallel: whether an answer may hold several calls. json_schema:
+        what an answer without calls must fit. prompt: the end of the rendered prompt, which may open a thought. A thought may
+        come before everything, if the template knows thoughts. Raises UsageError for tools or a choice that cannot be used.
         """
         schemas = read_tools(tools)
         chosen = read_choice(choice, schemas)

@@ -24,8 +24,8 @@ _GAP = r"/[ \n]{1,4}/"  # between a thought and what follows
 class AnswerForm:
     """What an answer may be.
 
-    calls: schemas of the functions that it may call, by name. is_call: it holds a call and nothing else. several: it may hold more
-    than one. json_schema: what it must fit if it holds none. thought: whether one is open when it starts, or may come first.
+    calls: schemas of the functions that it may call, by name. is_call: it holds a call and nothing else. several: it may hold
+    more than one. json_schema: what it must fit if it holds none. thought: whether one is open when it starts, or may come first.
     """
 
     calls: Mapping[str, Schema]

@@ -22,8 +22,8 @@ _SPECIAL = re.compile(r"[\\.^$|?*+()\[\]{}/\-&~#]")
 class Lark:
     """A grammar under construction.
 
-    tokens: added tokens by text. llguidance takes some of them for special, which no text matches, so where one stands in a literal, both
-    the token and its text are allowed.
+    tokens: added tokens by text. llguidance takes some of them for special, which no text matches, so where one stands in a
+    literal, both the token and its text are allowed.
     """
 
     def __init__(self, tokens: Mapping[str, int]) -> None:
@@ -92,10 +92,10 @@ def choose(expressions: Iterable[str]) -> str:
 
 
 def escape(text: str) -> str:
-    """Returns a regular expression that matches a text and nothing else, for use between slashes.
+    r"""Returns a regular expression that matches a text and nothing else, for use between slashes.
 
-    >>> escape("</a>")
-    '<\\\\/a>'
+    >>> print(escape("</a>"))
+    <\/a>
     """
     return _SPECIAL.sub(lambda found: "\\" + found[0], text).replace("\n", "\\n")
 

@@ -59,8 +59,8 @@ class ReadCall:
 class CallLayout:
     """How calls are written: opening, name, middle, arguments, and the closing after the last.
 
-    separator: the text between one call's arguments and the next one's name, or None where an answer holds one call. ID stands for
-    the call's id in any of the texts. prefixes: special tokens that may come before a call without a mark, such as Llama's
+    separator: the text between one call's arguments and the next one's name, or None where an answer holds one call. ID stands
+    for the call's id in any of the texts. prefixes: special tokens that may come before a call without a mark, such as Llama's
     `<|python_tag|>`.
 
     >>> layout = CallLayout('<tool_call>{"name": "', '", "arguments": ', "}</tool_call>")
@@ -94,7 +94,8 @@ class CallLayout:
     @property
     def end_mark(self) -> str:
         """The mark after the last call, or nothing."""
-        return self.closing.replace(ID, "").lstrip('}"\n ').removeprefix("]").strip() if self.is_object else self.closing.strip()
+        after = self.closing.rpartition("}")[2].strip().removeprefix("]") if self.is_object else self.closing
+        return after.strip()
 
     @property
     def has_late_id(self) -> bool:
@@ -119,7 +120,8 @@ class CallLayout:
     def read_first(self, text: str, schemas: Mapping[str, Arguments]) -> ReadCall:
         """Reads the call that a text starts with.
 
-        schemas: those of the arguments by function. Raises Incomplete if the text is the start of a call, Malformed if it is none.
+        schemas: those of the arguments by function. Raises Incomplete if the text is the start of a call, Malformed if it is
+        none.
         """
         if not self.is_object:
             return self._read_named(text, read_literal(text, 0, self.opening), schemas)

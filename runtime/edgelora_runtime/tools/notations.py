@@ -48,10 +48,10 @@ class JsonNotation:
 
 @dataclass(frozen=True)
 class TaggedNotation:
-    """A tag per parameter, as in Qwen 3.5: `<parameter=city>\\nRome\\n</parameter>\\n`.
+    """A tag per parameter, as in Qwen 3.5: `<parameter=city>`, a line with the value, and `</parameter>`.
 
-    before: the text before a parameter's name. between: the text between name and value. after: the text after the value. A text is
-    written as it is, and any other value as JSON.
+    before: the text before a parameter's name. between: the text between name and value. after: the text after the value. A
+    text is written as it is, and any other value as JSON.
     """
 
     before: str

@@ -27,8 +27,8 @@ def skip_blanks(text: str, at: int) -> int:
 def read_literal(text: str, at: int, literal: str) -> int:
     """Returns the position after a literal.
 
-    Models vary whitespace, so that before a word of the literal may be any, or none. Whitespace at the literal's end is taken as it
-    is written there, since a value follows. Raises Incomplete if the text ends within the literal, Malformed if it differs.
+    Models vary whitespace, so that before a word of the literal may be any, or none. Whitespace at the literal's end is taken
+    as it is written there, since a value follows. Raises Incomplete if the text ends within the literal, Malformed if it differs.
     """
     for word in literal.split():
         at = skip_blanks(text, at)
