@@ -56,8 +56,10 @@ Delta = TextDelta | ThoughtDelta | CallDelta
 
 @dataclass(frozen=True)
 class Answer:
-    """A parsed answer. thought: empty if there is none. A call that was cut off is the last one, and its arguments are no
-    JSON."""
+    """A parsed answer.
+
+    thought: empty if there is none. A call that was cut off is the last one, and its arguments are no JSON.
+    """
 
     text: str
     thought: str
