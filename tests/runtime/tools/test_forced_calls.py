@@ -40,7 +40,7 @@ FAMILIES = [name for name in [*FAMILIES, "function-gemma"] if name in TEMPLATES]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose tokenizer has the marks of all families."""
     folder = tmp_path_factory.mktemp("tools")
-    make_base(folder / "base", vocab_size=360)
+    make_base(folder / "base", vocab_size=360, max_position_embeddings=4096)  # templates declare tools at length
     path = folder / "base" / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
