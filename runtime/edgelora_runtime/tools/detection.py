@@ -79,12 +79,16 @@ def find_layout(render: Render) -> CallLayout | None:
     two = _render_answer(render, {**content, "tool_calls": [_make_call(0), _make_call(1)]})
     separator = _find_separator(two, at)
     closing = _find_closing(tail, separator, opening, end)
-    texts = [opening, middle, closing, *([] if separator is None else [separator])]
-    texts = [re.sub("|".join(_IDS), ID, text) for text in texts]
-    layout = CallLayout(*texts[:3], texts[3] if separator is not None else None, notation)
-    if any("qz" in text for text in texts) or not (layout.is_object or MARK.match(layout.trigger)):
+    layout = CallLayout(
+        _mark_ids(opening), _mark_ids(middle), _mark_ids(closing), None if separator is None else _mark_ids(separator), notation
+    )
+    if "qz" in layout.texts or not (layout.is_object or MARK.match(layout.trigger)):
         return None  # a name that is written twice, or calls that start like a text
     return layout
+
+
+def _mark_ids(text: str) -> str:
+    return re.sub("|".join(_IDS), ID, text)
 
 
 def find_declared_layout(render: Render) -> CallLayout | None:

@@ -29,11 +29,11 @@ HERMES = CallLayout(
 # Layouts of models whose template writes no calls, by a token of theirs.
 _BY_TOKEN = {
     "<tool_call>": HERMES,
-    # https://www.ibm.com/granite/docs/models/granite
+    # https://github.com/vllm-project/vllm/blob/400ffd7655ff746cbcd3b9b3f44d97c02f5f3503/vllm/tool_parsers/granite_tool_parser.py
     "<|start_of_role|>": CallLayout('<|tool_call|>[{"name": "', '", "arguments": ', "}]", '}, {"name": "'),
     # https://huggingface.co/microsoft/Phi-4-mini-instruct#tool-enabled-function-calling-format
     "<|tool_call|>": CallLayout('<|tool_call|>[{"name": "', '", "arguments": ', "}]<|/tool_call|>", '}, {"name": "'),
-    # https://docs.mistral.ai/cookbooks/concept-deep-dive-tokenization-tool_calling
+    # https://github.com/vllm-project/vllm/blob/decc268eec08cf0999fd2adae4e77d1842217b53/vllm/tool_parsers/mistral_tool_parser.py
     "[TOOL_CALLS]": CallLayout('[TOOL_CALLS] [{"name": "', '", "arguments": ', "}]", '}, {"name": "'),
 }
 # https://github.com/meta-llama/llama-models/blob/main/models/llama3_1/prompt_format.md

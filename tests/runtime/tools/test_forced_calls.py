@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -16,9 +20,7 @@ from tests.runtime.tools.formats import TEMPLATES, USER
 from tests.runtime.tools.test_grammars import NAMED, SCHEMA, TOOLS
 from tests.tiny import export_base, make_base
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+ROOT = Path(__file__).resolve().parents[3]
 # The tiny model writes at random, so thoughts, which may be of any length, are left out.
 FAMILIES = [
     "qwen2_5",
@@ -89,3 +91,22 @@ def test_special_tokens_are_kept_only_if_asked(runtime: Runtime) -> None:
         pieces = list(stream)
         assert stream.generation is not None
         assert "".join(pieces) == stream.generation.text == expected
+
+
+def test_the_command_keeps_special_tokens(runtime: Runtime, folder: Path, tmp_path: Path) -> None:
+    grammar = tmp_path / "grammar.lark"
+    grammar.write_text(f'start: "day" <[{runtime.tokenizer.added_tokens["[TOOL_CALLS]"]}]>', encoding="utf-8")
+    command = [sys.executable, "-m", "edgelora", "run", str(folder), "--prompt", "a", "--grammar", str(grammar)]
+    path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))
+    for options, expected in (([], "day"), (["--keep-token", "[TOOL_CALLS]"], "day[TOOL_CALLS]")):
+        done = subprocess.run(
+            [*command, *options],
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+        assert ("[TOOL_CALLS]" in done.stdout) == bool(options)
