@@ -47,6 +47,13 @@ _ADAPTATIONS = {
     "stop": _Adaptation(
         list[str] | None, "Text that ends the answer and is left out; repeat for each.", lambda texts: texts or None
     ),
+    "keep_tokens": _Adaptation(
+        list[str] | None,
+        "Special token whose text stays in the answer, such as [TOOL_CALLS]; repeat for each.",
+        lambda texts: texts or None,
+        "TOKEN",
+        "--keep-token",
+    ),
     "json_schema": _Adaptation(
         Path | None, "A JSON schema that the answer must fit.", lambda path: read_option_file(path, "--json-schema"), "FILE"
     ),

@@ -258,7 +258,14 @@ class Runtime:
         tokens = check_tokens(encode_prompt(texts.tokenizer, checked), texts.model, may_overflow=chosen["overflow"] == "slide")
         stop = texts.tokenizer.find_added_tokens(chosen["stop"])
         request = build_request(
-            chosen, tokens, texts.model, cancellation=cancellation, constraint=constraint, route=route, stop_tokens=stop
+            chosen,
+            tokens,
+            texts.model,
+            cancellation=cancellation,
+            constraint=constraint,
+            route=route,
+            stop_tokens=stop,
+            kept_tokens=texts.tokenizer.find_added_tokens(chosen["keep_tokens"]),
         )
         return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
 

@@ -35,6 +35,7 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], name: str = CHAT_TEMPLATE) -> None:
         """Compiles a template. Raises InputError, with the line, for one that is not valid."""
+        self.source = source
         self._special_tokens = special_tokens
         self._reads_text: bool | None = None
         try:
@@ -148,12 +149,16 @@ class ChatTemplates:
     def names(self) -> list[str]:
         return sorted(self._files)
 
-    def render(self, chat: Chat) -> str:
+    def render(self, chat: Chat, *, add_generation_prompt: bool = True) -> str:
         """Renders a conversation with the template that transformers would pick.
 
         Raises InputError if there is none or it refuses the messages, IntegrityError if it is not valid.
         """
-        return self._compile(self._pick(chat)).render(chat)
+        return self.pick(chat).render(chat, add_generation_prompt=add_generation_prompt)
+
+    def pick(self, chat: Chat) -> ChatTemplate:
+        """Returns the template that transformers would pick for a conversation. Raises what render() raises."""
+        return self._compile(self._pick(chat))
 
     def _pick(self, chat: Chat) -> str:
         """Returns the name that the caller gave, tool_use if there are tools, else default."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -13,7 +14,7 @@ from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
     from typing import Unpack
 
     from edgelora_runtime.bundle.folder import Bundle
@@ -39,6 +40,9 @@ class Tokenizer:
         self._tokenizer = load_tokenizer(bundle.read(file))
         special = read_special_tokens(_read_config(bundle.read(config_file)) if bundle.has(config_file) else {})
         self._templates = ChatTemplates(templates, bundle.read, special)
+        added = self._tokenizer.get_added_tokens_decoder().items()
+        self._added = {token.content: number for number, token in added}
+        self._special = frozenset(number for number, token in added if token.special)
         first = self.encode("")[:1]  # what the tokenizer adds by itself
         self._start = first[0] if first and first[0] == self._tokenizer.token_to_id(special.get("bos_token", "")) else None
 
@@ -51,6 +55,20 @@ class Tokenizer:
         """One more than the highest token id. Ids may have gaps."""
         return max(self._tokenizer.get_vocab().values(), default=-1) + 1
 
+    @property
+    def templates(self) -> ChatTemplates:
+        return self._templates
+
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """The ids of added tokens, special ones among them, by text."""
+        return MappingProxyType(self._added)
+
+    @property
+    def special_tokens(self) -> frozenset[int]:
+        """The ids of special tokens, which decode() leaves out."""
+        return self._special
+
     def to_json(self) -> str:
         """Returns the tokenizer as the text of a tokenizer.json."""
         text: str = self._tokenizer.to_str()
@@ -58,8 +76,7 @@ class Tokenizer:
 
     def find_added_tokens(self, texts: str | Iterable[str]) -> frozenset[int]:
         """Returns the ids of those texts that are whole added tokens, such as special ones, which an answer's text lacks."""
-        ids = {token.content: number for number, token in self._tokenizer.get_added_tokens_decoder().items()}
-        return frozenset(ids[text] for text in ([texts] if isinstance(texts, str) else texts) if text in ids)
+        return frozenset(self._added[text] for text in ([texts] if isinstance(texts, str) else texts) if text in self._added)
 
     def name_token(self, token: int) -> str:
         """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
@@ -97,9 +114,11 @@ class Tokenizer:
         """
         return self._templates.render(check_chat(messages, options))
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of tokens, without special ones."""
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], kept: Collection[int] = ()) -> str:
+        """Returns the text of tokens, without special ones apart from those kept."""
+        if kept:
+            ids = [token for token in ids if token not in self._special or token in kept]
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not kept)
         return text
 
 
@@ -109,11 +128,12 @@ class IncrementalDecoder:
     For valid UTF-8, the pieces joined equal decode() of all tokens. A token can end in the middle of a character, and some
     decoders look at the token before (a leading space). So each piece is the difference between two decodings of a short window,
     and text that ends in U+FFFD waits for more tokens. keep_space: the text may start with a space, which some decoders would
-    drop.
+    drop. kept: special tokens that have a text nevertheless.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_space: bool = False, kept: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._kept = kept
         self._ids = tokenizer.encode("a") if keep_space else []  # a text for the tokens to continue
         self._window = 0  # first token of the window
         self._read = len(self._ids)  # tokens whose text has been returned
@@ -135,7 +155,8 @@ class IncrementalDecoder:
 
     def _decode_window(self) -> tuple[str, str]:
         window = self._ids[self._window :]
-        return self._tokenizer.decode(window[: self._read - self._window]), self._tokenizer.decode(window)
+        before = window[: self._read - self._window]
+        return self._tokenizer.decode(before, self._kept), self._tokenizer.decode(window, self._kept)
 
 
 def load_tokenizer(raw: bytes) -> RustTokenizer:

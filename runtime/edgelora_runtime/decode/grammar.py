@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 # Whitespace between parts of JSON. llguidance's default is unbounded, and small models get lost in it.
-_BLANKS = r" |\n[ ]{0,32}"
+BLANKS = r" |\n[ ]{0,32}"
 # Upper bounds of eight logits for each byte of a mask, float32 (256, 8): cheaper than a choice per logit.
 _BOUNDS = np.array([-np.inf, np.inf], np.float32)[
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -106,7 +106,7 @@ class Grammars:
         tokenizer, limits = self._load_tokenizer(), LLParserLimits(verbose_errors=False)
         try:
             if json_schema is not None:
-                source = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": _BLANKS})
+                source = LLMatcher.grammar_from_json_schema(_write_schema(json_schema), defaults={"whitespace_pattern": BLANKS})
             elif regex is not None:
                 source = LLMatcher.grammar_from_regex(regex)
             else:

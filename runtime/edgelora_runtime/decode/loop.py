@@ -134,7 +134,7 @@ def continue_prompt(
     reader.reserve(len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
     constraint, stop = request.constraint, request.stop
-    decoder = IncrementalDecoder(tokenizer, keep_space=constraint is not None)
+    decoder = IncrementalDecoder(tokenizer, keep_space=constraint is not None, kept=request.kept_tokens)
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
     shown: list[str] = []

@@ -59,7 +59,7 @@ class GenerateOptions(TypedDict, total=False):
     are JSON schemas. The template option chat_template picks one of the bundle's named templates. Without it, tools pick the one
     named tool_use. A template that writes the date gives another prompt each day. With a fixed date, cached prompts stay valid.
     continue_final_message: the last message is an assistant's, and the answer goes on where it ends. stop: one that is a special
-    token ends the answer at that token.
+    token ends the answer at that token. keep_tokens: texts that are no special tokens have no effect.
     """
 
     variant: Annotated[
@@ -168,6 +168,15 @@ class GenerateOptions(TypedDict, total=False):
             "off",
             "Read draft tokens along with each step: on, auto (only where it pays), or off.",
             choices=("auto", "on", "off"),
+        ),
+    ]
+    keep_tokens: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Special tokens whose text stays in the answer, such as the marks of tool calls.",
+            accepts=lambda texts: all(isinstance(text, str) and text for text in texts),
+            allowed="texts of special tokens",
         ),
     ]
     tools: Annotated[

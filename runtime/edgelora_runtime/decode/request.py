@@ -25,7 +25,8 @@ class Request:
     A request serves one generation, since stop, cancellation and constraint have a state. prompt: token ids. end_tokens: the
     model's own, unless the request ignores them, and those that a stop string is the text of. context: tokens that the model
     sees at once. A text that outgrows it loses its middle, so max_tokens is small enough in a request that must not lose it.
-    route, logprobs: as in Generation and GenerateOptions. constraint: what the answer must fit.
+    route, logprobs: as in Generation and GenerateOptions. constraint: what the answer must fit. kept_tokens: special tokens
+    whose text stays in the answer.
     """
 
     prompt: Sequence[int]
@@ -38,6 +39,7 @@ class Request:
     route: Route | None = None
     logprobs: int = 0
     constraint: Constraint | None = None
+    kept_tokens: frozenset[int] = frozenset()
 
 
 def build_request(
@@ -49,6 +51,7 @@ def build_request(
     constraint: Constraint | None,
     route: Route | None,
     stop_tokens: frozenset[int] = frozenset(),
+    kept_tokens: frozenset[int] = frozenset(),
 ) -> Request:
     """Builds a request from its options, which must be complete, and its prompt's tokens.
 
@@ -66,4 +69,5 @@ def build_request(
         route=route,
         logprobs=options["logprobs"],
         constraint=constraint,
+        kept_tokens=kept_tokens,
     )
