@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from edgelora_runtime.serve.page_routes import page_routes
+from edgelora_runtime.serve.page.routes import page_routes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

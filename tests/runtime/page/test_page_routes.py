@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora_runtime.serve.page_routes import read_page
+from edgelora_runtime.serve.page.routes import read_page
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
