@@ -14,6 +14,7 @@ from edgelora_runtime.serve.api import chat, completions, embeddings, models, ol
 from edgelora_runtime.serve.failures import ClientGone, RequestFailed, explain
 from edgelora_runtime.serve.metrics import CountRequests
 from edgelora_runtime.serve.openapi import describe_api
+from edgelora_runtime.serve.page.routes import page_routes
 from edgelora_runtime.serve.security import HEALTH, Guard, refuse
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def build_app(service: Service) -> Starlette:
         Route(HEALTH, show_health),
         Route("/metrics", show_metrics),
         Route("/openapi.json", show_description),
+        *page_routes(),
     ]
     paths = [route.path for route in routes]
     app = Starlette(

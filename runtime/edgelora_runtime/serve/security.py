@@ -56,8 +56,9 @@ class Guard:
                 if scope["method"] == "OPTIONS":
                     await Response(status_code=204, headers=_PREFLIGHT)(scope, receive, send)
                     return
-            if self._keys and scope["path"] != HEALTH:
-                self._check_key(headers.getlist("authorization"))
+            given = headers.getlist("authorization")
+            if self._keys and scope["path"] != HEALTH and (given or not _is_page(scope["path"])):
+                self._check_key(given)
         except RequestFailed as failed:
             await refuse(failed, scope["path"])(scope, receive, send)
             return
@@ -96,6 +97,11 @@ class Guard:
         matches = [hmac.compare_digest(digest, each) for each in self._keys]
         if scheme.lower() != "bearer" or not any(matches):
             raise RequestFailed(401, "no valid API key; send the header Authorization: Bearer KEY", code="invalid_api_key")
+
+
+def _is_page(path: str) -> bool:
+    """True for the chat page's own files. They hold no secret, and a browser that opens a page sends no key."""
+    return path == "/" or path.startswith("/page/")
 
 
 def refuse(failed: RequestFailed, path: str) -> Response:
