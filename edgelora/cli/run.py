@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
-from edgelora.cli.chat import describe_route
+from edgelora.cli.chat_commands import describe_route
 from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_next, print_note, print_piece, quote_path

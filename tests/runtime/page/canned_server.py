@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
 FIDELITY = {"outcome": "passed", "tokens": 4096, "kl_mean": 0.002, "retention": 0.9821, "top1": 0.971}
-MODELS = [
+MODELS: list[dict[str, Any]] = [
     {
         "id": "base",
         "kind": "merged",

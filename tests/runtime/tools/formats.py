@@ -36,8 +36,8 @@ def make_rust_tokenizer(*, with_marks: bool) -> RustTokenizer:
     """A tokenizer of bytes, with the marks of all families as their models have them, or without."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = RustTokenizer(models.BPE({text: token for token, text in enumerate(["<s>", "</s>", *alphabet])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     if with_marks:
         tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
