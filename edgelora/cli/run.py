@@ -22,7 +22,8 @@ from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.decode.options import OPTIONS
 
-_NOT_HERE = ("ignore_eos", "continue_final_message")  # one is for measurements, one needs an assistant's message
+# One is for measurements, one needs an assistant's message, and one takes functions.
+_NOT_HERE = ("ignore_eos", "continue_final_message", "logits_processors")
 
 
 @takes_request_options(*(name for name in OPTIONS if name not in _NOT_HERE))
@@ -42,9 +43,11 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     with open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
         stream = runtime.stream([{"role": "user", "content": text}] if chat else text, **options)
+        answer = 0
         for piece in stream:
             if not json:
-                print(piece, end="", flush=True)
+                print("\n" if piece.answer > answer else "", piece, sep="", end="", flush=True)
+            answer = piece.answer
         assert stream.generation is not None
         if json:
             print_json(stream.generation)

@@ -124,8 +124,8 @@ class GenerateOptions(TypedDict, total=False):
         Option(
             1.0,
             "Above 1, make tokens that the text already holds less likely (arXiv 1909.05858).",
-            accepts=lambda value: 0 < value < _INFINITY,
-            allowed="more than 0; 1 for no penalty",
+            accepts=lambda value: 0.01 <= value <= 100,
+            allowed="0.01 to 100; 1 for no penalty",
         ),
     ]
     presence_penalty: Annotated[
