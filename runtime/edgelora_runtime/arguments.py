@@ -60,8 +60,16 @@ def check_path(call: str, name: str, value: object) -> Path:
     path: Any = None
     if isinstance(value, str | os.PathLike):
         path = os.fspath(value)
-    check_argument(call, name, value, holds=isinstance(path, str) and path != "" and "\0" not in path, allowed="a path")
+    check_argument(call, name, value, holds=isinstance(path, str) and _is_name(path), allowed="a path")
     return Path(path)
+
+
+def _is_name(path: str) -> bool:
+    """True for a text that the system can take as a path."""
+    try:
+        return path != "" and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
 
 
 def check_kind(call: str, name: str, value: object, kind: Any, allowed: str) -> None:

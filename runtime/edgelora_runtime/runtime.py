@@ -278,7 +278,11 @@ class Runtime:
 
     def check_speaker(self, variant: str | None, mix: Mapping[str, float] | None) -> None:
         """Raises UsageError for a variant or mix that cannot hold a conversation, since it is absent or has no chat template."""
-        texts = self._texts.own if variant == AUTO and mix is None else self._texts.of(self._choose(variant, mix))
+        texts = (
+            self._texts.own
+            if isinstance(variant, str) and variant == AUTO and mix is None
+            else self._texts.of(self._choose(variant, mix))
+        )
         if not texts.tokenizer.has_chat_template:
             raise UsageError("chat: this bundle has no chat template; use generate() with a text")
 

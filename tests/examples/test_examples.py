@@ -6,11 +6,12 @@ import importlib.util
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edgelora_runtime import Runtime
+if TYPE_CHECKING:
+    from edgelora_runtime import Runtime
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 pytestmark = pytest.mark.slow

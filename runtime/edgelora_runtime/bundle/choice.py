@@ -40,10 +40,10 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
 
     Raises UsageError if the bundle has no such variant.
     """
-    if variant == AUTO:
-        raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     if not isinstance(variant, str):
         raise UsageError(f"variant = {show(variant)}: use the name of a variant; this bundle has {', '.join(manifest.variants)}")
+    if variant == AUTO:
+        raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     entry = manifest.variants.get(variant)
     if entry is None:
         raise UsageError(f"no variant {show(variant)} in this bundle; it has {', '.join(manifest.variants)}")
