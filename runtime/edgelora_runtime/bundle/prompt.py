@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from edgelora_runtime.arguments import is_whole
+from edgelora_runtime.arguments import is_whole, show
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS, Chat, check_chat, is_message
 from edgelora_runtime.bundle.router import find_last_request
 from edgelora_runtime.errors import InputError, UsageError
@@ -76,7 +76,7 @@ def check_tokens(token_ids: Sequence[int], model: ModelEntry, *, may_overflow: b
     if len(tokens) > model.context_length and not may_overflow:
         raise InputError(f"the prompt has {len(tokens)} tokens, but the context holds {model.context_length}; shorten it")
     if wrong := next((token for token in tokens if not 0 <= token < model.vocab_size), None):
-        raise InputError(f"token {wrong} is outside the vocabulary of {model.vocab_size}")
+        raise InputError(f"token {show(wrong)} is outside the vocabulary of {model.vocab_size}")
     return tokens
 
 

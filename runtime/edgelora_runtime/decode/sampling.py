@@ -93,7 +93,8 @@ def take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
 
 def _weigh(logits: Floats, largest: np.float32, temperature: float) -> NDArray[np.float64]:
     """Returns probabilities relative to that of the likeliest token."""
-    weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
+    with np.errstate(over="ignore"):  # of a tiny temperature: the weight is 0
+        weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
     return weights
 
 
