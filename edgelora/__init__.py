@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgelora.in_torch.train_config import TrainConfig
     from edgelora_runtime import (
         Bundle,
+        Conversation,
         EdgeloraError,
         GenerateOptions,
         Generation,
@@ -25,17 +26,20 @@ if TYPE_CHECKING:
         IntegrityError,
         MemoryUsage,
         PackedCache,
+        Piece,
         Receipt,
         ResourceError,
         Route,
         Runtime,
         TextStream,
         TokenLogprob,
+        Usage,
         UsageError,
     )
 
 __all__ = [
     "Bundle",
+    "Conversation",
     "EdgeloraError",
     "GenerateOptions",
     "Generation",
@@ -44,6 +48,7 @@ __all__ = [
     "MemoryUsage",
     "MissingExtraError",
     "PackedCache",
+    "Piece",
     "Receipt",
     "Recipe",
     "ResourceError",
@@ -52,6 +57,7 @@ __all__ = [
     "TextStream",
     "TokenLogprob",
     "TrainConfig",
+    "Usage",
     "UsageError",
     "__version__",
     "compose",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from edgelora_runtime import GenerateOptions, Generation, Receipt, Runtime
-    from edgelora_runtime.decode.loop import TextStream
+    from edgelora_runtime.answers.text_stream import TextStream
 
 FORMAT, VERSION = "edgelora-chat", 1
 _LIMIT = 64 << 20  # bytes of a file to load

@@ -54,6 +54,12 @@ _ADAPTATIONS = {
         "TOKEN",
         "--keep-token",
     ),
+    "logit_bias": _Adaptation(
+        list[str] | None,
+        "A number to add to a token's logit, by id or text; -100 bans it. Repeat for each.",
+        lambda items: _parse_biases(items),
+        "TOKEN=NUMBER",
+    ),
     "json_schema": _Adaptation(
         Path | None, "A JSON schema that the answer must fit.", lambda path: read_option_file(path, "--json-schema"), "FILE"
     ),
@@ -155,6 +161,21 @@ def _read_list(path: Path | None, option: str) -> list[Any] | None:
     if not isinstance(value, list):
         raise InputError(f"{option} {path} holds {type(value).__name__}, not a list of objects")
     return value
+
+
+def _parse_biases(items: Sequence[str] | None) -> dict[int | str, float] | None:
+    """Parses biases. Digits are a token's id, and anything else its text."""
+    if not items:
+        return None
+    biases: dict[int | str, float] = {}
+    for item in items:
+        token, _, text = item.rpartition("=")  # the text of a token may hold the sign itself
+        try:
+            number = float(text)
+        except ValueError:
+            raise UsageError(f"--logit-bias {item!r} is not TOKEN=NUMBER, such as 42=-100 or ' cat'=5") from None
+        biases[int(token) if token.isascii() and token.isdigit() else token] = number
+    return biases
 
 
 def _parse_template_options(items: Sequence[str] | None) -> dict[str, Any] | None:

@@ -18,7 +18,8 @@ from edgelora_runtime.errors import UsageError
 if TYPE_CHECKING:
     from edgelora_runtime import Generation
 
-_NOT_HERE = ("ignore_eos", "continue_final_message")  # one is for measurements, one needs an assistant's message
+# One is for measurements, one needs an assistant's message, and one takes functions.
+_NOT_HERE = ("ignore_eos", "continue_final_message", "logits_processors")
 
 
 @takes_runtime_options
@@ -39,9 +40,11 @@ def run(
     given = _read_prompt(text, prompt)
     with runtime_options.open(bundle) as runtime:
         stream = runtime.stream([{"role": "user", "content": given}] if chat else given, **options)
+        answer = 0
         for piece in stream:
             if not json:
-                print_piece(piece)
+                print_piece("\n" + piece if piece.answer > answer else piece)
+            answer = piece.answer
         assert stream.generation is not None
         if json:
             print_json(stream.generation)

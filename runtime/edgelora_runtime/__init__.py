@@ -10,10 +10,11 @@ from edgelora_runtime import _telemetry as _telemetry
 from edgelora_runtime._version import __version__
 
 if TYPE_CHECKING:
+    from edgelora_runtime.answers.generation import Generation, Receipt, TokenLogprob, Usage
+    from edgelora_runtime.answers.text_stream import Piece, TextStream
     from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.bundle.router import Route
-    from edgelora_runtime.decode.logprobs import TokenLogprob
-    from edgelora_runtime.decode.loop import Generation, Receipt, TextStream
+    from edgelora_runtime.conversation import Conversation
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.errors import (
         EdgeloraError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bundle",
+    "Conversation",
     "EdgeloraError",
     "GenerateOptions",
     "Generation",
@@ -37,32 +39,37 @@ __all__ = [
     "MemoryUsage",
     "MissingExtraError",
     "PackedCache",
+    "Piece",
     "Receipt",
     "ResourceError",
     "Route",
     "Runtime",
     "TextStream",
     "TokenLogprob",
+    "Usage",
     "UsageError",
     "__version__",
 ]
 
 _MODULES = {
     "Bundle": "bundle.folder",
+    "Conversation": "conversation",
     "EdgeloraError": "errors",
     "GenerateOptions": "decode.options",
-    "Generation": "decode.loop",
+    "Generation": "answers.generation",
     "InputError": "errors",
     "IntegrityError": "errors",
     "MemoryUsage": "residency.models",
     "MissingExtraError": "errors",
     "PackedCache": "residency.packed_cache",
-    "Receipt": "decode.loop",
+    "Piece": "answers.text_stream",
+    "Receipt": "answers.generation",
     "ResourceError": "errors",
     "Route": "bundle.router",
     "Runtime": "runtime",
-    "TextStream": "decode.loop",
-    "TokenLogprob": "decode.logprobs",
+    "TextStream": "answers.text_stream",
+    "TokenLogprob": "answers.generation",
+    "Usage": "answers.generation",
     "UsageError": "errors",
 }
 

@@ -8,21 +8,26 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_runtime.answers.generation import Generation, Receipt
+from edgelora_runtime.answers.text_stream import Piece, TextStream
+from edgelora_runtime.arguments import check_kind, check_path, check_whole
 from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS
 from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
+from edgelora_runtime.conversation import Conversation
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.loop import Generation, Receipt, TextStream, continue_prompt
+from edgelora_runtime.decode.loop import PromptEnd, continue_prompt
 from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader
-from edgelora_runtime.decode.request import build_request
+from edgelora_runtime.decode.request import build_requests
 from edgelora_runtime.decode.speculation import Speculation
 from edgelora_runtime.decode.texts import TextSides
 from edgelora_runtime.errors import UsageError
@@ -30,11 +35,12 @@ from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
 from edgelora_runtime.residency.loader import Loader
 from edgelora_runtime.residency.models import LoadedModels, MemoryUsage
+from edgelora_runtime.residency.packed_cache import PackedCache
 from edgelora_runtime.residency.prompt_cache import PromptCache
 from edgelora_runtime.residency.prompt_file import read_prompts, write_prompts
 from edgelora_runtime.session.kernels import choose_kernels
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model, new_cache
-from edgelora_runtime.session.providers import find_provider
+from edgelora_runtime.session.providers import choose_target, find_provider
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -44,16 +50,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from edgelora_runtime.bundle.manifest import VariantEntry
+    from edgelora_runtime.bundle.manifest import AdapterEntry, VariantEntry
     from edgelora_runtime.bundle.messages import ChatOptions
     from edgelora_runtime.bundle.prompt import CheckedPrompt, Prompt
     from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.decode.options import GenerateOptions
     from edgelora_runtime.decode.request import Request
-    from edgelora_runtime.residency.packed_cache import PackedCache
     from edgelora_runtime.session.factors import LoraInputs
 
     Floats = NDArray[np.float32]
+
+_MOST_THREADS = 1024  # onnxruntime starts as many as it is told
 
 
 class Runtime:
@@ -91,19 +98,16 @@ class Runtime:
         provider: str = "auto",
         target: str | None = None,
     ) -> None:
-        if threads is not None and threads < 1:
-            raise UsageError(f"threads = {threads}: use 1 or more, or None for all physical cores")
+        if threads is not None:
+            threads = check_whole("Runtime", "threads", threads, 1, _MOST_THREADS)
+        check_kind("Runtime", "packed_cache", packed_cache, PackedCache, "a PackedCache, or None")
         models_budget, prompts_budget = find_budgets(memory_budget, cache_budget)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self._manifest = self._bundle.manifest
         has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
         architecture = self._manifest.model.architecture
         self._provider = find_provider(provider, architecture=architecture, gpu_graphs=has_gpu_graphs)
-        self._target = self._provider.target if target is None else target
-        if not has_gpu_graphs and self._target == "gpu":
-            raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
-        if self._target not in ("cpu", "gpu"):
-            raise UsageError(f"target {target!r} is not supported; use cpu or gpu")
+        self._target = choose_target(target, self._provider, gpu_graphs=has_gpu_graphs)
         self._texts = TextSides(self._bundle)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
@@ -129,6 +133,10 @@ class Runtime:
         self._speculation = Speculation(self._bundle)
         self._router = LazyRouter(self._bundle)
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
+
+    def __repr__(self) -> str:
+        names = f"{len(self._manifest.variants)} variants, current {self.current!r}"
+        return f"<Runtime {str(self._bundle.folder)!r}: {names}, {self.provider}, {self.kernels}>"
 
     def __enter__(self) -> Self:
         return self
@@ -171,6 +179,16 @@ class Runtime:
     def variants(self) -> Mapping[str, VariantEntry]:
         """The bundle's variants by name."""
         return MappingProxyType(self._manifest.variants)
+
+    @property
+    def adapters(self) -> Mapping[str, AdapterEntry]:
+        """The adapters that the bundle was made from, by name. Those with a `file` can be mixed at request time."""
+        return MappingProxyType(self._manifest.adapters)
+
+    @property
+    def context_length(self) -> int:
+        """The tokens of prompt and answer that the model sees at once."""
+        return self._manifest.model.context_length
 
     @property
     def current(self) -> str:
@@ -221,11 +239,7 @@ class Runtime:
 
     def generate(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Returns the whole answer at once. Takes what stream() takes."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        assert stream.generation is not None
-        return stream.generation
+        return self._open_stream("generate", prompt, options).read()
 
     async def generate_async(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
         """Runs generate() in a thread, for asyncio.
@@ -234,40 +248,57 @@ class Runtime:
         """
         import asyncio
 
-        stream = await asyncio.to_thread(self.stream, prompt, **options)
-        async for _ in stream:
-            pass
-        assert stream.generation is not None
-        return stream.generation
+        stream = await asyncio.to_thread(self._open_stream, "generate_async", prompt, options)
+        return await stream.read_async()
 
     def stream(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> TextStream:
         """Continues a prompt piece by piece. Iterate with `for` or `async for`.
 
         prompt: text, token ids, or messages ({"role": …, "content": …}) for the bundle's chat template. options: see
-        GenerateOptions. Raises UsageError for options that cannot be used, InputError for a prompt that is empty or longer than
-        the context or that the template refuses, MissingExtraError for a json_schema, regex or grammar without llguidance.
+        GenerateOptions. All is checked before this returns. Raises UsageError for options that cannot be used, InputError for a
+        prompt that is empty or longer than the context or that the template refuses, MissingExtraError for a json_schema, regex
+        or grammar without llguidance.
         """
-        chosen = resolve_options(options)
+        return self._open_stream("stream", prompt, options)
+
+    def chat(self, *, system: str | None = None, **options: Unpack[GenerateOptions]) -> Conversation:
+        """Starts a conversation.
+
+        system: the text of the system message. options: of every turn, as generate() takes them; variant or mix is who answers
+        first. Raises UsageError for options that cannot be used, and for a variant or mix without a chat template.
+        """
+        return Conversation(self, system, options)
+
+    def load_chat(self, path: str | Path, **options: Unpack[GenerateOptions]) -> Conversation:
+        """Goes on with a conversation that Conversation.save() wrote. options: of every turn, which the file does not hold.
+
+        Raises InputError for another kind of file, and for one whose variant or adapters this bundle lacks.
+        """
+        return Conversation.load(self, check_path("load_chat", "path", path), options)
+
+    def check_speaker(self, variant: str | None, mix: Mapping[str, float] | None) -> None:
+        """Raises UsageError for a variant or mix that cannot hold a conversation, since it is absent or has no chat template."""
+        texts = (
+            self._texts.own
+            if isinstance(variant, str) and variant == AUTO and mix is None
+            else self._texts.of(self._choose(variant, mix))
+        )
+        if not texts.tokenizer.has_chat_template:
+            raise UsageError("chat: this bundle has no chat template; use generate() with a text")
+
+    def _open_stream(self, call: str, prompt: Prompt, options: GenerateOptions) -> TextStream:
+        chosen = resolve_options(options, call)
         variant, mix = chosen["variant"], chosen["mix"]
         cancellation = Cancellation(chosen["timeout"])
         checked = check_prompt(prompt, select_chat_options(chosen))
         route = self._route(checked) if variant == AUTO and mix is None else None
         choice = self._choose(variant if route is None else route.variant, mix)
         texts = self._texts.of(choice)
-        constraint = texts.grammars.compile(chosen["json_schema"], chosen["regex"], chosen["grammar"])
-        tokens = check_tokens(encode_prompt(texts.tokenizer, checked), texts.model, may_overflow=chosen["overflow"] == "slide")
-        stop = texts.tokenizer.find_added_tokens(chosen["stop"])
-        request = build_request(
-            chosen,
-            tokens,
-            texts.model,
-            cancellation=cancellation,
-            constraint=constraint,
-            route=route,
-            stop_tokens=stop,
-            kept_tokens=texts.tokenizer.find_added_tokens(chosen["keep_tokens"]),
-        )
-        return TextStream(self._run(choice, request, chosen["speculation"]), cancellation)
+        slides = chosen["overflow"] == "slide"
+        ids = encode_prompt(texts.tokenizer, checked, limit=None if slides else texts.model.context_length)
+        tokens = check_tokens(ids, texts.model, may_overflow=slides)
+        requests = build_requests(chosen, tokens, texts, cancellation=cancellation, route=route)
+        return TextStream(self._run(choice, requests, chosen["speculation"]), cancellation.cancel)
 
     def route(self, prompt: Prompt) -> Route:
         """Returns the variant that the bundle's router picks for a prompt.
@@ -288,24 +319,23 @@ class Runtime:
         that output, such as one traced from another implementation.
         """
         choice = self._choose(variant, mix)
-        texts = self._texts.of(choice)
-        tokens = check_tokens(encode_prompt(texts.tokenizer, check_prompt(prompt, {})), texts.model)
+        texts, checked = self._texts.of(choice), check_prompt(prompt, {})
+        tokens = check_tokens(encode_prompt(texts.tokenizer, checked, limit=texts.model.context_length), texts.model)
         model, live, receipt = self._prepare(choice)
         if not model.has_states:
             raise UsageError(
-                f"the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
+                f"embed: the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
             )
-        total = np.zeros(self._manifest.model.hidden_size, np.float64)
-        for states in model.read_states(tokens, live=live):
-            total += states.sum(axis=0, dtype=np.float64)
-        return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
+        return model.embed(tokens, live=live)
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Returns the logits at every position, float32 (T, V), from an empty KV cache. V is that of the variant."""
         choice = self._choose(variant, mix)
-        found = np.empty((len(token_ids), self._manifest.find_model(choice.graph).vocab_size), np.float32)
+        model = self._manifest.find_model(choice.graph)
+        tokens = check_tokens(token_ids, model)
+        found = np.empty((len(tokens), model.vocab_size), np.float32)
         done = 0
-        for chunk in self._iterate_logits(token_ids, choice, PREFILL_CHUNK):
+        for chunk in self._iterate_logits(tokens, choice, PREFILL_CHUNK):
             found[done : done + len(chunk)] = chunk
             done += len(chunk)
         return found
@@ -322,9 +352,9 @@ class Runtime:
 
         Each array is overwritten by the next.
         """
-        if positions < 1:
-            raise UsageError(f"positions = {positions}: use 1 or more")
-        yield from self._iterate_logits(token_ids, self._choose(variant, mix), min(positions, PREFILL_CHUNK))
+        step = min(check_whole("iterate_logits", "positions", positions, 1), PREFILL_CHUNK)
+        choice = self._choose(variant, mix)
+        return self._iterate_logits(check_tokens(token_ids, self._manifest.find_model(choice.graph)), choice, step)
 
     def encode(
         self,
@@ -340,8 +370,20 @@ class Runtime:
         be used or that the template refuses, UsageError for options that cannot be used.
         """
         if unknown := sorted(options.keys() - set(CHAT_OPTIONS)):
-            raise UsageError(f"encode takes no option {unknown[0]!r}; use one of {', '.join(CHAT_OPTIONS)}")
-        return encode_prompt(self.find_tokenizer(variant, mix), check_prompt(prompt, options))
+            raise UsageError(f"encode has no option {unknown[0]!r}; use one of {', '.join(CHAT_OPTIONS)}")
+        chosen = select_chat_options(resolve_options(options, "encode"))
+        return encode_prompt(self.find_tokenizer(variant, mix), check_prompt(prompt, chosen))
+
+    def count_tokens(
+        self,
+        prompt: Prompt,
+        *,
+        variant: str | None = None,
+        mix: Mapping[str, float] | None = None,
+        **options: Unpack[ChatOptions],
+    ) -> int:
+        """Returns the number of tokens of a prompt, as generate() would read it. Takes what encode() takes."""
+        return len(self.encode(prompt, variant=variant, mix=mix, **options))
 
     def find_tokenizer(self, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Tokenizer:
         """Returns the tokenizer of a variant or mix: the bundle's own, unless its adapters brought one."""
@@ -349,7 +391,7 @@ class Runtime:
 
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
-        return write_prompts(path, self._bundle, self._prompts.copy())
+        return write_prompts(check_path("save_prompts", "path", path), self._bundle, self._prompts.copy())
 
     def load_prompts(self, path: str | Path) -> int:
         """Adds cached prompts from a file.
@@ -358,28 +400,32 @@ class Runtime:
         bundle lacks or has with other weights. Raises InputError for a file that save_prompts() did not write or that does not
         fit the model.
         """
-        found = read_prompts(path, self._bundle, self._target)
+        found = read_prompts(check_path("load_prompts", "path", path), self._bundle, self._target)
         for saved in found:
             cache = new_cache(self._manifest.find_model(saved.choice.graph), saved.float_type, self._provider.memory)
             cache.restore(saved.tokens, saved.state)
             self._prompts.put(saved.choice, cache)
         return len(found)
 
-    def _iterate_logits(self, token_ids: Sequence[int], choice: Choice, step: int) -> Iterator[Floats]:
-        tokens = check_tokens(token_ids, self._manifest.find_model(choice.graph))
+    def _iterate_logits(self, tokens: list[int], choice: Choice, step: int) -> Iterator[Floats]:
         model, live, _ = self._prepare(choice)
         cache = model.new_cache()
         for start in range(0, len(tokens), step):
             chunk = tokens[start : start + step]
             yield model.read(cache, chunk, live=live, keep=len(chunk))
 
-    def _run(self, choice: Choice, request: Request, speculation: str) -> Generator[str, None, Generation]:
-        """Yields the pieces of one request, which owns its KV cache until it ends."""
+    def _run(self, choice: Choice, requests: Sequence[Request], speculation: str) -> Generator[Piece, None, Generation]:
+        """Yields the pieces of all answers to one prompt, which own a KV cache until they end."""
         model, live, receipt = self._prepare(choice)
-        cache = self._prompts.take(choice, request.prompt, model.new_cache)
+        tokenizer = self._texts.of(choice).tokenizer
+        cache = self._prompts.take(choice, requests[0].prompt, model.new_cache)
+        prompt_end = PromptEnd() if len(requests) > 1 else None
+        answers = []
         try:
-            reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
-            return (yield from continue_prompt(request, receipt, self._texts.of(choice).tokenizer, reader))
+            for request in requests:
+                reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
+                answers.append((yield from continue_prompt(request, receipt, tokenizer, reader, prompt_end)))
+            return replace(answers[0], alternatives=tuple(answers[1:]))
         finally:
             self._prompts.put(choice, cache)
 

@@ -9,6 +9,7 @@ import edgelora_runtime
 
 PUBLIC = {
     "Bundle",
+    "Conversation",
     "EdgeloraError",
     "GenerateOptions",
     "Generation",
@@ -17,6 +18,7 @@ PUBLIC = {
     "MemoryUsage",
     "MissingExtraError",
     "PackedCache",
+    "Piece",
     "Receipt",
     "Recipe",
     "ResourceError",
@@ -25,6 +27,7 @@ PUBLIC = {
     "TextStream",
     "TokenLogprob",
     "TrainConfig",
+    "Usage",
     "UsageError",
     "__version__",
     "compose",

@@ -73,7 +73,7 @@ def test_options_for_a_template_need_messages(opened: Runtime) -> None:
         with pytest.raises(UsageError, match="pass messages"):
             opened.encode(prompt, tools=[])
     unknown: dict[str, Any] = {"tool": []}
-    with pytest.raises(UsageError, match="encode takes no option 'tool'"):
+    with pytest.raises(UsageError, match="encode has no option 'tool'"):
         opened.encode(HELLO, **unknown)
 
 

@@ -10,6 +10,7 @@ import edgelora_runtime
 
 NAMES = {
     "Bundle",
+    "Conversation",
     "EdgeloraError",
     "GenerateOptions",
     "Generation",
@@ -18,12 +19,14 @@ NAMES = {
     "MemoryUsage",
     "MissingExtraError",
     "PackedCache",
+    "Piece",
     "Receipt",
     "ResourceError",
     "Route",
     "Runtime",
     "TextStream",
     "TokenLogprob",
+    "Usage",
     "UsageError",
     "__version__",
 }

@@ -59,7 +59,7 @@ def test_generate_is_the_stream_joined(runtime: Runtime, arguments: dict[str, An
     assert stream.generation is None
     pieces = list(stream)
     assert "".join(pieces) == whole.text
-    assert all(pieces)
+    assert all(pieces[:-1])
     assert stream.generation is not None
     assert stream.generation.tokens == whole.tokens
     assert whole.text == runtime.tokenizer.decode(whole.tokens)
@@ -176,7 +176,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight is not finite": ({"mix": {"plain": float("nan")}}, UsageError, "plain = nan"),
     "temperature": ({"temperature": -1.0}, UsageError, "temperature"),
     "messages without a role": ({"prompt": [{"content": "hi"}]}, InputError, r"messages\[0\] has no role"),
-    "unknown date": ({"date": "2025-02-30"}, UsageError, "date = 2025-02-30: use YYYY-MM-DD"),
+    "unknown date": ({"date": "2025-02-30"}, UsageError, "date = '2025-02-30': use YYYY-MM-DD"),
     "tools that are no list": ({"tools": {"name": "f"}}, UsageError, "use a list of objects"),
     "template options of a text": ({"template_options": {"a": 1}}, UsageError, "template_options: only a chat template"),
 }

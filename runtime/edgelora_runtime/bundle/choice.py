@@ -5,17 +5,18 @@ A request runs with them.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.arguments import is_number, show
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import UsageError, suggest_name
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from edgelora_runtime.bundle.manifest import Manifest, TextsEntry
+
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by name, no weight 0
 
@@ -39,12 +40,14 @@ def choose_variant(manifest: Manifest, target: str, variant: str) -> Choice:
 
     Raises UsageError if the bundle has no such variant.
     """
+    if not isinstance(variant, str):
+        raise UsageError(f"variant = {show(variant)}: use the name of a variant; this bundle has {', '.join(manifest.variants)}")
     if variant == AUTO:
         raise UsageError(f"variant {AUTO!r} is chosen per prompt: give it to generate, stream or route; here, give a name")
     entry = manifest.variants.get(variant)
     if entry is None:
-        near = suggest_name([variant], manifest.variants)
-        raise UsageError(f"no variant {variant!r} in this bundle; it has {', '.join(manifest.variants)}{near}")
+        near = suggest_name([variant], manifest.variants) if isinstance(variant, str) else ""
+        raise UsageError(f"no variant {show(variant)} in this bundle; it has {', '.join(manifest.variants)}{near}")
     live = _sort_weights(entry.live) if entry.kind == "live" else None
     return Choice(variant, entry.graphs[target].file, live, entry.texts)
 
@@ -55,6 +58,8 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
     Raises UsageError for an adapter that the bundle lacks, for a weight that is not finite, and for adapters that brought
     different tokenizers or templates.
     """
+    if not isinstance(mix, Mapping) or not all(isinstance(name, str) for name in mix):
+        raise UsageError(f"mix = {show(mix)}: use an object of live adapters' names and their weights, such as {{'sql': 0.7}}")
     graph = manifest.live_graph(target)
     adapters = [name for name, entry in manifest.adapters.items() if entry.file is not None]
     if graph is None:
@@ -62,8 +67,8 @@ def choose_mix(manifest: Manifest, target: str, mix: Mapping[str, float]) -> Cho
     if unknown := sorted(set(mix) - set(adapters)):
         near = suggest_name(unknown, adapters)
         raise UsageError(f"no live adapter {', '.join(unknown)} in this bundle; it has {', '.join(adapters)}{near}")
-    if wrong := [f"{name} = {weight}" for name, weight in mix.items() if not math.isfinite(weight)]:
-        raise UsageError(f"weights of a mix must be finite: {', '.join(wrong)}")
+    if wrong := [f"{name} = {show(weight)}" for name, weight in mix.items() if not _is_weight(weight)]:
+        raise UsageError(f"weights of a mix must be finite numbers: {', '.join(wrong)}")
     live = _sort_weights(mix)
     brought = {entry: name for name, _ in live if (entry := manifest.adapters[name].texts) is not None}
     if len(brought) > 1:
@@ -82,6 +87,11 @@ def choose(manifest: Manifest, target: str, *, variant: str | None, mix: Mapping
     if mix is not None:
         return choose_mix(manifest, target, mix)
     return current if variant is None else choose_variant(manifest, target, variant)
+
+
+def _is_weight(value: object) -> bool:
+    """True for a number that is finite as float32, too, in which a graph takes it."""
+    return is_number(value) and abs(value) <= _FLOAT32_MAX
 
 
 def _sort_weights(mix: Mapping[str, float]) -> LiveWeights:

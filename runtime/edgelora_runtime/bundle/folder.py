@@ -9,20 +9,21 @@ import hashlib
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.arguments import check_path, show
 from edgelora_runtime.bundle.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
-from edgelora_runtime.errors import InputError, IntegrityError
+from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries takes about 30 MB
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Bundle:
     """An opened bundle, with its folder and its manifest."""
 
@@ -36,7 +37,7 @@ class Bundle:
         The folder must hold exactly the files that the manifest lists, with their sizes. Raises InputError if there is no bundle,
         IntegrityError if it differs from its manifest.
         """
-        folder = Path(folder)
+        folder = check_path("Bundle.open", "folder", folder)
         if not folder.is_dir():
             raise InputError(f"no bundle at {folder}: not a folder; make one with: edgelora export RECIPE.toml --output {folder}")
         if not (folder / MANIFEST).is_file():
@@ -47,8 +48,17 @@ class Bundle:
             raise IntegrityError(f"bundle {folder}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
         return cls(folder, manifest)
 
+    def __repr__(self) -> str:
+        model, variants, adapters = self.manifest.model, self.manifest.variants, self.manifest.adapters
+        return (
+            f"<Bundle {str(self.folder)!r}: {model.architecture} of {model.layers} layers, {len(variants)} variants, "
+            f"{len(adapters)} adapters>"
+        )
+
     def verify(self, on_file: Callable[[str], None] | None = None) -> list[str]:
         """Hashes every file. Returns the names of those that differ from the manifest."""
+        if on_file is not None and not callable(on_file):
+            raise UsageError(f"Bundle.verify: on_file = {show(on_file)}: use a function of a file's name, or None")
         broken = []
         for name, entry in self.manifest.files.items():
             if hash_file(self.folder / name) != entry.sha256:
@@ -59,8 +69,10 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         """Returns the path of a listed file."""
+        if not isinstance(name, str):
+            raise UsageError(f"Bundle: name = {show(name)}: use the name of a file of the bundle")
         if name not in self.manifest.files:
-            raise IntegrityError(f"bundle {self.folder} lists no file {name}")
+            raise IntegrityError(f"bundle {self.folder} lists no file {show(name)}")
         return self.folder / name
 
     def read(self, name: str, *, limit: int = TEXT_LIMIT) -> bytes:
@@ -74,7 +86,7 @@ class Bundle:
         return raw
 
     def has(self, name: str) -> bool:
-        return name in self.manifest.files
+        return isinstance(name, str) and name in self.manifest.files
 
 
 def _compare(folder: Path, manifest: Manifest) -> list[str]:

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
 from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templates, list_templates, read_special_tokens
 from edgelora_runtime.bundle.messages import Chat, check_chat
+from edgelora_runtime.bundle.shortest_encoding import LongestToken
 from edgelora_runtime.errors import InputError, IntegrityError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"
+_SHORT = 1 << 16  # bytes; tokenizing fewer costs less than a look at the vocabulary
 
 
 class Tokenizer:
@@ -44,6 +46,7 @@ class Tokenizer:
         self._added = {token.content: number for number, token in added}
         self._special = frozenset(number for number, token in added if token.special)
         first = self.encode("")[:1]  # what the tokenizer adds by itself
+        self._longest: LongestToken | None = None
         self._start = first[0] if first and first[0] == self._tokenizer.token_to_id(special.get("bos_token", "")) else None
 
     @property
@@ -82,30 +85,36 @@ class Tokenizer:
         """Returns the text by which the tokenizer knows a token, for people: without characters that a terminal would obey."""
         return "".join(filter(str.isprintable, self._tokenizer.id_to_token(token) or ""))
 
-    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = True, limit: int | None = None) -> list[int]:
         """Returns the tokens of a plain text, with the special tokens that the tokenizer adds unless told otherwise.
 
-        Raises InputError for a text that is not valid Unicode.
+        limit: a text that must have more tokens than this, judged by its bytes, is refused before it is tokenized. Raises
+        InputError for that, and for a text that is not valid Unicode.
         """
+        if limit is not None and len(text) > max(limit, _SHORT):
+            if self._longest is None:
+                self._longest = LongestToken(self._tokenizer)
+            if (fewest := self._longest.count_at_least(text)) > limit:
+                raise InputError(f"the prompt has {fewest} tokens or more, but the context holds {limit}; shorten it")
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         except TypeError:  # a lone surrogate, which is no character
             raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, *, limit: int | None = None) -> list[int]:
         """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
 
         A text that was rendered with a chat template has one already.
         """
-        ids, start = self.encode(text), self._start
+        ids, start = self.encode(text, limit=limit), self._start
         return ids[1:] if start is not None and ids[:2] == [start, start] else ids
 
-    def encode_chat(self, chat: Chat) -> list[int]:
+    def encode_chat(self, chat: Chat, *, limit: int | None = None) -> list[int]:
         """Returns the tokens of a checked conversation, up to where the assistant's answer starts.
 
         The template writes the special tokens, so the tokenizer adds none.
         """
-        return self.encode(self._templates.render(chat), special_tokens=False)
+        return self.encode(self._templates.render(chat), special_tokens=False, limit=limit)
 
     def render_chat(self, messages: Sequence[Message], **options: Unpack[ChatOptions]) -> str:
         """Renders a conversation with the chat template.

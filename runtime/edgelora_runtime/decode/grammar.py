@@ -160,5 +160,5 @@ def _shorten(reason: str) -> str:
 
     In between, it may quote a whole pattern.
     """
-    line = " ".join(reason.split())
+    line = "".join(filter(str.isprintable, " ".join(reason.split())))  # a pattern may hold control characters
     return line if len(line) <= _REASON else f"{line[: _REASON // 3]} … {line[-_REASON // 2 :]}"

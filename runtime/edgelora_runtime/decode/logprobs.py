@@ -5,27 +5,15 @@ They are taken before temperature, filters and constraints.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_runtime.answers.generation import TokenLogprob
 from edgelora_runtime.decode.sampling import take_largest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token that was written and its natural log probability.
-
-    top: (token, log probability) of the likeliest tokens, likeliest first. The written token appears only if it is one of them.
-    """
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
 
 
 def rate_token(logits: NDArray[np.float32], token: int, count: int) -> TokenLogprob:

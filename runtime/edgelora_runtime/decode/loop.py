@@ -3,118 +3,50 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.answers.generation import Generation
+from edgelora_runtime.answers.text_stream import Piece
 from edgelora_runtime.bundle.tokenizer import IncrementalDecoder
 from edgelora_runtime.decode.cancellation import GenerationCancelled
-from edgelora_runtime.decode.logprobs import TokenLogprob, rate_token
+from edgelora_runtime.decode.logprobs import rate_token
 from edgelora_runtime.decode.sampling import Sampler
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
-    from edgelora_runtime.bundle.router import Route
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora_runtime.answers.generation import Receipt, TokenLogprob
     from edgelora_runtime.bundle.tokenizer import Tokenizer
-    from edgelora_runtime.decode.cancellation import Cancellation
     from edgelora_runtime.decode.reader import Reader
     from edgelora_runtime.decode.request import Request
+    from edgelora_runtime.session.kv_cache import KVCache
+
+    Floats = NDArray[np.float32]
 
 _SINKS = 4  # first tokens that a context shift keeps: as many as the paper finds necessary
 
 
-@dataclass(frozen=True)
-class Receipt:
-    """The cost of a switch.
+class PromptEnd:
+    """The state right after a prompt, from which several answers start.
 
-    milliseconds: from the call until the variant can run. cold: whether its session had to be created. bytes_mapped: bytes of the
-    blobs and adapters that were opened for it. kv_reused_tokens: tokens of earlier requests that its KV cache still holds.
+    tokens: those that the KV cache holds then. logits: float32 (V,), None until the prompt has been read.
     """
 
-    variant: str
-    milliseconds: float
-    cold: bool
-    bytes_mapped: int
-    kv_reused_tokens: int
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.logits: Floats | None = None
 
+    def record(self, cache: KVCache, logits: Floats) -> None:
+        """Copies the tokens of a cache that has just read the prompt, and the logits after it."""
+        self.tokens, self.logits = list(cache.tokens), logits.copy()
 
-@dataclass(frozen=True)
-class Generation:
-    """A finished answer.
-
-    tokens: what the model wrote, without the end token. finish_reason: "stop" (an end token, a stop string, or the end of a
-    constraint), "length", "cancelled" or "timeout". reused_tokens: tokens of the prompt that came from the KV cache. prefill_ms:
-    time to read the rest of the prompt and write the first token. decode_ms: time to write all others. route: the router's choice
-    of variant, if the request said "auto". dropped_tokens: tokens that context shifts dropped. logprobs: one per token, if
-    requested. drafted_tokens: draft tokens that steps read along. accepted_tokens: the number of these that were accepted. Each
-    saved a step.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    finish_reason: str
-    variant: str
-    prompt_tokens: int
-    reused_tokens: int
-    prefill_ms: float
-    decode_ms: float
-    receipt: Receipt
-    route: Route | None = None
-    dropped_tokens: int = 0
-    logprobs: tuple[TokenLogprob, ...] = ()
-    drafted_tokens: int = 0
-    accepted_tokens: int = 0
-
-
-class TextStream:
-    """An iterator over pieces of text, each of whole characters.
-
-    `generation` is set once the iterator is exhausted. `async for` works like `for` and runs each step in a thread. Cancelling
-    the task ends the generation.
-    """
-
-    def __init__(self, pieces: Generator[str, None, Generation], cancellation: Cancellation) -> None:
-        self.generation: Generation | None = None
-        self._pieces = pieces
-        self._cancellation = cancellation
-
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        try:
-            return next(self._pieces)
-        except StopIteration as end:
-            if end.value is not None:
-                self.generation = end.value
-            raise
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self
-
-    async def __anext__(self) -> str:
-        import asyncio  # costs a tenth of the package's import time, and few callers await
-
-        try:
-            piece = await asyncio.to_thread(next, self, None)  # StopIteration cannot cross a future
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        if piece is None:
-            raise StopAsyncIteration
-        return piece
-
-    def cancel(self) -> None:
-        """Ends the generation before its next step. Safe from any thread.
-
-        The text so far is the answer.
-        """
-        self._cancellation.cancel()
-
-    def close(self) -> None:
-        """Ends the generation and drops the answer. The KV cache keeps what was read so far."""
-        self._pieces.close()
+    def is_in(self, cache: KVCache) -> bool:
+        """True if a cache still starts with the keys and values of the prompt."""
+        return self.logits is not None and cache.tokens[: len(self.tokens)] == self.tokens
 
 
 def continue_prompt(
@@ -122,60 +54,72 @@ def continue_prompt(
     receipt: Receipt,
     tokenizer: Tokenizer,
     reader: Reader,
-) -> Generator[str, None, Generation]:
+    prompt_end: PromptEnd | None = None,
+) -> Generator[Piece, None, Generation]:
     """Reads the part of the prompt that the cache lacks, then writes token by token.
 
-    Yields text and returns the Generation.
+    Yields pieces, the last of which has the finish_reason, and returns the Generation. prompt_end: for the first of several
+    answers an empty one, which is filled. The next ones start from it.
     """
     started = first_token = time.perf_counter()
     cache = reader.cache
-    reused = min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
-    cache.rewind(reused)
-    reader.reserve(len(request.prompt) + request.max_tokens)
     sampler = Sampler(request.sampling, request.prompt)
     constraint, stop = request.constraint, request.stop
+    mask = None if constraint is None else constraint.mask
     decoder = IncrementalDecoder(tokenizer, keep_space=constraint is not None, kept=request.kept_tokens)
-    tokens: list[int] = []
-    logprobs: list[TokenLogprob] = []
-    shown: list[str] = []
-    unread, reason, dropped = list(request.prompt[reused:]), "length", 0
-    while len(tokens) < request.max_tokens:
+    answer = _Answer(request.index)
+    if prompt_end is not None and prompt_end.is_in(cache):
+        first_logits, reused = prompt_end.logits, len(request.prompt)
+        cache.rewind(len(prompt_end.tokens))
+        reader.skip_prompt()
+    else:
+        first_logits, reused = None, min(shared_prefix(cache.tokens, request.prompt), len(request.prompt) - 1)
+        cache.rewind(reused)
+    reader.reserve(len(request.prompt) + request.max_tokens)
+    unread, reason, dropped, text = list(request.prompt[reused:]), "length", 0, ""
+    while True:
         if len(cache.tokens) + len(unread) > request.context:
-            text = [*cache.tokens, *unread]
-            kept = _shift_context(text, request.context, request.max_tokens - len(tokens))
-            dropped += len(text) - len(kept)
+            held = [*cache.tokens, *unread]
+            kept = _shift_context(held, request.context, request.max_tokens - len(answer.tokens))
+            dropped += len(held) - len(kept)
             cache.rewind(shared_prefix(cache.tokens, kept))
             unread = kept[len(cache.tokens) :]
         try:
-            room = min(request.max_tokens - len(tokens) - 1, request.context - len(cache.tokens) - len(unread))
-            logits = reader.read(unread, room, request.cancellation.check)
+            if first_logits is None:
+                room = min(request.max_tokens - len(answer.tokens) - 1, request.context - len(cache.tokens) - len(unread))
+                logits = reader.read(unread, room, request.cancellation.check)
+            else:
+                request.cancellation.check()
+                logits, first_logits = first_logits, None
         except GenerationCancelled as cancelled:
             reason = cancelled.reason
             break
-        token = sampler.draw(logits if constraint is None else constraint.mask(logits))
-        if not tokens:
+        if prompt_end is not None and prompt_end.logits is None:
+            prompt_end.record(cache, logits)
+        token = sampler.draw(logits, mask)
+        if not answer.tokens:
             first_token = time.perf_counter()
         if token in request.end_tokens:
             reason = "stop"
             break
-        tokens.append(token)
-        if request.logprobs:
-            logprobs.append(rate_token(logits, token, request.logprobs))
+        answer.append(token, rate_token(logits, token, request.logprobs) if request.logprobs else None)
         unread = [token]
-        if piece := stop.push(decoder.push(token)):
-            shown.append(piece)
-            yield piece
+        text = stop.push(decoder.push(token))
         if stop.stopped or (constraint is not None and not constraint.advance(token)):
             reason = "stop"
             break
+        if len(answer.tokens) == request.max_tokens:
+            break
+        if text:
+            yield answer.show(text)
+            text = ""
     # What was held back: an unfinished character, and text that could have become a stop string.
-    if piece := stop.push(decoder.flush()) + stop.flush():
-        shown.append(piece)
-        yield piece
+    text += stop.push(decoder.flush()) + stop.flush()
     finished = time.perf_counter()
+    yield answer.show(text, "stop" if stop.stopped else reason)
     return Generation(
-        text="".join(shown),
-        tokens=tuple(tokens),
+        text="".join(answer.shown),
+        tokens=tuple(answer.tokens),
         finish_reason="stop" if stop.stopped else reason,
         variant=receipt.variant,
         prompt_tokens=len(request.prompt),
@@ -185,10 +129,33 @@ def continue_prompt(
         receipt=receipt,
         route=request.route,
         dropped_tokens=dropped,
-        logprobs=tuple(logprobs),
+        logprobs=tuple(answer.logprobs),
         drafted_tokens=reader.drafted,
         accepted_tokens=reader.accepted,
     )
+
+
+class _Answer:
+    """An answer as it grows: its tokens, and the part of it that pieces have shown."""
+
+    def __init__(self, index: int) -> None:
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.shown: list[str] = []
+        self._index = index
+        self._handed = 0  # tokens that earlier pieces carry
+
+    def append(self, token: int, logprob: TokenLogprob | None) -> None:
+        self.tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def show(self, text: str, finish_reason: str | None = None) -> Piece:
+        """Makes the next piece, which carries the tokens since the one before."""
+        tokens, logprobs = tuple(self.tokens[self._handed :]), tuple(self.logprobs[self._handed :])
+        self._handed = len(self.tokens)
+        self.shown.append(text)
+        return Piece(text, tokens=tokens, logprobs=logprobs, finish_reason=finish_reason, answer=self._index)
 
 
 def _shift_context(text: Sequence[int], context: int, more: int) -> list[int]:

@@ -40,6 +40,9 @@ class Reader:
         """Makes room for that many positions at once, so that no step has to."""
         self.model.reserve(self.cache, positions)
 
+    def skip_prompt(self) -> None:
+        """Records that the cache holds the whole prompt, and that read() gets the tokens of the answer only."""
+
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for draft tokens)
         """Appends tokens to the cache and returns the logits (V,) after the last one.
 
@@ -89,6 +92,9 @@ class SpeculatingReader(Reader):
         self._logits: Sequence[Floats] = ()  # after those tokens, and after each draft token that was read
         self._at = 0  # the row of _logits that was returned last
         self._is_prompt = True
+
+    def skip_prompt(self) -> None:
+        self._is_prompt = False
 
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:
         started = time.perf_counter()

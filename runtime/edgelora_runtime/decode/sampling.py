@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgelora_runtime.decode.adjustment import Adjustment, LogitChanges
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
+    from edgelora_runtime.decode.adjustment import Biases
     from edgelora_runtime.decode.options import GenerateOptions
 
     Floats = NDArray[np.float32]
@@ -29,22 +32,23 @@ class Sampling:
     top_k: int
     top_p: float
     min_p: float
-    repetition_penalty: float
     seed: int | None
+    changes: LogitChanges
 
     @classmethod
-    def of(cls, options: GenerateOptions) -> Sampling:
-        """Returns the sampling of a request.
+    def of(cls, options: GenerateOptions, biases: Biases = (), index: int = 0) -> Sampling:
+        """Returns the sampling of an answer.
 
-        options: complete, as resolve_options() returns them.
+        options: complete, as resolve_options() returns them. biases: the option logit_bias, by token id. index: the number of the
+        answer among several of one request. Each has a seed of its own.
         """
         return cls(
             temperature=options["temperature"],
             top_k=options["top_k"],
             top_p=options["top_p"],
             min_p=options["min_p"],
-            repetition_penalty=options["repetition_penalty"],
-            seed=options["seed"],
+            seed=None if options["seed"] is None else options["seed"] + index,
+            changes=LogitChanges.of(options, biases),
         )
 
 
@@ -57,28 +61,24 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
         self._random = np.random.default_rng(sampling.seed)
-        self._seen = set(prompt) if sampling.repetition_penalty != 1 else None
+        self._adjustment = Adjustment(sampling.changes, prompt)
 
-    def draw(self, logits: Floats) -> int:
-        """Draws the next token from logits of shape (V,), which are not modified."""
+    def draw(self, logits: Floats, mask: Callable[[Floats], Floats] | None = None) -> int:
+        """Draws the next token from logits of shape (V,), which are not modified.
+
+        mask: what a constraint does to the logits, after all other changes.
+        """
         settings = self._sampling
-        if self._seen:
-            logits = _penalize(logits, np.fromiter(self._seen, np.int64), settings.repetition_penalty)
+        logits = self._adjustment.apply(logits)
+        if mask is not None:
+            logits = mask(logits)
         if settings.temperature == 0 or settings.top_k == 1:
             token = int(logits.argmax())
         else:
             tokens, probabilities = keep_likely(logits, settings)
             token = int(self._random.choice(tokens, p=probabilities))
-        if self._seen is not None:
-            self._seen.add(token)
+        self._adjustment.append(token)
         return token
-
-
-def _penalize(logits: Floats, seen: NDArray[np.int64], penalty: float) -> Floats:
-    changed = logits.copy()
-    values = logits[seen]
-    changed[seen] = np.where(values > 0, values / penalty, values * penalty)
-    return changed
 
 
 def take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
@@ -93,7 +93,8 @@ def take_largest(logits: Floats, count: int) -> NDArray[np.int64]:
 
 def _weigh(logits: Floats, largest: np.float32, temperature: float) -> NDArray[np.float64]:
     """Returns probabilities relative to that of the likeliest token."""
-    weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
+    with np.errstate(over="ignore"):  # of a tiny temperature: the weight is 0
+        weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - largest) / temperature)
     return weights
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.arguments import is_whole, show
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +27,10 @@ def parse_bytes(size: int | str | None) -> int | None:
     """
     if size is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?\s*", str(size), re.IGNORECASE)
+    is_known = isinstance(size, str) or (is_whole(size) and size < 1 << 63)
+    match = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMG]?)(?:i?B)?\s*", str(size), re.IGNORECASE) if is_known else None
     if match is None:
-        raise UsageError(f"memory size {size!r} is not understood; write a number of bytes, or a size such as 4GiB")
+        raise UsageError(f"memory size {show(size)} is not understood; write a number of bytes, or a size such as 4GiB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 

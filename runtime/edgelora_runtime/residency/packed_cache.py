@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from edgelora_runtime.arguments import check_path
 from edgelora_runtime.bundle.folder import hash_file
 from edgelora_runtime.errors import IntegrityError, UsageError
 from edgelora_runtime.residency.cache_folder import find_cache_folder
@@ -61,7 +62,7 @@ class PackedCache:
     """
 
     def __init__(self, folder: str | Path | None = None, *, budget: int | str = "16GiB") -> None:
-        self.folder = Path(folder) if folder is not None else find_packed_folder()
+        self.folder = find_packed_folder() if folder is None else check_path("PackedCache", "folder", folder)
         self._budget = parse_bytes(budget) or 0
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

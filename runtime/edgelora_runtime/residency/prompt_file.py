@@ -6,8 +6,6 @@ The file also holds the hashes of the graphs and adapters that they belong to.
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,11 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from edgelora_runtime.bundle.choice import Choice
-from edgelora_runtime.errors import InputError, ResourceError
+from edgelora_runtime.errors import InputError
 from edgelora_runtime.residency.prompt_cache import SavedPrompt
+from edgelora_runtime.residency.whole_file import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from edgelora_runtime.bundle.folder import Bundle
     from edgelora_runtime.bundle.manifest import Manifest
@@ -28,14 +28,13 @@ if TYPE_CHECKING:
 _FORMAT = "edgelora prompts 1"
 
 
-def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPrompt]) -> int:
+def write_prompts(path: Path, bundle: Bundle, prompts: Sequence[SavedPrompt]) -> int:
     """Writes prompts to a file atomically. Returns their number.
 
-    Raises ResourceError if the file cannot be written. Tensors are {number}.{layer}.key and .value, (kv_heads, tokens,
-    head_size). For each number, the metadata lists the SHA-256 of the graph (which names its weights by hash), the SHA-256 and
-    weight of each live adapter, and the tokens.
+    Raises UsageError for a path that is no plain file, ResourceError if the file cannot be written. Tensors are
+    {number}.{layer}.key and .value, (kv_heads, tokens, head_size). For each number, the metadata lists the SHA-256 of the graph
+    (which names its weights by hash), the SHA-256 and weight of each live adapter, and the tokens.
     """
-    path = Path(path)
     files = bundle.manifest.files
     entries = [
         {
@@ -47,20 +46,11 @@ def write_prompts(path: Path | str, bundle: Bundle, prompts: Sequence[SavedPromp
     ]
     tensors = {f"{number}.{name}": array for number, prompt in enumerate(prompts) for name, array in prompt.state.items()}
     raw = save(tensors, {"format": _FORMAT, "prompts": json.dumps(entries)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError(f"{path} cannot be written ({error.strerror}); an earlier file is unchanged") from error
+    write_whole(path, raw)
     return len(prompts)
 
 
-def read_prompts(path: Path | str, bundle: Bundle, target: str) -> list[SavedPrompt]:
+def read_prompts(path: Path, bundle: Bundle, target: str) -> list[SavedPrompt]:
     """Reads the prompts of a file.
 
     Leaves out those whose graph or live adapters the bundle does not have, byte for byte. Raises InputError for another kind of

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
     from starlette.requests import Request
 
+    from edgelora_runtime.answers.generation import Generation
+    from edgelora_runtime.answers.text_stream import TextStream
     from edgelora_runtime.bundle.prompt import Prompt
     from edgelora_runtime.bundle.tokenizer import Tokenizer
-    from edgelora_runtime.decode.loop import Generation, TextStream
     from edgelora_runtime.runtime import Runtime
     from edgelora_runtime.serve.names import ModelChoice
     from edgelora_runtime.serve.settings import ServeSettings

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def choose_kernels(name: str, grid: QuantizationEntry, *, provider: str, target:
 
     name: one of KERNELS. "auto" prefers edgelora's. Raises UsageError for "edgelora" if edgelora's kernels cannot run the bundle.
     """
-    if name not in KERNELS:
-        raise UsageError(f"kernels {name!r} are not supported; use one of {', '.join(KERNELS)}")
+    if not isinstance(name, str) or name not in KERNELS:
+        raise UsageError(f"kernels {show(name)} are not supported; use one of {', '.join(KERNELS)}")
     if name == "onnxruntime":
         return None
     reason = _why_not(grid, provider, target)

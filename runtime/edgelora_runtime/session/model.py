@@ -139,6 +139,13 @@ class Model:
                 steps.run(cache, chunk, live, len(chunk), states)
             yield states[0].astype(np.float32, copy=False)
 
+    def embed(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Floats:
+        """Returns the mean of the states of read_states(), float32 (hidden_size,), scaled to length 1. Requires has_states."""
+        total = np.zeros(self._entry.hidden_size, np.float64)
+        for states in self.read_states(tokens, live=live):
+            total += states.sum(axis=0, dtype=np.float64)
+        return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
+
     def reserve(self, cache: KVCache, positions: int) -> None:
         """Makes room for that many positions at once, so that no step has to.
 

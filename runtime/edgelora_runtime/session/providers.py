@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
+from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import IntegrityError, UsageError, suggest_name
 
 if TYPE_CHECKING:
@@ -50,10 +51,9 @@ def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider
     architecture correctly. gpu_graphs: whether the bundle has graphs for a GPU. If so, "auto" is the first provider that finds a
     GPU, otherwise the CPU.
     """
-    if name not in PROVIDERS:
-        raise UsageError(
-            f"provider {name!r} is not supported; use one of {', '.join(PROVIDERS)}{suggest_name([name], PROVIDERS)}"
-        )
+    if not isinstance(name, str) or name not in PROVIDERS:
+        near = suggest_name([str(name)], PROVIDERS)
+        raise UsageError(f"provider {show(name)} is not supported; use one of {', '.join(PROVIDERS)}{near}")
     if name == "cuda":
         return _find_cuda()
     if name == "webgpu":
@@ -66,6 +66,19 @@ def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider
             if webgpu.device is not None:
                 return webgpu
     return CPU
+
+
+def choose_target(target: str | None, provider: Provider, *, gpu_graphs: bool) -> str:
+    """Chooses the graphs to run, "cpu" or "gpu". None takes those that are built for the provider.
+
+    Raises UsageError for another target, and for "gpu" if the bundle has no such graphs.
+    """
+    chosen = provider.target if target is None else target
+    if not isinstance(chosen, str) or chosen not in ("cpu", "gpu"):
+        raise UsageError(f"target {show(chosen)} is not supported; use cpu or gpu")
+    if chosen == "gpu" and not gpu_graphs:
+        raise UsageError('this bundle has no gpu graphs; export it with targets = ["cpu", "gpu"], or use provider \'cpu\'')
+    return chosen
 
 
 def open_session(graph: Path, options: ort.SessionOptions, provider: Provider) -> ort.InferenceSession:

@@ -168,12 +168,13 @@ def test_repetition_penalty_is_transformers(logits: NDArray[np.float32], penalty
     import torch
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    from edgelora_runtime.decode.sampling import _penalize
+    from edgelora_runtime.decode.adjustment import penalize_repetition
 
     prompt = data.draw(st.lists(st.integers(0, logits.size - 1), min_size=1, max_size=10))
     processor: Any = RepetitionPenaltyLogitsProcessor(penalty)
     theirs = processor(torch.tensor([prompt]), torch.from_numpy(logits.copy())[None])[0].numpy()
-    ours = _penalize(logits, np.array(sorted(set(prompt))), penalty)
+    ours = logits.copy()
+    penalize_repetition(ours, np.array(sorted(set(prompt))), penalty)
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
     assert Sampler(choose_sampling(repetition_penalty=penalty), prompt).draw(logits) in np.flatnonzero(
         theirs >= theirs.max() - 1e-5

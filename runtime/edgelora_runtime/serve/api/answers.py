@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from edgelora_runtime.answers.generation import Generation, TokenLogprob
     from edgelora_runtime.bundle.tokenizer import Tokenizer
-    from edgelora_runtime.decode.logprobs import TokenLogprob
-    from edgelora_runtime.decode.loop import Generation
 
 _FINISH = {"stop": "stop"}  # the others, "length" and "timeout", are cut-off answers
 

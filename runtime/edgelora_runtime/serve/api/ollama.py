@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
+    from edgelora_runtime.answers.generation import Generation
     from edgelora_runtime.bundle.prompt import Prompt
-    from edgelora_runtime.decode.loop import Generation
     from edgelora_runtime.serve.names import ModelChoice
     from edgelora_runtime.serve.service import Service
 

@@ -18,7 +18,6 @@ NO_LIMIT = (1 << 31) - 1  # tokens: the context ends the answer before
 _ANY_OBJECT = {"type": "object"}
 _LATER = "this server does not call tools yet"
 _NOT_HERE = "this runtime reads and writes text alone"
-_NOT_DECLARED = "this runtime has no such option"
 UNSUPPORTED: Mapping[str, str] = {
     "tools": _LATER,
     "tool_choice": _LATER,
@@ -27,9 +26,6 @@ UNSUPPORTED: Mapping[str, str] = {
     "function_call": _LATER,
     "reasoning_effort": "give chat_template_kwargs, as the model's template reads them",
     "verbosity": "no model here reads it",
-    "logit_bias": _NOT_DECLARED,
-    "presence_penalty": _NOT_DECLARED,
-    "frequency_penalty": _NOT_DECLARED,
     "audio": _NOT_HERE,
     "modalities": _NOT_HERE,
     "prediction": "give speculation, which needs no predicted text",
@@ -58,6 +54,8 @@ def read_options(given: Mapping[str, Any], default_max_tokens: int) -> dict[str,
     """
     options = {name: given[name] for name in (*OPTION_SCHEMAS, *CHAT_OPTION_SCHEMAS) if name in given}
     options["max_tokens"] = _read_max_tokens(given, default_max_tokens)
+    if "logit_bias" in options:  # the keys of a JSON object are text, and mean token ids
+        options["logit_bias"] = {_read_token(key): value for key, value in options["logit_bias"].items()}
     if isinstance(options.get("stop"), str):
         options["stop"] = [options["stop"]]
     if "response_format" in given and (schema := read_response_format(given["response_format"])) is not None:
@@ -98,6 +96,13 @@ def check_streaming(given: Mapping[str, Any]) -> tuple[bool, bool]:
     if "stream_options" in given and not stream:
         raise RequestFailed(400, "stream_options: only allowed with stream = true", param="stream_options", code="invalid_value")
     return stream, given.get("stream_options", {}).get("include_usage", False)
+
+
+def _read_token(key: str) -> int:
+    try:
+        return int(key)
+    except ValueError:
+        raise RequestFailed(400, f"logit_bias: {key[:40]!r} is no token id", param="logit_bias") from None
 
 
 def _read_max_tokens(given: Mapping[str, Any], default: int) -> int:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from edgelora_runtime.decode.loop import Generation
+    from edgelora_runtime.answers.generation import Generation
     from edgelora_runtime.serve.failures import RequestFailed
     from edgelora_runtime.serve.service import Service
 
