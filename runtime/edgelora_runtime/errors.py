@@ -99,10 +99,13 @@ def make_printable(text: str, limit: int = 200) -> str:
     return text if text.isprintable() else "".join(map(_escape, text))
 
 
-def suggest_name(unknown: Iterable[str], known: Iterable[str]) -> str:
-    """Returns the end of a message about unknown names: "; did you mean 'sql'?", or "" if no known name is near."""
+def suggest_name(unknown: Iterable[object], known: Iterable[str]) -> str:
+    """Returns the end of a message about unknown names: "; did you mean 'sql'?", or "" if no known name is near.
+
+    What is no text is near to nothing.
+    """
     known = [*known]
-    near = (match for name in unknown for match in get_close_matches(name[:200], known, 1))
+    near = (match for name in unknown if isinstance(name, str) for match in get_close_matches(name[:200], known, 1))
     names = " and ".join(map(repr, dict.fromkeys(near)))
     return f"; did you mean {names}?" if names else ""
 

@@ -305,7 +305,7 @@ def _describe_unknown(name: str, call: str) -> str:
 def _list_wrong_values(options: Mapping[str, Any]) -> list[str]:
     unsupported = [
         f"{name} {show(options[name])} is not supported; use one of {', '.join(option.choices)}"
-        f"{suggest_name([show(options[name]).strip("'")], option.choices)}"
+        f"{suggest_name([options[name]], option.choices)}"
         for name, option in OPTIONS.items()
         if option.choices and not (isinstance(options[name], str) and options[name] in option.choices)
     ]

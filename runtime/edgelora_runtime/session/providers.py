@@ -52,7 +52,7 @@ def find_provider(name: str, *, architecture: str, gpu_graphs: bool) -> Provider
     GPU, otherwise the CPU.
     """
     if not isinstance(name, str) or name not in PROVIDERS:
-        near = suggest_name([show(name).strip("'")], PROVIDERS)
+        near = suggest_name([name], PROVIDERS)
         raise UsageError(f"provider {show(name)} is not supported; use one of {', '.join(PROVIDERS)}{near}")
     if name == "cuda":
         return _find_cuda()
