@@ -111,4 +111,4 @@ def test_the_last_block_starts_at_a_line(text: str) -> None:
     end = find_last_block(text)
     assert 0 <= end <= len(text)
     assert end == 0 or text[end - 1] == "\n"
-    assert end == 0 or text[end:].strip()
+    assert end == 0 or text[end:].strip(" \n")

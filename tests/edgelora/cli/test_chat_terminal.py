@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "runtime" / "bundle" / "golden" / "bundle"
 TMUX = shutil.which("tmux")
 
-pytestmark = pytest.mark.skipif(TMUX is None, reason="needs tmux")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(TMUX is None, reason="needs tmux")]  # slow: it waits for what a screen shows
 
 
 class Terminal:

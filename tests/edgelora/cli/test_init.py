@@ -85,7 +85,7 @@ def test_without_an_adapter_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_mlx_folders_and_gguf_files_are_found(workplace: Path) -> None:
-    write_mlx(workplace / "adapters" / "plain", workplace / "mlx", "plain", 2)
+    write_mlx(workplace / "adapters" / "plain", workplace / "mlx", "lora", 2)
     write_gguf(workplace / "adapters" / "other", workplace / "other.gguf")
     draft = draft_recipe(workplace, workplace / "recipe.toml")
     assert [each.base for each in draft.left_out] == ["mlx-community/tiny"]

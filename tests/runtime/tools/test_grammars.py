@@ -97,13 +97,15 @@ def test_auto_allows_text_and_calls(name: str) -> None:
     assert grammar is not None
     likes = found.layout.trigger + ("" if found.thoughts is None else found.thoughts.closing)
     seen = set()
-    for seed in range(4):
+    for seed in range(40):
         tokens, ended = write(grammar, tokenizer, seed, likes=likes if seed % 2 else "")
         answer = found.parse(tokenizer.decode(tokens, kept), TOOLS, "auto")
         if ended:
             seen.add(bool(answer.calls))
             for call in answer.calls:
                 jsonschema.validate(json.loads(call.arguments), SCHEMA if call.name == "find" else {"maxProperties": 0})
+        if len(seen) == 2:
+            break
     assert seen == {True, False} or not found.layout.trigger  # random text seldom starts with a brace
 
 
@@ -122,7 +124,7 @@ def test_one_call_unless_parallel() -> None:
     found, tokenizer = make_format("hermes")
     grammar = found.grammar(TOOLS, "required", parallel=False)
     assert grammar is not None
-    for seed in range(4):
+    for seed in range(40):
         tokens, ended = write(grammar, tokenizer, seed)
         assert not ended or len(found.parse(tokenizer.decode(tokens), TOOLS).calls) == 1
 
