@@ -65,7 +65,7 @@ def test_what_is_refused_is_one_line_and_changes_nothing(tmp_path: Path) -> None
         "/set temprature 1": "no option temprature; did you mean temperature?",
         "/set temperature warm": "temperature = warm: use",
         "/set temperature -1": "temperature = -1: use 0 (greedy) or more",
-        "/set seed x": "seed = x: use a whole number",
+        "/set seed x": "seed = 'x': use a whole number",
         "/set variant tuned": "/variant NAME sets it",
         "/save": "/save needs a file",
         "/save other.json": "other.json is no conversation that /save wrote; it is left as it is",
