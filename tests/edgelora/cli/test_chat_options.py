@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[list[str], int, str]] = {
     "no list": (["--chat", "--tools", "object.json"], 3, "--tools object.json holds dict, not a list of objects"),
     "no JSON": (["--chat", "--documents", "broken.json"], 3, "--documents broken.json is not valid JSON"),
     "no file": (["--chat", "--tools", "absent.json"], 3, "absent.json"),
-    "no date": (["--chat", "--date", "31.1.2025"], 2, "date = 31.1.2025: use YYYY-MM-DD"),
+    "no date": (["--chat", "--date", "31.1.2025"], 2, "date = '31.1.2025': use YYYY-MM-DD"),
     "a text without quotes": (["--chat", "--template-option", "name=zz"], 2, "'zz' is not JSON; a text is written name='\"zz\"'"),
     "no equals sign": (["--chat", "--template-option", "name"], 2, "'name' is not of the form --template-option KEY=JSON"),
     "a clash": (["--chat", "--template-option", "tools=[]"], 2, "template option 'tools' is given by the option tools"),
