@@ -25,7 +25,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 def load_model(base: Base, *, dtype: Any = None, quantization_config: Any = None, device_map: Any = None) -> Any:
-    """Loads the base as transformers does, for every tool that runs it in torch.
+    """Loads the base as transformers does, for all tools that run it in torch.
 
     dtype: a torch dtype, None for float32. quantization_config: of transformers, such as NF4's. device_map: as transformers takes
     it, None for the CPU without accelerate.

@@ -19,7 +19,7 @@ class Piece(str):
     """A piece of an answer: a text of whole characters that knows the tokens behind it.
 
     tokens: the ids that were written since the piece before. All pieces together have the tokens of the answer. logprobs: one per
-    token, if the request asked for them. finish_reason: why the answer ends here, None for every piece but its last. The last
+    token, if the request asked for them. finish_reason: why the answer ends here, None for all pieces but its last. The last
     piece can be empty. answer: the number of the answer that the piece belongs to, from 0, if the request asked for several.
     """
 

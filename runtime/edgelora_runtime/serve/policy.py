@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Waiting(Protocol):
-    """A waiting request. key: the variant or mix that it runs on. passed: the number of later requests that went before it."""
+    """A waiting request. key: the variant or mix that it runs on. passed: how many later requests went before it."""
 
     key: str
     passed: int
