@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 WINDOW = 512
-STORIES_CHARACTERS, SQL_ROWS = 60_000, 800
+STORIES_CHARACTERS, SQL_ROWS = 30_000, 400
 ARMS: Mapping[str, str] = {
     "float32": 'method = "none"',
     "int4 rounded": 'method = "rtn"',
