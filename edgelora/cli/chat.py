@@ -8,19 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from edgelora.cli.arguments import (
-    BundleArgument,
-    JsonOption,
-    KernelsOption,
-    PackedCacheOption,
-    ProviderOption,
-    ThreadsOption,
-    WholeGraphsOption,
-    open_runtime,
-)
+from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.chat_commands import WELCOME, ChatEnded, describe_route, is_command, obey
 from edgelora.cli.conversation import Conversation
 from edgelora.cli.request_options import takes_request_options
+from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.errors import EdgeloraError
 
@@ -35,23 +27,20 @@ HistoryOption = Annotated[
 ]
 
 
+@takes_runtime_options
 @takes_request_options(
     "variant", "max_tokens", "temperature", "seed", "tools", "documents", "template_options", "date", max_tokens=256
 )
 def chat(
     bundle: BundleArgument,
+    runtime_options: RuntimeOptions,
     plain: PlainOption = False,
     history: HistoryOption = None,
-    threads: ThreadsOption = None,
-    provider: ProviderOption = "auto",
-    packed_cache: PackedCacheOption = False,
-    whole_graphs: WholeGraphsOption = False,
-    kernels: KernelsOption = "auto",
     json: JsonOption = False,
     **options: Any,
 ) -> None:
     """Talk to a bundle; /variant NAME and /mix change who answers between two turns, /help lists all commands."""
-    with open_runtime(bundle, threads, provider, packed_cache, whole_graphs, kernels) as runtime:
+    with runtime_options.open(bundle) as runtime:
         conversation = Conversation(runtime, cast("GenerateOptions", options))
         if sys.stdin.isatty() and sys.stderr.isatty():
             from edgelora.cli.chat_terminal import make_ask, open_prompt

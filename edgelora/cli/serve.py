@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgelora.cli.arguments import (
-    JsonOption,
-    KernelsOption,
-    PackedCacheOption,
-    ProviderOption,
-    ThreadsOption,
-    WholeGraphsOption,
-    open_runtime,
-)
+from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the annotations)
+from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.errors import UsageError
 
@@ -25,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+@takes_runtime_options
 def serve(
     bundles: Annotated[list[str], typer.Argument(metavar="[NAME=]BUNDLE…", help="Folders of bundles.", show_default=False)],
+    runtime_options: RuntimeOptions,
     host: Annotated[str, typer.Option(help="The address to listen on; others than this machine's own need keys.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The port; 0 takes a free one.")] = 8080,
     api_key_file: Annotated[
@@ -43,11 +38,6 @@ def serve(
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="The size of the largest request.")] = 1 << 20,
     body_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="The time that a request's body may take.")] = 15.0,
     drain: Annotated[float, typer.Option(metavar="SECONDS", help="After Ctrl-C or SIGTERM, the time to finish requests.")] = 20.0,
-    threads: ThreadsOption = None,
-    provider: ProviderOption = "auto",
-    packed_cache: PackedCacheOption = False,
-    whole_graphs: WholeGraphsOption = False,
-    kernels: KernelsOption = "auto",
     json: JsonOption = False,
 ) -> None:
     """Serve bundles over HTTP, for clients of OpenAI's and Ollama's APIs."""
@@ -68,10 +58,7 @@ def serve(
     )
     folders = name_bundles(bundles)
     with ExitStack() as stack:
-        opened = {
-            name: stack.enter_context(open_runtime(folder, threads, provider, packed_cache, whole_graphs, kernels))
-            for name, folder in folders.items()
-        }
+        opened = {name: stack.enter_context(runtime_options.open(folder)) for name, folder in folders.items()}
         models = [
             variant if len(opened) == 1 else f"{name}/{variant}"
             for name, runtime in opened.items()

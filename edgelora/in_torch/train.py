@@ -74,7 +74,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             from transformers import set_seed  # here, as it loads libraries that print
 
             set_seed(config.seed)
-            trainer = make_trainer(config, *load_base(base, config.quant), folder, encoded, on_progress)
+            trainer = make_trainer(config, load_held_base(base, config.quant), tokenizer, folder, encoded, on_progress)
             check_room(trainer.model, folder)
             started = time.perf_counter()
             result = trainer.train()
@@ -143,11 +143,14 @@ def _describe_run(config: TrainConfig, base: Base, data_sha256: str, *, rows: in
 
 
 def load_base(base: Base, quant: str) -> tuple[Any, Any]:
-    """Loads a base as training holds it, and its tokenizer.
-
-    The base is on a GPU if there is one.
-    """
+    """Loads a base as training holds it, and its tokenizer. See load_held_base."""
     _require_packages()
+    tokenizer = load_tokenizer(base)
+    return load_held_base(base, quant), tokenizer
+
+
+def load_held_base(base: Base, quant: str) -> Any:
+    """Loads a base as training holds it, on a GPU if there is one."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -156,12 +159,11 @@ def load_base(base: Base, quant: str) -> tuple[Any, Any]:
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
     device = {"": torch.cuda.current_device()} if torch.cuda.is_available() else {"": "cpu"}
-    tokenizer = load_tokenizer(base)
     with quiet_libraries(whole_process=False):
         model = load_model(base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None)
     if quant == "int4":
         _round_to_int4(model)
-    return model, tokenizer
+    return model
 
 
 def _require_packages() -> None:

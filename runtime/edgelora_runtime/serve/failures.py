@@ -6,7 +6,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError, ResourceError, UsageError
+from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError, ResourceError, UsageError, make_printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,7 @@ class RequestFailed(Exception):  # noqa: N818  (a failure of the request, which 
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = make_printable(message)
+        self.message = make_printable(message, _LONGEST)
         self.param = param
         self.code = code
         self.retry_after = retry_after
@@ -66,15 +66,9 @@ def explain(error: BaseException, param: str | None = None) -> RequestFailed:
     if isinstance(error, InputError | UsageError):
         return RequestFailed(400, str(error), param=param, code="invalid_value")
     debug = bool(os.environ.get("EDGELORA_DEBUG"))
-    LOG.error("%s: %s", type(error).__name__, make_printable(str(error)), exc_info=error if debug else None)
+    LOG.error("%s: %s", type(error).__name__, make_printable(str(error), _LONGEST), exc_info=error if debug else None)
     if isinstance(error, MemoryError | ResourceError):
         return RequestFailed(503, "out of memory; try again, or use a smaller variant", code="out_of_memory", retry_after=5)
     if isinstance(error, EdgeloraError):
         return RequestFailed(500, str(error), code="broken_bundle")
     return RequestFailed(500, "internal error; the server's log names it", code="internal_error")
-
-
-def make_printable(text: str) -> str:
-    """Returns the start of a text on one line, without characters that a terminal would obey."""
-    line = "".join(each if each.isprintable() else " " for each in text)
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} …"

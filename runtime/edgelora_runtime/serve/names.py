@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.bundle.choice import choose_mix
 from edgelora_runtime.bundle.router import AUTO
-from edgelora_runtime.errors import UsageError
+from edgelora_runtime.errors import UsageError, suggest_name
 from edgelora_runtime.serve.failures import RequestFailed
 
 if TYPE_CHECKING:
@@ -125,9 +124,8 @@ class ModelNames:
 
     def _refuse(self, name: str, reason: str | None = None) -> RequestFailed:
         names = [choice.name for choice in self.listed]
-        near = get_close_matches(name, names, 1)
-        said = reason or (f"did you mean {near[0]!r}?" if near else f"there is {', '.join(names[:20])}")
-        return RequestFailed(404, f"no model {name[:100]!r}; {said}", param="model", code="model_not_found")
+        said = f"; {reason}" if reason else suggest_name([name], names) or f"; there is {', '.join(names[:20])}"
+        return RequestFailed(404, f"no model {name[:100]!r}{said}", param="model", code="model_not_found")
 
 
 def list_live_adapters(manifest: Manifest) -> list[str]:

@@ -121,14 +121,14 @@ def test_rows_that_are_all_too_long_are_refused_before_the_base_is_loaded(config
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = training.load_base
+    load = training.load_held_base
 
-    def load_broken(base: Base, quant: str) -> tuple[Any, Any]:
-        model, tokenizer = load(base, quant)
+    def load_broken(base: Base, quant: str) -> Any:
+        model = load(base, quant)
         model.lm_head.weight.data[5] = float("nan")
-        return model, tokenizer
+        return model
 
-    monkeypatch.setattr(training, "load_base", load_broken)
+    monkeypatch.setattr(training, "load_held_base", load_broken)
     with pytest.raises(InputError, match="training diverged: the loss is nan at step 1; lower --lr"):
         train(replace(config, max_steps=3))
     assert not config.output.exists()

@@ -72,7 +72,7 @@ def dequantize(tensors: Tensors, config: Mapping[str, Any], path: Path) -> tuple
         weights = _find_weights(tensors, settings, config, path)
         files = _name_files(tensors, weights)
     except InputError as error:
-        raise InputError(_printable(f"base {path}: {error}")) from error
+        raise InputError(f"base {path}: {error}") from error
     return DequantizedTensors(tensors, weights, files), _without_quantization(config)
 
 
@@ -156,7 +156,3 @@ def _check_plain(tensors: Tensors) -> None:
                 f"tensor {name} is a part of a quantized weight, and config.json has no quantization_config; "
                 "download config.json again"
             )
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)

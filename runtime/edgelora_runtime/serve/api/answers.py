@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from edgelora_runtime.answers.generation import Generation, TokenLogprob
     from edgelora_runtime.bundle.tokenizer import Tokenizer
@@ -96,11 +96,6 @@ def write_line(value: object) -> bytes:
 def write_json(value: object) -> bytes:
     """Returns compact JSON on one line."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-
-
-def drop_none(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the pairs whose value is not None."""
-    return {name: value for name, value in pairs if value is not None}
 
 
 def _per_second(count: int, milliseconds: float) -> float:

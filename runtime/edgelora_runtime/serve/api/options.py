@@ -8,6 +8,7 @@ from edgelora_runtime.decode.options import resolve_options
 from edgelora_runtime.errors import UsageError
 from edgelora_runtime.serve.api.schemas import CHAT_OPTION_SCHEMAS, MOST_ANSWERS, OPTION_SCHEMAS
 from edgelora_runtime.serve.failures import RequestFailed
+from edgelora_runtime.tools.declarations import read_response_format
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from edgelora_runtime.serve.names import ModelChoice, ModelNames
 
 NO_LIMIT = (1 << 31) - 1  # tokens: the context ends the answer before
-_ANY_OBJECT = {"type": "object"}
 _LATER = "this server does not call tools yet"
 _NOT_HERE = "this runtime reads and writes text alone"
 UNSUPPORTED: Mapping[str, str] = {
@@ -69,14 +69,6 @@ def read_options(given: Mapping[str, Any], default_max_tokens: int) -> dict[str,
             raise RequestFailed(400, str(error), param=name, code="invalid_value") from None
     resolve_options(options)  # what is wrong with them together
     return options
-
-
-def read_response_format(value: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Returns the JSON Schema that a response_format asks for, None for plain text."""
-    if value["type"] == "text":
-        return None
-    schema: Mapping[str, Any] = _ANY_OBJECT if value["type"] == "json_object" else value["json_schema"]["schema"]
-    return schema
 
 
 def repeat_options(options: Mapping[str, Any], prompts: int, answers: int) -> list[dict[str, Any]]:

@@ -6,10 +6,10 @@ them as numbers.
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.decode.options import OPTIONS
+from edgelora_runtime.errors import suggest_name
 from edgelora_runtime.serve.failures import RequestFailed
 
 if TYPE_CHECKING:
@@ -311,9 +311,8 @@ def check_fields(body: Mapping[str, Any], schema: Schema, unsupported: Mapping[s
             raise RequestFailed(400, f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
     for name in body:
         if name not in known and name not in unsupported:
-            near = get_close_matches(name[:100], known, 1)
-            said = f"did you mean {near[0]!r}?" if near else "leave it out"
-            raise RequestFailed(400, f"no parameter {name[:100]!r}; {said}", param=name[:100], code="unknown_parameter")
+            said = suggest_name([name[:100]], known) or "; leave it out"
+            raise RequestFailed(400, f"no parameter {name[:100]!r}{said}", param=name[:100], code="unknown_parameter")
     given = {name: value for name, value in body.items() if name in known and value is not None}
     for name in schema["required"]:
         if name not in given:
