@@ -14,6 +14,7 @@ from edgelora_export.weights.publish import write_file
 from edgelora_runtime.bundle.manifest import TextsEntry
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, TOKENIZER_CONFIG
 from edgelora_runtime.errors import InputError
+from edgelora_runtime.residency.memory import return_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -123,8 +124,10 @@ def read_bundle_texts(
 
     def read(texts: Mapping[str, bytes], owner: str, size: int, parent: Texts | None = None) -> Texts:
         tokenizer = read_tokenizer(texts, owner)
+        return_freed_memory()  # reading 262144 tokens leaves several hundred MiB, and so does the check
         files = pack_tokenizer(tokenizer, owner)
         check_tokenizer(tokenizer, files, owner)
+        return_freed_memory()
         _check_size(tokenizer, size, owner, tokenizer if parent is None else parent.tokenizer)
         ends = find_end_tokens(tokenizer, settings, size)
         return Texts(owner, tokenizer, files, ends if end_tokens is None else resolve_end_tokens(tokenizer, end_tokens, size))

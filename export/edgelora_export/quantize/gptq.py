@@ -77,12 +77,13 @@ class Compensator:
             raise InputError(f"moments have shape ({width}, {width}); a weight of {columns} columns needs ({columns}, {columns})")
         if not np.isfinite(weight).all():
             raise InputError("the weight holds NaN or infinity; check the base and the adapters")
-        parts = []
-        for start in range(0, len(weight), _ROWS):
-            rows = weight[start : start + _ROWS]
+
+        def quantize_rows(rows: Floats) -> BlockQuantized:
             matrix = _quantize_rows(rows, self._factor, self._importance, bits, block_size, symmetric)
-            parts.append(refine_codes(rows, matrix, self._moments, self._damping, sweeps))
-        return stack_rows(parts)
+            return refine_codes(rows, matrix, self._moments, self._damping, sweeps)
+
+        parts = (weight[start : start + _ROWS] for start in range(0, len(weight), _ROWS))
+        return stack_rows(map(quantize_rows, parts), len(weight))
 
 
 def _quantize_rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -102,20 +103,22 @@ class BlockQuantized:
         return np.ascontiguousarray(weight.reshape(rows, -1)[:, : self.columns])
 
 
-def stack_rows(parts: Sequence[BlockQuantized]) -> BlockQuantized:
-    """Joins parts of a weight, each with some of its rows.
+def stack_rows(parts: Iterator[BlockQuantized], rows: int) -> BlockQuantized:
+    """Joins parts of a weight of that many rows, each with some of them, in order.
 
-    All parts are on the same grid.
+    All parts are on the same grid. Each is copied as it is made, so that an embedding is never in memory twice.
     """
-    first = parts[0]
-    if len(parts) == 1:
+    first = next(parts)
+    if len(first.codes) == rows:
         return first
-    zeros = (
-        None
-        if first.zero_points is None
-        else np.concatenate([part.zero_points for part in parts if part.zero_points is not None])
-    )
-    codes, scales = np.concatenate([part.codes for part in parts]), np.concatenate([part.scales for part in parts])
+    codes, scales = (np.empty((rows, *of.shape[1:]), of.dtype) for of in (first.codes, first.scales))
+    zeros = None if first.zero_points is None else np.empty((rows, *first.zero_points.shape[1:]), np.uint8)
+    filled = 0
+    for part in chain([first], parts):
+        place = slice(filled, filled := filled + len(part.codes))
+        codes[place], scales[place] = part.codes, part.scales
+        if zeros is not None:
+            zeros[place] = part.zero_points
     return BlockQuantized(codes, scales, zeros, first.bits, first.block_size, first.columns)
 
 

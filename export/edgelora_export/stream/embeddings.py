@@ -126,9 +126,11 @@ def _compensate(
         unseen += [stream.apply_final_norm(base, item) for item in states[len(fit) :]]
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
     inputs = np.concatenate(unseen) if unseen else np.zeros((0, decoder.hidden_size), np.float32)
-    matrices = []
-    for rows in iterate_vocab_rows(base, decoder, decoder.head_product, delta):
+
+    def quantize(rows: Floats) -> BlockQuantized:
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))
         errors = [output_error(candidate.dequantize() - rows, inputs) for candidate in candidates]
-        matrices.append(candidates[int(np.argmin(errors))])
-    return stack_rows(matrices)
+        return candidates[int(np.argmin(errors))]
+
+    quantized = map(quantize, iterate_vocab_rows(base, decoder, decoder.head_product, delta))
+    return stack_rows(quantized, decoder.vocab_size)

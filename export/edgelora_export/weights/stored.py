@@ -87,8 +87,8 @@ def store_vocab_matrix(storage: Storage, name: str, delta: Delta | None, grid: G
     base, decoder = storage.base, storage.decoder
     if grid is None:
         return StoredWeights(write_blob(storage.folder, {name: read_vocab_matrix(base, decoder, name, delta)}))
-    parts = [quantize_rtn(rows, **asdict(grid)) for rows in iterate_vocab_rows(base, decoder, name, delta)]
-    return store_matrix(storage.folder, name, stack_rows(parts))
+    parts = (quantize_rtn(rows, **asdict(grid)) for rows in iterate_vocab_rows(base, decoder, name, delta))
+    return store_matrix(storage.folder, name, stack_rows(parts, decoder.vocab_size))
 
 
 def store_rounded(folder: Path, name: str, weight: Floats, grid: Grid | None) -> StoredWeights:
