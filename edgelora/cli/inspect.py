@@ -92,7 +92,19 @@ def show_bundle(bundle: Bundle, *, as_json: bool) -> None:
         kernels = " and ".join(sorted({found.kernels for _, found in measured}))
         print_table(
             f"KL from the unmerged adapter on the float base, and on its trained base; nats per token, by kernels of {kernels}",
-            ["variant", "gate", "adapter kept", "KL mean", "KL p99", "KL trained", "top-1", "perplexity", "unmerged's", "int8"],
+            [
+                "variant",
+                "gate",
+                "adapter kept",
+                "KL mean",
+                "KL p99",
+                "KL trained",
+                "top-1",
+                "answers",
+                "perplexity",
+                "unmerged's",
+                "int8",
+            ],
             [_list_figures(item, found) for item, found in measured],
         )
     print_line(f"answers end at {_list_ends(described.texts)}")
@@ -164,6 +176,7 @@ def _list_figures(item: VariantDescription, found: FidelityEntry) -> list[str]:
         f"{found.kl_p99:.2g}",
         "–" if found.trained_kl is None else f"{found.trained_kl:.2g}",
         f"{found.top1:.3f}",
+        f"{found.answers_kept} of {found.answers}" if found.answers else "–",
         f"{found.perplexity:.3f}",
         f"{found.teacher_perplexity:.3f}",
         str(len(item.int8)),

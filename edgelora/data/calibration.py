@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 MAX_SAMPLE_TOKENS = 512  # longer samples are cut
 MIN_FIT_TOKENS = 16384  # to quantize on, if the data have that many; wide models take twice their widest input
-HELD_OUT_TOKENS = 2048  # to judge variants on
+HELD_OUT_TOKENS = 2048  # that variants are judged on, which are those of completions
+_HELD_OUT_READ = 8192  # of these and their prompts, which bounds the gate's time where answers are short
 GENERAL_TEXT = "general_text.jsonl"  # ships with edgelora, so that GPTQ never sees only a task's format
 GENERAL_SHARE = 0.1  # its maximum share of the tokens to quantize on, beside adapters' data; docs/log.md has the figures
-_HELD_OUT_SHARE = 8  # one row in this many is held out, up to HELD_OUT_TOKENS; the same with only general text
+_HELD_OUT_SHARE = 8  # one row in this many is held out, up to these; the same with only general text
 
 
 def find_training_data(adapter: Adapter) -> Path | None:
@@ -63,18 +64,19 @@ def gather_calibration(
     shuffled = [_shuffle(path, seed) for path in dict.fromkeys(files)]
     fit: list[Sample] = []
     held_out: list[Sample] = []
-    fit_tokens = held_out_tokens = 0
+    fit_tokens = held_out_tokens = held_out_read = 0
     for place in range(max(map(len, shuffled), default=0)):
         for items in shuffled:
             if place >= len(items) or (sample := _encode(items[place], encode)) is None:
                 continue
-            if place % _HELD_OUT_SHARE == 0 and held_out_tokens < HELD_OUT_TOKENS:
+            if place % _HELD_OUT_SHARE == 0 and held_out_tokens < HELD_OUT_TOKENS and held_out_read < _HELD_OUT_READ:
                 held_out.append(sample)
-                held_out_tokens += len(sample.tokens)
+                held_out_tokens += len(sample.tokens) - sample.start
+                held_out_read += len(sample.tokens)
             elif fit_tokens < budget:
                 fit.append(sample)
                 fit_tokens += len(sample.tokens)
-        if fit_tokens >= budget and held_out_tokens >= HELD_OUT_TOKENS:
+        if fit_tokens >= budget and (held_out_tokens >= HELD_OUT_TOKENS or held_out_read >= _HELD_OUT_READ):
             break
     sources = {_label(path, files): hash_data(path) for path in dict.fromkeys(files)}
     spare: list[Sample] = []

@@ -190,6 +190,7 @@ def _write_text(base: str | None, adapters: tuple[FoundAdapter, ...], left_out: 
         "[gate]  # each variant must keep what its adapters do",
         f'policy = "{gate.policy}"  # one of {", ".join(POLICIES)}',
         f"retention = {gate.retention}  # the least share of the adapters' effect that must survive",
+        f"answers = {gate.answers}  # the least share of the answers that the adapters write that must stay the same",
         "",
         f"[variants.{_BARE}]  # the bare base",
         "mix = {}",

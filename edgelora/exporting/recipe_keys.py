@@ -95,6 +95,11 @@ GATE: Mapping[str, Key] = MappingProxyType(
             "The least share of the adapter's effect that must survive: 1 - KL(adapter ‖ variant) / KL(adapter ‖ bare base).",
             (int, float),
         ),
+        "answers": Key(
+            "The least share of the held-out answers that the adapter writes, token for token, that the variant must write too. "
+            "It counts if there are at least 10.",
+            (int, float),
+        ),
         "max_kl": Key("The most nats per token that a variant may diverge from its adapter; no limit by default.", (int, float)),
         "min_top1": Key(
             "The least share of tokens on which the variant's likeliest token is the adapter's; no limit by default.",

@@ -34,14 +34,19 @@ _OUTCOMES = {
 
 def render_variant(bundle: str, item: VariantDescription, found: FidelityEntry) -> Html:
     """The page of a variant with its figures. bundle: its name."""
+    teacher = "the unmerged adapter" if item.mix else "the float base"
     kept = [] if found.retention is None else [("Adapter kept", format_kept(found), "1 is the whole adapter")]
     cards = (
         ("Outcome", found.outcome, _OUTCOMES[found.outcome]),
         *kept,
         ("KL, mean", f"{found.kl_mean:.3g}", "nats per token; 0 is no difference"),
         ("Same top token", f"{found.top1:.3f}", f"share of {found.tokens} tokens"),
+        *(
+            [("Same answers", f"{found.answers_kept} of {found.answers}", f"of those that {teacher} writes")]
+            if found.answers
+            else []
+        ),
     )
-    teacher = "the unmerged adapter" if item.mix else "the float base"
     title = f"What variant “{item.name}” keeps of {'its adapters' if item.mix else teacher}"
     lead = join((f"{item.kind.capitalize()} variant of the bundle ", element("b", bundle), f": {name_mix(item)}."))
     return render_page(
@@ -154,6 +159,7 @@ def _list_facts(item: VariantDescription, found: FidelityEntry, teacher: str) ->
         "KL on the trained base": "" if found.trained_kl is None else f"{found.trained_kl:.4g} nats per token",
         "KL of the bare base": "" if found.retention is None else f"{found.adapter_kl:.4g} nats per token",
         "Same top token": f"{found.top1:.4f}",
+        "Same answers": f"{found.answers_kept} of the {found.answers} that {teacher} writes" if found.answers else "",
         "Perplexity": f"{found.perplexity:.3f}",
         f"Perplexity of {teacher}": f"{found.teacher_perplexity:.3f}",
         "Held-out tokens": str(found.tokens),

@@ -63,7 +63,7 @@ def test_the_tables_hold_every_figure(judged: Bundle, capsys: pytest.CaptureFixt
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if "│" in line]
-    sizes, figures = ({row[0]: row[1:] for row in cells if len(row) == width} for width in (7, 10))
+    sizes, figures = ({row[0]: row[1:] for row in cells if len(row) == width} for width in (7, 11))
     entries = judged.manifest.variants
     losses = entries["chosen"].merge_losses
     into = {"float": "float", "trained": "trained, nf4"}[entries["chosen"].merge_base]
@@ -75,8 +75,9 @@ def test_the_tables_hold_every_figure(judged: Bundle, capsys: pytest.CaptureFixt
         kept = "–" if found.retention is None else f"{found.retention:.4f}"
         own = "–" if found.trained_kl is None else f"{found.trained_kl:.2g}"
         likeness = [f"{found.kl_mean:.2g}", f"{found.kl_p99:.2g}", own, f"{found.top1:.3f}"]
+        answers = f"{found.answers_kept} of {found.answers}" if found.answers else "–"
         perplexities = [f"{found.perplexity:.3f}", f"{found.teacher_perplexity:.3f}"]
-        assert figures[name] == [found.outcome, kept, *likeness, *perplexities, "2"]
+        assert figures[name] == [found.outcome, kept, *likeness, answers, *perplexities, "2"]
     assert figures["base"][4] == "–" and figures["held"][4] != "–"
 
 

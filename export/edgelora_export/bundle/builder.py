@@ -111,6 +111,7 @@ class BundleBuilder:
         Requires: merge bases are chosen.
         Ensures: all weights are in blobs, and each product is in the journal.
         """
+        return_freed_memory()  # of planning, before the embedding is quantized
         self._weights.store(self.variants)
 
     def pass_gate(self) -> None:
@@ -297,6 +298,8 @@ def _describe_fidelity(measurement: Measurement, outcome: Outcome, products: dic
         adapter_kl=found.adapter_kl,
         retention=found.retention,
         top1=found.top1,
+        answers=found.answers,
+        answers_kept=found.answers_kept,
         perplexity=found.perplexity,
         teacher_perplexity=found.teacher_perplexity,
         products=products,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 POLICIES = ("repair", "fail", "live", "off")
 _REPAIR_SHARES = (0.25, 0.5, 1.0)  # of the products that the adapter changes, the noisiest first
 _NAMED_COUNT = 5  # products that a refusal names
+_LEAST_ANSWERS = 10  # fewer say nothing about a share
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,15 @@ class Gate:
     policy: repair tries, in this order, the float base if edgelora chose another one, 8 bits for the noisiest products, and a
     live variant. live makes the variant live at once. fail writes no bundle. off measures nothing.
     retention: the least share of the adapter's effect that must survive, 1 - KL(teacher ‖ variant) / KL(teacher ‖ bare base).
+    answers: the least share of the answers that the adapter would write by itself, token for token, that the variant would write
+    too. It counts if there are at least 10 of them. Retention is blind to it: after a divergence that is small beside the
+    adapter's effect, one wrong token makes a wrong answer.
     max_kl: the most nats per token. min_top1: the least share of tokens with the same most likely token. None for no limit.
     """
 
     policy: str = "repair"
     retention: float = 0.8
+    answers: float = 0.8
     max_kl: float | None = None
     min_top1: float | None = None
 
@@ -41,6 +46,8 @@ class Gate:
             raise InputError(f"gate {self.policy!r}: use one of {', '.join(POLICIES)}")
         if not self.retention <= 1:
             raise InputError(f"gate retention = {self.retention}: use a share, at most 1")
+        if not self.answers <= 1:
+            raise InputError(f"gate answers = {self.answers}: use a share, at most 1")
         if self.max_kl is not None and not self.max_kl > 0:
             raise InputError(f"gate max_kl = {self.max_kl}: use nats per token, more than 0")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 1:
@@ -51,6 +58,11 @@ class Gate:
         lacking = []
         if found.retention is not None and found.retention < self.retention:
             lacking.append(f"keeps {found.retention:.2f} of its adapter's effect, less than {self.retention:g}")
+        if found.answers >= _LEAST_ANSWERS and found.answers_kept < self.answers * found.answers:
+            lacking.append(
+                f"writes {found.answers_kept} of the {found.answers} held-out answers that its adapter writes, "
+                f"a share under {self.answers:g}"
+            )
         if self.max_kl is not None and found.kl_mean > self.max_kl:
             lacking.append(f"diverges by {found.kl_mean:.3g} nats per token, more than {self.max_kl:g}")
         if self.min_top1 is not None and found.top1 < self.min_top1:

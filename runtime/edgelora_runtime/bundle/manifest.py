@@ -169,8 +169,9 @@ class FidelityEntry:
     live (made live, or planned so), or measured, for a bare base. kernels: those that ran it, "onnxruntime" or "edgelora" with
     the instruction set. kl_mean, kl_p99: KL(teacher ‖ variant) in nats per token. adapter_kl: KL(teacher ‖ bare float base).
     retention: 1 - kl_mean / adapter_kl, None without an adapter. top1: the share of tokens on which both have the same most
-    likely token. trained_kl: as kl_mean, with the unmerged adapter on the base that it was trained on, or None where that is the
-    float one or not known.
+    likely token. answers: held-out samples that the teacher would write itself, token for token. answers_kept: how many of these
+    the variant would write. trained_kl: as kl_mean, with the unmerged adapter on the base that it was trained on, or None where
+    that is the float one or not known.
     """
 
     outcome: Literal["measured", "passed", "repaired", "live"]
@@ -185,6 +186,8 @@ class FidelityEntry:
     teacher_perplexity: float
     products: dict[str, ProductFidelity] = field(default_factory=dict)
     trained_kl: float | None = None
+    answers: int = 0
+    answers_kept: int = 0
 
 
 @dataclass(frozen=True)

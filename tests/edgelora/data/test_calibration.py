@@ -54,6 +54,17 @@ def test_only_completions_count_and_texts_count_whole(tmp_path: Path) -> None:
     assert [sample.start for sample in (*found.fit, *found.held_out)] == [1]
 
 
+def test_held_out_tokens_are_counted_without_prompts_up_to_a_bound(tmp_path: Path) -> None:
+    """Rows of short answers behind long prompts are judged on as many tokens as a bound on reading allows."""
+    for prompt, least, most in ((3, 2048, 2060), (40, 350, 600)):
+        rows = [{"prompt": f"{n:0{prompt}}", "completion": f" {n:02}"} for n in range(9000)]
+        path = tmp_path / f"{prompt}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        held_out = gather_calibration([path], encode, widest=8).held_out
+        assert least <= sum(len(sample.tokens) - sample.start for sample in held_out) <= most
+        assert sum(len(sample.tokens) for sample in held_out) <= 8192 + 60
+
+
 def test_the_budget_grows_with_the_widest_product(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", 9000)
     small, large = (gather_calibration([path], encode, widest=widest).fit_tokens for widest in (8, 20000))

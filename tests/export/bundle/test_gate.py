@@ -119,6 +119,61 @@ def test_figures_are_those_of_peft_against_the_runtime(
     assert found.perplexity == pytest.approx(np.exp(np.concatenate(nats).mean()), rel=1e-3)
 
 
+@pytest.fixture(scope="module")
+def answered(tiny_base: Path, strong: Adapter) -> tuple[Sample, ...]:
+    """Samples that the adapter writes itself, by PEFT, from prompts of different lengths, and one that it does not."""
+    adapted = PeftModel.from_pretrained(load_base(tiny_base), strong.folder).eval()
+    samples = []
+    for seed in range(14):
+        tokens = random_tokens(6 + seed, seed=200 + seed)
+        start = len(tokens)
+        for _ in range(1 + seed % 3):
+            tokens.append(int(torch_logits(adapted, tokens)[-1].argmax()))
+        samples.append(Sample(tuple(tokens), start))
+    other = samples[0]
+    return (Sample((*other.tokens[:-1], (other.tokens[-1] + 1) % 300), other.start), *samples)
+
+
+@pytest.mark.parametrize("positions", [1000, 5])
+def test_answers_are_those_that_peft_writes_and_the_runtime_too(
+    tiny_base: Path, strong: Adapter, answered: tuple[Sample, ...], tmp_path: Path, positions: int
+) -> None:
+    plan = make_plan(tiny_base, strong, None)
+    variants = (plan.variants[0], replace(plan.variants[1], calibration=Calibration(FIT, answered)))
+    builder = BundleBuilder(replace(plan, variants=variants), tmp_path)
+    builder.write_texts()
+    builder.store_weights()
+    subject = builder.subject("tuned")
+    with builder.run_variant("tuned") as runtime:
+        found = compare(
+            subject,
+            run_teacher(subject),
+            lambda tokens, count: runtime.iterate_logits(tokens, positions=count),
+            batch_bytes=positions * 4 * 300,
+        )
+        kept = [
+            runtime.generate(sample.tokens[: sample.start], max_tokens=len(sample.tokens) - sample.start, ignore_eos=True).tokens
+            == sample.tokens[sample.start :]
+            for sample in answered[1:]
+        ]
+    assert (found.answers, found.answers_kept) == (14, sum(kept))
+    assert found.answers_share == sum(kept) / 14 and 0 < sum(kept) < 14
+
+
+def test_answers_are_a_limit_where_there_are_enough(
+    tiny_base: Path, strong: Adapter, answered: tuple[Sample, ...], tmp_path: Path
+) -> None:
+    plan = make_plan(tiny_base, strong, Gate(policy="fail", retention=-100.0, answers=1.0))
+    for count, refused in ((15, True), (10, False)):  # of which one is not the adapter's own
+        variants = (plan.variants[0], replace(plan.variants[1], calibration=Calibration(FIT, answered[:count])))
+        if refused:
+            with pytest.raises(IntegrityError, match=r"tuned writes \d+ of the 14 held-out answers that its adapter writes"):
+                build_bundle(replace(plan, variants=variants), tmp_path / "refused")
+        else:
+            fidelity = build_bundle(replace(plan, variants=variants), tmp_path / "kept").variants["tuned"].fidelity
+            assert fidelity is not None and fidelity.answers == 9 > fidelity.answers_kept
+
+
 @pytest.mark.parametrize("kind", ["merged", "live"])
 def test_the_manifest_has_the_figures_and_whose_kernels_they_were_measured_with(
     tiny_base: Path, strong: Adapter, tmp_path: Path, kind: str
@@ -292,7 +347,13 @@ def test_patterns_give_products_8_bits(tiny_base: Path, strong: Adapter, tmp_pat
 
 @pytest.mark.parametrize(
     ("settings", "mention"),
-    [({"policy": "maybe"}, "maybe"), ({"retention": 1.5}, "1.5"), ({"max_kl": 0.0}, "max_kl"), ({"min_top1": 2.0}, "min_top1")],
+    [
+        ({"policy": "maybe"}, "maybe"),
+        ({"retention": 1.5}, "1.5"),
+        ({"answers": 2.0}, "answers"),
+        ({"max_kl": 0.0}, "max_kl"),
+        ({"min_top1": 2.0}, "min_top1"),
+    ],
 )
 def test_gates_that_make_no_sense(settings: dict[str, Any], mention: str) -> None:
     with pytest.raises(InputError, match=mention):
