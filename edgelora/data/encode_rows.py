@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from edgelora.data.rows import Row
 
@@ -112,6 +113,10 @@ class RowEncoder:
         if row.chat is None or isinstance(row.prompt, str):
             return "completion"
         return "generation marks" if self._marks(row.chat) else "prefixes"
+
+    def count_masks(self, rows: Iterable[Row]) -> dict[str, int]:
+        """Counts rows by describe_mask()."""
+        return dict(Counter(map(self.describe_mask, rows)))
 
     @cached_property
     def turn_end(self) -> int | None:

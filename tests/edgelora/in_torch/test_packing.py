@@ -34,7 +34,7 @@ def make_row(length: int, seed: int) -> LearnedTokens:
 ROWS = [make_row(length, length) for length in (1, 2, 3, 5, 8, 9, 13, 21, 22, 30)]
 
 
-def make_model(attention: str = "sdpa", config: Any = None) -> Any:
+def make_model(attention: str | None = "sdpa", config: Any = None) -> Any:
     torch.manual_seed(0)
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config or LlamaConfig(**SHAPE), attn_implementation=attention).float().train()
@@ -110,18 +110,17 @@ def test_trls_trainer_takes_a_packed_step_as_an_unpacked_one(tmp_path: Path) -> 
         [{"input_ids": row.tokens, "completion_mask": [*map(int, row.learned)]} for row in ROWS[1:]],
         [sequence.to_columns() for sequence in pack_rows(ROWS[1:], 48)],
     ):
-        settings = SFTConfig(
-            str(tmp_path), per_device_train_batch_size=len(columns), max_steps=1, report_to=[], save_strategy="no",
-            completion_only_loss=True, max_length=48, bf16=False, use_cpu=True, disable_tqdm=True, learning_rate=0.1,
-            optim="sgd", logging_steps=1,
-        )  # fmt: skip
-        collator = PackedCollator(1) if "seq_lengths" in columns[0] else None
         with quiet_libraries():
+            settings = SFTConfig(
+                str(tmp_path), per_device_train_batch_size=len(columns), max_steps=1, report_to=[], save_strategy="no",
+                completion_only_loss=True, max_length=48, bf16=False, use_cpu=True, disable_tqdm=True, learning_rate=0.1,
+                optim="sgd", logging_steps=1,
+            )  # fmt: skip
             trainer: Any = SFTTrainer(
                 make_model(),
                 settings,
                 train_dataset=Dataset.from_list(columns),
-                data_collator=collator,
+                data_collator=PackedCollator(1) if "seq_lengths" in columns[0] else None,
                 processing_class=make_tokenizer(),
             )
             trainer.train()
@@ -136,6 +135,6 @@ def test_models_in_which_rows_see_each_other_are_refused() -> None:
         model = make_model(attention)
         check_packing(model)
         assert model.training, "as it was before"
-    recurrent = make_model(config=MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
+    recurrent = make_model(None, MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4))
     with pytest.raises(InputError, match=r"packed would see each other in this base \(MambaForCausalLM\).*train without packing"):
         check_packing(recurrent)
