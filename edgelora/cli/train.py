@@ -9,9 +9,12 @@ import typer
 
 from edgelora.cli.arguments import BaseOption, JsonOption, SeedOption, TemplateOptions, is_given, parse_template_options
 from edgelora.cli.choices import choose
+from edgelora.cli.inspect_data import show_rows
 from edgelora.cli.terminal import print_json, print_line, print_next, show_progress
 from edgelora.data.rows import FORM
+from edgelora.data.shapes import FORMATS
 from edgelora.in_torch.train_config import QUANTS
+from edgelora_runtime.errors import UsageError
 
 _ADAPTER, _RUN = "Adapter", "Run"  # headings of groups in --help
 
@@ -19,8 +22,16 @@ _ADAPTER, _RUN = "Adapter", "Run"  # headings of groups in --help
 def train(
     context: typer.Context,
     base: BaseOption,
-    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help=f"JSON lines of {FORM}.")],
-    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    data: Annotated[Path, typer.Option(metavar="DATA", help=f"A file, folder or data set of rows, such as {FORM}.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the adapter; needed without --inspect.", show_default=False)
+    ] = None,
+    format: Annotated[  # noqa: A002 - the option's name
+        str, choose(FORMATS, "Shape of the rows; auto looks.", panel=_RUN)
+    ] = "auto",
+    inspect: Annotated[
+        bool, typer.Option("--inspect", help="Show rows as training would see them, and train nothing.", rich_help_panel=_RUN)
+    ] = False,
     quant: Annotated[
         str, choose(QUANTS, "Form of the base while training; int4 is the grid that export writes.", panel=_ADAPTER)
     ] = "nf4",
@@ -54,6 +65,7 @@ def train(
     from edgelora.in_torch.train_config import TrainConfig, read_train_config
 
     flags = {
+        "format": format,
         "quant": quant,
         "rank": rank,
         "alpha": alpha,
@@ -68,6 +80,12 @@ def train(
     given: dict[str, Any] = {name: value for name, value in flags.items() if is_given(context, name)}
     given |= {"template_options": options} if options else {}
     settings = {**(read_train_config(config) if config else {}), **given}
+    if inspect:
+        seen = {name: settings[name] for name in ("format", "max_length", "template_options") if name in settings}
+        show_rows(base, data, json=json, **seen)
+        return
+    if output is None:
+        raise UsageError("--output is missing; give a folder for the adapter, or --inspect to look at the rows")
     with show_progress("training") as on_progress:
         report = run_training(TrainConfig(**{**settings, "base": base, "data": data, "output": output}), on_progress=on_progress)
     if json:

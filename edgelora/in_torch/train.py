@@ -13,6 +13,7 @@ from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.data.calibration import hash_data
 from edgelora.data.encode_rows import LearnedTokens, RowEncoder
 from edgelora.data.rows import read_rows
+from edgelora.data.sources import find_data
 from edgelora.in_torch.save_adapter import check_factors, check_room, keep_adapter, save_adapter
 from edgelora.in_torch.target_modules import check_targets
 from edgelora.in_torch.trainer import compute_dtype, make_trainer
@@ -24,7 +25,7 @@ from edgelora_export.weights.torch_model import first_line, load_model, quiet_li
 from edgelora_runtime.errors import EdgeloraError, InputError, MissingExtraError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from edgelora.data.rows import Row
     from edgelora.in_torch.train_config import TrainConfig
@@ -37,7 +38,8 @@ class TrainReport:
     """The result of a training run.
 
     rows: in the file. rows_cut: of these, how many were cut to max_length. rows_left_out: how many had nothing to learn within
-    it. train_loss: mean over all steps, in nats per completion token. seconds: training only.
+    it. train_loss: mean over all steps, in nats per completion token. seconds: training only. loss_on: in how many rows the
+    tokens with loss are told by what, as RowEncoder.describe_mask.
     """
 
     output: Path
@@ -48,6 +50,7 @@ class TrainReport:
     train_loss: float
     seconds: float
     base_sha256: str
+    loss_on: Mapping[str, int]
 
 
 def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] = lambda done, total, what: None) -> TrainReport:
@@ -59,7 +62,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     unchanged. A failure after the last step keeps the trained adapter, and the error says where.
     """
     _require_packages()
-    rows, data_sha256 = read_rows(config.data), hash_data(config.data)  # before the imports, which take seconds
+    rows, data_sha256 = read_rows(config.data, config.format), hash_data(config.data)  # before the imports, which take seconds
     base = Base.find(config.base)  # refuses now what export would refuse after the training
 
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
@@ -69,8 +72,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
         with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
             check_targets(base.config, config.target_modules)
             tokenizer = load_tokenizer(base)
-            encoded, cut = encode_for_training(RowEncoder(tokenizer, config.template_options), rows, config)
+            encoder = RowEncoder(tokenizer, config.template_options)
+            encoded, cut = encode_for_training(encoder, rows, config)
             provenance = _describe_run(config, base, data_sha256, rows=len(rows), cut=cut, left_out=len(rows) - len(encoded))
+            provenance = replace(provenance, loss_on=encoder.count_masks(rows))
             from transformers import set_seed  # here, as it loads libraries that print
 
             set_seed(config.seed)
@@ -98,6 +103,7 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
         train_loss=float(result.training_loss),
         seconds=seconds,
         base_sha256=base.sha256,
+        loss_on=provenance.loss_on,
     )
 
 
@@ -135,7 +141,7 @@ def _describe_run(config: TrainConfig, base: Base, data_sha256: str, *, rows: in
         alpha=config.alpha,
         steps=0,
         learning_rate=config.lr,
-        data_file=_relative(config.data, config.output),
+        data_file=_relative(find_data(config.data), config.output),
         rows_cut=cut,
         rows_left_out=left_out,
         template_options=dict(config.template_options),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from edgelora.data.shapes import FORMATS
 from edgelora_export.base.files import read_toml
 from edgelora_runtime.errors import InputError, list_wrong, suggest_name
 
@@ -21,8 +22,9 @@ _TOML_TYPES: Mapping[str, Any] = {"str": str, "Path": str, "int": int, "float": 
 class TrainConfig:
     """The settings of a training run.
 
-    base: folder or hub id. data: JSONL rows. The loss is on completions only, and on the assistant's messages in conversations.
-    output: folder for the adapter.
+    base: folder or hub id. data: a file or folder of rows, a data set on disk, or the name of one in the hub's cache. The loss is
+    on completions only, and on the assistant's messages in conversations. format: the shape of the rows, one of data.shapes'
+    FORMATS; auto looks. output: folder for the adapter.
     quant: how the base is held during training: nf4 (bitsandbytes, double-quantized, arXiv 2305.14314), int4 (the grid that
     export writes, so training sees the weights that ship) or none.
     rank, alpha: LoRA's (arXiv 2106.09685). rslora scales by alpha / √rank. target_modules: None for each linear layer except the
@@ -54,10 +56,12 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     composable: int | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    format: str = "auto"
 
     def __post_init__(self) -> None:
         wrong = list_wrong(
             (
+                ("format", self.format, self.format in FORMATS, f"one of {', '.join(FORMATS)}"),
                 ("quant", self.quant, self.quant in QUANTS, f"one of {', '.join(QUANTS)}"),
                 ("rank", self.rank, self.rank >= 1, "1 or more"),
                 ("alpha", self.alpha, 0 < self.alpha < math.inf, "more than 0"),
