@@ -68,11 +68,11 @@ def _print_sample(sample: SeenRow, max_length: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = Text()
+    coloured = Text()
     for piece, learned in sample.pieces:
         lines = "\n".join(map(_clean, _shorten(piece).split("\n")))
-        text.append(lines, style="bold green" if learned else "dim")
-    Console(highlight=False).print(text, soft_wrap=True)
+        coloured.append(lines, style="bold green" if learned else "dim")
+    Console(highlight=False).print(coloured, soft_wrap=True)
     print_line()
 
 
