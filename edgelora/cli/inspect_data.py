@@ -88,13 +88,13 @@ def _shorten(text: str) -> str:
 
 
 def _print_lengths(seen: SeenRows) -> None:
-    """Prints the histogram of lengths: a bar per bin, as long as its share of the fullest one."""
+    """Prints the histogram of lengths: the rows of each bin, and a bar as long as its share of the fullest one."""
     bins = seen.histogram()
     most = max(count for _, _, count in bins)
     digits, places = len(str(bins[-1][1])), len(str(most))
     for first, last, count in bins:
         bar = "█" * -(-_BAR * count // most)
-        print_line(f"{first:{digits}}–{last:{digits}} tokens  {count:{places}} rows  {bar}".rstrip())
+        print_line(f"{first:{digits}}–{last:{digits}} tokens  {count:{places}}  {bar}".rstrip())
 
 
 def _print_as_json(seen: SeenRows, data: Path, max_length: int) -> None:
