@@ -40,7 +40,7 @@ def test_adapter_and_provenance_are_written(config: TrainConfig, tiny_base: Path
     assert (report.rows, report.steps, report.base_sha256) == (6, 4, Base.open(tiny_base).sha256)
     assert report.train_loss > 0
     assert sorted(path.name for path in config.output.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "edgelora.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "edgelora.json", "loss.png", "metrics.jsonl",
     ]  # fmt: skip
     factors = load_file(config.output / "adapter_model.safetensors")
     assert {array.dtype for array in factors.values()} == {np.dtype(np.float16)}
