@@ -17,11 +17,11 @@ from edgelora.data.encode_rows import LearnedTokens, RowEncoder
 from edgelora.data.rows import read_rows
 from edgelora.data.split import split_rows
 from edgelora.in_torch.adapter_start import SUBTRACTED, adopt_adapter, describe_start
-from edgelora.in_torch.optimizers import describe_fallback
 from edgelora.in_torch.preferences import encode_preferences, read_preferences
 from edgelora.in_torch.run.checkpoints import describe_run, find_checkpoint, find_last, put_weights, read_step, remove_checkpoints
 from edgelora.in_torch.run.course import Course, list_validations
 from edgelora.in_torch.run.estimate import estimate_run
+from edgelora.in_torch.run.optimizers import describe_fallback
 from edgelora.in_torch.run.processes import count_processes, find_local_place, is_first_process, uses_fsdp
 from edgelora.in_torch.run.records import write_records
 from edgelora.in_torch.save_adapter import check_factors, check_room, keep_adapter, save_adapter

@@ -9,9 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.in_torch import optimizers, preferences
+from edgelora.in_torch import preferences
 from edgelora.in_torch.adapter_start import START, add_adapter, set_start
-from edgelora.in_torch.run import checkpoints
+from edgelora.in_torch.run import checkpoints, optimizers
 from edgelora.in_torch.run.callbacks import make_callback
 from edgelora.in_torch.run.processes import count_processes
 from edgelora_runtime.errors import InputError, UsageError

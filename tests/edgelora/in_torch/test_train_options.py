@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgelora.data.encode_rows import RowEncoder
 from edgelora.data.rows import read_rows
-from edgelora.in_torch import optimizers
+from edgelora.in_torch.run import optimizers
 from edgelora.in_torch.run.estimate import count_steps
 from edgelora.in_torch.run.loss_chart import draw_losses
 from edgelora.in_torch.train import load_base, train
