@@ -10,11 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from edgelora.cli.arguments import BaseOption, JsonOption  # noqa: TC001  (as above)
+from edgelora.cli.inspect_data import show_rows
 from edgelora.cli.interruption import describe_interruption, stop_when_interrupted
 from edgelora.cli.terminal import print_json, print_line, print_next, print_note
 from edgelora.cli.train_options import takes_settings
 from edgelora.cli.training_progress import show_steps
 from edgelora.data.rows import FORM
+from edgelora_runtime.errors import UsageError
 
 _STOPPING = "stopping after this step, with a checkpoint; once more ends at once and loses the steps since the last one"
 
@@ -22,8 +24,11 @@ _STOPPING = "stopping after this step, with a checkpoint; once more ends at once
 @takes_settings
 def train(
     base: BaseOption,
-    data: Annotated[Path, typer.Option(metavar="FILE.jsonl", help=f"JSON lines of {FORM}.")],
-    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    data: Annotated[Path, typer.Option(metavar="DATA", help=f"A file, folder or data set of rows, such as {FORM}.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the adapter; needed without --inspect.", show_default=False)
+    ] = None,
+    inspect: Annotated[bool, typer.Option("--inspect", help="Show rows as training would see them, and train nothing.")] = False,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="Any of the settings of --help-all; options override it.")
     ] = None,
@@ -37,8 +42,14 @@ def train(
     from edgelora.in_torch.train import train as run_training
     from edgelora.in_torch.train_config import TrainConfig, read_train_config
 
-    values = {**(read_train_config(config) if config else {}), **given, "base": base, "data": data, "output": output}
-    settings = TrainConfig(**values)
+    values = {**(read_train_config(config) if config else {}), **given}
+    if inspect:
+        seen = {name: values[name] for name in ("format", "max_length", "template_options") if name in values}
+        show_rows(base, data, json=json, **seen)
+        return
+    if output is None:
+        raise UsageError("--output is missing; give a folder for the adapter, or --inspect to look at the rows")
+    settings = TrainConfig(**{**values, "base": base, "data": data, "output": output})
     first = is_first_process()
     try:
         with show_steps(settings.log_every if first else None) as on_progress:

@@ -9,7 +9,8 @@ import random
 from importlib.resources import files as package_files
 from typing import TYPE_CHECKING, Any
 
-from edgelora.data.rows import Row, check_unicode, read_rows
+from edgelora.data.rows import Row, read_rows
+from edgelora.data.sources import find_data, list_files
 from edgelora_export.plan.calibration import Calibration, Sample
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
@@ -39,14 +40,18 @@ def find_training_data(adapter: Adapter) -> Path | None:
     if provenance is None or not provenance.data_file:
         return None
     path = adapter.folder / provenance.data_file
-    if not path.is_file() or hash_data(path) != provenance.data_sha256:
+    if not path.exists() or hash_data(path) != provenance.data_sha256:
         return None
     return path
 
 
 def hash_data(path: Path) -> str:
-    """SHA-256 of a data file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a data file's bytes, or of the names and hashes of the files that training reads in a folder."""
+    found = find_data(path)
+    if not found.is_dir():
+        return _hash_file(found)
+    files = (f"{file.relative_to(found).as_posix()} {_hash_file(file)}\n" for file in list_files(found))
+    return hashlib.sha256("".join(files).encode()).hexdigest()
 
 
 def gather_calibration(
@@ -110,6 +115,11 @@ def read_general_text() -> list[str]:
     return [str(json.loads(line)["text"]) for line in _general_file().splitlines()]
 
 
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _general_file() -> bytes:
     return package_files("edgelora.data").joinpath(GENERAL_TEXT).read_bytes()
 
@@ -129,36 +139,17 @@ def _label(path: Path, files: Sequence[Path]) -> str:
     return "".join(filter(str.isprintable, label))
 
 
-def _shuffle(path: Path, seed: int) -> list[Row | str]:
-    """Reads a file's rows or texts, shuffled by their number and the seed."""
-    items: list[Row | str] = [*_read_texts(path)] or [*read_rows(path)]
+def _shuffle(path: Path, seed: int) -> list[Row]:
+    """Reads a file's rows, shuffled by their number and the seed."""
+    items = read_rows(path)
     random.Random(f"{seed} {len(items)}").shuffle(items)  # noqa: S311  (not for secrets)
     return items
 
 
-def _read_texts(path: Path) -> list[str]:
-    """Reads the texts of {"text": …} lines.
-
-    Returns [] if the first line is something else.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        values = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError):
-        return []  # read_rows reports what is wrong
-    if not values or not isinstance(values[0], dict) or "text" not in values[0]:
-        return []
-    if wrong := [n for n, value in enumerate(values, 1) if not isinstance(value, dict) or not isinstance(value.get("text"), str)]:
-        raise InputError(f'data file {path}: text {wrong[0]} is not of the form {{"text": …}}, unlike the first one')
-    for number, value in enumerate(values, 1):
-        check_unicode(value["text"], f"data file {path}: text {number}")
-    return [value["text"] for value in values]
-
-
 def _encode(item: Row | str, encode: Encode) -> Sample | None:
     """Encodes a row or text. Returns None if no token is left to predict."""
-    if isinstance(item, str):
-        tokens = encode(item)[:MAX_SAMPLE_TOKENS]
+    if isinstance(item, str) or item.prompt == "":
+        tokens = encode(item if isinstance(item, str) else item.completion)[:MAX_SAMPLE_TOKENS]
         return Sample(tuple(tokens)) if len(tokens) > 1 else None
     whole = encode(item.whole)
     start = max(1, shared_prefix(encode(item.prompt), whole))

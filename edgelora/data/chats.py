@@ -66,7 +66,8 @@ class Chat:
 def read_messages(value: object, where: str) -> list[dict[str, Any]]:
     """Checks messages from a file. where: names them in the InputError.
 
-    Content is text, None, or a list of parts with text. Parts of other kinds are refused by name.
+    Content is text, None, or a list of parts with text. Parts of other kinds are refused by name. Arguments of tool calls that
+    are JSON text, as OpenAI's API has them, become objects: templates would quote the text once more.
     """
     if not isinstance(value, list) or not value:
         raise InputError(f'{where} is no list of messages; each is {{"role": …, "content": …}}')
@@ -76,7 +77,7 @@ def read_messages(value: object, where: str) -> list[dict[str, Any]]:
         if message["role"] == ASSISTANT and not (message.get("content") or message.get("tool_calls")):
             raise InputError(f"{where}: message {number}, the assistant's, has neither content nor tool calls")
         _check_content(message.get("content"), f"{where}: message {number}")
-    return value
+    return [_parse_calls(message, f"{where}: message {number}") for number, message in enumerate(value, 1)]
 
 
 def read_tools(value: object, where: str) -> list[dict[str, Any]] | None:
@@ -91,6 +92,17 @@ def read_tools(value: object, where: str) -> list[dict[str, Any]] | None:
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise InputError(f"{where}: tools is no list of objects")
     return value or None
+
+
+def find_call_names(message: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the tools that a message calls."""
+    return [str(call.get("function", call).get("name", "")) for call in message.get("tool_calls") or []]
+
+
+def find_tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Returns the names of tools, in the form of requests or bare."""
+    described = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools or []]
+    return [tool["name"] for tool in described if isinstance(tool.get("name"), str)]
 
 
 def read_content(content: object) -> str:
@@ -111,3 +123,28 @@ def _check_content(content: object, where: str) -> None:
             raise InputError(f"{where} has a part of type {kind!r}; edgelora's models read text alone")
         if not isinstance(part.get("text"), str):
             raise InputError(f"{where} has a text part without text")
+
+
+def _parse_calls(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns a message whose tool calls have objects as arguments."""
+    calls = message.get("tool_calls")
+    if calls is None:
+        return message
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise InputError(f"{where}: tool_calls is no list of objects")
+    return {**message, "tool_calls": [_parse_call(call, where) for call in calls]}
+
+
+def _parse_call(call: dict[str, Any], where: str) -> dict[str, Any]:
+    function = call.get("function", call)
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InputError(f"{where} has a tool call without the name of a function")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: the arguments of {function['name']} are not JSON ({error})") from error
+    function = {**function, "arguments": parsed}
+    return {**call, "function": function} if "function" in call else function

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from edgelora.data.chats import ASSISTANT, Chat, read_content
+from edgelora.data.chats import ASSISTANT, Chat, find_call_names, find_tool_names, read_content
 from edgelora.data.completion_tokens import encode_apart
 from edgelora_export.base.tokenizer import encode_prompt
 from edgelora_export.texts.ends import find_turn_end
@@ -15,13 +16,14 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from edgelora.data.rows import Row
 
 # As transformers looks for it (utils/chat_template_utils.py, render_jinja_template).
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TAKEN = ("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize")
+_NO_TOOLS = "take a base whose template writes tools, or write them into the messages' texts"
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,30 @@ class RowEncoder:
     def learn(self, row: Row) -> LearnedTokens:
         """Encodes a row for training.
 
-        Of a text, the completion and the end are learned. Of a conversation, each of the assistant's messages from
-        row.learned_from on: what the template marks as {% generation %} where it does, else what it writes from where a prompt
-        for the message ends to where the message ends. Raises InputError, with the row's place, if neither tells.
+        Of a text, the completion and the end are learned, and of plain text all but its first token. Of a conversation, each of
+        the assistant's messages from row.learned_from on: what the template marks as {% generation %} where it does, else what it
+        writes from where a prompt for the message ends to where the message ends. Raises InputError, with the row's place, if
+        neither tells.
         """
         try:
             if row.chat is None or isinstance(row.prompt, str):
                 tokens, start = self.with_end(row)
+                start = max(1, start)  # nothing predicts the first token
                 return LearnedTokens(tuple(tokens), tuple(place >= start for place in range(len(tokens))))
             learn = self._learn_marked if self._marks(row.chat) else self._learn_by_starts
             return learn(row.chat, row.learned_from)
         except InputError as error:
             raise InputError(f"{row.place}: {error}" if row.place else str(error)) from error
+
+    def describe_mask(self, row: Row) -> str:
+        """Says by what learn() tells a row's learned tokens: "completion", "generation marks" or "prefixes"."""
+        if row.chat is None or isinstance(row.prompt, str):
+            return "completion"
+        return "generation marks" if self._marks(row.chat) else "prefixes"
+
+    def count_masks(self, rows: Iterable[Row]) -> dict[str, int]:
+        """Counts rows by describe_mask()."""
+        return dict(Counter(map(self.describe_mask, rows)))
 
     @cached_property
     def turn_end(self) -> int | None:
@@ -181,18 +195,23 @@ class RowEncoder:
 
 
 def _check_texts(chat: Chat, text: str) -> None:
-    """Raises InputError if a template leaves out what the user or the assistant said.
+    """Raises InputError if a template leaves out what was said, a call of a tool, or a tool.
 
     Templates of multimodal models do so with content that is no list of parts. Only the end of each text is looked for, as
-    templates cut thoughts.
+    templates cut thoughts. Of a call and of a tool, the name is looked for.
     """
     written = _squeeze(text)
     for number, message in enumerate(chat.messages, 1):
-        if message["role"] in ("user", ASSISTANT) and _squeeze(read_content(message.get("content")))[-32:] not in written:
+        said = message["role"] in ("user", "tool", ASSISTANT)
+        if said and _squeeze(read_content(message.get("content")))[-32:] not in written:
             raise InputError(
                 f"the chat template leaves out the text of message {number}; it may want content as a list of parts: "
                 '[{"type": "text", "text": …}]'
             )
+        if lost := [name for name in find_call_names(message) if _squeeze(name) not in written]:
+            raise InputError(f"the chat template leaves out the call of {lost[0]!r} in message {number}; {_NO_TOOLS}")
+    if lost := [name for name in find_tool_names(chat.tools) if _squeeze(name) not in written]:
+        raise InputError(f"the chat template leaves out the tool {lost[0]!r}; {_NO_TOOLS}")
 
 
 def _squeeze(text: str) -> str:

@@ -1,14 +1,20 @@
-"""Reads rows of training and test data: JSON lines of a prompt and a completion, or of a conversation."""
+"""Reads rows of training and test data: prompts with completions, conversations and plain texts."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelora.data.chats import ASSISTANT, Chat, read_content, read_messages, read_tools
+from edgelora.data.records import parse_records, read_records
+from edgelora.data.shapes import SHAPES, check_format, convert, find_shape
+from edgelora.data.sources import TRAIN, find_data
 from edgelora_runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
 FORM = '{"prompt": …, "completion": …} or {"messages": […]}'
 
@@ -17,8 +23,9 @@ FORM = '{"prompt": …, "completion": …} or {"messages": […]}'
 class Row:
     """One example.
 
-    prompt: text, or a conversation up to where the assistant answers. completion: what the model should write after it, with any
-    leading space. Of a conversation it is the content of the last answer, "" if that is made of tool calls alone.
+    prompt: text, or a conversation up to where the assistant answers. It is "" for plain text, all of which is the completion.
+    completion: what the model should write after the prompt, with any leading space. Of a conversation it is the content of the
+    last answer, "" if that is made of tool calls alone.
     chat: of a conversation, all of it. learned_from: the first of its messages from which on training learns the assistant's.
     place: file and line, for errors.
     """
@@ -38,6 +45,8 @@ class Row:
 
     def to_json(self) -> str:
         """Returns the row as a line that read_rows() reads as an equal one."""
+        if self.prompt == "":
+            return json.dumps({"text": self.completion}, ensure_ascii=False)
         if isinstance(self.prompt, str):
             return json.dumps({"prompt": self.prompt, "completion": self.completion}, ensure_ascii=False)
         whole = self.chat or self.prompt.answer(self.completion)
@@ -47,21 +56,21 @@ class Row:
         return json.dumps(value | ({"tools": whole.tools} if whole.tools else {}), ensure_ascii=False)
 
 
-def read_rows(path: Path | str) -> list[Row]:
-    """Reads a JSONL file, skipping blank lines.
+def read_rows(path: Path | str, format: str = "auto", *, splits: Sequence[str] = TRAIN) -> list[Row]:  # noqa: A002 - its name
+    """Reads the rows of a file, of a folder of files, or of a data set that datasets saved or that is in the hub's cache.
 
-    A line is {"prompt": …, "completion": …}, both text or both lists of messages, or {"messages": […]}. Beside messages there may
-    be "tools". InputError names the file and the first line that is not a row.
+    The files are JSON lines, a JSON array, CSV, parquet, Arrow or plain text. format: the shape of all records, one of FORMATS.
+    With "auto" each tells its own. splits: of a folder whose files are named after splits, the first of these that there is.
+    InputError names the file and the first row that is wrong, with the shape that was expected.
     """
-    return parse_rows(read_text(Path(path), "data file"), path)
+    check_format(format)
+    return _make_rows(read_records(find_data(path), splits), path, format)
 
 
-def parse_rows(text: str, path: Path | str) -> list[Row]:
-    """Parses the text of a data file, as read_rows(). path: names the file in errors."""
-    rows = [_read_row(line, f"{path} line {number}") for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not rows:
-        raise InputError(f"data file {path} holds no rows; each line is {FORM}")
-    return rows
+def parse_rows(text: str, path: Path | str, format: str = "auto") -> list[Row]:  # noqa: A002
+    """Parses the text of a file of JSON, as read_rows(). path: names the file in errors."""
+    check_format(format)
+    return _make_rows(parse_records(text, path), path, format)
 
 
 def read_text(path: Path, what: str) -> str:
@@ -95,26 +104,40 @@ def check_unicode(text: str, where: str) -> None:
         raise InputError(f"{where} holds {code}, half of a surrogate pair and no character; remove it") from None
 
 
-def _read_row(line: str, where: str) -> Row:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+def _make_rows(records: Iterable[tuple[object, str]], path: Path | str, shape: str) -> list[Row]:
+    rows = [_make_row(value, where, shape) for value, where in records]
+    if not rows:
+        raise InputError(f"data file {path} holds no rows; a row is {FORM}, or of another shape that the guide lists")
+    return rows
+
+
+def _make_row(value: object, where: str, shape: str) -> Row:
     if not isinstance(value, dict):
-        raise InputError(f"{where} is {type(value).__name__}, not an object with prompt and completion, or with messages")
-    prompt, completion = value.get("prompt"), value.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
+        raise InputError(f"{where} is {type(value).__name__}, not an object such as {FORM}")
+    found = find_shape(value, where) if shape == "auto" else shape
+    try:
+        return _read_row(convert(value, found, where), where)
+    except InputError as error:
+        raise InputError(f"{error}; the shape {found} is {SHAPES[found]}") from error
+
+
+def _read_row(value: dict[str, Any], where: str) -> Row:
+    if "text" in value:
+        check_unicode(value["text"], f"{where}: text")
+        return Row("", value["text"], place=where)
+    if "messages" in value:
+        return _make_chat_row(read_messages(value["messages"], where), 0, value["tools"], where)
+    prompt, completion = value["prompt"], value["completion"]
+    if isinstance(prompt, list):
         asked, answered = read_messages(prompt, f"{where} prompt"), read_messages(completion, f"{where} completion")
         if asked[-1]["role"] == ASSISTANT:
             raise InputError(f"{where}: the prompt ends with an assistant's message; move it to the completion")
-        return _make_chat_row([*asked, *answered], len(asked), value.get("tools"), where)
-    if "prompt" not in value and "completion" not in value and "messages" in value:
-        return _make_chat_row(read_messages(value["messages"], where), 0, value.get("tools"), where)
-    for key in ("prompt", "completion"):
-        if not isinstance(value.get(key), str) or not value[key]:
-            raise InputError(f"{where} has no {key}, or it is not text; each line is {FORM}, with texts or lists of messages")
-        check_unicode(value[key], f"{where}: {key}")
-    return Row(value["prompt"], value["completion"], place=where)
+        return _make_chat_row([*asked, *answered], len(asked), value["tools"], where)
+    for key, text in (("prompt", prompt), ("completion", completion)):
+        if not isinstance(text, str) or not text:
+            raise InputError(f"{where} has {'an empty' if text == '' else 'no text as'} {key}")
+        check_unicode(text, f"{where}: {key}")
+    return Row(prompt, completion, place=where)
 
 
 def _make_chat_row(messages: list[dict[str, Any]], learned_from: int, tools: object, where: str) -> Row:

@@ -1,9 +1,12 @@
-"""Scores written completions against the right ones: exact match and slot F1."""
+"""Scores written completions against the right ones: exact match, slot F1, ROUGE-L, and what a pattern finds."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING
+
+from edgelora_runtime.errors import InputError, MissingExtraError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +58,46 @@ def count_scores(written: Sequence[str], right: Sequence[str]) -> list[tuple[int
     """
     slots = _count_slots(written, right)
     return slots or [(one.strip() == other.strip(), 1) for one, other in zip(written, right, strict=True)]
+
+
+def rouge_l(written: Sequence[str], right: Sequence[str]) -> list[float]:
+    """Returns ROUGE-L's F-measure per row, on stemmed words, as the package rouge-score computes it."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise MissingExtraError("rouge-score", "eval") from error
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    return [float(scorer.score(other, one)["rougeL"].fmeasure) for one, other in zip(written, right, strict=True)]
+
+
+def compile_pattern(pattern: str) -> re.Pattern[str]:
+    """Compiles a regular expression of the user's. Raises UsageError if it is none."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"--regex {pattern}: not a regular expression ({error})") from error
+
+
+def match_found(written: Sequence[str], right: Sequence[str], pattern: re.Pattern[str], places: Sequence[str] = ()) -> list[bool]:
+    """Tells per row whether the pattern finds the same in both completions.
+
+    What it finds is its first group, or all of the match if it has none, without surrounding white space. places: names the rows
+    in the InputError for a right completion in which it finds nothing.
+    """
+    wanted = [_find(text, pattern) for text in right]
+    if None in wanted:
+        number = wanted.index(None)
+        where = places[number] if places and places[number] else f"row {number + 1}"
+        raise InputError(f"{where}: the right answer has no match for --regex {pattern.pattern}")
+    return [_find(text, pattern) == found for text, found in zip(written, wanted, strict=True)]
+
+
+def _find(text: str, pattern: re.Pattern[str]) -> str | None:
+    found = pattern.search(text)
+    if found is None:
+        return None
+    text = found[1] if pattern.groups else found[0]
+    return None if text is None else text.strip()
 
 
 def _count_slots(written: Sequence[str], right: Sequence[str]) -> list[tuple[int, int]] | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,8 +16,10 @@ from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.data.calibration import hash_data
 from edgelora.data.encode_rows import LearnedTokens, RowEncoder
 from edgelora.data.rows import read_rows
+from edgelora.data.sources import find_data
 from edgelora.data.split import split_rows
 from edgelora.in_torch.adapter_start import SUBTRACTED, adopt_adapter, describe_start
+from edgelora.in_torch.packing import pack_rows
 from edgelora.in_torch.preferences import encode_preferences, read_preferences
 from edgelora.in_torch.run.checkpoints import describe_run, find_checkpoint, find_last, put_weights, read_step, remove_checkpoints
 from edgelora.in_torch.run.course import Course, list_validations
@@ -35,7 +38,7 @@ from edgelora_export.weights.torch_model import first_line, load_model, quiet_li
 from edgelora_runtime.errors import INTERRUPTED, EdgeloraError, InputError, MissingExtraError, ResourceError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from edgelora.data.rows import Row
     from edgelora.in_torch.train_config import TrainConfig
@@ -64,6 +67,7 @@ class TrainReport:
     rows: in the file. rows_cut: of these, how many were cut to max_length. rows_left_out: how many had nothing to learn within
     it. train_loss: mean over all steps, in nats per completion token. validation_loss: of the adapter that was kept, None without
     validation rows. kept_step: the step after which it was taken. seconds: training only, since the run began or was resumed.
+    loss_on: in how many rows the tokens with loss are told by what, as RowEncoder.describe_mask.
     """
 
     output: Path
@@ -76,6 +80,7 @@ class TrainReport:
     base_sha256: str
     validation_loss: float | None = None
     kept_step: int = 0
+    loss_on: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,10 +125,16 @@ def train(
             check_targets(base.config, config.target_modules)
             check_targets(base.config, config.modules_to_save)
             tokenizer = load_tokenizer(base)
-            examples, cut = _encode(RowEncoder(tokenizer, config.template_options), rows, config)
-            provenance = _describe_adapter(config, base, rows, cut=cut, left_out=len(rows.learn) - len(examples.learn))
+            encoder = RowEncoder(tokenizer, config.template_options)
+            examples, cut = _encode(encoder, rows, config)
+            left_out = len(rows.learn) - len(examples.learn)
+            provenance = _describe_adapter(config, base, rows, cut=cut, left_out=left_out)
+            if not config.preferences:
+                provenance = replace(provenance, loss_on=encoder.count_masks(rows.learn))
             from transformers import set_seed  # here, as it loads libraries that print
 
+            if config.packing:
+                examples = Examples(pack_rows(examples.learn, config.max_length), pack_rows(examples.validate, config.max_length))
             set_seed(config.seed)
             course = Course(config, folder, description, resume, on_progress)
             trainer = make_trainer(config, base, load_held_base(base, config.quant), tokenizer, examples, course)
@@ -174,7 +185,7 @@ def _open_output(output: Path) -> Iterator[Path]:
 
 def _read_data(config: TrainConfig) -> _Rows:
     """Reads the rows to learn and those to validate on, and hashes their files."""
-    read: Callable[[Path], list[Any]] = read_preferences if config.preferences else read_rows
+    read: Callable[[Path], list[Any]] = read_preferences if config.preferences else partial(read_rows, format=config.format)
     learn, validate = read(config.data), []
     hashes = {"data_sha256": hash_data(config.data)}
     if isinstance(config.validation, str):
@@ -231,6 +242,7 @@ def _make_report(config: TrainConfig, provenance: Provenance, history: Sequence[
         train_loss=sum(losses) / len(losses),
         seconds=seconds,
         base_sha256=provenance.base_sha256,
+        loss_on=provenance.loss_on,
         validation_loss=validations[kept] if validations else None,
         kept_step=steps[kept] if validations and config.keep == "best" else provenance.steps,
     )
@@ -249,7 +261,7 @@ def _describe_adapter(config: TrainConfig, base: Base, rows: _Rows, *, cut: int,
         alpha=config.alpha * _widening(config) / (1 if not config.rslora else _widening(config) ** 0.5),
         steps=0,
         learning_rate=config.lr,
-        data_file="" if config.preferences else _relative(config.data, config.output),  # export reads plain rows alone
+        data_file="" if config.preferences else _relative(find_data(config.data), config.output),  # export reads plain rows alone
         rows_cut=cut,
         rows_left_out=left_out,
         template_options=dict(config.template_options),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
+from edgelora.data.shapes import FORMATS
 from edgelora_export.base.files import read_toml
 from edgelora_runtime.errors import InputError, list_wrong, suggest_name
 
@@ -67,8 +68,9 @@ def setting(
 class TrainConfig:
     """The settings of a training run.
 
-    base: folder, GGUF file or hub id. data: the rows to learn. output: folder for the adapter. The other fields say what they are
-    for where they are declared, and docs/reference/training.md lists them.
+    base: folder, GGUF file or hub id. data: a file or folder of rows, a data set on disk, or the name of one in the hub's cache.
+    output: folder for the adapter. The other fields say what they are for where they are declared, and docs/reference/training.md
+    lists them.
     """
 
     base: str
@@ -129,6 +131,10 @@ class TrainConfig:
         metavar="N",
         limit=(lambda value: value >= 2, "2 or more"),
     )
+    format: str = setting("auto", "Shape of the rows; auto looks.", _DATA, choices=FORMATS)
+    packing: bool = setting(
+        False, "Join short rows into sequences of --max-length, in which none sees another; rows then means sequences.", _DATA
+    )
     template_options: Mapping[str, Any] = setting(
         {}, "What the chat template gets beside the messages, as enable_thinking=false; repeat for each.", _DATA
     )
@@ -184,6 +190,8 @@ class TrainConfig:
             wrong.append(f"dora does not go with start = {self.start}; leave one out")
         if self.start == "loftq" and self.quant == "none":
             wrong.append("start = loftq makes up for a quantized base; use quant = nf4 or int4")
+        if self.packing and (self.preferences or self.start == "eva"):
+            wrong.append(f"packing does not go with {'preferences' if self.preferences else 'start = eva'}; leave one out")
         if self.preferences and self.start in ("pissa", "olora", "loftq"):
             wrong.append(f"preferences compare with the base, which start = {self.start} leaves; use another start")
         return wrong

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora.in_torch import preferences
 from edgelora.in_torch.adapter_start import START, add_adapter, set_start
+from edgelora.in_torch.packing import PackedCollator, PackedRows, check_packing
 from edgelora.in_torch.run import checkpoints, optimizers
 from edgelora.in_torch.run.callbacks import make_callback
 from edgelora.in_torch.run.processes import count_processes
@@ -57,6 +58,8 @@ def make_trainer(config: TrainConfig, base: Base, model: Any, tokenizer: Any, ex
 
     adapted = add_adapter(config, model)
     first_values = checkpoints.take_weights(adapted)
+    if config.packing:
+        check_packing(adapted)
     make = partial(preferences.make_trainer, beta=config.beta) if config.preferences else _make_supervised
     trainer = make(_extend(course), adapted, tokenizer, examples, _make_arguments(config, course))
     # TRL casts the adapters of a quantized base to bf16. In fp32 they learn the same, three times as fast on a CPU.
@@ -134,14 +137,18 @@ def _make_supervised(extend: Any, model: Any, tokenizer: Any, examples: Examples
     from trl.trainer.sft_trainer import SFTTrainer
 
     def tabulate(rows: Sequence[Any]) -> Any:
+        if packed:
+            return Dataset.from_list([row.to_columns() for row in rows])
         return Dataset.from_list([{"input_ids": row.tokens, "completion_mask": [*map(int, row.learned)]} for row in rows])
 
+    packed = isinstance(examples.learn[0], PackedRows)
     return extend(SFTTrainer)(
         model=model,
         args=SFTConfig(completion_only_loss=True, **arguments),
         train_dataset=tabulate(examples.learn),
         eval_dataset=tabulate(examples.validate) if examples.validate else None,
         processing_class=tokenizer,
+        data_collator=PackedCollator(tokenizer.eos_token_id) if packed else None,
     )
 
 

@@ -262,7 +262,7 @@ def test_conversations_round_trip(
     ("value", "message"),
     [
         ({"messages": []}, "is no list of messages"),
-        ({"messages": "hello"}, "is no list of messages"),
+        ({"messages": "hello"}, "messages is text, and no JSON of a list"),
         ({"messages": [{"content": "a"}]}, "message 1 has no role"),
         ({"messages": [{"role": "user", "content": 3}]}, "message 1: content is int"),
         ({"messages": TWO_TURNS[:1]}, "ends with a message of 'user'"),
@@ -272,7 +272,7 @@ def test_conversations_round_trip(
         ({"messages": TWO_TURNS, "tools": "{"}, "tools is not JSON"),
         ({"messages": TWO_TURNS, "tools": [3]}, "tools is no list of objects"),
         ({"prompt": TWO_TURNS[:2], "completion": TWO_TURNS[3:]}, "the prompt ends with an assistant's message"),
-        ({"prompt": TWO_TURNS[:1], "completion": "text"}, "has no prompt, or it is not text"),
+        ({"prompt": TWO_TURNS[:1], "completion": "text"}, "prompt is a list of messages, and completion is str"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}, TWO_TURNS[1]]},
             "message 1 has a part of type 'image'",

@@ -240,6 +240,6 @@ def test_every_field_can_stand_in_a_config_file(tmp_path: Path) -> None:
         "weight_decay = 0.1\nmax_grad_norm = 1\nlora_plus = 16\nneftune = 5\nmodules_to_save = ['lm_head']\ndora = true\n"
         "start = 'eva'\nfrom_adapter = 'a'\npreferences = false\nbeta = 0.1\nvalidation = 0.05\nvalidate_every = 10\n"
         "patience = 3\nkeep = 'best'\ncheckpoint_every = 50\ncheckpoint_minutes = 10\nresume = true\nreport_to = ['wandb']\n"
-        "log_every = 5\n[template_options]\nenable_thinking = false\n"
+        "log_every = 5\npacking = true\nformat = 'auto'\n[template_options]\nenable_thinking = false\n"
     )
     assert set(read_train_config(path)) == set(train_config.TrainConfig.__dataclass_fields__)
