@@ -139,10 +139,9 @@ def train(
             course = Course(config, folder, description, resume, on_progress)
             trainer = make_trainer(config, base, load_held_base(base, config.quant), tokenizer, examples, course)
             check_room(trainer.model, folder)
-            if is_first_process():
-                for line in (describe_fallback(config.optimizer), *estimate_run(trainer, config, examples)):
-                    if line is not None:
-                        on_message(line)
+            for line in (describe_fallback(config.optimizer), *estimate_run(trainer, config, examples)):
+                if line is not None and is_first_process():  # all processes estimate, as TRL gathers figures from all
+                    on_message(line)
             started = time.perf_counter()
             with watch_for_stop() as course.should_stop:
                 result = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

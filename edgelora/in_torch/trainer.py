@@ -14,7 +14,7 @@ from edgelora.in_torch.adapter_start import START, add_adapter, set_start
 from edgelora.in_torch.packing import PackedCollator, PackedRows, check_packing
 from edgelora.in_torch.run import checkpoints, optimizers
 from edgelora.in_torch.run.callbacks import make_callback
-from edgelora.in_torch.run.processes import count_processes
+from edgelora.in_torch.run.processes import count_processes, is_first_process
 from edgelora_runtime.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def make_trainer(config: TrainConfig, base: Base, model: Any, tokenizer: Any, ex
         set_start(config, trainer.model, base, trainer.get_train_dataloader())
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(make_callback(course))
-    if "tensorboard" in (config.report_to or ()):
+    if "tensorboard" in (config.report_to or ()) and is_first_process():
         trainer.add_callback(_make_tensorboard(config.output))
     return trainer
 

@@ -37,10 +37,7 @@ def estimate_run(trainer: Any, config: TrainConfig, examples: Any) -> list[str]:
     """
     lengths = [len(row.tokens) for row in examples.learn]
     steps = count_steps(config, len(lengths))
-    rows = min(
-        steps * config.batch_size,
-        math.ceil(config.epochs * len(lengths)) if config.max_steps is None else steps * config.batch_size,
-    )
+    rows = math.ceil(config.epochs * len(lengths)) if config.max_steps is None else steps * config.batch_size
     tokens = round(rows * mean(lengths))
     trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     line = f"to train: {_count(trainable)} parameters in {steps} steps of {config.batch_size} rows, {_count(tokens)} tokens"

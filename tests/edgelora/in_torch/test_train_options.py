@@ -222,11 +222,9 @@ def test_the_estimate_comes_before_the_first_step(config: TrainConfig) -> None:
     trained = sum(math.prod(tensor.shape) for tensor in load_factors(config.output))
     assert f"to train: {trained:,} parameters in 75 steps of 4 rows, " in estimate
     assert estimate.endswith("of memory on this machine")
-    short = replace(config, output=config.output.with_name("b"), max_steps=40, batch_size=5)  # as many rows, and no trial
     entries = read_metrics(config.output)
     tokens = int(estimate.split(" rows, ")[1].split(" tokens")[0].replace(",", ""))
-    assert entries[-1]["num_tokens"] == pytest.approx(tokens, rel=0.02)
-    assert short.max_steps is not None
+    assert entries[-1]["num_tokens"] == pytest.approx(tokens, rel=0.05)
 
 
 def load_factors(folder: Path) -> list[Any]:
