@@ -149,8 +149,7 @@ def train(
             steps, history = int(result.global_step), trainer.state.log_history
             if course.stopped and steps < trainer.state.max_steps:
                 last = find_last(config.output)
-                assert last is not None
-                raise TrainingStoppedError(last)
+                raise KeyboardInterrupt if last is None else TrainingStoppedError(last)  # none is written under FSDP
             if course.best is not None:
                 put_weights(trainer.model, course.best)
             check_factors(trainer.model)

@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
 def write_model_card(
     folder: Path, config: TrainConfig, provenance: Provenance, scores: Mapping[str, float], *, processes: int
 ) -> None:
-    """Writes README.md. scores: losses in nats per token, by their name."""
+    """Writes README.md. scores: losses by their name, in nats per token, or per pair of preferences."""
     from huggingface_hub import ModelCardData
 
     base = config.base if _HUB_ID.fullmatch(config.base) and not (folder.parent / config.base).exists() else provenance.base_name
@@ -56,7 +56,10 @@ def write_model_card(
         "",
         "![losses over the steps](loss.png)",
         "",
-        *_table({name: f"{loss:.4f}" for name, loss in scores.items()}, ("score", "nats per token")),
+        *_table(
+            {name: f"{loss:.4f}" for name, loss in scores.items()},
+            ("score", "nats per pair" if config.preferences else "nats per token"),
+        ),
         "",
         *_table(rows, ("setting", "value")),
         "",

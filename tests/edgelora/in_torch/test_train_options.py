@@ -131,7 +131,7 @@ def test_parts_of_a_step_and_recomputed_activations_change_nothing(config: Train
         ({"start": "olora", "dora": True}, "dora does not go with start = olora"),
         ({"validation": 1.5}, r"validation = 1\.5: use a share, more than 0 and less than 1, or a file"),
         ({"start": "pisa"}, "start = pisa: use one of default, gaussian"),
-        ({"report_to": ("tensorbord",)}, r"report_to = tensorbord: use tensorboard, trackio, wandb \(near"),
+        ({"report_to": ("tensorbord",)}, r"report_to = tensorbord: use tensorboard, trackio, wandb; did you mean 'tensorboard'"),
         ({"preferences": True, "start": "pissa"}, "preferences compare with the base, which start = pissa leaves"),
         ({"checkpoint_minutes": 0}, "checkpoint_minutes = 0: use more than 0"),
     ],
