@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 TOKENS = [5, 80, 77, 200, 41, 9, 120, 33]
 LAYER = "model.layers.1.self_attn.v_proj"
 RANK = 3
+SETTINGS: dict[str, dict[str, Any]] = {
+    "pissa": {"start": "pissa"},
+    "olora": {"start": "olora", "rslora": True},
+    "loftq": {"start": "loftq"},
+    "eva": {"start": "eva"},
+    "gaussian": {"start": "gaussian"},
+    "dora": {"dora": True},
+    "head": {"modules_to_save": ("lm_head",)},
+}
+QUICK = (("pissa", "nf4"), ("dora", "int4"), ("head", "none"))  # the others run with the slow tests
 
 
 @pytest.fixture
@@ -64,7 +74,7 @@ def first_product(start: str, weight: NDArray[np.float64], stored: NDArray[np.fl
     return np.asarray((u[:, :RANK] * s[:RANK]) @ v[:RANK])
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int4", "none"])
+@pytest.mark.parametrize("quant", ["nf4", "int4", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("start", ["pissa", "olora", "loftq"])
 def test_a_start_is_that_of_its_paper(config: TrainConfig, tiny_base: Path, start: str, quant: str) -> None:
     if (start, quant) == ("loftq", "none"):
@@ -87,19 +97,13 @@ def test_a_start_is_that_of_its_paper(config: TrainConfig, tiny_base: Path, star
         np.testing.assert_allclose(torch_logits(adapted.eval(), TOKENS), before, atol=2e-4)
 
 
-@pytest.mark.parametrize("quant", ["nf4", "int4", "none"])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "quant"),
     [
-        {"start": "pissa"},
-        {"start": "olora", "rslora": True},
-        {"start": "loftq"},
-        {"start": "eva"},
-        {"start": "gaussian"},
-        {"dora": True},
-        {"modules_to_save": ("lm_head",)},
+        pytest.param(settings, quant, marks=() if (name, quant) in QUICK else pytest.mark.slow, id=f"{name}-{quant}")
+        for name, settings in SETTINGS.items()
+        for quant in ("nf4", "int4", "none")
     ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_what_is_saved_is_what_training_saw(
     config: TrainConfig, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], quant: str
@@ -195,7 +199,16 @@ def mean_loss(model: Any, tokenizer: Any, data: Path) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("settings", [{}, {"dora": True}, {"composable": 2}, {"start": "pissa"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"dora": True}, marks=pytest.mark.slow),
+        {"composable": 2},
+        pytest.param({"start": "pissa"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_run_goes_on_where_an_adapter_ended(config: TrainConfig, tiny_base: Path, settings: dict[str, Any]) -> None:
     train(replace(config, quant="nf4", **settings))
     model, tokenizer = load_base(Base.open(tiny_base), "nf4")

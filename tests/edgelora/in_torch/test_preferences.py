@@ -80,7 +80,7 @@ def dpo_loss(policy: Any, reference: Any, pairs: list[Pair], beta: float) -> flo
     return sum(losses) / len(losses)
 
 
-@pytest.mark.parametrize("quant", ["nf4", "none"])
+@pytest.mark.parametrize("quant", [pytest.param("nf4", marks=pytest.mark.slow), "none"])
 def test_the_loss_is_that_of_the_paper_and_falls(config: TrainConfig, tiny_base: Path, quant: str) -> None:
     """From ln 2, where both models agree. The adapter is then a plain one, which edgelora and PEFT read."""
     config = replace(config, quant=quant)

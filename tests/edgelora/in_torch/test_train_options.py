@@ -61,6 +61,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_trains(config: TrainConfig, optimizer: str) -> None:
     train(replace(config, optimizer=optimizer, max_steps=6))
@@ -77,6 +78,7 @@ def test_a_paged_optimizer_says_that_it_does_not_page_here(config: TrainConfig) 
     assert (line in said) == (not torch.cuda.is_available())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules_rise_in_warmup_and_then_take_their_course(config: TrainConfig, schedule: str) -> None:
     train(replace(config, schedule=schedule, max_steps=12, warmup=0.25, lr=1e-3))
@@ -112,6 +114,7 @@ def test_settings_reach_the_trainer(config: TrainConfig, trainers: list[Any]) ->
     assert arguments.gradient_checkpointing
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_and_recomputed_activations_change_nothing(config: TrainConfig) -> None:
     losses = []
     for number, settings in enumerate(({}, {"accumulation": 2}, {"gradient_checkpointing": True})):
@@ -171,7 +174,7 @@ def mean_loss(model: Any, tokenizer: Any, data: Path) -> float:
     return total / count
 
 
-@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])
 def test_the_adapter_of_the_best_or_the_last_validation_is_kept(config: TrainConfig, tmp_path: Path, keep: str) -> None:
     """Rows that contradict those that are learned, so that the validation loss rises at once."""
     rows = [{"prompt": f"the {word}\n", "completion": "a day in the sun"} for word in WORDS[:4]]
@@ -197,6 +200,7 @@ def test_patience_ends_a_run_that_gets_no_better(config: TrainConfig, tmp_path: 
     assert report.steps == report.kept_step + 6 < 200
 
 
+@pytest.mark.slow
 def test_a_share_of_the_rows_is_held_out(config: TrainConfig) -> None:
     report = train(replace(config, validation=0.3, max_steps=10))
     steps = [entry["step"] for entry in read_metrics(config.output) if "eval_loss" in entry]
@@ -206,25 +210,26 @@ def test_a_share_of_the_rows_is_held_out(config: TrainConfig) -> None:
 # --- what a run says and leaves ---------------------------------------------------------------------------------------------
 
 
-def test_the_estimate_comes_before_the_first_step(config: TrainConfig) -> None:
-    """Parameters, steps and tokens as they then are, and a trial that leaves the run as it was."""
-    write_rows(config.data, WORDS * 20)
+def test_the_estimate_comes_before_the_first_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters, steps and tokens as they then are."""
+    monkeypatch.setattr("edgelora.in_torch.run.estimate._WORTH", 10)
+    write_rows(config.data, WORDS * 4)
     said: list[tuple[str, int]] = []
     done: list[int] = []
     long = replace(config, max_steps=None, epochs=1.5, batch_size=4)
     report = train(long, on_message=lambda line: said.append((line, len(done))), on_progress=lambda step, *_: done.append(step))
-    assert report.steps == count_steps(long, 200) == 75
+    assert report.steps == count_steps(long, 40) == 15
     settings, estimate = (line for line, _ in said)
     assert {place for _, place in said} == {0}
     assert settings == (
         "settings: none base; rank 2, alpha 32 on all linear layers; adamw, lr 0.01, linear after 5% warmup; seed 0"
     )
     trained = sum(math.prod(tensor.shape) for tensor in load_factors(config.output))
-    assert f"to train: {trained:,} parameters in 75 steps of 4 rows, " in estimate
+    assert f"to train: {trained:,} parameters in 15 steps of 4 rows, " in estimate
     assert estimate.endswith("of memory on this machine")
     entries = read_metrics(config.output)
     tokens = int(estimate.split(" rows, ")[1].split(" tokens")[0].replace(",", ""))
-    assert entries[-1]["num_tokens"] == pytest.approx(tokens, rel=0.05)
+    assert entries[-1]["num_tokens"] == pytest.approx(tokens, rel=0.1)
 
 
 def load_factors(folder: Path) -> list[Any]:
@@ -234,9 +239,11 @@ def load_factors(folder: Path) -> list[Any]:
 
 
 def test_a_trial_leaves_the_run_as_it_was(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_rows(config.data, WORDS * 20)
-    config = replace(config, batch_size=4, max_steps=50, dropout=0.2)
-    train(config)
+    config = replace(config, dropout=0.2)
+    monkeypatch.setattr("edgelora.in_torch.run.estimate._WORTH", 1)
+    said: list[str] = []
+    train(config, on_message=said.append)
+    assert "of memory on this machine" in said[-1]
     monkeypatch.setattr("edgelora.in_torch.run.estimate._WORTH", 10**9)
     train(replace(config, output=config.output.with_name("b")))
     name = "adapter_model.safetensors"
@@ -266,7 +273,7 @@ def test_a_picture_shows_where_a_loss_lies() -> None:
     blue = [(x, y) for x in range(picture.width) for y in range(60, picture.height) if picture.getpixel((x, y)) == (31, 95, 168)]
     left, right = min(blue), max(blue)
     assert left[1] < 70 and right[1] > 400
-    assert left[0] < 90 and right[0] > 900
+    assert left[0] < 120 and right[0] > 900
 
 
 def test_one_step_is_enough_for_a_picture() -> None:

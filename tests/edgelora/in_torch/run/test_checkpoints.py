@@ -78,13 +78,14 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[list[int]]]:
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"accumulation": 2, "neftune": 5.0, "schedule": "cosine", "lora_plus": 4.0},
-        {"start": "pissa", "optimizer": "adamw_8bit"},
-        {"validation": 0.3, "validate_every": 3, "composable": 1, "dropout": 0.0},
-        {"start": "eva", "optimizer": "adafactor", "rslora": True},
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"accumulation": 2, "neftune": 5.0, "schedule": "cosine", "lora_plus": 4.0}, id="accumulation", marks=pytest.mark.slow
+        ),
+        pytest.param({"start": "pissa", "optimizer": "adamw_8bit"}, id="pissa", marks=pytest.mark.slow),
+        pytest.param({"validation": 0.3, "validate_every": 3, "composable": 1, "dropout": 0.0}, id="validation"),
+        pytest.param({"start": "eva", "optimizer": "adafactor", "rslora": True}, id="eva", marks=pytest.mark.slow),
     ],
-    ids=["plain", "accumulation", "pissa", "validation", "eva"],
 )
 def test_a_resumed_run_has_the_losses_and_the_rows_of_one_that_went_through(
     config: TrainConfig, batches: list[list[list[int]]], settings: dict[str, Any]
@@ -163,8 +164,8 @@ def test_a_half_written_checkpoint_is_none(config: TrainConfig) -> None:
     ("change", "message"),
     [
         ({"lr": 5e-3, "rank": 4}, r"rank is 4, was 2; lr is 0\.005, was 0\.01"),
-        ({"max_steps": STEPS + 1}, "max_steps is 13, was 12"),
-        ({"batch_size": 4}, "batch_size is 4, was 2"),
+        pytest.param({"max_steps": STEPS + 1}, "max_steps is 13, was 12", marks=pytest.mark.slow),
+        pytest.param({"batch_size": 4}, "batch_size is 4, was 2", marks=pytest.mark.slow),
     ],
 )
 def test_a_resume_with_other_settings_is_refused(config: TrainConfig, change: dict[str, Any], message: str) -> None:
