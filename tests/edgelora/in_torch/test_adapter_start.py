@@ -21,6 +21,7 @@ from edgelora.in_torch.adapter_start import add_adapter, set_start
 from edgelora.in_torch.train import load_base, train
 from edgelora.in_torch.train_config import TrainConfig
 from edgelora_export.base.base import Base
+from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import InputError
 from tests.tiny import make_base, torch_logits
 
@@ -165,8 +166,9 @@ def test_eva_starts_with_the_directions_of_the_inputs(config: TrainConfig, tiny_
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask.long())
     handle.remove()
-    adapted = add_adapter(config, model)
-    set_start(config, adapted, base, [batch])
+    with quiet_libraries():
+        adapted = add_adapter(config, model)
+        set_start(config, adapted, base, [batch])
     a = to_float64(adapted.get_submodule(f"base_model.model.{LAYER}").lora_A["default"].weight)
     inputs = to_float64(read[0][labels != -100])
     _, _, v = np.linalg.svd(inputs - inputs.mean(axis=0), full_matrices=False)  # PEFT takes principal components

@@ -169,7 +169,7 @@ def fail_with(error: Exception) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("place", ["save_adapter", "write_provenance", "replace"])
+@pytest.mark.parametrize("place", ["save_adapter", "write_provenance", "write_records"])
 @pytest.mark.parametrize(
     ("error", "kind"), [(OSError(28, "No space left on device"), ResourceError), (RuntimeError("odd"), EdgeloraError)]
 )
