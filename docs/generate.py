@@ -1,4 +1,4 @@
-"""Writes the pages that the code decides: the recipe's keys, the command line, and the map of source files.
+"""Writes the pages that the code decides: the recipe's keys, the command line, training's settings, and the map of source files.
 
 `python docs/generate.py` rewrites them; with `--check` it names those that differ from what the code gives, and exits with 1.
 """
@@ -75,6 +75,7 @@ def generate() -> dict[Path, str]:
     return {
         ROOT / "docs" / "reference" / "recipe.md": write_recipe_page(),
         ROOT / "docs" / "reference" / "command-line.md": write_command_page(),
+        ROOT / "docs" / "reference" / "training.md": write_settings_page(),
         ROOT / "docs" / "map.md": write_map(),
     }
 
@@ -191,6 +192,29 @@ def write_command_page() -> str:
     ]
     for path, command in _walk_commands(root, ("edgelora",)):
         lines += ["", f"{'#' * len(path)} {' '.join(path)}", "", *_describe_command(path, command)]
+    return "\n".join(lines) + "\n"
+
+
+def write_settings_page() -> str:
+    """The reference of training's settings, from TrainConfig."""
+    from edgelora.cli.train_options import list_settings, name_flag
+
+    lines = [
+        NOTE,
+        "",
+        "# Settings of training",
+        "",
+        "Each setting is an option of `edgelora train`, a key of the file that `--config` names, and a field of `TrainConfig`. "
+        "[Training](../guides/training.md) says what they are good for.",
+    ]
+    group = ""
+    for each in list_settings():
+        said = each.metadata
+        if said["group"] != group:
+            group = said["group"]
+            lines += ["", f"## {group}", "", *_table(("key", "option", "default", "values", "meaning"))]
+        values = ", ".join(f"`{choice}`" for choice in said["choices"]) or (said["limit"][1] if said["limit"] else "")
+        lines.append(_row(f"`{each.name}`", f"`{name_flag(each)}`", _show_default(each), values, _plain(said["meaning"])))
     return "\n".join(lines) + "\n"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 RUNTIME = ("numpy", "onnxruntime", "tokenizers", "safetensors", "jinja2", "typer", "rich")
 EXTRAS = {
     "export": ("torch", "transformers", "onnx", "onnx-ir", "ml-dtypes"),
-    "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets"),
+    "train": ("peft", "trl", "bitsandbytes", "accelerate", "datasets", "pillow"),
     "serve": ("starlette", "uvicorn"),
 }
 _GPUS = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}

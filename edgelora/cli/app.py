@@ -26,7 +26,7 @@ from edgelora.cli.serve import serve
 from edgelora.cli.terminal import print_json, print_note
 from edgelora.cli.train import train
 from edgelora_runtime import __version__
-from edgelora_runtime.errors import BROKEN_PIPE, INTERRUPTED, LONGEST_MESSAGE, EdgeloraError, make_printable
+from edgelora_runtime.errors import BROKEN_PIPE, INTERRUPTED, LONGEST_MESSAGE, TERMINATED, EdgeloraError, make_printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _report(message: str, code: int, as_json: bool) -> int:
-    if was_interrupted():  # a failure after a signal comes from the signal
+    if was_interrupted() and code not in (INTERRUPTED, TERMINATED):  # a failure after a signal comes from the signal
         message, code = describe_interruption()
     line = make_printable(message, LONGEST_MESSAGE)
     print_note(f"edgelora: {line}")

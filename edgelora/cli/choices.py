@@ -19,12 +19,19 @@ DTYPES = ("float32", "float16", "bfloat16")
 
 
 def choose(
-    choices: Sequence[str], meaning: str, *, kind: str | None = None, several: bool = False, panel: str | None = None
+    choices: Sequence[str],
+    meaning: str,
+    *,
+    kind: str | None = None,
+    several: bool = False,
+    panel: str | None = None,
+    hidden: bool = False,
 ) -> Any:
     """Returns a typer option that takes one of the choices.
 
     meaning: what --help says. kind: a word for the choices, if there are too many to stand beside the option; --help then lists
     them after the meaning. several: it takes some of them, separated by commas. panel: the heading of its group in --help.
+    hidden: --help leaves it out.
     """
 
     def check(parameter: typer.CallbackParam, value: str | None) -> str | None:
@@ -41,4 +48,4 @@ def choose(
     form = "|".join(choices)
     if kind is not None:
         form, meaning = f"{kind},…" if several else kind, f"{meaning} Choices: {', '.join(choices)}."
-    return typer.Option(metavar=form, help=meaning, callback=check, autocompletion=complete, rich_help_panel=panel)
+    return typer.Option(metavar=form, help=meaning, callback=check, autocompletion=complete, rich_help_panel=panel, hidden=hidden)

@@ -56,6 +56,32 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+@contextmanager
+def stop_when_interrupted(note: str | None) -> Iterator[Callable[[], bool]]:
+    """Yields a function that is True once one of the signals has come, so that work can end where nothing is lost.
+
+    note: what the user is then told, in one line, if anything. The second signal ends the work as elsewhere.
+    """
+
+    def ask(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (a handler's signature)
+        global _received
+        _received = signal.Signals(number)
+        if note is not None:
+            os.write(2, f"{note}\n".encode())  # print could come in the midst of another print
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    before = {each: signal.getsignal(each) for each in _WORDS if signal.getsignal(each) is not signal.SIG_IGN}
+    for each in before:
+        signal.signal(each, ask)
+    asked = _received
+    try:
+        yield lambda: _received is not asked
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def was_interrupted() -> bool:
     """True if one of the signals has come, whatever became of it."""
     return _received is not None

@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.adapters.folder import write_provenance
+from edgelora.adapters.folder import WEIGHTS, write_provenance
+from edgelora.in_torch.adapter_start import START, join_start
+from edgelora.in_torch.run.checkpoints import save_weights
 from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime.errors import InputError, ResourceError
 
@@ -39,15 +41,22 @@ def check_factors(model: Any) -> None:
 def save_adapter(model: Any, folder: Path) -> None:
     """Writes PEFT's two files, with factors in fp16, or in fp32 if a number is too large for that.
 
+    An adapter that subtracts its start is joined with it, in fp32, as fp16 would round away what is left of the two.
     Deletes PEFT's model card, which is an empty template.
     """
     import torch
 
+    if START in model.peft_config:
+        tensors, config = join_start(model)
+        save_weights({name: tensor.float().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        return
     factors = list(_factors(model))
     fits = all(float(parameter.abs().max()) <= _LARGEST_FP16 for _, parameter in factors)
     for _, parameter in factors:
         parameter.data = parameter.data.to(torch.float16 if fits else torch.float32)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, selected_adapters=["default"])  # beside it, preferences keep what they compare with
     (folder / "README.md").unlink(missing_ok=True)
 
 
@@ -77,5 +86,5 @@ def _places(output: Path) -> Iterator[Path]:
 
 def _factors(model: Any) -> Iterator[tuple[str, Any]]:
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or "lora_A" in name:  # lora_A is frozen in a composable adapter
+        if parameter.requires_grad or "lora_A.default" in name:  # frozen in a composable adapter
             yield name, parameter

@@ -40,7 +40,7 @@ def test_adapter_and_provenance_are_written(config: TrainConfig, tiny_base: Path
     assert (report.rows, report.steps, report.base_sha256) == (6, 4, Base.open(tiny_base).sha256)
     assert report.train_loss > 0
     assert sorted(path.name for path in config.output.iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors", "edgelora.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "edgelora.json", "loss.png", "metrics.jsonl",
     ]  # fmt: skip
     factors = load_file(config.output / "adapter_model.safetensors")
     assert {array.dtype for array in factors.values()} == {np.dtype(np.float16)}
@@ -112,7 +112,7 @@ def test_int4_base_is_on_the_export_grid(tiny_base: Path) -> None:
         ([], "holds no rows"),
         (["text"], "line 1 is str, not an object"),
         ([*ROWS, {"prompt": "x"}], "line 7 has no completion"),
-        ([{"prompt": 1, "completion": "y"}], "line 1 has no prompt"),
+        ([{"prompt": 1, "completion": "y"}], "line 1 has no text as prompt"),
     ],
 )
 def test_bad_rows_are_named(config: TrainConfig, rows: list[Any], message: str) -> None:

@@ -169,7 +169,7 @@ def fail_with(error: Exception) -> Any:
     return fail
 
 
-@pytest.mark.parametrize("place", ["save_adapter", "write_provenance", "replace"])
+@pytest.mark.parametrize("place", ["save_adapter", "write_provenance", "write_records"])
 @pytest.mark.parametrize(
     ("error", "kind"), [(OSError(28, "No space left on device"), ResourceError), (RuntimeError("odd"), EdgeloraError)]
 )
@@ -236,6 +236,10 @@ def test_every_field_can_stand_in_a_config_file(tmp_path: Path) -> None:
     path.write_text(
         'base = "b"\ndata = "d"\noutput = "o"\nquant = "none"\nrank = 1\nalpha = 2\nepochs = 1.5\nlr = 1e-3\n'
         "max_steps = 1\nseed = 0\nbatch_size = 1\nwarmup = 0\ndropout = 0.0\nrslora = true\ntarget_modules = []\nmax_length = 9\n"
-        "gradient_checkpointing = false\ncomposable = 1\n[template_options]\nenable_thinking = false\n"
+        "gradient_checkpointing = false\ncomposable = 1\naccumulation = 1\nschedule = 'cosine'\noptimizer = 'adamw'\n"
+        "weight_decay = 0.1\nmax_grad_norm = 1\nlora_plus = 16\nneftune = 5\nmodules_to_save = ['lm_head']\ndora = true\n"
+        "start = 'eva'\nfrom_adapter = 'a'\npreferences = false\nbeta = 0.1\nvalidation = 0.05\nvalidate_every = 10\n"
+        "patience = 3\nkeep = 'best'\ncheckpoint_every = 50\ncheckpoint_minutes = 10\nresume = true\nreport_to = ['wandb']\n"
+        "log_every = 5\npacking = true\nformat = 'auto'\n[template_options]\nenable_thinking = false\n"
     )
     assert set(read_train_config(path)) == set(train_config.TrainConfig.__dataclass_fields__)
