@@ -25,7 +25,8 @@ class Provenance:
     a mix of adapters that differ in it. data_sha256: hash of the training file. data_file: its path relative to the adapter's
     folder, or "" if unknown. init: how A and B were initialized, or "composed: …" or "learned: …" for a mix.
     rows_cut, rows_left_out: of data_rows, those that were cut to the maximum length, and those with nothing to learn within it.
-    template_options: what the chat template got in training beside the messages.
+    template_options: what the chat template got in training beside the messages. merge_aware: True if training computed with the
+    merged weights on the int4 grid, whose codes export keeps.
     """
 
     base_name: str
@@ -43,6 +44,7 @@ class Provenance:
     rows_cut: int = 0
     rows_left_out: int = 0
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    merge_aware: bool = False
 
 
 def pack_provenance(provenance: Provenance) -> str:

@@ -13,6 +13,7 @@ from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.data.calibration import hash_data
 from edgelora.data.encode_rows import LearnedTokens, RowEncoder
 from edgelora.data.rows import read_rows
+from edgelora.in_torch.merge_aware import check_merge_aware, hold_merged
 from edgelora.in_torch.save_adapter import check_factors, check_room, keep_adapter, save_adapter
 from edgelora.in_torch.target_modules import check_targets
 from edgelora.in_torch.trainer import compute_dtype, make_trainer
@@ -58,9 +59,11 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
     Raises InputError for unusable data, base or output, before the base is loaded where that can be, and then leaves the output
     unchanged. A failure after the last step keeps the trained adapter, and the error says where.
     """
-    _require_packages()
+    require_packages()
     rows, data_sha256 = read_rows(config.data), hash_data(config.data)  # before the imports, which take seconds
     base = Base.find(config.base)  # refuses now what export would refuse after the training
+    if config.merge_aware:
+        check_merge_aware(base)
 
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
 
@@ -74,7 +77,10 @@ def train(config: TrainConfig, *, on_progress: Callable[[int, int, str], None] =
             from transformers import set_seed  # here, as it loads libraries that print
 
             set_seed(config.seed)
-            trainer = make_trainer(config, load_held_base(base, config.quant), tokenizer, folder, encoded, on_progress)
+            held = load_held_base(base, config.quant, merge_aware=config.merge_aware)
+            trainer = make_trainer(config, held, tokenizer, folder, encoded, on_progress)
+            if config.merge_aware:
+                hold_merged(trainer.model, base.config)
             check_room(trainer.model, folder)
             started = time.perf_counter()
             result = trainer.train()
@@ -139,22 +145,27 @@ def _describe_run(config: TrainConfig, base: Base, data_sha256: str, *, rows: in
         rows_cut=cut,
         rows_left_out=left_out,
         template_options=dict(config.template_options),
+        merge_aware=config.merge_aware,
     )
 
 
 def load_base(base: Base, quant: str) -> tuple[Any, Any]:
     """Loads a base as training holds it, and its tokenizer. See load_held_base."""
-    _require_packages()
+    require_packages()
     tokenizer = load_tokenizer(base)
     return load_held_base(base, quant), tokenizer
 
 
-def load_held_base(base: Base, quant: str) -> Any:
-    """Loads a base as training holds it, on a GPU if there is one."""
+def load_held_base(base: Base, quant: str, *, merge_aware: bool = False) -> Any:
+    """Loads a base as training holds it, on a GPU if there is one.
+
+    merge_aware: True leaves the weights in float32, for hold_merged() to round together with the adapter.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
-    dtype = compute_dtype()
+    dtype = torch.float32 if merge_aware else compute_dtype()
+    quant = "none" if merge_aware else quant
     nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -166,7 +177,8 @@ def load_held_base(base: Base, quant: str) -> Any:
     return model
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raises MissingExtraError for packages of training that are not installed."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(", ".join(missing), "train")

@@ -25,6 +25,8 @@ class TrainConfig:
     output: folder for the adapter.
     quant: how the base is held during training: nf4 (bitsandbytes, double-quantized, arXiv 2305.14314), int4 (the grid that
     export writes, so training sees the weights that ship) or none.
+    merge_aware: with int4, compute with the weights of the merged variant, Q(W + s·B·A), whose codes export then keeps (see
+    merge_aware.py).
     rank, alpha: LoRA's (arXiv 2106.09685). rslora scales by alpha / √rank. target_modules: None for each linear layer except the
     head. epochs: passes over the data. max_steps overrides it. batch_size: rows per optimizer step. lr: peak learning rate,
     reached after warmup (a share of all steps), then decaying linearly to 0. max_length: in tokens. Longer rows are cut at their
@@ -39,6 +41,7 @@ class TrainConfig:
     data: Path
     output: Path
     quant: str = "nf4"
+    merge_aware: bool = False
     rank: int = 16
     alpha: float = 32.0
     epochs: float = 1.0
@@ -59,6 +62,7 @@ class TrainConfig:
         wrong = list_wrong(
             (
                 ("quant", self.quant, self.quant in QUANTS, f"one of {', '.join(QUANTS)}"),
+                ("merge_aware", self.merge_aware, not self.merge_aware or self.quant == "int4", "used with quant = 'int4'"),
                 ("rank", self.rank, self.rank >= 1, "1 or more"),
                 ("alpha", self.alpha, 0 < self.alpha < math.inf, "more than 0"),
                 ("epochs", self.epochs, 0 < self.epochs < math.inf, "more than 0"),
@@ -68,6 +72,12 @@ class TrainConfig:
                 ("batch_size", self.batch_size, self.batch_size >= 1, "1 or more"),
                 ("warmup", self.warmup, 0 <= self.warmup < 1, "a share, 0 or more and less than 1"),
                 ("dropout", self.dropout, 0 <= self.dropout < 1, "a share, 0 or more and less than 1"),
+                (
+                    "dropout",
+                    self.dropout,
+                    not (self.merge_aware and self.dropout),
+                    "0 with merge_aware, as a merged weight has none",
+                ),
                 ("max_length", self.max_length, self.max_length >= 2, "2 or more"),
                 ("composable", self.composable, self.composable is None or self.composable >= 0, "a slot, 0 or more"),
             )
