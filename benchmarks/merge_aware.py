@@ -55,8 +55,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for adapters, bundles and results; all are reused")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--steps", type=int, default=STEPS, help="of training")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per step of training")
     parser.add_argument("--heal", type=int, default=200, help="steps of healing")
     parser.add_argument("--rows", type=int, default=150, help="test rows per task")
     parser.add_argument("--speed", action="store_true", help="measure tokens/s of training instead")
@@ -66,7 +67,7 @@ def main() -> None:
         ratios = measure_speed(arguments.output)
         print_json(ratios) if arguments.json else print_note(f"merge-aware / plain int4, rows/s: {ratios}")
         return
-    results = {task: [measure(arguments, task, seed) for seed in range(arguments.seeds)] for task in arguments.tasks}
+    results = {task: [measure(arguments, task, seed) for seed in arguments.seeds] for task in arguments.tasks}
     if arguments.json:
         print_json(results)
         return
@@ -106,7 +107,12 @@ def make_adapters(arguments: argparse.Namespace, base: Path, rows: Path, folder:
     for arm, quant in ((ARMS[0], "nf4"), (ARMS[2], "int4")):
         if not adapters[arm].exists():
             print_note(f"training {rows.stem}, {arm}, seed {seed}")
-            settings: dict[str, Any] = {"lr": LEARNING_RATE, "max_steps": arguments.steps, "seed": seed}
+            settings: dict[str, Any] = {
+                "lr": LEARNING_RATE,
+                "max_steps": arguments.steps,
+                "batch_size": arguments.batch_size,
+                "seed": seed,
+            }
             train(TrainConfig(str(base), rows, adapters[arm], quant=quant, merge_aware=quant == "int4", **settings))
     if not adapters["healed"].exists():
         print_note(f"healing {rows.stem}, seed {seed}")

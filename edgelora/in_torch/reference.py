@@ -41,8 +41,8 @@ def write_with_torch(
     found = Base.find(base)
     with quiet_libraries(whole_process=False):
         tokenizer = load_tokenizer(found)
-        model = load_held_base(found, quant) if adapter is None else load_adapted(found, adapter, quant)
-        return write_completions(model.eval(), RowEncoder(tokenizer), rows, max_tokens, on_progress)
+        model = _stop_training(load_held_base(found, quant)) if adapter is None else load_adapted(found, adapter, quant)
+        return write_completions(model, RowEncoder(tokenizer), rows, max_tokens, on_progress)
 
 
 def load_adapted(base: Base, adapter: Path, quant: str) -> Any:
@@ -63,7 +63,20 @@ def load_merged(base: Base, adapter: Path, *, trainable: bool = False) -> Any:
 def _put_on(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, adapter, is_trainable=trainable).eval()
+    return _stop_training(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
+
+
+def _stop_training(model: Any) -> Any:
+    """Turns dropout off, and computes NF4 products as training does.
+
+    For evaluation on a CPU with AVX-512 BF16, bitsandbytes repacks a weight with scales in bf16, or fails if its width is no
+    multiple of a block: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py, forward
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+    return model
 
 
 def write_completions(

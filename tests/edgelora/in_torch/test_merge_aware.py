@@ -16,7 +16,7 @@ from edgelora.adapters.folder import read_provenance
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.in_torch.merge_aware import check_merge_aware, hold_merged
-from edgelora.in_torch.reference import load_merged, write_with_torch
+from edgelora.in_torch.reference import load_adapted, load_merged
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
 from edgelora_export.base.base import Base
@@ -70,8 +70,8 @@ def test_exported_variant_computes_what_training_computed(trained: tuple[str, Pa
     with Runtime(tmp_path / "bundle", kernels="onnxruntime") as runtime:
         kept, half = (runtime.logits(tokens, variant=name) for name in ("kept", "half"))
     spread = float(np.std(wanted))
-    assert np.abs(kept - wanted).max() < 0.15 * spread  # activations of int8, which training does not round
-    assert np.abs(half - wanted).max() > 0.3 * spread
+    assert np.sqrt(np.square(kept - wanted).mean()) < 0.05 * spread  # activations of int8, which training does not round
+    assert np.sqrt(np.square(half - wanted).mean()) > 0.1 * spread
     variant = manifest.variants["kept"]
     assert variant.own_vocab == (("embedding", "head") if kind == TIED_PADDED else ("head",))
     assert variant.calibration is None
@@ -84,16 +84,15 @@ def test_exported_variant_computes_what_training_computed(trained: tuple[str, Pa
     assert max(product.noise for product in other.products.values()) > 1e-2
 
 
-def test_torch_writes_what_the_bundle_writes(trained: tuple[str, Path, Path], tmp_path: Path) -> None:
+def test_reference_in_torch_is_merged(trained: tuple[str, Path, Path]) -> None:
+    """Whatever base the caller names, a merge-aware adapter runs as it was trained."""
     _, base, adapter = trained
-    from edgelora.data.rows import read_rows
-
-    rows = read_rows(adapter.parent / "rows.jsonl")[:12]
-    export(make_recipe(base, adapter), tmp_path / "bundle", gate="off")
-    written = write_with_torch(str(base), adapter, rows, max_tokens=6)
-    with Runtime(tmp_path / "bundle") as runtime:
-        found = [runtime.generate(str(row.prompt), variant="kept", max_tokens=6).text for row in rows]
-    assert sum(one == other for one, other in zip(written, found, strict=True)) >= 11
+    tokens = random_tokens(20)
+    found, wanted = (
+        torch_logits(model, tokens)
+        for model in (load_adapted(Base.open(base), adapter, "nf4"), load_merged(Base.open(base), adapter))
+    )
+    np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.fixture
@@ -107,13 +106,18 @@ def test_forward_pass_is_that_of_the_rounded_merged_model(held: Any, tiny_base: 
     """PEFT merges, and export's quantizer rounds every linear layer, the embedding and the head."""
     from peft import PeftModel
 
-    merged: Any = PeftModel.from_pretrained(load_base(tiny_base), tmp_path / "adapter").merge_and_unload()
+    adapted: Any = PeftModel.from_pretrained(load_base(tiny_base), tmp_path / "adapter")
+    for model in (adapted, held):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # so that fp16 holds the factors
+                parameter.data = parameter.data.half().float()
+    merged = adapted.merge_and_unload()
     for module in merged.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
             module.weight.data = torch.from_numpy(quantize_rtn(module.weight.data.numpy()).dequantize())
     tokens = random_tokens(30)
-    difference = np.abs(torch_logits(held, tokens) - torch_logits(merged, tokens)).max()
-    assert difference < 0.02  # factors are rounded to fp16 first, which moves a few codes
+    found, wanted = torch_logits(held, tokens), torch_logits(merged, tokens)
+    assert np.abs(found - wanted).max() < 0.02 * np.std(wanted)  # PEFT adds in another order, which may move a code
 
 
 def test_gradients_are_those_of_the_unrounded_sum(held: Any) -> None:
@@ -149,6 +153,7 @@ def test_weight_follows_its_factors(held: Any, tiny_base: Path) -> None:
     np.testing.assert_allclose(bare, torch_logits(rounded, tokens), atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.lora_bias=True")
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
