@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora.mix.weights import EVERYWHERE
-from edgelora_export.plan.adapted_decoder import adapt_decoder
 from edgelora_export.plan.variants import Delta, Quantization
 from edgelora_export.quantize.int4 import quantize_rtn
 
@@ -65,9 +64,10 @@ def find_kept(mix: Mix, decoder: Decoder) -> MergedOnGrid | None:
     provenance = mix.adapters[name].provenance
     if not whole or provenance is None or not provenance.merge_aware:
         return None
-    adapted = adapt_decoder(decoder, mix)
     parts = {part.module: part for linear in decoder.linears for part in linear.parts}
-    return MergedOnGrid(mix, parts, {*adapted.vocab_modules.values()})
+    if not mix.modules <= parts.keys() or mix.biased:  # merge-aware training changes no other
+        return None
+    return MergedOnGrid(mix, parts, {*decoder.vocab_modules.values()})
 
 
 def same_grid(quantization: Quantization) -> bool:

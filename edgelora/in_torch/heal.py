@@ -21,21 +21,21 @@ from edgelora.data.calibration import find_training_data, gather_samples, read_g
 from edgelora.data.encode_rows import RowEncoder
 from edgelora.in_torch.merge_aware import check_merge_aware
 from edgelora.in_torch.reference import load_adapted, load_merged
-from edgelora.in_torch.save_adapter import check_factors, check_room, save_adapter
+from edgelora.in_torch.save_adapter import check_factors, check_room, keep_adapter, save_adapter
 from edgelora.in_torch.train import require_packages
 from edgelora.in_torch.trainer import compute_dtype
 from edgelora_export.base.base import Base
 from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.weights.publish import staged_folder
-from edgelora_export.weights.torch_model import quiet_libraries
-from edgelora_runtime.errors import InputError, list_wrong
+from edgelora_export.weights.torch_model import first_line, quiet_libraries
+from edgelora_runtime.errors import EdgeloraError, InputError, ResourceError, list_wrong
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import torch
 
-HEAL_LR = 5e-4
+HEAL_LR = 1e-3
 _LOGITS = 1 << 26  # numbers in the logits of one forward pass
 _WARMUP = 0.05  # of all steps
 _HELD_OUT, _MOST_HELD_OUT = 8, 32  # one sample in this many measures the result, and so many at most
@@ -47,7 +47,8 @@ class HealConfig:
 
     base: folder, GGUF file or hub id. adapter: a PEFT folder of plain LoRA. output: folder for the healed adapter. steps: of the
     optimizer. data: JSON lines of rows or texts, whose answers do not count as labels. None takes the adapter's own training rows
-    if edgelora.json finds them, else general text. quant: how training held the base, for an adapter without edgelora.json.
+    if edgelora.json finds them, else general text. quant: how training held the base, for an adapter without edgelora.json. None
+    means unquantized.
     lr: peak learning rate, reached after a short warmup, then decaying linearly to 0. batch_size: rows per step. max_length: in
     tokens. Longer rows are cut.
     """
@@ -57,7 +58,7 @@ class HealConfig:
     output: Path
     steps: int = 100
     data: Path | None = None
-    quant: str = "none"
+    quant: str | None = None
     lr: float = HEAL_LR
     batch_size: int = 8
     max_length: int = 256
@@ -98,7 +99,8 @@ def heal(config: HealConfig, *, on_progress: Callable[[int, int, str], None] = l
     """Trains an adapter's factors so that its merged int4 variant says what the unmerged adapter says.
 
     Calls on_progress(done, total, "steps") after every step. Raises InputError for an adapter that is no plain LoRA, is
-    merge-aware already or is of another base, and for unusable data, and then leaves the output unchanged.
+    merge-aware already or is of another base, and for unusable data, and then leaves the output unchanged. A failure after the
+    last step keeps the healed adapter, and the error says where.
     """
     require_packages()
     base = Base.find(config.base)
@@ -108,25 +110,32 @@ def heal(config: HealConfig, *, on_progress: Callable[[int, int, str], None] = l
 
     import datasets  # noqa: F401  (before quiet_libraries, which then silences its progress bars)
 
-    with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
-        import torch
-
-        options = provenance.template_options if provenance is not None else {}
-        samples, source = gather_texts(config, adapter, RowEncoder(load_tokenizer(base), options))
-        count = min(_MOST_HELD_OUT, len(samples) // _HELD_OUT)
-        held_out, fit = samples[:count] or samples, samples[count:]
-        torch.manual_seed(config.seed)
-        teacher = load_adapted(base, config.adapter, _find_quant(config, provenance))
-        student = load_merged(base, config.adapter, trainable=True)
-        check_room(student, folder)
-        before = _measure(teacher, student, held_out)
-        started = time.perf_counter()
-        _distil(config, teacher, student, fit, on_progress)
-        seconds = time.perf_counter() - started
-        check_factors(student)
-        after = _measure(teacher, student, held_out)
-        save_adapter(student, folder)
-        write_provenance(folder, _describe(config, adapter, base))
+    healed: Any = None
+    described = _describe(config, adapter, base)
+    try:
+        with staged_folder(config.output, marker=CONFIG) as folder, quiet_libraries(whole_process=False):
+            options = provenance.template_options if provenance is not None else {}
+            samples, source = gather_texts(config, adapter, RowEncoder(load_tokenizer(base), options))
+            count = min(_MOST_HELD_OUT, len(samples) // _HELD_OUT)
+            held_out, fit = samples[:count] or samples, samples[count:]
+            held = adapter.trained_on if adapter.trained_on in TRAINED_ON else "none"  # a mix may be "mixed"
+            teacher = load_adapted(base, config.adapter, held)
+            student = load_merged(base, config.adapter, trainable=True)
+            check_room(student, folder)
+            before = _measure(teacher, student, held_out)
+            started = time.perf_counter()
+            _distil(config, teacher, student, fit, on_progress)
+            seconds = time.perf_counter() - started
+            check_factors(student)
+            after = _measure(teacher, student, held_out)
+            healed = student
+            save_adapter(healed, folder)
+            write_provenance(folder, described)
+    except Exception as error:
+        if healed is None:
+            raise
+        kind = ResourceError if isinstance(error, OSError) else EdgeloraError
+        raise kind(f"{first_line(error)}; {keep_adapter(healed, config.output, described)}") from error
     return HealReport(config.output, config.steps, len(fit), source, before, after, seconds)
 
 
@@ -143,19 +152,13 @@ def gather_texts(config: HealConfig, adapter: Adapter, encoder: RowEncoder) -> t
 
 def _open_adapter(config: HealConfig, base: Base) -> Adapter:
     """Opens the adapter to heal. Raises InputError for one that cannot or need not be healed."""
-    adapter = Adapter.open(config.adapter, base=base.config)
+    adapter = Adapter.open(config.adapter, base=base.config, trained_on=config.quant)
     check_same_base({adapter.name: adapter}, base.sha256)
     if not (config.adapter / CONFIG).is_file():
         raise InputError(f"adapter {config.adapter}: --heal takes a PEFT folder; write one with edgelora compose")
     if adapter.provenance is not None and adapter.provenance.merge_aware:
         raise InputError(f"adapter {config.adapter} is merge-aware already; export it as it is")
     return adapter
-
-
-def _find_quant(config: HealConfig, provenance: Provenance | None) -> str:
-    """Finds how to hold the teacher's base. A mix of adapters that differ in it is a teacher on the float base."""
-    held = config.quant if provenance is None else provenance.base_quantization
-    return held if held in TRAINED_ON else "none"
 
 
 def _distil(

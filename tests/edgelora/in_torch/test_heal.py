@@ -14,7 +14,7 @@ from edgelora.adapters.folder import read_provenance, write_provenance
 from edgelora.in_torch.heal import HealConfig, heal
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
-from edgelora_runtime.errors import InputError
+from edgelora_runtime.errors import InputError, ResourceError
 from tests.edgelora.in_torch.test_merge_aware import write_rows
 from tests.tiny import make_adapter, make_base
 
@@ -66,6 +66,24 @@ def test_healed_adapter_is_not_healed_again(plain: tuple[Path, Path, Path], tmp_
     write_provenance(tmp_path / "adapter", replace(provenance, merge_aware=True))
     with pytest.raises(InputError, match="merge-aware already"):
         heal(HealConfig(str(plain[0]), tmp_path / "adapter", tmp_path / "healed"))
+
+
+def test_another_form_of_the_base_than_recorded_is_refused(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="says 'nf4'"):
+        heal(HealConfig(str(plain[0]), plain[1], tmp_path / "healed", quant="int4"))
+
+
+def test_adapter_that_cannot_be_written_is_kept(
+    plain: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edgelora.in_torch.heal.write_provenance", fail)
+    with pytest.raises(ResourceError, match=r"No space left.*is kept in .*healed\.kept"):
+        heal(HealConfig(str(plain[0]), plain[1], tmp_path / "healed", steps=1))
+    assert not (tmp_path / "healed").exists()
+    assert (tmp_path / "healed.kept" / "adapter_model.safetensors").exists()
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
