@@ -63,8 +63,10 @@ class _MergedForward:
     def __init__(self, layer: Any, part: Part) -> None:
         (self._name,) = layer.lora_A
         self._layer, self._part = layer, part
-        self._seen: Any = None
-        self._weight: torch.Tensor | None = None
+        self._weight: torch.Tensor | None = None  # of the scale and the factors below
+        self._scale: float
+        self._a: torch.Tensor
+        self._b: torch.Tensor
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ARG002  (PEFT's signature)
         from torch.nn.functional import linear
@@ -78,19 +80,21 @@ class _MergedForward:
         return y + (low - low.detach())  # adds 0, with the gradient of the adapter's own path
 
     def _merge(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """Returns Q(W + s·B·A), float32 (N, K), anew only after a change of a factor."""
+        """Returns Q(W + s·B·A), float32 (N, K), rounded anew only after a change.
+
+        The factors themselves are compared: a fused optimizer changes them without a trace in torch's version counter.
+        """
         import torch
 
-        layer, name = self._layer, self._name
-        factors = layer.lora_A[name].weight, layer.lora_B[name].weight
-        state = (layer.disable_adapters, layer.scaling[name], *((each.data_ptr(), each._version) for each in factors))
-        if self._weight is None or state != self._seen:
-            device = layer.base_layer.weight.device.type
-            with torch.no_grad(), torch.autocast(device, enabled=False):
-                weight = layer.base_layer.weight.float()
-                if not layer.disable_adapters:
-                    weight = weight + (b.float() * layer.scaling[name]) @ a.float()
-                self._weight, self._seen = _round(weight, self._part), state
+        layer = self._layer
+        scale = 0.0 if layer.disable_adapters else layer.scaling[self._name]
+        if self._weight is not None and scale == self._scale and torch.equal(a, self._a) and torch.equal(b, self._b):
+            return self._weight
+        weight = layer.base_layer.weight
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            merged = weight.float() + (b.float() * scale) @ a.float() if scale else weight.float()
+            self._weight = _round(merged, self._part)
+        self._scale, self._a, self._b = scale, a.detach().clone(), b.detach().clone()
         return self._weight
 
 

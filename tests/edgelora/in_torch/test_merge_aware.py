@@ -153,6 +153,22 @@ def test_weight_follows_its_factors(held: Any, tiny_base: Path) -> None:
     np.testing.assert_allclose(bare, torch_logits(rounded, tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_weight_follows_an_optimizer(held: Any, fused: bool) -> None:
+    """The trainer's default is the fused one, which leaves torch's version counters as they are."""
+    factors = [parameter for parameter in held.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(factors, lr=0.02, fused=fused)
+    ids = torch.tensor([random_tokens(24)])
+    losses = []
+    for _ in range(12):
+        loss = held(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
 @pytest.mark.parametrize(
     ("settings", "named"),
