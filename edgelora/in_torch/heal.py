@@ -182,7 +182,7 @@ def _distil(
         batch = [samples[next(order)] for _ in range(config.batch_size)]
         tokens = sum(map(len, batch))
         for part in _split(batch, student.config.vocab_size):
-            divergence = _diverge(teacher, student, part) / tokens
+            divergence: Any = _diverge(teacher, student, part) / tokens
             if not bool(divergence.isfinite()):
                 raise InputError(f"healing diverged at step {step + 1}; lower --lr")
             divergence.backward()

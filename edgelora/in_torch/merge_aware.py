@@ -32,7 +32,7 @@ def check_merge_aware(base: Base) -> None:
         )
 
 
-def hold_merged(model: Any, config: Mapping[str, Any]) -> None:
+def hold_merged(model: Any, config: dict[str, Any]) -> None:
     """Makes a PEFT model compute with its merged weights on export's grid, now and after each change of its factors.
 
     model: over the float base, in float32. config: the base's config.json. Other linear layers and the embedding are rounded in
@@ -42,7 +42,9 @@ def hold_merged(model: Any, config: Mapping[str, Any]) -> None:
     from peft.tuners.lora import LoraLayer
 
     parts = {part.module: part for linear in read_decoder(config).linears for part in linear.parts}
-    adapted = {name.removeprefix(_PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted: dict[str, Any] = {
+        name.removeprefix(_PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+    }
     _check_layers(adapted, parts)
     inside = {id(child) for layer in adapted.values() for child in layer.modules()}
     done: set[int] = set()  # a tied head shares the embedding's tensor

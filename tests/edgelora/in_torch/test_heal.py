@@ -80,7 +80,7 @@ def test_adapter_that_cannot_be_written_is_kept(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("edgelora.in_torch.heal.write_provenance", fail)
-    with pytest.raises(ResourceError, match=r"No space left.*is kept in .*healed\.kept"):
+    with pytest.raises(ResourceError, match=r"no space left.*is kept in .*healed\.kept"):
         heal(HealConfig(str(plain[0]), plain[1], tmp_path / "healed", steps=1))
     assert not (tmp_path / "healed").exists()
     assert (tmp_path / "healed.kept" / "adapter_model.safetensors").exists()

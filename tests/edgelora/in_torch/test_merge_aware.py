@@ -125,7 +125,7 @@ def test_gradients_are_those_of_the_unrounded_sum(held: Any) -> None:
     a, b = (factors["default"].weight for factors in (layer.lora_A, layer.lora_B))
     for factor in (a, b):  # so that fp16 holds them
         factor.data = factor.data.half().float()
-    x = torch.randn(7, a.shape[1], requires_grad=True)
+    x: Any = torch.randn(7, a.shape[1], requires_grad=True)
     seen = torch.randn(7, b.shape[0])
     y = layer(x)
     y.backward(seen)
@@ -165,8 +165,8 @@ def test_weight_follows_an_optimizer(held: Any, fused: bool) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < 0.7 * losses[0]
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.3, losses
 
 
 @pytest.mark.filterwarnings("ignore:.lora_bias=True")
