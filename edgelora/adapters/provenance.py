@@ -27,6 +27,7 @@ class Provenance:
     rows_cut, rows_left_out: of data_rows, those that were cut to the maximum length, and those with nothing to learn within it.
     template_options: what the chat template got in training beside the messages. loss_on: by what the tokens with loss were told,
     and in how many rows: "completion" of texts, "generation marks" of the chat template, or "prefixes" of the conversation.
+    merge_aware: True if training computed with the merged weights on the int4 grid, whose codes export keeps.
     """
 
     base_name: str
@@ -45,6 +46,7 @@ class Provenance:
     rows_left_out: int = 0
     template_options: Mapping[str, Any] = field(default_factory=dict)
     loss_on: Mapping[str, int] = field(default_factory=dict)
+    merge_aware: bool = False
 
 
 def pack_provenance(provenance: Provenance) -> str:

@@ -14,6 +14,7 @@ from edgelora.adapters.checks import check_same_base, check_shapes, list_no_fact
 from edgelora.adapters.folder import open_adapters
 from edgelora.exporting.calibration_sets import CalibrationSets
 from edgelora.exporting.draft_tables import make_draft_tables
+from edgelora.exporting.kept_codes import explain_not_kept, find_kept, same_grid
 from edgelora.exporting.trained_base import find_quantization, read_trained_base
 from edgelora.mix.mix import Mix
 from edgelora.mix.weights import EVERYWHERE
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from edgelora.exporting.recipe import Recipe, VariantRecipe
     from edgelora_export.decoder.description import Decoder
     from edgelora_export.plan.calibration import Calibration
-    from edgelora_export.plan.variants import PackedRouter
+    from edgelora_export.plan.variants import Delta, PackedRouter
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,15 @@ def _plan_variants(
     for name, variant in recipe.variants.items():
         plan = plan_mix(name, variant, sources.adapters)
         mix = plan.delta
+        kept = find_kept(mix, decoder) if isinstance(mix, Mix) and plan.live is None else None
+        if kept is not None and "trained" in (variant.merge_base or recipe.merge_base):
+            raise InputError(
+                f"variant {name}: merge_base = 'trained', but its adapter was trained on merged weights of the float base; "
+                "leave merge_base out"
+            )
+        if kept is not None and (planned_as := _keep_codes(recipe, plan, kept, sets, on_note)) is not None:
+            planned.append(planned_as)
+            continue
         merge_base = (variant.merge_base or recipe.merge_base) if mix and plan.live is None else "float"
         quantization = find_quantization(mix) if isinstance(mix, Mix) else None
         trained = None
@@ -180,6 +190,19 @@ def _plan_variants(
             "trained on cannot be made, and the float base takes its place"
         )
     return tuple(planned)
+
+
+def _keep_codes(
+    recipe: Recipe, plan: Variant, kept: Delta, sets: CalibrationSets, on_note: Callable[[str], None]
+) -> Variant | None:
+    """Plans a variant that keeps the codes of merge-aware training. Returns None if the bundle's grid is another."""
+    if recipe.quantization.bits == 32:
+        return None
+    if difference := explain_not_kept(recipe.quantization):
+        on_note(f"{plan.name}: {difference}; leave that out for the codes of training")
+    if not same_grid(recipe.quantization):
+        return None
+    return replace(plan, calibration=sets.of(plan.mix), kept=kept)
 
 
 def _choose_live(recipe: Recipe, adapters: Mapping[str, Adapter], decoder: Decoder) -> dict[str, Adapter]:
@@ -215,7 +238,10 @@ def _hash_plan(sources: Sources, calibrations: Sequence[Calibration]) -> str:
     That is the code, the base, the adapters, the mixes, and what GPTQ sees.
     """
     recipe = sources.recipe
-    held = {name: adapter.trained_on for name, adapter in sources.adapters.items()}
+    held = {
+        name: (adapter.trained_on, adapter.provenance is not None and adapter.provenance.merge_aware)
+        for name, adapter in sources.adapters.items()
+    }
     mixes = (recipe.merge_base, dict(recipe.variants), sources.entries, held)
     parts = (__version__, sources.base.sha256, recipe.quantization, mixes, calibrations)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

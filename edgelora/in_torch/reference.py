@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edgelora.adapters.provenance import read_provenance
 from edgelora.data.encode_rows import RowEncoder
-from edgelora.in_torch.train import load_base
+from edgelora.in_torch.merge_aware import hold_merged
+from edgelora.in_torch.train import load_held_base
 from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_export.texts.ends import find_end_tokens
 from edgelora_export.weights.torch_model import quiet_libraries
 
@@ -33,15 +36,47 @@ def write_with_torch(
 ) -> list[str]:
     """Completes the rows' prompts by greedy decoding with an adapter in PEFT.
 
-    adapter: None for the bare base.
+    adapter: None for the bare base. quant: how to hold the base, unless the adapter is merge-aware: its merged weights are int4.
     """
+    found = Base.find(base)
+    with quiet_libraries(whole_process=False):
+        tokenizer = load_tokenizer(found)
+        model = _stop_training(load_held_base(found, quant)) if adapter is None else load_adapted(found, adapter, quant)
+        return write_completions(model, RowEncoder(tokenizer), rows, max_tokens, on_progress)
+
+
+def load_adapted(base: Base, adapter: Path, quant: str) -> Any:
+    """Loads an adapter in PEFT as it was trained. quant: how to hold the base, unless the adapter is merge-aware."""
+    provenance = read_provenance(adapter)
+    if provenance is not None and provenance.merge_aware:
+        return load_merged(base, adapter)
+    return _put_on(load_held_base(base, quant), adapter)
+
+
+def load_merged(base: Base, adapter: Path, *, trainable: bool = False) -> Any:
+    """Loads an adapter in PEFT with a merge-aware forward pass, however it was trained."""
+    model = _put_on(load_held_base(base, "int4", merge_aware=True), adapter, trainable=trainable)
+    hold_merged(model, base.config)
+    return model
+
+
+def _put_on(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     from peft import PeftModel
 
-    with quiet_libraries(whole_process=False):
-        model, tokenizer = load_base(Base.find(base), quant)
-        if adapter is not None:
-            model = PeftModel.from_pretrained(model, adapter)
-        return write_completions(model.eval(), RowEncoder(tokenizer), rows, max_tokens, on_progress)
+    return _stop_training(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
+
+
+def _stop_training(model: Any) -> Any:
+    """Turns dropout off, and computes NF4 products as training does.
+
+    For evaluation on a CPU with AVX-512 BF16, bitsandbytes repacks a weight with scales in bf16, or fails if its width is no
+    multiple of a block: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py, forward
+    """
+    model.eval()
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+    return model
 
 
 def write_completions(

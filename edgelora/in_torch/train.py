@@ -19,6 +19,7 @@ from edgelora.data.rows import read_rows
 from edgelora.data.sources import find_data
 from edgelora.data.split import split_rows
 from edgelora.in_torch.adapter_start import SUBTRACTED, adopt_adapter, describe_start
+from edgelora.in_torch.merge_aware import check_merge_aware, hold_merged
 from edgelora.in_torch.packing import pack_rows
 from edgelora.in_torch.preferences import encode_preferences, read_preferences
 from edgelora.in_torch.run.checkpoints import describe_run, find_checkpoint, find_last, put_weights, read_step, remove_checkpoints
@@ -109,10 +110,12 @@ def train(
     Raises InputError for unusable data, base, checkpoint or output, before the base is loaded where that can be, and then leaves
     the output unchanged. A failure after the last step keeps the trained adapter, and the error says where.
     """
-    _require_packages()
+    require_packages()
     check_run(config)
     rows = _read_data(config)  # before the imports, which take seconds
     base = Base.find(config.base)  # refuses now what export would refuse after the training
+    if config.merge_aware:
+        check_merge_aware(base)
     config = adopt_adapter(config, base)
     description = describe_run(config, {**rows.hashes, "base_sha256": base.sha256}, count_processes())
     resume = find_checkpoint(config, description)
@@ -137,7 +140,10 @@ def train(
                 examples = Examples(pack_rows(examples.learn, config.max_length), pack_rows(examples.validate, config.max_length))
             set_seed(config.seed)
             course = Course(config, folder, description, resume, on_progress)
-            trainer = make_trainer(config, base, load_held_base(base, config.quant), tokenizer, examples, course)
+            held = load_held_base(base, config.quant, merge_aware=config.merge_aware)
+            trainer = make_trainer(config, base, held, tokenizer, examples, course)
+            if config.merge_aware:
+                hold_merged(trainer.model, base.config)
             check_room(trainer.model, folder)
             for line in (describe_fallback(config.optimizer), *estimate_run(trainer, config, examples)):
                 if line is not None and is_first_process():  # all processes estimate, as TRL gathers figures from all
@@ -263,6 +269,7 @@ def _describe_adapter(config: TrainConfig, base: Base, rows: _Rows, *, cut: int,
         rows_cut=cut,
         rows_left_out=left_out,
         template_options=dict(config.template_options),
+        merge_aware=config.merge_aware,
     )
 
 
@@ -273,17 +280,21 @@ def _widening(config: TrainConfig) -> int:
 
 def load_base(base: Base, quant: str) -> tuple[Any, Any]:
     """Loads a base as training holds it, and its tokenizer. See load_held_base."""
-    _require_packages()
+    require_packages()
     tokenizer = load_tokenizer(base)
     return load_held_base(base, quant), tokenizer
 
 
-def load_held_base(base: Base, quant: str) -> Any:
-    """Loads a base as training holds it, on a GPU if there is one."""
+def load_held_base(base: Base, quant: str, *, merge_aware: bool = False) -> Any:
+    """Loads a base as training holds it, on a GPU if there is one.
+
+    merge_aware: True leaves the weights in float32, for hold_merged() to round together with the adapter.
+    """
     import torch
     from transformers import BitsAndBytesConfig
 
-    dtype = compute_dtype()
+    dtype = torch.float32 if merge_aware else compute_dtype()
+    quant = "none" if merge_aware else quant
     nf4 = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -306,7 +317,8 @@ def load_held_base(base: Base, quant: str) -> Any:
     return model
 
 
-def _require_packages() -> None:
+def require_packages() -> None:
+    """Raises MissingExtraError for packages of training that are not installed."""
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
         raise MissingExtraError(", ".join(missing), "train")

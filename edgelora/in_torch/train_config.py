@@ -77,6 +77,9 @@ class TrainConfig:
     data: Path
     output: Path
     quant: str = setting("nf4", "Form of the base while training; int4 is the grid that export writes.", _ADAPTER, choices=QUANTS)
+    merge_aware: bool = setting(
+        False, "With --quant int4: train the merged weights as they ship, rounded. Export keeps their codes.", _ADAPTER
+    )
     rank: int = setting(16, "LoRA rank.", _ADAPTER, metavar="N", limit=_COUNT)
     alpha: float = setting(32.0, "LoRA alpha; the scale is alpha / rank.", _ADAPTER, metavar="NUMBER", limit=_POSITIVE)
     epochs: float = setting(1.0, "Passes over the data.", _RUN, metavar="NUMBER", limit=_POSITIVE)
@@ -175,6 +178,19 @@ class TrainConfig:
         if wrong:
             raise InputError("; ".join(wrong))
 
+    def _find_contradictions_of_merging(self) -> list[str]:
+        """Lists the settings with which a merged weight is not Q(W + s·B·A)."""
+        wrong = []
+        if self.quant != "int4":
+            wrong.append(f"merge_aware computes with the int4 weights that ship, and quant = {self.quant}; use quant = int4")
+        if self.dropout:
+            wrong.append(f"dropout = {self.dropout} does not go with merge_aware, as a merged weight has none; leave it out")
+        if self.start in ("pissa", "olora", "loftq"):
+            wrong.append(f"start = {self.start} changes the base that merge_aware merges into; use another start")
+        if self.dora or self.modules_to_save:
+            wrong.append(f"{'dora' if self.dora else 'modules_to_save'} does not go with merge_aware; leave one out")
+        return wrong
+
     def _find_contradictions(self) -> list[str]:
         """Lists the settings that do not go together."""
         wrong = []
@@ -188,6 +204,8 @@ class TrainConfig:
             wrong.append(f"start = {self.start} and from_adapter both decide where A and B start; leave one out")
         if self.start in ("pissa", "olora", "loftq") and self.dora:
             wrong.append(f"dora does not go with start = {self.start}; leave one out")
+        if self.merge_aware:
+            wrong += self._find_contradictions_of_merging()
         if self.start == "loftq" and self.quant == "none":
             wrong.append("start = loftq makes up for a quantized base; use quant = nf4 or int4")
         if self.packing and (self.preferences or self.start == "eva"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from edgelora_export.plan.adapted_decoder import find_own_matrices
+from edgelora_export.plan.calibration import Calibration
 from edgelora_export.weights.publish import BLOB
 from edgelora_runtime.bundle.folder import hash_file
 from edgelora_runtime.bundle.manifest import (
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgelora_export.base.base import Base
     from edgelora_export.bundle.plan import BundlePlan
     from edgelora_export.decoder.description import Decoder
-    from edgelora_export.plan.variants import Delta, Quantization, Variant
+    from edgelora_export.plan.variants import Quantization, Variant
     from edgelora_export.weights.stored import StoredWeights
     from edgelora_runtime.bundle.manifest import FidelityEntry, GraphEntry
 
@@ -64,10 +64,10 @@ def describe_quantization(quantization: Quantization) -> QuantizationEntry:
     return QuantizationEntry(quantization.bits, quantization.block_size, quantization.symmetric, quantization.method)
 
 
-def name_own_vocab(base: Decoder, decoder: Decoder, delta: Delta | None) -> tuple[Literal["embedding", "head"], ...]:
+def name_own_vocab(plan: BundlePlan, variant: Variant) -> tuple[Literal["embedding", "head"], ...]:
     """Names what a variant has for itself of embedding and head. One tied matrix is both."""
-    own = find_own_matrices(base, decoder, delta)
-    return ("embedding", "head") if own and decoder.tied else tuple(each for each in _VOCAB if each in own)
+    own = plan.find_own_matrices(variant)
+    return ("embedding", "head") if own and plan.decoder_of(variant).tied else tuple(each for each in _VOCAB if each in own)
 
 
 def describe_variant(
@@ -80,6 +80,8 @@ def describe_variant(
     """Returns the entry of a variant as it was built. graphs: by target."""
     decoder = plan.decoder_of(variant)
     calibration = plan.base_calibration if variant.delta is None or variant.live is not None else variant.calibration
+    if variant.keeps_codes:
+        calibration = Calibration()
     raised = tuple(name for name, grid in weights.grids.items() if grid.bits == 8 and plan.quantization.bits == 4)
     return VariantEntry(
         kind="merged" if variant.live is None else "live",
@@ -97,6 +99,6 @@ def describe_variant(
         merge_losses=dict(variant.merge_losses),
         fidelity=fidelity,
         vocab_size=None if decoder.vocab_size == plan.decoder.vocab_size else decoder.vocab_size,
-        own_vocab=name_own_vocab(plan.decoder, decoder, variant.delta),
+        own_vocab=name_own_vocab(plan, variant),
         texts=plan.texts.describe(variant.mix),
     )

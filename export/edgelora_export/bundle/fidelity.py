@@ -120,7 +120,7 @@ def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index
     if variant.delta is None:
         return Teacher(HiddenStates(None, stream.final_states(base, samples, None, on_layer)), None, None, {})
     bare = embed(base, decoder, samples)
-    adapted = embed(base, decoder, samples, variant.delta)
+    adapted = embed(base, decoder, samples, variant.reference)
     products: dict[str, ProductFidelity] = {}
     for index in range(len(decoder.layers)):
         on_layer(index)
@@ -130,7 +130,7 @@ def run_teacher(subject: Subject, on_layer: Callable[[int], None] = lambda index
     if variant.trained is not None:
         unmerged = variant.trained.unmerged
         trained = HiddenStates(unmerged, stream.final_states(base, samples, unmerged))
-    return Teacher(HiddenStates(variant.delta, adapted), HiddenStates(None, bare), trained, products)
+    return Teacher(HiddenStates(variant.reference, adapted), HiddenStates(None, bare), trained, products)
 
 
 def _run_layer(
@@ -142,7 +142,11 @@ def _run_layer(
     bare_weights = read_layer(subject.base, subject.decoder, index, None)
     changed = [linear for linear in layer.linears if changes_linear(variant.delta, linear)]
     biased = [linear for linear in layer.linears if changes_bias(variant.delta, linear)]
-    adapted_weights = bare_weights | {linear.name: read_linear(subject.base, linear, variant.delta) for linear in changed}
+    adapted_weights = bare_weights | {
+        linear.name: read_linear(subject.base, linear, variant.reference)
+        for linear in layer.linears
+        if changes_linear(variant.reference, linear)
+    }
     adapted_weights |= {f"{linear.name}.bias": read_bias(subject.base, linear, variant.delta) for linear in biased}
     inputs: dict[str, list[Floats]] = {linear.name: [] for linear in changed if variant.live is None}
     adapted = stream.run(index, adapted_weights, adapted, {product: seen.append for product, seen in inputs.items()})

@@ -97,7 +97,7 @@ def propose_repairs(
 
     grids: of the variant's stored products. products: figures of those that the mix changes.
     """
-    if gate.policy == "repair":
+    if gate.policy == "repair" and not variant.keeps_codes:  # other codes are what its training did not see
         if variant.merge_base == "trained" and variant.merge_losses:  # edgelora's choice, not the recipe's
             yield MergeIntoFloat()
         low = [product for product, grid in grids.items() if grid.bits < 8]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgelora_export.bundle.texts import read_bundle_texts
-from edgelora_export.plan.adapted_decoder import adapt_decoder, explain_not_live
+from edgelora_export.plan.adapted_decoder import adapt_decoder, explain_not_live, find_own_matrices
 from edgelora_export.plan.calibration import Calibration
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import Quantization
@@ -87,6 +87,17 @@ class BundlePlan:
     def decoder_of(self, variant: Variant) -> Decoder:
         """Returns the decoder as a variant's delta adapts it: with its own biases, head and vocabulary size."""
         return adapt_decoder(self.decoder, variant.delta)
+
+    def find_own_matrices(self, variant: Variant) -> list[str]:
+        """Names the vocabulary matrices that a variant has for itself: `embedding`, `head`, both or none.
+
+        A variant that keeps the codes of its training has a head of its own: the one that all share is calibrated.
+        """
+        decoder = self.decoder_of(variant)
+        own = find_own_matrices(self.decoder, decoder, variant.delta)
+        if variant.keeps_codes and self.quantization.calibrated and decoder.head_product not in own:
+            own.append(decoder.head_product)
+        return own
 
     def find_calibration(self, variant: Variant) -> Calibration:
         """Returns the samples on which a variant is measured: its own, or the base's if it has no delta."""

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgelora_export.bundle.progress import GPTQ_COST
-from edgelora_export.plan.adapted_decoder import find_own_matrices
 from edgelora_export.plan.variants import Merge
 from edgelora_export.stream.embeddings import find_vocab_grid, store_embeddings, store_own_matrices
 from edgelora_export.stream.products import compensates, raise_to_int8, store_products
@@ -49,13 +48,13 @@ class BundleWeights:
 
     def expect_progress(self, variants: Mapping[str, Variant]) -> None:
         """Adds the passes that store() will make to the progress."""
-        seen = [self._plan.base_calibration, *(each.calibration for each in variants.values() if each.delta is not None)]
+        seen = [self._plan.base_calibration, *(each.calibration for each in variants.values() if _is_calibrated(each))]
         self._progress.expect(sum(compensates(self._plan.quantization, calibration) for calibration in seen))
         if self._needs_bare(variants):
             self._progress.expect(1, self._cost(self._plan.base_calibration))
         for variant in variants.values():
             if _is_merged(variant):
-                self._progress.expect(1, self._cost(variant.calibration))
+                self._progress.expect(1, self._cost_of(variant))
 
     def store(self, variants: Mapping[str, Variant]) -> None:
         """Stores the weights that the variants need and that are not stored yet.
@@ -82,8 +81,8 @@ class BundleWeights:
                     variant.merge,
                     self.shared | self._store_own(variant, finished),
                     finished,
-                    bare=self.bare,
-                    on_layer=self._progress.start_pass(name, self._cost(variant.calibration)),
+                    bare=None if variant.keeps_codes else self.bare,
+                    on_layer=self._progress.start_pass(name, self._cost_of(variant)),
                 )
 
     def drop(self, name: str) -> None:
@@ -102,19 +101,25 @@ class BundleWeights:
         self._merged[variant.name].update(stored)
 
     def _needs_bare(self, variants: Mapping[str, Variant]) -> bool:
-        """True if some variant runs products of the bare base. All do, except merged ones that change every product."""
+        """True if some variant runs products of the bare base.
+
+        All do, except merged ones that change every product or keep the codes of their training.
+        """
         return not all(
-            variant.live is None and changes_linear(variant.delta, linear)
+            variant.keeps_codes or (variant.live is None and changes_linear(variant.delta, linear))
             for variant in variants.values()
             for linear in self._plan.decoder.linears
         )
 
     def _storage_of(self, variant: Variant) -> Storage:
-        """Returns the storage with the variant's own decoder."""
-        return replace(self._storage, decoder=self._plan.decoder_of(variant))
+        """Returns the storage with the variant's own decoder, and with its own method if it keeps the codes of its training."""
+        quantization = self._storage.quantization
+        if variant.keeps_codes:
+            quantization = replace(quantization, method="rtn")
+        return replace(self._storage, decoder=self._plan.decoder_of(variant), quantization=quantization)
 
     def _own_matrices(self, variant: Variant) -> list[str]:
-        return find_own_matrices(self._plan.decoder, self._plan.decoder_of(variant), variant.delta)
+        return self._plan.find_own_matrices(variant)
 
     def _has_own_head(self, variant: Variant) -> bool:
         return self._plan.decoder_of(variant).head_product in self._own_matrices(variant)
@@ -123,12 +128,16 @@ class BundleWeights:
         """Stores a variant's own vocabulary matrices and biases. An untied head that it leaves alone is the base's embedding."""
         assert self.shared is not None
         storage, own = self._storage_of(variant), self._own_matrices(variant)
-        on_layer = self._progress.start_pass(f"{variant.name}, head") if self._has_own_head(variant) else lambda index: None
+        calibrated = self._has_own_head(variant) and _is_calibrated(variant)
+        on_layer = self._progress.start_pass(f"{variant.name}, head") if calibrated else lambda index: None
         weights = store_own_matrices(storage, own, variant.merge, finished, on_layer)
         if storage.decoder.untied and "head" not in own:
             weights.update(self.shared.rename("embedding", "head"))
         weights.update(store_biases(storage, variant.change))
         return weights
+
+    def _cost_of(self, variant: Variant) -> int:
+        return 1 if variant.keeps_codes else self._cost(variant.calibration)
 
     def _cost(self, calibration: Calibration) -> int:
         return GPTQ_COST if compensates(self._plan.quantization, calibration) else 1
@@ -137,3 +146,8 @@ class BundleWeights:
 def _is_merged(variant: Variant) -> bool:
     """True if a variant has its own weights."""
     return variant.live is None and variant.delta is not None
+
+
+def _is_calibrated(variant: Variant) -> bool:
+    """True if the variant's calibration helps to quantize its own products, or the head that all share."""
+    return variant.delta is not None and not variant.keeps_codes

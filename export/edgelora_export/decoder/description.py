@@ -95,6 +95,12 @@ class Part:
         """Pads the input axis (the last) of a weight or a LoRA A."""
         return array if self.columns is None else self.columns.apply(array, array.ndim - 1)
 
+    def find_columns(self) -> NDArray[np.intp]:
+        """Finds the place in the graph of each input in the checkpoint, (in_features,)."""
+        numbered = self.pad_columns(np.arange(1, self.in_features + 1, dtype=np.float32))
+        place = np.flatnonzero(numbered)
+        return place[np.argsort(numbered[place])]
+
 
 @dataclass(frozen=True)
 class Linear:

@@ -157,6 +157,8 @@ class Variant:
     trained: the base on which its adapters were trained, None if that is the float one or unknown.
     merge_base: the base of a merged variant: float, trained, or auto for the better of the two. See choose_merge_base.
     merge_losses: held-out loss by base, in nats per token, if the two were compared.
+    kept: the weights that merge-aware training computed with, all on the default grid, as a change of the float base. A merged
+    variant then rounds as training did, without calibration, and is judged against them. None for any other variant.
     """
 
     name: str
@@ -171,6 +173,17 @@ class Variant:
     weights: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     density: float | None = None
     seed: int | None = None
+    kept: Delta | None = None
+
+    @property
+    def keeps_codes(self) -> bool:
+        """True if the variant's weights are rounded exactly as merge-aware training rounded them."""
+        return self.kept is not None and self.live is None
+
+    @property
+    def reference(self) -> Delta | None:
+        """The change of the float base whose outputs the variant should have."""
+        return self.kept if self.keeps_codes else self.delta
 
     @property
     def change(self) -> Delta | None:

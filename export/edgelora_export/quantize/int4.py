@@ -29,7 +29,7 @@ BITS = (4, 8)
 
 # Step sizes tried per block, as a divisor of the block's largest magnitude. 8 puts the extreme on the end code without
 # clipping. Smaller divisors give the opposite end more room; larger ones clip the extreme and make the steps finer.
-_DIVISORS = {4: (7.0, 7.5, 8.0, 8.5, 9.0), 8: (128.0,)}
+DIVISORS = {4: (7.0, 7.5, 8.0, 8.5, 9.0), 8: (128.0,)}
 # The same for search_grid, which runs once per column block and can afford more.
 _FINE_DIVISORS = {4: tuple(np.arange(6.5, 10.25, 0.25)), 8: (127.0, 127.5, 128.0)}
 _SHRINKS = {4: tuple(np.arange(1.0, 0.68, -0.04)), 8: (1.0,)}
@@ -241,7 +241,7 @@ def _round_symmetric(blocks: Floats, bits: int) -> tuple[Codes, Floats, Codes]:
     best_scale = np.zeros(extreme.shape, np.float32)
     best_error = np.full(extreme.shape, np.inf, np.float32)
     unit = blocks * _invert(extreme)  # errors are compared in units of the extreme, whose square cannot overflow
-    for divisor in _DIVISORS[bits]:
+    for divisor in DIVISORS[bits]:
         # The sign sends the extreme to code 0, the end that reaches further: codes run from -half to half - 1.
         codes = np.clip(np.rint(unit * np.float32(-divisor)), -half, half - 1)
         residual = codes * np.float32(-1 / divisor) - unit

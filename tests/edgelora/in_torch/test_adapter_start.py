@@ -50,7 +50,9 @@ def config(tiny_base: Path, tmp_path: Path) -> TrainConfig:
     rows = [{"prompt": f"the {word}\n", "completion": f"{word} sat on the {word}"} for word in ("cat", "day", "sun", "moon")]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return TrainConfig(str(tiny_base), data, tmp_path / "a", "none", RANK, 5.0, lr=1e-2, max_steps=4, batch_size=4, warmup=0.0)
+    return TrainConfig(
+        str(tiny_base), data, tmp_path / "a", "none", rank=RANK, alpha=5.0, lr=1e-2, max_steps=4, batch_size=4, warmup=0.0
+    )
 
 
 def to_float64(tensor: Any) -> NDArray[np.float64]:
