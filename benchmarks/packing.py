@@ -96,7 +96,7 @@ def _pad(rows: Sequence[LearnedTokens]) -> Batch:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def _losses(model: Any, batch: Batch) -> torch.Tensor:
+def _losses(model: Any, batch: Batch) -> Any:
     """Each position's loss in nats, float32 (B, T - 1), 0 where none counts."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()

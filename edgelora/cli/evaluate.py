@@ -127,7 +127,8 @@ def _evaluate_variants(
 
     found: dict[str, Scores] = {}
     with runtime_options.open(bundle) as runtime, show_progress("evaluating") as on_progress:
-        for given in names or [None]:
+        wanted: Sequence[str | None] = names or [None]
+        for given in wanted:
             name = given if given == AUTO else runtime.switch(given, mix=mix).variant
             found[str(name)] = run_evaluation(runtime, rows, variant=given, mix=mix, on_progress=on_progress, **settings)
         return found, [other for other in runtime.variants if other not in found]

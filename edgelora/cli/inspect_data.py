@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-from edgelora.cli.terminal import print_json, print_line, print_note, print_table
+from edgelora.cli.terminal import print_json, print_line, print_note
 from edgelora_runtime.errors import make_printable
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def _print_sample(sample: SeenRow, max_length: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    text = Text()
+    coloured = Text()
     for piece, learned in sample.pieces:
         lines = "\n".join(map(_clean, _shorten(piece).split("\n")))
-        text.append(lines, style="bold green" if learned else "dim")
-    Console(highlight=False).print(text, soft_wrap=True)
+        coloured.append(lines, style="bold green" if learned else "dim")
+    Console(highlight=False).print(coloured, soft_wrap=True)
     print_line()
 
 
@@ -88,11 +88,13 @@ def _shorten(text: str) -> str:
 
 
 def _print_lengths(seen: SeenRows) -> None:
+    """Prints the histogram of lengths: the rows of each bin, and a bar as long as its share of the fullest one."""
     bins = seen.histogram()
     most = max(count for _, _, count in bins)
-    lines = [[f"{first}–{last}", str(count), "█" * -(-_BAR * count // most)] for first, last, count in bins]
-    width = max(len(line[2]) for line in lines)
-    print_table("", ["tokens", "rows", ""], [[first, count, bar.ljust(width)] for first, count, bar in lines])
+    digits, places = len(str(bins[-1][1])), len(str(most))
+    for first, last, count in bins:
+        bar = "█" * -(-_BAR * count // most)
+        print_line(f"{first:{digits}}–{last:{digits}} tokens  {count:{places}}  {bar}".rstrip())
 
 
 def _print_as_json(seen: SeenRows, data: Path, max_length: int) -> None:

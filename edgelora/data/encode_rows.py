@@ -12,6 +12,7 @@ from edgelora.data.chats import ASSISTANT, Chat, find_call_names, find_tool_name
 from edgelora.data.completion_tokens import encode_apart
 from edgelora_export.base.tokenizer import encode_prompt
 from edgelora_export.texts.ends import find_turn_end
+from edgelora_runtime.bundle.messages import join_parts
 from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
@@ -135,16 +136,43 @@ class RowEncoder:
     def _apply(self, chat: Chat, **settings: Any) -> Any:
         self._check_template()
         try:
-            return self.tokenizer.apply_chat_template(
-                chat.messages,
-                tools=chat.tools,
-                add_generation_prompt=not chat.is_answered,
-                **settings,
-                **self.template_options,
-            )
+            return self._apply_raw(self._fit(chat), chat, **settings)
         except Exception as error:  # a template can raise what it likes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
             raise InputError(f"the chat template refused the messages ({reason})") from error
+
+    def _apply_raw(self, messages: list[dict[str, Any]], chat: Chat, **settings: Any) -> Any:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=chat.tools, add_generation_prompt=not chat.is_answered, **settings, **self.template_options
+        )
+
+    def _fit(self, chat: Chat) -> list[dict[str, Any]]:
+        """Returns the messages with contents in the first form in which the template writes the most of them, as a bundle does.
+
+        The forms are: as they are, text, and lists of one part.
+        """
+        messages = chat.messages
+        if all(isinstance(message.get("content", ""), str) for message in messages) and self._reads_text:
+            return messages
+        forms = [messages, [_as_text(message) for message in messages], [_as_part(message) for message in messages]]
+        return max(forms, key=lambda form: self._count_written(form, chat))
+
+    @cached_property
+    def _reads_text(self) -> bool:
+        """False for a template that writes parts of content, and no text."""
+        trial = Chat.of([{"role": "user", "content": "qzmarkzq"}])
+        as_text, as_part = trial.messages, [_as_part(message) for message in trial.messages]
+        return self._count_written(as_text, trial) >= self._count_written(as_part, trial)
+
+    def _count_written(self, messages: list[dict[str, Any]], chat: Chat) -> int:
+        """Counts the messages whose text a template writes. A list that it prints as such shows what it was, so then none is."""
+        try:
+            written = _squeeze(str(self._apply_raw(messages, chat, tokenize=False)))
+        except Exception:  # a template can raise what it likes
+            return 0
+        if re.search(r"""['"]type['"]:['"]text['"]""", written):
+            return 0
+        return sum(_squeeze(join_parts(message.get("content"))) in written for message in messages)
 
     def _encode_rendered(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -192,6 +220,16 @@ class RowEncoder:
 
     def _add_end(self, tokens: list[int], end: int | None) -> list[int]:
         return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": join_parts(message["content"])} if message.get("content") is not None else message
+
+
+def _as_part(message: dict[str, Any]) -> dict[str, Any]:
+    if message.get("content") is None:
+        return message
+    return {**message, "content": [{"type": "text", "text": join_parts(message["content"])}]}
 
 
 def _check_texts(chat: Chat, text: str) -> None:

@@ -87,9 +87,12 @@ def read_text(path: Path, what: str) -> str:
 
 
 def read_request(row: Row) -> str:
-    """Returns what is asked: the prompt, or of a conversation the user's last message, by which a router routes it."""
+    """Returns what is asked: the prompt, or of a conversation the user's last message, by which a router routes it.
+
+    Of plain text it is the text itself.
+    """
     if isinstance(row.prompt, str):
-        return row.prompt
+        return row.prompt or row.completion
     messages = row.prompt.messages
     asked = [message for message in messages if message["role"] == "user"] or messages
     return read_content(asked[-1].get("content"))
@@ -135,7 +138,7 @@ def _read_row(value: dict[str, Any], where: str) -> Row:
         return _make_chat_row([*asked, *answered], len(asked), value["tools"], where)
     for key, text in (("prompt", prompt), ("completion", completion)):
         if not isinstance(text, str) or not text:
-            raise InputError(f"{where} has {'an empty' if text == '' else 'no text as'} {key}")
+            raise InputError(f"{where} has an empty {key}" if text == "" else f"{where} has no {key} that is text")
         check_unicode(text, f"{where}: {key}")
     return Row(prompt, completion, place=where)
 

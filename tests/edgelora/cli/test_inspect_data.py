@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,7 @@ def test_in_a_pipe_marks_stand_around_text_with_loss(rows: Path, tiny_base: Path
     assert "a day⟦ in the sun</s>⟧" in out
     assert "rows 3; cut to 64 tokens 0; left out, with nothing to learn within them, 1; tokens of the rest " in out
     assert "loss is told by: completion 2, prefixes 1" in out
+    assert re.search(r"^ 7–15 tokens  1  █{40}$", out, re.MULTILINE), out
     assert err.strip() == "nothing was trained; leave out --inspect to train"
     assert sorted(path.name for path in rows.parent.iterdir() if path.suffix) == ["rows.jsonl", "train.toml"], (
         "nothing is written"

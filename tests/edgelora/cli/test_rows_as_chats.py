@@ -63,6 +63,7 @@ def test_train_export_and_eval(workplace: Path) -> None:
     provenance = read_provenance(workplace / "t")
     assert provenance is not None
     assert provenance.template_options == {"enable_thinking": False, "tone": "dry"}
+    assert report["loss_on"] == provenance.loss_on == {"prefixes": 24}
     exported = answer(workplace, "export", "recipe.toml", "--output", "bundle")
     assert exported
     scores = answer(workplace, "eval", "bundle", "--data", "b.jsonl", "--limit", 3)

@@ -152,7 +152,7 @@ def test_spare_samples_turn_gptq_down_where_it_misleads(tiny_base: Path, tiny_ad
 def test_a_text_file_with_something_else_in_it(tmp_path: Path) -> None:
     path = tmp_path / "texts.jsonl"
     path.write_text('{"text": "abc"}\n{"prompt": "x"}\n')
-    with pytest.raises(InputError, match="text 2"):
+    with pytest.raises(InputError, match="line 2 has no completion; the shape prompt-completion"):
         gather_calibration([path], encode, widest=8)
 
 

@@ -65,7 +65,7 @@ MALFORMED: dict[str, tuple[str, bytes, str]] = {
         lines({"prompt": [USER], "completion": "b"}),
         "line 2: prompt is a list of messages, and completion is str",
     ),
-    "a number as prompt": ("rows.jsonl", lines({"prompt": 3, "completion": "b"}), "line 2 has no text as prompt; the shape"),
+    "a number as prompt": ("rows.jsonl", lines({"prompt": 3, "completion": "b"}), "line 2 has no prompt that is text; the shape"),
     "answered prompt": (
         "rows.jsonl",
         lines({"prompt": [USER, ASSISTANT], "completion": [ASSISTANT]}),

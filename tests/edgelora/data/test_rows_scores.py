@@ -109,7 +109,7 @@ def test_rows_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[Ro
         ('{"prompt": "a", "completion": ""}', "line 2 has an empty completion; the shape prompt-completion is {"),
         ('{"prompt": "", "completion": "a"}', "line 2 has an empty prompt"),
         ('{"prompt": ["a"], "completion": "a"}', "line 2: prompt is a list of messages, and completion is str"),
-        ('{"prompt": "a", "completion": 3}', "line 2 has no text as completion"),
+        ('{"prompt": "a", "completion": 3}', "line 2 has no completion that is text"),
         ("[" * 100_000, "line 2 is not JSON"),
     ],
 )

@@ -75,7 +75,7 @@ def test_a_row_that_is_too_long_is_refused() -> None:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "sliding"])
 def test_the_loss_of_each_row_is_that_of_the_row_alone(attention: str, family: str) -> None:
-    sliding = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+    sliding: dict[str, Any] = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
     model = make_model(attention, Gemma3TextConfig(**SHAPE, **sliding) if family == "sliding" else None)
     alone: dict[tuple[int, ...], list[float]] = {}
     packed: dict[tuple[int, ...], list[float]] = {}
