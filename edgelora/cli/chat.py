@@ -10,6 +10,7 @@ import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.chat_commands import WELCOME, ChatEnded, describe_route, is_command, obey
+from edgelora.cli.markdown_stream import strip_controls
 from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_note
@@ -70,8 +71,8 @@ def run_chat(
         before = conversation.messages
         try:
             said, prompt = obey(conversation, line) if is_command(line) else ("", line.strip())
-            if said:
-                print_note(said)
+            for text in said.splitlines():
+                print(strip_controls(text), file=sys.stderr, flush=True)  # as it is: tables keep their columns
             if prompt is not None:
                 _tell_ending(conversation, ask(conversation, prompt))
         except ChatEnded:

@@ -11,6 +11,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgelora.cli.chat_commands import COMMANDS
 from edgelora.cli.markdown_stream import find_last_block, strip_controls
 from edgelora_runtime import Runtime
 
@@ -100,7 +101,10 @@ def test_python_goes_on_with_a_saved_chat_and_back(tmp_path: Path) -> None:
 def test_a_failed_again_loses_no_turn(tmp_path: Path) -> None:
     turns, said = chat(tmp_path, *SHORT, "hi", '/set json_schema {"type": 7}', "/again", "/stats")
     assert len(turns) == 1
-    assert "base, 1 turn" in said
+    assert "base, 1 turn" in said.splitlines()
+    _, said = chat(tmp_path, "/help", "/variants")
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("/")] == list(COMMANDS)
+    assert "* base: merged, the base" in said
 
 
 def test_a_saved_conversation_goes_on_as_it_would_have(tmp_path: Path) -> None:
