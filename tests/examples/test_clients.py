@@ -66,11 +66,11 @@ def test_the_agent_calls_its_tool(server: Server) -> None:
 def test_frameworks(server: Server, example: str, package: str) -> None:
     python = peer_python(example.partition("_chat")[0].replace("_", "-"), [package])
     said = run(example, server, "plain", python=python)
-    kind, tokens = ("answer", 60) if example == "langchain_chat" else ("chat", 40)
+    kind, tokens = ("answer", 120) if example == "langchain_chat" else ("chat", 40)
     expected = ask(server, "Say hello.", model="plain", max_tokens=tokens)
     assert f"{kind}: {expected}" in said
     assert f"stream: {expected}" in said
-    assert example != "langchain_chat" or "call: add {'first': " in said
+    assert example != "langchain_chat" or " degrees" in said
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[str], seconds: float = 240) -> None:

@@ -30,7 +30,7 @@ class Output:
         kind = "message" if isinstance(delta, TextDelta) else "reasoning"
         events = [] if self.items and self.items[-1]["type"] == kind else self._open(kind)
         self.items[-1]["content"][0]["text"] += delta.text
-        name, more = ("output_text", {"logprobs": []}) if kind == "message" else ("reasoning_text", {})
+        name, more = _name_part(kind)
         return [*events, {"type": f"response.{name}.delta", **self._place, "content_index": 0, "delta": delta.text, **more}]
 
     def finish(self, *, is_whole: bool) -> list[Event]:
@@ -73,10 +73,15 @@ class Output:
             events = [{"type": "response.function_call_arguments.done", **self._place, **named}]
         else:
             (part,) = item["content"]
-            name, more = ("output_text", {"logprobs": []}) if item["type"] == "message" else ("reasoning_text", {})
+            name, more = _name_part(item["type"])
             place = {**self._place, "content_index": 0}
             events = [
                 {"type": f"response.{name}.done", **place, "text": part["text"], **more},
                 {"type": "response.content_part.done", **place, "part": part},
             ]
         return [*events, {"type": "response.output_item.done", "output_index": len(self.items) - 1, "item": item}]
+
+
+def _name_part(kind: str) -> tuple[str, dict[str, Any]]:
+    """Returns how events name the part of an item, and what else they carry."""
+    return ("output_text", {"logprobs": []}) if kind == "message" else ("reasoning_text", {})
