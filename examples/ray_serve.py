@@ -51,10 +51,15 @@ class Replica:
         await self.app(scope, receive, name_replica)
 
 
+def build() -> Replica:
+    """Builds the application in the process of its replica. Ray takes a function for this, and a class for an application."""
+    return Replica()
+
+
 @serve.deployment(num_replicas=int(os.environ.get("REPLICAS", "2")), max_ongoing_requests=32)
-@serve.ingress(Replica)
+@serve.ingress(build)
 class Bundle:
-    """The deployment. Its requests go to the Replica that each of its processes builds."""
+    """The deployment. Its requests go to what each of its processes builds."""
 
 
 app = Bundle.bind()

@@ -94,6 +94,7 @@ def start_ray(python: Path, bundle: Path, folder: Path) -> subprocess.Popen[str]
         "BUNDLE": str(bundle),
         "RAY_TMPDIR": str(folder),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # its default of 5 is too short for a busy machine
     }
     command = [str(python.parent / "serve"), "run", "ray_serve:app"]
     log = (folder / "ray.log").open("w", encoding="utf-8")
