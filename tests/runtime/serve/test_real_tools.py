@@ -54,7 +54,7 @@ def test_the_model_fills_in_what_was_asked(server: Server) -> None:
         (choice,) = client.chat.completions.create(
             messages=MESSAGES, tool_choice="required", parallel_tool_calls=False, **asked
         ).choices
-        (call,) = choice.message.tool_calls or ()
+        (call,) = choice.message.tool_calls or []
         assert call.type == "function"
         assert json.loads(call.function.arguments) == {"city": "Rome", "unit": "celsius"}
         assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)

@@ -168,7 +168,8 @@ class _Answer:
     def _write(self, event: Mapping[str, Any]) -> bytes:
         self._sequence += 1
         numbered = {**event, "sequence_number": self._sequence}
-        return b"event: " + event["type"].encode() + b"\ndata: " + write_json(numbered) + b"\n\n"
+        kind: str = event["type"]
+        return b"event: " + kind.encode() + b"\ndata: " + write_json(numbered) + b"\n\n"
 
     def _finish(self, output: Output, generation: Generation) -> dict[str, Any]:
         is_whole = find_finish_reason(generation) == "stop"
