@@ -10,10 +10,11 @@ import typer
 
 from edgelora.cli.arguments import BundleArgument, JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.chat_commands import WELCOME, ChatEnded, describe_route, is_command, obey
-from edgelora.cli.conversation import Conversation
+from edgelora.cli.markdown_stream import strip_controls
 from edgelora.cli.request_options import takes_request_options
 from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_note
+from edgelora.cli.terminal_chat import TerminalChat
 from edgelora_runtime.errors import EdgeloraError
 
 if TYPE_CHECKING:
@@ -41,23 +42,23 @@ def chat(
 ) -> None:
     """Talk to a bundle; /variant NAME and /mix change who answers between two turns, /help lists all commands."""
     with runtime_options.open(bundle) as runtime:
-        conversation = Conversation(runtime, cast("GenerateOptions", options))
+        conversation = TerminalChat(runtime, cast("GenerateOptions", options))
         if sys.stdin.isatty() and sys.stderr.isatty():
             from edgelora.cli.chat_terminal import make_ask, open_prompt
 
             read_line = open_prompt(conversation, history)
-            print_note(conversation.switch(conversation.variant))
+            print_note(conversation.switch(conversation.first))
             print_note(WELCOME)
             run_chat(conversation, read_line, make_ask(quiet=json, rendered=not plain and sys.stdout.isatty()))
         else:
-            print_note(conversation.switch(conversation.variant))
+            print_note(conversation.switch(conversation.first))
             run_chat(conversation, _read_line, _ask_quietly if json else _ask_plainly)
     if json:
         print_json({"turns": conversation.turns})
 
 
 def run_chat(
-    conversation: Conversation, read_line: Callable[[], str | None], ask: Callable[[Conversation, str], Generation]
+    conversation: TerminalChat, read_line: Callable[[], str | None], ask: Callable[[TerminalChat, str], Generation]
 ) -> None:
     """Reads lines until /quit or the end of input, and obeys or asks each.
 
@@ -67,21 +68,21 @@ def run_chat(
     while (line := read_line()) is not None:
         if not line.strip():
             continue
-        before = list(conversation.messages)
+        before = conversation.messages
         try:
             said, prompt = obey(conversation, line) if is_command(line) else ("", line.strip())
-            if said:
-                print_note(said)
+            for text in said.splitlines():
+                print(strip_controls(text), file=sys.stderr, flush=True)  # as it is: tables keep their columns
             if prompt is not None:
                 _tell_ending(conversation, ask(conversation, prompt))
         except ChatEnded:
             break
         except EdgeloraError as error:
-            conversation.messages = before
+            conversation.restore(before)
             print_note(f"edgelora: {error}")
 
 
-def _tell_ending(conversation: Conversation, generation: Generation) -> None:
+def _tell_ending(conversation: TerminalChat, generation: Generation) -> None:
     """Tells what the answer's text does not show: the router's choice, and an end before the answer's own."""
     if generation.route is not None:
         print_note(describe_route(generation.route))
@@ -99,7 +100,7 @@ def _read_line() -> str | None:
     return line.rstrip("\r\n") if line else None
 
 
-def _ask_plainly(conversation: Conversation, prompt: str) -> Generation:
+def _ask_plainly(conversation: TerminalChat, prompt: str) -> Generation:
     stream = conversation.ask(prompt)
     for piece in stream:
         print(piece, end="", flush=True)
@@ -107,7 +108,7 @@ def _ask_plainly(conversation: Conversation, prompt: str) -> Generation:
     return conversation.finish(prompt, stream)
 
 
-def _ask_quietly(conversation: Conversation, prompt: str) -> Generation:
+def _ask_quietly(conversation: TerminalChat, prompt: str) -> Generation:
     stream = conversation.ask(prompt)
     for _ in stream:
         pass

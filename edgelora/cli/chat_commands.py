@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgelora.cli.arguments import parse_number, parse_pairs
-from edgelora.cli.conversation import count_turns
+from edgelora.cli.terminal_chat import count_turns
 from edgelora.formatting import format_bytes, format_share
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.decode.options import OPTIONS, resolve_options
@@ -18,7 +18,7 @@ from edgelora_runtime.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from edgelora.cli.conversation import Conversation
+    from edgelora.cli.terminal_chat import TerminalChat
     from edgelora_runtime import Route
 
 WELCOME = "/help lists the commands; Alt+Enter starts a new line, Ctrl-C stops an answer, Ctrl-D ends"
@@ -44,7 +44,7 @@ class Command:
     name: str
     arguments: str
     help: str
-    run: Callable[[Conversation, str], tuple[str, str | None]]
+    run: Callable[[TerminalChat, str], tuple[str, str | None]]
 
 
 def is_command(line: str) -> bool:
@@ -52,7 +52,7 @@ def is_command(line: str) -> bool:
     return line.startswith("/")
 
 
-def obey(conversation: Conversation, line: str) -> tuple[str, str | None]:
+def obey(conversation: TerminalChat, line: str) -> tuple[str, str | None]:
     """Obeys a command. Returns what to say, and a prompt to ask or None.
 
     Raises UsageError for a command that does not exist, with the nearest that does, and what the command raises. Raises ChatEnded
@@ -67,7 +67,7 @@ def obey(conversation: Conversation, line: str) -> tuple[str, str | None]:
     return command.run(conversation, rest.strip())
 
 
-def complete(conversation: Conversation, text: str) -> Iterable[tuple[str, str]]:
+def complete(conversation: TerminalChat, text: str) -> Iterable[tuple[str, str]]:
     """Finds what can follow a text that starts with a slash.
 
     Returns each completion of its last word with a hint. Files are left to the terminal.
@@ -94,7 +94,7 @@ def complete(conversation: Conversation, text: str) -> Iterable[tuple[str, str]]
     return [(each, hint) for each, hint in found if each.startswith(word)]
 
 
-def list_live_adapters(conversation: Conversation) -> list[str]:
+def list_live_adapters(conversation: TerminalChat) -> list[str]:
     """Lists the adapters that /mix takes."""
     manifest = conversation.runtime.bundle.manifest
     return [name for name, entry in manifest.adapters.items() if entry.file is not None]
@@ -105,11 +105,11 @@ def describe_route(route: Route) -> str:
     return f"routed to {route.variant} ({'fallback, ' if route.fallback else ''}confidence {route.confidence:.2f})"
 
 
-def _switch(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _switch(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     return (conversation.switch(rest) if rest else _list_variants(conversation, "")[0]), None
 
 
-def _list_variants(conversation: Conversation, _: str) -> tuple[str, None]:
+def _list_variants(conversation: TerminalChat, _: str) -> tuple[str, None]:
     lines = []
     for name, entry in conversation.runtime.variants.items():
         mix = " + ".join(f"{weight:g} {adapter}" for adapter, weight in entry.mix.items()) or "the base"
@@ -120,7 +120,7 @@ def _list_variants(conversation: Conversation, _: str) -> tuple[str, None]:
     return "\n".join(lines), None
 
 
-def _mix(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _mix(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     if not rest:
         there = ", ".join(list_live_adapters(conversation)) or "none; export a variant with kind = 'live'"
         return f"live adapters: {there}. /mix NAME=WEIGHT … mixes them", None
@@ -128,13 +128,13 @@ def _mix(conversation: Conversation, rest: str) -> tuple[str, None]:
     return conversation.switch_to_mix({name: parse_number(text, f"/mix {name}={text}") for name, text in pairs.items()}), None
 
 
-def _system(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _system(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     if rest:
         conversation.system = "" if rest == _NONE else rest
     return (f"system prompt: {conversation.system}" if conversation.system else "no system prompt"), None
 
 
-def _set(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _set(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     name, _, text = rest.partition(" ")
     if not name:
         options = resolve_options(conversation.options)
@@ -165,22 +165,22 @@ def _read_value(name: str, text: str) -> object:
     return value
 
 
-def _again(conversation: Conversation, _: str) -> tuple[str, str]:
+def _again(conversation: TerminalChat, _: str) -> tuple[str, str]:
     return "", conversation.drop_last_turn()
 
 
-def _reset(conversation: Conversation, _: str) -> tuple[str, None]:
-    conversation.messages.clear()
+def _reset(conversation: TerminalChat, _: str) -> tuple[str, None]:
+    conversation.reset()
     return "all turns are forgotten; the system prompt and the options stay", None
 
 
-def _save(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _save(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     path = _read_path(rest, "/save")
     conversation.save(path)
     return f"saved {count_turns(conversation.messages)} to {path}; /load {path} goes on", None
 
 
-def _load(conversation: Conversation, rest: str) -> tuple[str, None]:
+def _load(conversation: TerminalChat, rest: str) -> tuple[str, None]:
     return conversation.load(_read_path(rest, "/load")), None
 
 
@@ -190,7 +190,7 @@ def _read_path(text: str, command: str) -> Path:
     return Path(text).expanduser()
 
 
-def _stats(conversation: Conversation, _: str) -> tuple[str, None]:
+def _stats(conversation: TerminalChat, _: str) -> tuple[str, None]:
     memory = conversation.runtime.memory
     lines = [f"{conversation.label}, {count_turns(conversation.messages)}"]
     if (last := conversation.last) is not None:
@@ -213,7 +213,7 @@ def tokens_per_second(tokens: tuple[int, ...], milliseconds: float) -> str:
     return f"{(len(tokens) - 1) / milliseconds * 1e3:.1f} tokens/s"
 
 
-def _help(_: Conversation, rest: str) -> tuple[str, None]:
+def _help(_: TerminalChat, rest: str) -> tuple[str, None]:
     rows = [(f"{each.name} {each.arguments}".strip(), each.help) for each in COMMANDS.values()]
     if rest:
         name = _ALIASES.get(f"/{rest.removeprefix('/')}", f"/{rest.removeprefix('/')}")
@@ -232,7 +232,7 @@ def _printable(text: str) -> str:
     return "".join(filter(str.isprintable, text))[:60]
 
 
-def _quit(_: Conversation, __: str) -> tuple[str, None]:
+def _quit(_: TerminalChat, __: str) -> tuple[str, None]:
     raise ChatEnded
 
 

@@ -6,23 +6,23 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from edgelora.cli.chat_commands import complete, is_command, tokens_per_second
-from edgelora.cli.conversation import describe_receipt
 from edgelora.cli.interruption import on_interrupt, was_interrupted
 from edgelora.cli.markdown_stream import MarkdownStream, strip_controls
 from edgelora.cli.terminal import print_note
+from edgelora.cli.terminal_chat import describe_receipt
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
-    from edgelora.cli.conversation import Conversation
+    from edgelora.cli.terminal_chat import TerminalChat
     from edgelora_runtime import Generation
 
 _FILES = ("/save ", "/load ")
 
 
-def open_prompt(conversation: Conversation, history: Path | None) -> Callable[[], str | None]:
+def open_prompt(conversation: TerminalChat, history: Path | None) -> Callable[[], str | None]:
     """Opens a prompt on standard error. Returns the function that reads one input, None for its end.
 
     Enter sends, Alt+Enter or Esc Enter starts a new line, Ctrl-C empties the input, Ctrl-D ends. history: a file that typed lines
@@ -65,13 +65,13 @@ def open_prompt(conversation: Conversation, history: Path | None) -> Callable[[]
     return read
 
 
-def make_ask(*, quiet: bool, rendered: bool) -> Callable[[Conversation, str], Generation]:
+def make_ask(*, quiet: bool, rendered: bool) -> Callable[[TerminalChat, str], Generation]:
     """Makes the function that asks a prompt and shows its answer. Ctrl-C stops the answer; its text so far is kept.
 
     quiet: answers are not shown. rendered: as Markdown, on a terminal. Otherwise as they are written, without control characters.
     """
 
-    def ask(conversation: Conversation, prompt: str) -> Generation:
+    def ask(conversation: TerminalChat, prompt: str) -> Generation:
         stream = conversation.ask(prompt)
         with on_interrupt(stream.cancel):
             if quiet:
@@ -99,7 +99,7 @@ def _tell_cost(generation: Generation) -> None:
     print_note(f"[{stopped}{count} {'token' if count == 1 else 'tokens'}, {speed}; {describe_receipt(generation.receipt)}]")
 
 
-def _make_completer(conversation: Conversation) -> Any:
+def _make_completer(conversation: TerminalChat) -> Any:
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 

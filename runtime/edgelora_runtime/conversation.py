@@ -170,7 +170,7 @@ class Conversation:
     @classmethod
     def load(cls, runtime: Answering, path: Path, options: GenerateOptions) -> Self:
         """Reads a conversation that save() wrote. Raises InputError for another kind of file."""
-        content = _read_saved(path)
+        content = read_conversation(path)
         try:
             speaker: GenerateOptions = {"variant": content["variant"], "mix": content["mix"]}
             found = cls(runtime, content["system"], {**speaker, **options})
@@ -194,8 +194,11 @@ class Conversation:
             raise UsageError("Conversation: the last answer is not complete; read its stream to the end, or close() it")
 
 
-def _read_saved(path: Path) -> dict[str, Any]:
-    """Reads the JSON of a conversation, with its keys and their types checked."""
+def read_conversation(path: Path) -> dict[str, Any]:
+    """Reads the JSON of a saved conversation: variant, mix, system and messages, with their types checked.
+
+    Raises InputError for another kind of file.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(_LIMIT + 1)
@@ -209,7 +212,7 @@ def _read_saved(path: Path) -> dict[str, Any]:
         raise InputError(str(error)) from error
     kinds = {"format": str, "variant": str | None, "mix": dict | None, "system": str | None, "messages": list}
     if not isinstance(content, dict) or content.get("format") != _FORMAT or content.keys() != kinds.keys():
-        raise InputError(f"{path} holds no conversation of this version; make it with Conversation.save()")
+        raise InputError(f"{path} holds no conversation of this version; make it with /save or Conversation.save()")
     if wrong := [name for name, kind in kinds.items() if not isinstance(content[name], kind)]:
         raise InputError(f"{path}: {wrong[0]} is {type(content[wrong[0]]).__name__}; save the conversation again")
     return content

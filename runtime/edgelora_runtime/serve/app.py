@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edgelora_runtime.serve.api import chat, completions, embeddings, models, ollama, responses
+from edgelora_runtime.serve.api.turns import Formats
 from edgelora_runtime.serve.failures import ClientGone, RequestFailed, explain
 from edgelora_runtime.serve.metrics import CountRequests
 from edgelora_runtime.serve.openapi import describe_api
@@ -59,6 +60,7 @@ def build_app(service: Service) -> Starlette:
     )
     app.router.redirect_slashes = False  # a redirect would lose the body, and tell the name of this host
     app.state.service = service
+    app.state.formats = Formats()
     return app
 
 

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     Schema = Mapping[str, Any]
 
 _JSON, _EVENTS, _LINES, _PLAIN = "application/json", "text/event-stream", "application/x-ndjson", "text/plain"
+# OpenAPI 3.1 does not say what a schema of a stream describes: the text, or each event. So these name no type.
+_STREAMED: Mapping[str, Schema] = {
+    _EVENTS: {"description": "Server-sent events, each with a JSON object as its data; those of OpenAI's API end with [DONE]."},
+    _LINES: {"description": "Lines, each a JSON object."},
+}
 _OPENAI_ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -93,7 +98,7 @@ def describe_api() -> dict[str, Any]:
     """Returns the description of all routes."""
     paths: dict[str, Any] = {}
     for path, (asked, answer, stream, sentence) in _POSTS.items():
-        content = {_JSON: {"schema": answer}, **({} if stream is None else {stream: {"schema": {"type": "string"}}})}
+        content = {_JSON: {"schema": answer}, **({} if stream is None else {stream: {"schema": _STREAMED[stream]}})}
         paths[path] = {
             "post": {
                 "summary": sentence,

@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from edgelora_runtime.answers.generation import Generation
+    from edgelora_runtime.answers.text_stream import Piece as TextPiece
     from edgelora_runtime.answers.text_stream import TextStream
     from edgelora_runtime.bundle.prompt import Prompt
-    from edgelora_runtime.bundle.tokenizer import Tokenizer
     from edgelora_runtime.runtime import Runtime
     from edgelora_runtime.serve.names import ModelChoice
     from edgelora_runtime.serve.settings import ServeSettings
     from edgelora_runtime.serve.worker import Job
+
+    Options = Sequence[Mapping[str, Any]]
+    Fit = Callable[[Sequence[Any], Options], tuple[Sequence[Prompt], Options]]
 
 _PREPARING = 2  # threads that check and tokenize: more would take the cores from the model
 _ENDING = 5.0  # seconds that a step may take when the server ends
@@ -38,10 +41,10 @@ _ENDING = 5.0  # seconds that a step may take when the server ends
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of an answer's text. index: the answer's place among those of the request."""
+    """A piece of an answer. index: the answer's place among those of the request. text: it knows its tokens."""
 
     index: int
-    text: str
+    text: TextPiece
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,6 @@ class Service:
         """Requests that have a place at a worker."""
         return sum(worker.held for worker in self._workers.values())
 
-    def find_tokenizer(self, choice: ModelChoice, generation: Generation) -> Tokenizer:
-        """Returns the tokenizer that an answer was written with."""
-        runtime = self.bundles[choice.bundle]
-        if choice.mix is not None:
-            return runtime.find_tokenizer(mix=choice.mix)
-        return runtime.find_tokenizer(choice.variant if generation.route is None else generation.route.variant)
-
     def name_model(self, choice: ModelChoice, generation: Generation) -> str:
         """Returns the name of the model that answered: the router's choice for "auto", else as the request wrote it."""
         return choice.name if generation.route is None else self.names.write(choice.bundle, generation.route.variant)
@@ -90,15 +86,20 @@ class Service:
         return await read_object(request, self.settings.body_limit, self.settings.body_timeout)
 
     async def generate(
-        self, choice: ModelChoice, prompts: Sequence[Prompt], options: Sequence[Mapping[str, Any]]
+        self,
+        choice: ModelChoice,
+        prompts: Sequence[Prompt],
+        options: Sequence[Mapping[str, Any]],
+        fit: Fit | None = None,
     ) -> AsyncGenerator[Piece | Ended]:
         """Answers prompts with a model, one after another.
 
-        options: of Runtime.stream(), one for each prompt. Raises RequestFailed or the runtime's errors before the first event.
+        options: of Runtime.stream(), one for each prompt. fit: changes prompts and options, in a thread, once the request has its
+        place. Raises RequestFailed or the runtime's errors before the first event.
         Closing the iterator cancels what is left.
         """
         runtime = self.bundles[choice.bundle]
-        prepare = partial(_prepare, runtime, choice, prompts, options)
+        prepare = partial(_prepare, runtime, choice, prompts, options, fit)
         async with aclosing(self._run(choice.bundle, prepare)) as events:
             async for event in events:
                 if isinstance(event, Ended):
@@ -195,9 +196,15 @@ def refuse_ending() -> RequestFailed:
 
 
 def _prepare(
-    runtime: Runtime, choice: ModelChoice, prompts: Sequence[Prompt], options: Sequence[Mapping[str, Any]]
+    runtime: Runtime,
+    choice: ModelChoice,
+    prompts: Sequence[Prompt],
+    options: Sequence[Mapping[str, Any]],
+    fit: Fit | None,
 ) -> tuple[str, Callable[[Job], None]]:
     """Checks and tokenizes all prompts. Returns the key of the choice, after routing, and the work."""
+    if fit is not None:
+        prompts, options = fit(prompts, options)
     key = choice.key
     if choice.variant == AUTO and choice.mix is None:
         key = f"{choice.bundle}/{runtime.route(prompts[0]).variant}"

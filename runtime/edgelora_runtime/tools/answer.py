@@ -110,6 +110,8 @@ class AnswerParser:
     def finish(self) -> list[Delta]:
         """Returns the rest, after the last push()."""
         self._run()
+        if self._calls and self._layout is not None and self._layout.opening.startswith(self._held.strip()):
+            self._held = ""  # the mark of a call that was cut off before its name
         if self._streamed is None and self._held:
             is_thought = self._step == self._read_thought
             if self._step != self._read_start or self._held.strip():

@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.bundle.messages import check_chat, join_parts
+from edgelora_runtime.errors import InputError
 from edgelora_runtime.tools.layout import ToolCall, load_arguments
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def _write_calls(format: ToolFormat, message: dict[str, Any]) -> dict[str, Any]:
     calls = [
         call["function"] for call in message["tool_calls"] if isinstance(call, dict) and isinstance(call.get("function"), dict)
     ]
+    if wrong := next((call for call in calls if not isinstance(call.get("arguments", {}), dict)), None):
+        raise InputError(f"tool_calls: the arguments of {str(wrong.get('name'))[:60]!r} are no JSON object; leave the call out")
     written = [ToolCall("", str(call.get("name", "")), json.dumps(call.get("arguments", {}))) for call in calls]
     texts = [join_parts(message.get("content")), format.layout.write(written)]
     rest = {key: value for key, value in message.items() if key != "tool_calls"}

@@ -11,7 +11,9 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgelora.cli.chat_commands import COMMANDS
 from edgelora.cli.markdown_stream import find_last_block, strip_controls
+from edgelora_runtime import Runtime
 
 ROOT = Path(__file__).resolve().parents[3]
 SHORT = ("/set max_tokens 1", "/set overflow slide")  # the golden bundle has a context of 64 tokens
@@ -68,9 +70,9 @@ def test_what_is_refused_is_one_line_and_changes_nothing(tmp_path: Path) -> None
         "/set seed x": "seed = 'x': use a whole number",
         "/set variant tuned": "/variant NAME sets it",
         "/save": "/save needs a file",
-        "/save other.json": "other.json is no conversation that /save wrote; it is left as it is",
-        "/load absent.json": "absent.json: No such file",
-        "/load broken.json": "broken.json is no conversation that /save wrote",
+        "/save other.json": "it is left as it is, save to another file",
+        "/load absent.json": "absent.json cannot be read (No such file",
+        "/load broken.json": "broken.json",
         "/again": "nothing was asked yet",
     }
     turns, said = chat(tmp_path, *refused, "hi")
@@ -80,6 +82,29 @@ def test_what_is_refused_is_one_line_and_changes_nothing(tmp_path: Path) -> None
         assert part in line, command
     assert [turn["variant"] for turn in turns] == ["base"]
     assert (tmp_path / "other.json").read_text(encoding="utf-8") == '{"mine": 1}'
+
+
+def test_python_goes_on_with_a_saved_chat_and_back(tmp_path: Path) -> None:
+    """One file format for the terminal and for apps."""
+    whole, _ = chat(tmp_path, *SHORT, "/system be", "/variant tuned", "hi", "/save kept.json", "yo")
+    with Runtime(GOLDEN, threads=1) as runtime:
+        loaded = runtime.load_chat(tmp_path / "kept.json", max_tokens=1, overflow="slide")
+        assert (loaded.system, loaded.variant) == ("be", "tuned")
+        assert [message.get("variant") for message in loaded.history] == [None, "tuned"]
+        assert loaded.send("yo").text == whole[1]["answer"]
+        loaded.undo()
+        loaded.save(tmp_path / "kept.json")
+    again, _ = chat(tmp_path, *SHORT, "/load kept.json", "yo")
+    assert again[0] == whole[1]
+
+
+def test_a_failed_again_loses_no_turn(tmp_path: Path) -> None:
+    turns, said = chat(tmp_path, *SHORT, "hi", '/set json_schema {"type": 7}', "/again", "/stats")
+    assert len(turns) == 1
+    assert "base, 1 turn" in said.splitlines()
+    _, said = chat(tmp_path, "/help", "/variants")
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("/")] == list(COMMANDS)
+    assert "* base: merged, the base" in said
 
 
 def test_a_saved_conversation_goes_on_as_it_would_have(tmp_path: Path) -> None:

@@ -80,6 +80,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(terminal: Terminal) -> None:
     terminal.type("/set max_tokens 200000")
     terminal.keys("Enter")
     terminal.wait("^max_tokens = 200000")
+    terminal.type("/set regex [a-z ]{90000}")  # the model writes no end token before
+    terminal.keys("Enter")
+    terminal.wait("^regex = ")
     terminal.type("tell me")
     terminal.keys("Enter")
     time.sleep(2)

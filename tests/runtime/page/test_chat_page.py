@@ -131,6 +131,11 @@ def test_a_conversation_is_there_after_a_reload_and_after_undo(page: Page, addre
     expect(page.locator(".answer")).to_contain_text("remember me")
 
 
+def test_a_long_title_ends_at_a_word(page: Page) -> None:
+    ask(page, "Write a table of three fruits with their colours, then a short function.")
+    expect(page.locator("#title")).to_have_text("Write a table of three fruits with their colours, then a…")
+
+
 def test_one_deleted_while_it_is_written_stays_deleted(page: Page, address: str) -> None:
     page.locator("#prompt").fill("slow")
     page.keyboard.press("Enter")

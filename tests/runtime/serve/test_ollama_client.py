@@ -78,7 +78,7 @@ def test_embed_and_list(client: ollama.Client, runtime: Runtime) -> None:
         (400, {"options": {"num_ctx": 1 << 20}}),
         (400, {"options": {"mirostat": 2}}),
         (400, {"options": {"num_predict": 0}}),
-        (400, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (400, {"tools": [{"type": "function", "function": {"name": "no name"}}]}),
     ],
 )
 def test_failures(client: ollama.Client, status: int, fields: dict[str, Any]) -> None:

@@ -199,7 +199,6 @@ def test_models(client: openai.OpenAI, runtime: Runtime) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_parameter"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
         ({"temperature": "hot"}, "temperature", "invalid_value"),

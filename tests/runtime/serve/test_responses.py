@@ -70,9 +70,14 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"previous_response_id": "resp_1"}, {"tools": [{"type": "web_search"}]}, {"reasoning": {"effort": "low"}}]
+    ("fields", "code"),
+    [
+        ({"previous_response_id": "resp_1"}, "unsupported_parameter"),
+        ({"tools": [{"type": "web_search"}]}, "invalid_value"),
+        ({"reasoning": {"effort": "low"}}, "unsupported_parameter"),
+    ],
 )
-def test_what_needs_state_or_tools_is_named(client: openai.OpenAI, fields: dict[str, Any]) -> None:
+def test_what_needs_state_or_other_tools_is_named(client: openai.OpenAI, fields: dict[str, Any], code: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.responses.create(model="plain", input="x", extra_body=fields)
-    assert (caught.value.param, caught.value.code) == (next(iter(fields)), "unsupported_parameter")
+    assert (caught.value.param, caught.value.code) == (next(iter(fields)), code)

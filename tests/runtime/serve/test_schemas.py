@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgelora_runtime.decode.options import OPTIONS, resolve_options
+from edgelora_runtime.serve.api.fields import check_fields
 from edgelora_runtime.serve.api.options import UNSUPPORTED, read_options
-from edgelora_runtime.serve.api.schemas import CHAT, OPTION_SCHEMAS, check_fields
+from edgelora_runtime.serve.api.schemas import CHAT, OPTION_SCHEMAS
 from edgelora_runtime.serve.failures import RequestFailed
 from edgelora_runtime.serve.openapi import describe_api
 

@@ -21,9 +21,10 @@ def make_id(prefix: str) -> str:
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
-def find_finish_reason(generation: Generation) -> str:
-    """Returns OpenAI's word for the end of an answer: stop or length."""
-    return _FINISH.get(generation.finish_reason, "length")
+def find_finish_reason(generation: Generation, *, has_calls: bool = False) -> str:
+    """Returns OpenAI's word for the end of an answer: stop, tool_calls or length. A call that was cut off is a length."""
+    found = _FINISH.get(generation.finish_reason, "length")
+    return "tool_calls" if has_calls and found == "stop" else found
 
 
 def count_usage(generations: Sequence[Generation], *, answers_per_prompt: int = 1) -> dict[str, Any]:
@@ -57,10 +58,14 @@ def describe_cost(generation: Generation) -> dict[str, Any]:
     return found if generation.route is None else {**found, "route": asdict(generation.route)}
 
 
-def list_logprobs(rated: Sequence[TokenLogprob], tokenizer: Tokenizer, top: int) -> list[dict[str, Any]]:
-    """Returns log probabilities in the form of OpenAI's chats, with the `top` likeliest of each position."""
+def list_logprobs(
+    rated: Sequence[TokenLogprob], tokenizer: Tokenizer, top: int, before: int | None = None
+) -> list[dict[str, Any]]:
+    """Returns log probabilities in the form of OpenAI's chats, with the `top` likeliest of each position.
+
+    before: the token before the first one, if the answer has one.
+    """
     found = []
-    before: int | None = None
     for each in rated:
         best = [_name_token(tokenizer, before, token, value) for token, value in each.top[:top]]
         found.append({**_name_token(tokenizer, before, each.token, each.logprob), "top_logprobs": best})
@@ -68,10 +73,15 @@ def list_logprobs(rated: Sequence[TokenLogprob], tokenizer: Tokenizer, top: int)
     return found
 
 
-def list_completion_logprobs(rated: Sequence[TokenLogprob], tokenizer: Tokenizer, top: int) -> dict[str, Any]:
-    """Returns log probabilities in the form of OpenAI's completions."""
-    tokens = list_logprobs(rated, tokenizer, top)
-    offsets, at = [], 0
+def list_completion_logprobs(
+    rated: Sequence[TokenLogprob], tokenizer: Tokenizer, top: int, before: int | None = None, at: int = 0
+) -> dict[str, Any]:
+    """Returns log probabilities in the form of OpenAI's completions.
+
+    before: the token before the first one, if the answer has one. at: characters of the answer before it.
+    """
+    tokens = list_logprobs(rated, tokenizer, top, before)
+    offsets = []
     for each in tokens:
         offsets.append(at)
         at += len(each["token"])

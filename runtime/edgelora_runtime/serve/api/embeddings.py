@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse
 
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.serve.api.completions import list_prompts
+from edgelora_runtime.serve.api.fields import check_fields
 from edgelora_runtime.serve.api.options import find_model
-from edgelora_runtime.serve.api.schemas import EMBEDDING, check_fields
+from edgelora_runtime.serve.api.schemas import EMBEDDING
 from edgelora_runtime.serve.failures import RequestFailed
 from edgelora_runtime.serve.service import wait_for_client
 

@@ -12,14 +12,18 @@ from edgelora_runtime._version import __version__
 from edgelora_runtime.serve.api.answers import describe_cost, find_finish_reason, write_line
 from edgelora_runtime.serve.api.chat import read_messages
 from edgelora_runtime.serve.api.embeddings import embed_prompts
+from edgelora_runtime.serve.api.fields import check_fields
 from edgelora_runtime.serve.api.options import NO_LIMIT, read_options
-from edgelora_runtime.serve.api.schemas import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, check_fields
+from edgelora_runtime.serve.api.schemas import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
 from edgelora_runtime.serve.api.streams import LINES, stream_response
+from edgelora_runtime.serve.api.turns import Turn
 from edgelora_runtime.serve.failures import RequestFailed
 from edgelora_runtime.serve.service import Piece, wait_for_client
+from edgelora_runtime.tools.answer import CallDelta, join_deltas
+from edgelora_runtime.tools.layout import load_arguments
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Mapping
 
     from starlette.requests import Request
     from starlette.responses import Response
@@ -27,12 +31,13 @@ if TYPE_CHECKING:
     from edgelora_runtime.answers.generation import Generation
     from edgelora_runtime.bundle.prompt import Prompt
     from edgelora_runtime.serve.names import ModelChoice
-    from edgelora_runtime.serve.service import Service
+    from edgelora_runtime.serve.service import Ended, Fit, Service
+    from edgelora_runtime.tools.answer import Delta
 
 _LATEST = ":latest"  # the tag that Ollama's clients add to a name without one
 _NANOSECONDS = 1e6  # in a millisecond
 _UNSUPPORTED: Mapping[str, str] = {
-    "tools": "this server does not call tools yet",
+    "tools": "ask /api/chat",
     "think": "give /v1/chat/completions the field chat_template_kwargs, as the model's template reads it",
     "images": "this runtime reads and writes text alone",
     "template": "the bundle's own template is used; raw = true uses none",
@@ -49,13 +54,9 @@ async def chat(request: Request) -> Response:
     """Answers a conversation. Streams unless told otherwise, as Ollama does."""
     service: Service = request.app.state.service
     given = check_fields(await service.read(request), OLLAMA_CHAT, _UNSUPPORTED)
-    return await _respond(
-        request,
-        service,
-        given,
-        read_messages(given["messages"]),
-        lambda text: {"message": {"role": "assistant", "content": text}},
-    )
+    choice = _find_model(service, given)
+    turn = Turn(request.app.state.formats, service.bundles[choice.bundle], choice, given.get("tools"))
+    return await _respond(request, service, given, read_messages(given["messages"]), ChatAnswer(turn))
 
 
 async def generate(request: Request) -> Response:
@@ -71,7 +72,7 @@ async def generate(request: Request) -> Response:
         prompt = [*instructed, {"role": "user", "content": prompt}]
     elif system:
         raise RequestFailed(400, "system: a raw prompt, or a model without a chat template, has no place for it", param="system")
-    return await _respond(request, service, given, prompt, lambda text: {"response": text})
+    return await _respond(request, service, given, prompt, PlainAnswer())
 
 
 async def embed(request: Request) -> Response:
@@ -122,29 +123,92 @@ def _describe_tag(service: Service, choice: ModelChoice) -> dict[str, Any]:
     }
 
 
+class PlainAnswer:
+    """The answer of /api/generate: text as the model writes it."""
+
+    fit: Fit | None = None
+
+    def push(self, text: str) -> dict[str, Any]:
+        """Returns a piece in the form of this route."""
+        return {"response": text}
+
+    def finish(self) -> dict[str, Any]:
+        """Returns what was held back."""
+        return {"response": ""}
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """Returns a whole answer in the form of this route."""
+        return self.push(text)
+
+
+class ChatAnswer:
+    """The answer of /api/chat: a message with text, thinking and calls.
+
+    Ollama sends each call whole, so one is held back until the next one starts, or the answer ends. The arguments of a call that
+    was cut off are no object, so it is left out, and done_reason says length.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self.fit: Fit | None = turn.fit
+        self._turn = turn
+        self._open: list[Delta] = []  # of the call that is being written
+
+    def push(self, text: str) -> dict[str, Any]:
+        """Returns a piece in the form of this route."""
+        return self._write(self._turn.push(0, text))
+
+    def finish(self) -> dict[str, Any]:
+        """Returns what was held back."""
+        return self._write(self._turn.finish(0), is_end=True)
+
+    def parse(self, text: str) -> dict[str, Any]:
+        """Returns a whole answer in the form of this route."""
+        return self._write([*self._turn.push(0, text), *self._turn.finish(0)], is_end=True)
+
+    def _write(self, deltas: list[Delta], *, is_end: bool = False) -> dict[str, Any]:
+        ready: list[Delta] = []
+        for delta in deltas:
+            if not isinstance(delta, CallDelta) or delta.name is not None:
+                ready, self._open = [*ready, *self._open], []
+            (self._open if isinstance(delta, CallDelta) else ready).append(delta)
+        if is_end:
+            ready, self._open = [*ready, *self._open], []
+        answer = join_deltas(ready)
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text}
+        if answer.thought:
+            message["thinking"] = answer.thought
+        calls = [{"function": {"name": call.name, "arguments": load_arguments(call.arguments)}} for call in answer.calls]
+        if whole := [call for call in calls if isinstance(call["function"]["arguments"], dict)]:
+            message["tool_calls"] = whole
+        return {"message": message}
+
+
 async def _respond(
-    request: Request, service: Service, given: Mapping[str, Any], prompt: Prompt, place_text: Callable[[str], dict[str, Any]]
+    request: Request, service: Service, given: Mapping[str, Any], prompt: Prompt, written: PlainAnswer | ChatAnswer
 ) -> Response:
     choice = _find_model(service, given)
     options = _read_options(given, service.bundles[choice.bundle].bundle.manifest.model.context_length)
 
+    def generate() -> AsyncGenerator[Piece | Ended]:
+        return service.generate(choice, [prompt], [options], written.fit)
+
     async def answer() -> dict[str, Any]:
         text, end = "", {}
-        async with aclosing(service.generate(choice, [prompt], [options])) as events:
+        async with aclosing(generate()) as events:
             async for event in events:
                 if isinstance(event, Piece):
                     text += event.text
                 else:
                     end = _describe_end(event.generation)
-        return {**_head(choice), **place_text(text), **end}
+        return {**_head(choice), **written.parse(text), **end}
 
     async def stream() -> AsyncGenerator[bytes]:
-        async with aclosing(service.generate(choice, [prompt], [options])) as events:
+        async with aclosing(generate()) as events:
             async for event in events:
                 if isinstance(event, Piece):
-                    yield write_line({**_head(choice), **place_text(event.text), "done": False})
+                    yield write_line({**_head(choice), **written.push(event.text), "done": False})
                 else:
-                    yield write_line({**_head(choice), **place_text(""), **_describe_end(event.generation)})
+                    yield write_line({**_head(choice), **written.finish(), **_describe_end(event.generation)})
 
     if given.get("stream", True):
         return await stream_response(request, stream(), LINES, lambda failed: write_line(failed.to_ollama()))

@@ -16,14 +16,10 @@ if TYPE_CHECKING:
     from edgelora_runtime.serve.names import ModelChoice, ModelNames
 
 NO_LIMIT = (1 << 31) - 1  # tokens: the context ends the answer before
-_LATER = "this server does not call tools yet"
 _NOT_HERE = "this runtime reads and writes text alone"
 UNSUPPORTED: Mapping[str, str] = {
-    "tools": _LATER,
-    "tool_choice": _LATER,
-    "parallel_tool_calls": _LATER,
-    "functions": _LATER,
-    "function_call": _LATER,
+    "functions": "give tools",
+    "function_call": "give tool_choice",
     "reasoning_effort": "give chat_template_kwargs, as the model's template reads them",
     "verbosity": "no model here reads it",
     "audio": _NOT_HERE,

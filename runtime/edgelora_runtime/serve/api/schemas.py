@@ -9,8 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.decode.options import OPTIONS
-from edgelora_runtime.errors import suggest_name
-from edgelora_runtime.serve.failures import RequestFailed
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -107,6 +105,22 @@ RESPONSE_FORMAT: Schema = {
         },
     ]
 }
+_CALLS: Schema = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "properties": {
+            "id": {"type": "string"},
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "properties": {"name": TEXT, "arguments": {"type": ["string", "object"]}},
+                "required": ["name"],
+            },
+        },
+        "required": ["function"],
+    },
+}
 MESSAGES: Schema = {
     "type": "array",
     "minItems": 1,
@@ -128,9 +142,46 @@ MESSAGES: Schema = {
                     },
                 ]
             },
+            "reasoning_content": {"type": ["string", "null"]},
+            "tool_calls": {"anyOf": [_CALLS, {"type": "null"}]},
+            "tool_call_id": {"type": ["string", "null"]},
         },
         "required": ["role"],
     },
+}
+_FUNCTION: Schema = {
+    "name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"},
+    "description": {"type": ["string", "null"]},
+    "parameters": {"type": ["object", "null"]},
+    "strict": {"type": ["boolean", "null"]},
+}
+_FUNCTION_TYPE: Schema = {"const": "function"}
+_MOST_TOOLS = 128
+TOOLS: Schema = {
+    "type": "array",
+    "maxItems": _MOST_TOOLS,
+    "items": {
+        "type": "object",
+        "properties": {
+            "type": _FUNCTION_TYPE,
+            "function": {"type": "object", "properties": _FUNCTION, "required": ["name"]},
+        },
+        "required": ["type", "function"],
+    },
+}
+_CHOICES: Schema = {"enum": ["none", "auto", "required"]}
+TOOL_CHOICE: Schema = {
+    "anyOf": [
+        _CHOICES,
+        {
+            "type": "object",
+            "properties": {
+                "type": _FUNCTION_TYPE,
+                "function": {"type": "object", "properties": {"name": TEXT}, "required": ["name"]},
+            },
+            "required": ["type", "function"],
+        },
+    ]
 }
 _STREAMING: dict[str, Schema] = {
     "stream": BOOLEAN,
@@ -168,6 +219,9 @@ CHAT = _make_object(
         "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
         "response_format": RESPONSE_FORMAT,
         "chat_template_kwargs": describe_option("template_options", OBJECT),
+        "tools": TOOLS,
+        "tool_choice": TOOL_CHOICE,
+        "parallel_tool_calls": BOOLEAN,
     },
     ("model", "messages"),
 )
@@ -209,7 +263,7 @@ _TEXT_FORMAT: Schema = {
         },
     ]
 }
-_INPUT_ITEM: Schema = {
+_INPUT_MESSAGE: Schema = {
     "type": "object",
     "properties": {
         "type": {"const": "message"},
@@ -233,6 +287,46 @@ _INPUT_ITEM: Schema = {
     "required": ["role", "content"],
     "additionalProperties": False,
 }
+_STATUS: Schema = {"type": ["string", "null"]}
+_INPUT_CALL: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function_call"},
+        "id": {"type": ["string", "null"]},
+        "call_id": TEXT,
+        "name": TEXT,
+        "arguments": {"type": "string"},
+        "status": _STATUS,
+    },
+    "required": ["type", "call_id", "name", "arguments"],
+}
+_INPUT_RESULT: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function_call_output"},
+        "id": {"type": ["string", "null"]},
+        "call_id": TEXT,
+        "output": {"type": "string"},
+        "status": _STATUS,
+    },
+    "required": ["type", "call_id", "output"],
+}
+_INPUT_THOUGHT: Schema = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "reasoning"},
+        "content": {
+            "type": ["array", "null"],
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "reasoning_text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
+    },
+    "required": ["type"],
+}
+_INPUT_ITEM: Schema = {"anyOf": [_INPUT_MESSAGE, _INPUT_CALL, _INPUT_RESULT, _INPUT_THOUGHT]}
 RESPONSE = _make_object(
     {
         "model": _MODEL,
@@ -244,6 +338,18 @@ RESPONSE = _make_object(
         "instructions": {"type": "string"},
         "max_output_tokens": OPTION_SCHEMAS["max_tokens"],
         "text": {"type": "object", "properties": {"format": _TEXT_FORMAT}, "additionalProperties": False},
+        "tools": {
+            "type": "array",
+            "maxItems": _MOST_TOOLS,
+            "items": {"type": "object", "properties": {"type": _FUNCTION_TYPE, **_FUNCTION}, "required": ["type", "name"]},
+        },
+        "tool_choice": {
+            "anyOf": [
+                _CHOICES,
+                {"type": "object", "properties": {"type": _FUNCTION_TYPE, "name": TEXT}, "required": ["type", "name"]},
+            ]
+        },
+        "parallel_tool_calls": BOOLEAN,
         "chat_template_kwargs": describe_option("template_options", OBJECT),
     },
     ("model", "input"),
@@ -283,7 +389,7 @@ _OLLAMA: dict[str, Schema] = {
     "options": _OLLAMA_OPTIONS,
     "keep_alive": {"type": ["string", "number"]},
 }
-OLLAMA_CHAT = _make_object({**_OLLAMA, "messages": MESSAGES}, ("model", "messages"))
+OLLAMA_CHAT = _make_object({**_OLLAMA, "messages": MESSAGES, "tools": TOOLS}, ("model", "messages"))
 OLLAMA_GENERATE = _make_object({**_OLLAMA, "prompt": TEXT, "system": {"type": "string"}, "raw": BOOLEAN}, ("model", "prompt"))
 OLLAMA_EMBED = _make_object(
     {
@@ -294,50 +400,3 @@ OLLAMA_EMBED = _make_object(
     },
     ("model", "input"),
 )
-
-# Values of a field that ask for nothing, which clients send for fields that they do not use.
-_ASKS_FOR_NOTHING: tuple[object, ...] = (None, False, 0, "", [], {}, "none", ["text"])
-
-
-def check_fields(body: Mapping[str, Any], schema: Schema, unsupported: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the fields of a request that are not null. A whole number that was written as 2.0 becomes 2.
-
-    unsupported: fields of the API that this server does not have, with the reason. Raises RequestFailed with 400, which names the
-    field.
-    """
-    known = schema["properties"]
-    for name, reason in unsupported.items():
-        if name in body and name not in known and body[name] not in _ASKS_FOR_NOTHING:
-            raise RequestFailed(400, f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
-    for name in body:
-        if name not in known and name not in unsupported:
-            said = suggest_name([name[:100]], known) or "; leave it out"
-            raise RequestFailed(400, f"no parameter {name[:100]!r}{said}", param=name[:100], code="unknown_parameter")
-    given = {name: value for name, value in body.items() if name in known and value is not None}
-    for name in schema["required"]:
-        if name not in given:
-            raise RequestFailed(400, f"{name} is missing; give it", param=name, code="missing_required_parameter")
-    for name, value in given.items():
-        _check_value(name, value, known[name])
-    return {name: _make_whole(value, known[name]) for name, value in given.items()}
-
-
-def _check_value(name: str, value: object, schema: Schema) -> None:
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-
-    wrong = best_match(Draft202012Validator(schema).iter_errors(value))
-    if wrong is not None:
-        where = name + "".join(f"[{each}]" if isinstance(each, int) else f".{each}" for each in wrong.absolute_path)
-        raise RequestFailed(400, f"{where}: {wrong.message}", param=name, code="invalid_value")
-
-
-def _make_whole(value: Any, schema: Schema) -> Any:
-    inner = schema.get("anyOf", [schema])[0]
-    if isinstance(value, float) and inner.get("type") == "integer":
-        return int(value)
-    if isinstance(value, dict) and "properties" in inner:
-        return {key: _make_whole(item, inner["properties"].get(key, {})) for key, item in value.items()}
-    if isinstance(value, list):
-        return [int(item) if isinstance(item, float) else item for item in value]
-    return value

@@ -9,6 +9,16 @@ const FORMAT = "edgelora-conversation";
 const STATES = ["done", "cut", "stopped", "failed"];
 const MOST_TURNS = 2000;
 
+const LONGEST_TITLE = 60; // characters
+
+/** Makes a title of a prompt, without marks of Markdown. A long one ends at a word, with an ellipsis. */
+function makeTitle(prompt) {
+  const text = prompt.replace(/[*`#|~_>\s]+/g, " ").trim();
+  if (text.length <= LONGEST_TITLE) return text || "Untitled";
+  const cut = text.slice(0, LONGEST_TITLE);
+  return `${cut.slice(0, cut.lastIndexOf(" ") > LONGEST_TITLE / 2 ? cut.lastIndexOf(" ") : LONGEST_TITLE).trimEnd()}…`;
+}
+
 export const newConversation = () => ({ id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", updated: Date.now(), first: null });
 
 export const newAnswer = (model) => ({ model, text: "", reasoning: "", state: "writing", error: "", receipt: null, timings: null, usage: null });
@@ -32,7 +42,7 @@ export function addVersion(conversation, node, prompt, models) {
     if (turns.length) turns.at(-1).versions[turns.at(-1).at].next = made;
     else conversation.first = made;
   }
-  if (!conversation.title) conversation.title = prompt.replace(/[*`#|~_>\s]+/g, " ").trim().slice(0, 60) || "Untitled";
+  if (!conversation.title) conversation.title = makeTitle(prompt);
   return version;
 }
 

@@ -1,0 +1,92 @@
+"""The chat page on a real server: what the canned server stands for elsewhere is what `edgelora serve` says."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.runtime.page.conftest import open_page
+from tests.runtime.page.test_accessibility import axe as axe  # a fixture
+from tests.runtime.page.test_accessibility import find_problems
+from tests.runtime.page.test_chat_page import ask, set_slider
+from tests.runtime.serve.servers import Server
+
+pytest.importorskip("playwright")
+from playwright.sync_api import expect
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from playwright.sync_api import Browser
+
+pytestmark = pytest.mark.slow
+LONG = 900  # tokens, of a context of 1024
+# The tiny model writes such an answer in less than a second, so the button is clicked from within the page.
+STOP_AT_FIRST_WORD = """() => new MutationObserver((_, observer) => {
+  const text = [...document.querySelectorAll('.answer .markdown')].at(-1)?.textContent;
+  if (text && !document.querySelector('#stop').hidden) { observer.disconnect(); document.querySelector('#stop').click(); }
+}).observe(document.querySelector('#thread'), { subtree: true, childList: true, characterData: true })"""
+
+
+def find_long_answer(server: Server) -> tuple[str, str]:
+    """The variant and prompt with the longest answer among some. Every random model ends an answer some time."""
+    asked = [
+        (variant, prompt)
+        for prompt in ("write on", "one two", "the sun", "and the moon")
+        for variant in ("base", "plain", "other")
+    ]
+
+    def count(variant: str, prompt: str) -> int:
+        said = server.chat(variant, messages=[{"role": "user", "content": prompt}], max_tokens=LONG).json()
+        written: int = said["usage"]["completion_tokens"]
+        return written
+
+    return max(asked, key=lambda each: count(*each))
+
+
+def test_from_the_first_choice_to_a_reload(browser: Browser, routed_bundle: Path, axe: str) -> None:
+    with Server(routed_bundle) as server, open_page(browser, server.url) as page:
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        names = {model["id"] for model in server.client.get("/v1/models").json()["data"]}
+        expect(page.get_by_role("radio")).to_have_count(len(names))
+        page.get_by_role("radio", name="plain merged").check(force=True)
+        page.locator("#settings summary").click()
+        page.locator("#max-tokens").fill("12")
+        ask(page, "the cat sat")
+        said = server.chat("plain", messages=[{"role": "user", "content": "the cat sat"}], max_tokens=12).json()
+        answer = page.locator(".answer").first
+        assert said["choices"][0]["message"]["content"].split()[0] in (answer.locator(".markdown").last.text_content() or "")
+        receipt = answer.get_by_role("list", name="Receipt")
+        expect(receipt).to_contain_text(re.compile(r"switch [\d.]+ ms, (cold|warm)"))
+        expect(receipt).to_contain_text(re.compile(r"wrote (1[0-2]|[1-9]) tokens"))
+
+        page.get_by_role("switch", name="Compare two").check()
+        page.get_by_role("button", name="Right").click()
+        set_slider(page, "plain", 10)
+        expect(page.locator("#mix-name")).to_have_text("Asks for plain:0.5")
+        ask(page, "a day in the sun", answers=2)
+        left, right = page.locator(".turn").last.locator(".answer").all()
+        expect(left.get_by_role("heading").first).to_have_text("plain")
+        expect(right.get_by_role("heading").first).to_have_text("0.5 plain")
+
+        page.get_by_role("switch", name="Compare two").uncheck()
+        variant, prompt = find_long_answer(server)
+        page.get_by_role("button", name="New conversation").click()
+        page.get_by_role("radio", name=variant, exact=False).first.check(force=True)
+        page.locator("#max-tokens").fill(str(LONG))
+        page.evaluate(STOP_AT_FIRST_WORD)
+        page.locator("#prompt").fill(prompt)
+        page.keyboard.press("Enter")
+        expect(page.locator(".answer .state")).to_have_text("stopped")
+        expect(page.locator(".answer .markdown").last).not_to_be_empty()
+        server.wait_until_idle(10)
+
+        page.reload()
+        expect(page.locator("#title")).to_have_text(prompt)
+        page.locator("#chat-list .open", has_text="the cat sat").click()
+        expect(page.locator(".turn")).to_have_count(2)
+        expect(page.locator(".answer .facts").first).to_contain_text("switch")
+        assert not [problem for problem in find_problems(page, axe) if problem.startswith(("serious", "critical"))]
