@@ -126,7 +126,7 @@ def serve_ours(bundle: Path, threads: int) -> Iterator[Engine]:
     assert process.stdout is not None
     try:
         url = json.loads(process.stdout.readline())["url"]
-        yield Engine(url, process, [{"model": f"a{index}"} for index in range(max(VARIANTS))])
+        yield Engine(url, process, [{"model": f"a{index}:1"} for index in range(max(VARIANTS))])
     finally:
         process.terminate()
         process.wait(timeout=60)

@@ -182,6 +182,7 @@ def test_graphs_of_one_text_still_open_and_share_no_steps(bundle_copy: Path, ker
     with Runtime(bundle_copy, threads=1, kernels=kernels) as runtime:
         expected = [answer(runtime, number, {"variant": "base"}) for number in range(3)]
         entry, file = runtime.bundle.manifest.model, runtime.variants["base"].graphs["cpu"].file
+    made.clear()
     graph = onnx.load(bundle_copy / file, load_external_data=False)
     for value in (*graph.graph.input, *graph.graph.output):
         axis = value.type.tensor_type.shape.dim[0]

@@ -239,9 +239,9 @@ def test_texts_beside_each_other_get_the_bits_that_each_gets_alone(attention: At
     feeds |= {"last": np.array(lengths, np.int32) - 1, "total": np.array(max(lengths), np.int32)} | attention.tables() | past
     found, keys, values = open_own(attention.build(), threads=threads).run(None, feeds)
     np.testing.assert_array_equal(found.reshape(expected.shape), expected)
-    for text, (reader, length) in enumerate(zip(readers, lengths, strict=True)):
+    for slot, (reader, length) in enumerate(zip(readers, lengths, strict=True)):
         for kind, made in (("key", keys), ("value", values)):
-            np.testing.assert_array_equal(made[text, :, :length], reader.buffers[kind][0, :, :length])
+            np.testing.assert_array_equal(made[slot, :, :length], reader.buffers[kind][0, :, :length])
 
 
 @needs_lesser_sets
