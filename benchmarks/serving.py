@@ -89,6 +89,7 @@ def main() -> None:
                     for name, engine in engines.items():
                         seed = f"{turn}.{variants}.{clients}"
                         one = asyncio.run(run_clients(engine, clients, variants, arguments.requests, arguments.tokens, seed))
+                        report(f"{name}, {variants} variants, {clients} clients: {one.speed:.1f} tokens/s")
                         if turn:
                             found.setdefault((variants, clients, name), []).append(one)
         share = other.share()
