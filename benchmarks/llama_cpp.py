@@ -26,8 +26,8 @@ START_SECONDS = 120.0
 class LlamaServer:
     """A running llama-server. adapters: their names, in the order in which it loaded them."""
 
-    def __init__(self, url: str, adapters: Sequence[str]) -> None:
-        self.url, self.adapters = url, list(adapters)
+    def __init__(self, url: str, process: subprocess.Popen[bytes], adapters: Sequence[str]) -> None:
+        self.url, self.process, self.adapters = url, process, list(adapters)
 
     def chat(self, messages: Sequence[Message], mix: Mapping[str, float], max_tokens: int) -> tuple[str, float]:
         """Answers greedily under a mix of adapters. Returns the text, and the decoded tokens per second."""
@@ -48,19 +48,24 @@ class LlamaServer:
 
 
 @contextmanager
-def serve_llama(binary: Path, model: Path, adapters: Mapping[str, Path], threads: int, context: int) -> Iterator[LlamaServer]:
-    """Runs llama-server on a free port of the loopback address. Adapters are loaded, and applied where a request asks for it."""
+def serve_llama(
+    binary: Path, model: Path, adapters: Mapping[str, Path], threads: int, context: int, *, slots: int = 1
+) -> Iterator[LlamaServer]:
+    """Runs llama-server on a free port of the loopback address. Adapters are loaded, and applied where a request asks for it.
+
+    context: tokens that all slots share.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(binary), "-m", str(model), "--port", str(port), "-t", str(threads), "-c", str(context), "-np", "1"]
+    command = [str(binary), "-m", str(model), "--port", str(port), "-t", str(threads), "-c", str(context), "-np", str(slots)]
     command += [part for path in adapters.values() for part in ("--lora", str(path))]
     command += ["--lora-init-without-apply"] if adapters else []
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_ready(process, url)
-        yield LlamaServer(url, list(adapters))
+        yield LlamaServer(url, process, list(adapters))
     finally:
         process.terminate()
         process.wait(timeout=30)

@@ -15,9 +15,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.residency.cache_folder import find_cache_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_VERSION = "1"  # increase it when the output of shapes.py or peer_models.py changes
@@ -217,10 +220,10 @@ def describe_machine() -> dict[str, Any]:
 class OtherWork:
     """The share of the CPU that went to neither this process nor its workers.
 
-    It counts from the start. Linux only.
+    It counts from the start. Linux only. workers: each has a `process`.
     """
 
-    def __init__(self, workers: dict[str, Worker]) -> None:
+    def __init__(self, workers: Mapping[str, Any]) -> None:
         self.paths = [Path(f"/proc/{pid}/stat") for pid in (os.getpid(), *(w.process.pid for w in workers.values()))]
         self.start = self._read()
 

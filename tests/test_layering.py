@@ -28,8 +28,8 @@ BANNED = {
 # Rooms and modules of each package. Each may import only those to its right. edgelora's own __init__ is exempt: it lists the
 # names that apps use, and imports them on first use.
 ORDER = {
-    "edgelora_runtime": "__init__ serve runtime conversation tools decode answers residency session bundle arguments _telemetry "
-    "_version errors",
+    "edgelora_runtime": "__init__ serve runtime conversation tools decode answers batching residency session bundle arguments "
+    "_telemetry _version errors",
     "edgelora_export": "traced bundle texts stream graph weights base plan quantize architectures decoder __init__",
     "edgelora": "__main__ lm_eval cli demo search learn report exporting composing in_torch mix bench inspection doctor "
     "evaluation data adapters formatting __init__",

@@ -33,6 +33,7 @@ def serve(
     allow_origin: Annotated[
         list[str] | None, typer.Option(metavar="URL", help="A web page's origin that may call from a browser; repeat for each.")
     ] = None,
+    batch: Annotated[int, typer.Option(help="Requests of one bundle that run together; 1 runs one at a time.")] = 16,
     queue: Annotated[int, typer.Option(help="Requests of one bundle that may wait; more get 429.")] = 32,
     patience: Annotated[int, typer.Option(help="Later requests that may go before a waiting one, to save switches.")] = 8,
     max_body: Annotated[int, typer.Option(metavar="BYTES", help="The size of the largest request.")] = 1 << 20,
@@ -50,6 +51,7 @@ def serve(
         keys=frozenset() if api_key_file is None else read_keys(api_key_file),
         names=frozenset(allow_host or ()),
         origins=frozenset(allow_origin or ()),
+        batch=batch,
         queue=queue,
         patience=patience,
         body_limit=max_body,

@@ -5,9 +5,7 @@ Everything that an app calls is here.
 
 from __future__ import annotations
 
-import threading
 import time
-from concurrent.futures import Future
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -17,6 +15,7 @@ import numpy as np
 from edgelora_runtime.answers.generation import Generation, Receipt
 from edgelora_runtime.answers.text_stream import Piece, TextStream
 from edgelora_runtime.arguments import check_kind, check_path, check_whole
+from edgelora_runtime.batching.batches import Batches
 from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
 from edgelora_runtime.bundle.folder import Bundle
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS
@@ -26,11 +25,12 @@ from edgelora_runtime.conversation import Conversation
 from edgelora_runtime.decode.cancellation import Cancellation
 from edgelora_runtime.decode.loop import PromptEnd, continue_prompt
 from edgelora_runtime.decode.options import resolve_options, select_chat_options
-from edgelora_runtime.decode.reader import Reader
+from edgelora_runtime.decode.reader import Reader, SharedReader
 from edgelora_runtime.decode.request import build_requests
 from edgelora_runtime.decode.speculation import Speculation
 from edgelora_runtime.decode.texts import TextSides
 from edgelora_runtime.errors import UsageError
+from edgelora_runtime.residency.background import run_in_background
 from edgelora_runtime.residency.budgets import find_budgets, find_live_budget
 from edgelora_runtime.residency.live_mixes import LiveMixes
 from edgelora_runtime.residency.loader import Loader
@@ -44,6 +44,7 @@ from edgelora_runtime.session.providers import choose_target, find_provider
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
+    from concurrent.futures import Future
     from pathlib import Path
     from types import TracebackType
     from typing import Self, Unpack
@@ -61,14 +62,14 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
 
 _MOST_THREADS = 1024  # onnxruntime starts as many as it is told
+_MOST_ROWS = 256  # requests that share steps
 
 
 class Runtime:
     """A bundle, ready to generate.
 
-    bundle: a folder or an opened Bundle.
-    memory_budget: bytes for loaded variants, as a number or like "4GiB". The default is three quarters of the free memory. The
-    least recently used variant is unloaded first.
+    bundle: a folder or an opened Bundle. memory_budget: bytes for loaded variants, as a number or like "4GiB". The default is
+    three quarters of the free memory. The least recently used variant is unloaded first.
     cache_budget: the same for keys and values of earlier requests. The default is a tenth of the free memory.
     packed_cache: a folder that packed weights are mapped from, so that each further variant costs little memory. Loading a
     variant for the first time writes it there, which takes several times as long as loading it. With edgelora's kernels, only the
@@ -78,11 +79,13 @@ class Runtime:
     kernels: "edgelora", "onnxruntime", or "auto": edgelora's if edgelora-kernels is installed and supports this machine. Those of
     edgelora read weights in their stored form, so nothing is packed.
     threads: compute threads. None leaves the choice to onnxruntime (physical cores).
+    batch: requests that share steps at most; with 1, none do. What they need for keys and values stays within cache_budget.
     provider: "cpu", "cuda", "webgpu", or "auto": a GPU if there is one and the bundle has graphs for it, otherwise the CPU.
     target: the graphs to run, "cpu" (float32) or "gpu" (fp16). None takes those built for the provider. Every provider runs both:
     cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check what they compute.
 
-    Safe to call from many threads: one step is computed at a time, and requests alternate step by step.
+    Safe to call from many threads. One step is computed at a time. Requests on one variant, or on one live base with edgelora's
+    kernels, share steps; others alternate step by step, and so do chunks of prompts.
     """
 
     def __init__(
@@ -95,11 +98,13 @@ class Runtime:
         whole_graphs: bool = False,
         kernels: str = "auto",
         threads: int | None = None,
+        batch: int = 16,
         provider: str = "auto",
         target: str | None = None,
     ) -> None:
         if threads is not None:
             threads = check_whole("Runtime", "threads", threads, 1, _MOST_THREADS)
+        batch = check_whole("Runtime", "batch", batch, 1, _MOST_ROWS)
         check_kind("Runtime", "packed_cache", packed_cache, PackedCache, "a PackedCache, or None")
         models_budget, prompts_budget = find_budgets(memory_budget, cache_budget)
         self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
@@ -127,6 +132,7 @@ class Runtime:
             self._loader.load, self._loader.blobs, self._loader.sizes, budget=models_budget, is_mapped=self._loader.is_mapped
         )
         self._prompts = PromptCache(prompts_budget)
+        self._batches = Batches(batch, prompts_budget)
         live_graph = self._manifest.live_graph(self._target)
         live_budget = find_live_budget({} if live_graph is None else self._loader.blobs[live_graph.file])
         self._live = LiveMixes(self._bundle, live_budget, cache)
@@ -176,6 +182,11 @@ class Runtime:
         return "onnxruntime" if self._kernels is None else f"edgelora ({self._kernels.instruction_set})"
 
     @property
+    def batch(self) -> int:
+        """The most requests that share steps."""
+        return self._batches.slots
+
+    @property
     def variants(self) -> Mapping[str, VariantEntry]:
         """The bundle's variants by name."""
         return MappingProxyType(self._manifest.variants)
@@ -201,9 +212,9 @@ class Runtime:
         return self._loaded.measure(self._live.bytes, self._prompts.bytes)
 
     def switch(self, variant: str | None = None, *, mix: Mapping[str, float] | None = None) -> Receipt:
-        """Loads a variant or a mix of live adapters and makes it current.
+        """Loads a variant or a mix of live adapters and makes it current. Returns what that cost.
 
-        Returns what that cost. Raises UsageError for a variant or adapter that the bundle does not have.
+        Raises UsageError for a variant or adapter that the bundle does not have.
         """
         choice = self._choose(variant, mix)
         _, _, receipt = self._prepare(choice)
@@ -211,24 +222,13 @@ class Runtime:
         return receipt
 
     def prefetch(self, variant: str) -> Future[Receipt]:
-        """Loads a variant in the background.
+        """Loads a variant in the background. Other requests continue.
 
-        Other requests continue. A request for this variant waits for it. Raises UsageError for a variant that the bundle does not
+        A request for this variant waits for it. Raises UsageError for a variant that the bundle does not
         have. The future holds any error from loading.
         """
         choice = choose_variant(self._manifest, self._target, variant)
-        done: Future[Receipt] = Future()
-
-        def load() -> None:
-            try:
-                receipt = self._prepare(choice)[2]
-            except BaseException as error:
-                done.set_exception(error)
-            else:
-                done.set_result(receipt)
-
-        threading.Thread(target=load, name=f"edgelora-prefetch-{variant}", daemon=True).start()
-        return done
+        return run_in_background(lambda: self._prepare(choice)[2], f"edgelora-prefetch-{variant}")
 
     def pin(self, variant: str) -> None:
         """Keeps a variant loaded from its first use until unpin(), regardless of the budget."""
@@ -242,10 +242,7 @@ class Runtime:
         return self._open_stream("generate", prompt, options).read()
 
     async def generate_async(self, prompt: Prompt, **options: Unpack[GenerateOptions]) -> Generation:
-        """Runs generate() in a thread, for asyncio.
-
-        Cancelling the task ends the generation before its next step.
-        """
+        """Runs generate() in a thread, for asyncio. Cancelling the task ends the generation before its next step."""
         import asyncio
 
         stream = await asyncio.to_thread(self._open_stream, "generate_async", prompt, options)
@@ -389,6 +386,11 @@ class Runtime:
         """Returns the tokenizer of a variant or mix: the bundle's own, unless its adapters brought one."""
         return self._texts.of(self._choose(variant, mix)).tokenizer
 
+    def name_group(self, variant: str | None = None, mix: Mapping[str, float] | None = None) -> str:
+        """Names the requests that can share steps: those on one variant or mix, or on any mix with edgelora's kernels."""
+        choice = self._choose(variant, mix)
+        return choice.label if choice.live is None or self._kernels is None else choice.graph
+
     def save_prompts(self, path: str | Path) -> int:
         """Writes the cached prompts with their keys and values to a file. Returns their number."""
         return write_prompts(check_path("save_prompts", "path", path), self._bundle, self._prompts.copy())
@@ -422,9 +424,11 @@ class Runtime:
         prompt_end = PromptEnd() if len(requests) > 1 else None
         answers = []
         try:
-            for request in requests:
-                reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
-                answers.append((yield from continue_prompt(request, receipt, tokenizer, reader, prompt_end)))
+            with self._batches.enter(model, live, choice.live) as batch:
+                for request in requests:
+                    reader = self._speculation.open_reader(speculation, choice, request, Reader(model, cache, live))
+                    with SharedReader(reader, batch) as shared:
+                        answers.append((yield from continue_prompt(request, receipt, tokenizer, shared, prompt_end)))
             return replace(answers[0], alternatives=tuple(answers[1:]))
         finally:
             self._prompts.put(choice, cache)

@@ -80,7 +80,7 @@ class Residual:
 class Positions:
     """The inputs of GroupQueryAttention that give the positions.
 
-    last: int32 (1,), index of the last position. total: int32 scalar, number of positions.
+    last: int32 (B,), index of each text's last position. total: int32 scalar, number of positions of the longest text.
     """
 
     last: ir.Value
@@ -102,7 +102,7 @@ class BlockOutput:
 class BlockBuilder:
     """Appends the blocks of one decoder to one graph.
 
-    hidden: the residual (1, S, H) that enters the first block. live: the inputs of live adapters, None for a graph without.
+    hidden: the residual (B, S, H) that enters the first block. live: the inputs of live adapters, None for a graph without.
     """
 
     def __init__(
@@ -178,17 +178,17 @@ class BlockBuilder:
         return query, key, value
 
     def _scale_queries(self, table: str, query: ir.Value) -> ir.Value:
-        """Multiplies each query of (1, S, heads * head_size) by its position's entry in a table (C, 1)."""
+        """Multiplies each query of (B, S, heads * head_size) by its position's entry in a table (C, 1)."""
         b = self._b
-        one = b.constant("scalar_1", 1)
+        zero, one = b.constant("scalar_0", 0), b.constant("scalar_1", 1)
         count = b.op("Gather", b.op("Shape", query), one, axis=0)
-        last = b.op("Squeeze", b.op("Cast", self._positions.last, to=ir.DataType.INT64))
-        end = b.op("Add", last, one)
-        positions = b.op("Range", b.op("Sub", end, count), end, one)
+        last = b.op("Unsqueeze", b.op("Cast", self._positions.last, to=ir.DataType.INT64), b.constant("axis_1", [1]))
+        first = b.op("Sub", b.op("Add", last, one), count)  # (B, 1)
+        positions = b.op("Add", first, b.op("Range", zero, count, one))
         return b.op("Mul", query, b.op("Gather", b.weight(table), positions, axis=0))
 
     def _normalize_heads(self, norm: Norm, x: ir.Value) -> ir.Value:
-        """Normalizes x (1, S, heads * head_size): head by head, or all heads together if the norm's weight spans them."""
+        """Normalizes x (B, S, heads * head_size): head by head, or all heads together if the norm's weight spans them."""
         b, epsilon = self._b, self._decoder.norm_epsilon
         assert norm.heads is not None
         if norm.heads.heads > 1:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from edgelora_export.plan.targets import Target
     from edgelora_export.weights.stored import StoredWeights
 
+BATCH = "B"  # the symbolic axis of texts that are computed together
 _END = np.iinfo(np.int64).max
 
 
@@ -38,8 +39,8 @@ def build_graph(
     live: names of the products that take LoRA inputs.
     """
     b = GraphBuilder(BlobWeights(weights, folder), target)
-    input_ids = graph_input("input_ids", ir.DataType.INT64, (1, "S"))
-    mask = graph_input("attention_mask", ir.DataType.INT64, (1, "T"))
+    input_ids = graph_input("input_ids", ir.DataType.INT64, (BATCH, "S"))
+    mask = graph_input("attention_mask", ir.DataType.INT64, (BATCH, "T"))
     keep = ir.Value(
         name="logits_to_keep",
         shape=ir.Shape([1]),
@@ -57,7 +58,7 @@ def build_graph(
     blocks = BlockBuilder(b, decoder, _embed(b, decoder, input_ids), positions, inputs)
     caches: list[ir.Value] = []
     presents: list[ir.Value] = []
-    cache_shape = (1, decoder.kv_heads, "M", decoder.head_size)
+    cache_shape = (BATCH, decoder.kv_heads, "M", decoder.head_size)
     for index, layer in enumerate(decoder.layers):
         names = [f"{index}.{kind}" for kind in ("key", "value")]
         past = [graph_input(f"past_key_values.{name}", b.float_type, cache_shape) for name in names]
@@ -71,8 +72,8 @@ def build_graph(
         _name_cuts(blocks.residual, decoder.hidden_size)
     states = blocks.residual.read(decoder.final_norm)
     logits = read_logits(b, decoder, states)
-    annotate_value(logits, "logits", ir.DataType.FLOAT, (1, "kept", decoder.vocab_size))
-    annotate_value(states, "hidden_states", b.float_type, (1, "kept", decoder.hidden_size))
+    annotate_value(logits, "logits", ir.DataType.FLOAT, (BATCH, "kept", decoder.vocab_size))
+    annotate_value(states, "hidden_states", b.float_type, (BATCH, "kept", decoder.hidden_size))
 
     model = b.finish([input_ids, mask, *caches, keep, *inputs.inputs], [logits, *presents, states])
     for value in (keep, *inputs.inputs):  # an initializer with an input's name is the input's default
@@ -85,7 +86,7 @@ def _name_cuts(residual: Residual, hidden_size: int) -> None:
     for index, crossing in enumerate(residual.cuts):
         kept = index >= len(residual.cuts) - 2  # after its attention, the last block holds only the positions that get logits
         for value, role in zip(crossing, ("sum", "update"), strict=True):
-            annotate_value(value, f"{CUT}.{index}.{role}", ir.DataType.FLOAT, (1, "kept" if kept else "S", hidden_size))
+            annotate_value(value, f"{CUT}.{index}.{role}", ir.DataType.FLOAT, (BATCH, "kept" if kept else "S", hidden_size))
 
 
 def read_logits(b: GraphBuilder, decoder: Decoder, states: ir.Value) -> ir.Value:
@@ -98,7 +99,7 @@ def read_logits(b: GraphBuilder, decoder: Decoder, states: ir.Value) -> ir.Value
 
 
 def _read_positions(b: GraphBuilder, mask: ir.Value) -> Positions:
-    """Derives the positions from the attention mask, once for all blocks."""
+    """Derives each text's positions from its row of the attention mask, once for all blocks."""
     length = b.op("ReduceSum", mask, b.constant("axis_1", [1]), keepdims=0)
     last = b.op("Cast", b.op("Sub", length, b.constant("one", [1])), to=ir.DataType.INT32)
     total = b.op("Gather", b.op("Shape", mask), b.constant("index_1", 1), axis=0)
@@ -112,7 +113,7 @@ def _embed(b: GraphBuilder, decoder: Decoder, input_ids: ir.Value) -> ir.Value:
 
 
 def gather_rows(b: GraphBuilder, input_ids: ir.Value, rows: int, columns: int, name: str = "embedding") -> ir.Value:
-    """Looks up the rows of a matrix (rows, columns) for ids (1, S)."""
+    """Looks up the rows of a matrix (rows, columns) for ids (B, S)."""
     grid = b.source.grid(name)
     if grid is None:
         return b.op("Gather", b.weight(name), input_ids, axis=0)

@@ -126,7 +126,7 @@ class GraphBuilder:
         return self.op(function.name, *inputs, domain=function.domain, **attributes)
 
     def multiply_transposed(self, x: ir.Value, matrix: ir.Value) -> ir.Value:
-        """Multiplies x (1, S, K) by the transpose of a float matrix (N, K)."""
+        """Multiplies x (B, S, K) by the transpose of a float matrix (N, K)."""
         if self.target.fused_matmul:
             return self.op("FusedMatMul", x, matrix, domain=CONTRIB, transB=1)
         return self.op("MatMul", x, self.op("Transpose", matrix, perm=(1, 0)))

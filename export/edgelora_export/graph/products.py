@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def multiply_matrix(b: GraphBuilder, name: str, x: ir.Value, columns: int, rows: int) -> ir.Value:
-    """Multiplies x (1, S, columns) by the transpose of the weight `name` (rows, columns)."""
+    """Multiplies x (B, S, columns) by the transpose of the weight `name` (rows, columns)."""
     grid = b.source.grid(name)
     if grid is None:
         return b.multiply_transposed(x, b.weight(name))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
 from edgelora_runtime.errors import UsageError
 
@@ -13,6 +16,16 @@ if TYPE_CHECKING:
     from typing import Self
 
     from edgelora_runtime.answers.generation import Generation, TokenLogprob
+
+
+T = TypeVar("T")
+_MOST_WAITING = 256  # streams that tasks read at the same time; asyncio's own threads are few, and would keep steps small
+
+
+@cache
+def _open_pool() -> ThreadPoolExecutor:
+    """Returns the threads in which tasks read streams. They start as they are needed."""
+    return ThreadPoolExecutor(_MOST_WAITING, thread_name_prefix="edgelora-stream")
 
 
 class Piece(str):
@@ -47,7 +60,7 @@ class Piece(str):
 class TextStream:
     """An iterator over the pieces of an answer. Iterate with `for` or `async for`.
 
-    `generation` is set once the iterator is exhausted, and read() does that. `async for` runs each step in a thread, and
+    `generation` is set once the iterator is exhausted, and read() does that. `async for` waits for each piece in a thread, and
     cancelling the task ends the generation. As a context manager, the stream is closed at the end of the block, whatever has been
     read. Threads that share a stream each get some of its pieces.
 
@@ -83,13 +96,7 @@ class TextStream:
         return self
 
     async def __anext__(self) -> Piece:
-        import asyncio  # costs a tenth of the package's import time, and few callers await
-
-        try:
-            piece = await asyncio.to_thread(next, self, None)  # StopIteration cannot cross a future
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
+        piece = await self._run(lambda: next(self, None))  # StopIteration cannot cross a future
         if piece is None:
             raise StopAsyncIteration
         return piece
@@ -126,10 +133,18 @@ class TextStream:
         return self.generation
 
     async def read_async(self) -> Generation:
-        """Reads the rest in threads, as read() does."""
-        async for _ in self:
-            pass
-        return self.read()
+        """Reads the rest in a thread, as read() does."""
+        return await self._run(self.read)
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        """Runs a call in a thread. Cancelling the task ends the generation before its next step."""
+        import asyncio  # costs a tenth of the package's import time, and few callers await
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(_open_pool(), copy_context().run, call)
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
 
     def cancel(self) -> None:
         """Ends the generation before its next step. Safe from any thread.

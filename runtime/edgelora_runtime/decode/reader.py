@@ -1,4 +1,4 @@
-"""Readers of a text into a KV cache, with or without draft tokens.
+"""Readers of a text into a KV cache: alone, with draft tokens, or in steps that requests share.
 
 They return the logits of its positions.
 """
@@ -8,15 +8,20 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.batching.batch import Row
+from edgelora_runtime.session.in_place_cache import InPlaceCache
 from edgelora_runtime.session.model import PREFILL_CHUNK
 from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, StepCosts, choose_length, count_likely, find_break_even
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from typing import Self
 
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgelora_runtime.batching.batch import Batch
     from edgelora_runtime.decode.drafter import AcceptanceStatistics, Drafter, DraftToken
     from edgelora_runtime.session.factors import LoraInputs
     from edgelora_runtime.session.kv_cache import KVCache
@@ -42,6 +47,9 @@ class Reader:
 
     def skip_prompt(self) -> None:
         """Records that the cache holds the whole prompt, and that read() gets the tokens of the answer only."""
+
+    def leave(self) -> None:
+        """Leaves the steps that it shares with other requests, if it does. The cache then holds all that was read."""
 
     def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:  # noqa: ARG002  (room for draft tokens)
         """Appends tokens to the cache and returns the logits (V,) after the last one.
@@ -155,3 +163,64 @@ class SpeculatingReader(Reader):
         logits = self.model.read(self.cache, rows, live=self.live, keep=keep, check=check)
         self.cache.rewind(len(self.cache.tokens) - len(drafted))
         return list(logits[keep - len(drafted) - 1 :])
+
+
+class SharedReader(Reader):
+    """A reader that reads its prompt alone, and each token of the answer together with other requests, if there are any.
+
+    Alone it reads as the reader that it replaces, with draft tokens if that one has them. In a batch it reads none: a step has
+    one token of each text.
+
+    alone: the reader that it replaces. batch: what it joins as soon as another request may. None if it always reads alone. At the
+    end of a `with` block, it leaves the batch.
+    """
+
+    def __init__(self, alone: Reader, batch: Batch | None) -> None:
+        super().__init__(alone.model, alone.cache, alone.live)
+        self._alone = alone
+        self._batch = batch
+        self._row: Row | None = None
+        self._positions = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.leave()
+
+    def reserve(self, positions: int) -> None:
+        self._positions = min(positions, self.model.entry.context_length)
+        self._alone.reserve(positions)
+
+    def skip_prompt(self) -> None:
+        self._alone.skip_prompt()
+
+    def read(self, tokens: Sequence[int], room: int, check: Callable[[], None]) -> Floats:
+        batch = self._batch
+        if batch is not None and len(tokens) == 1 and self.cache.tokens and (self._row is not None or batch.readers > 1):
+            check()
+            logits = self._read_shared(batch, tokens[0])
+            if logits is not None:
+                self.cache.extend(tokens)
+                return logits
+        self.leave()
+        logits = self._alone.read(tokens, room, check)
+        self.drafted, self.accepted = self._alone.drafted, self._alone.accepted
+        return logits
+
+    def leave(self) -> None:
+        if self._row is not None and self._batch is not None:
+            self._batch.leave(self._row)
+            self._row = None
+
+    def _read_shared(self, batch: Batch, token: int) -> Floats | None:
+        """Reads a token in a step of the batch. Returns None if the batch has no room."""
+        if self._row is not None and self._row.length != len(self.cache.tokens):  # a context shift dropped some
+            self.leave()
+        if self._row is None:
+            assert isinstance(self.cache, InPlaceCache)
+            self._row = Row(self.cache, self.live, max(self._positions, len(self.cache.tokens) + 1))
+        logits = batch.read(self._row, token)
+        if logits is None:
+            self._row = None
+        return logits

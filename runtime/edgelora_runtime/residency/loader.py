@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.residency.memory import reuse_freed_memory
 from edgelora_runtime.session.factors import FACTORS
-from edgelora_runtime.session.fair_lock import FairLock
-from edgelora_runtime.session.model import KEEP, Model
+from edgelora_runtime.session.fair_lock import StepLock
+from edgelora_runtime.session.model import Model
+from edgelora_runtime.session.row_steps import KEEP
 from edgelora_runtime.session.stage import Stage, Stages, open_stage
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Loader:
         self._packed_cache = packed_cache if kernels is None else None
         self._spin_below = spin_below
         self._open_stage = open_stage
-        self._step_lock = FairLock()
+        self._step_lock = StepLock()
         self._chains: dict[str, Sequence[StageEntry]] = {
             graph.file: (graph,) if whole or kernels is not None or not graph.stages else graph.stages for graph in graphs
         }

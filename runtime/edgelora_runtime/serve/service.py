@@ -120,7 +120,7 @@ class Service:
                         return
                     job.emit(step())
 
-            return choice.key, work
+            return _find_key(self.bundles[choice.bundle], choice), work
 
         return [event async for event in self._run(choice.bundle, prepare)]
 
@@ -159,8 +159,10 @@ class Service:
 
     def _start_worker(self, name: str) -> Worker:
         switches = self.metrics.switches.labels(name)
-        worker = Worker(name, self.settings.queue, self.settings.patience, switches.inc)
         runtime, watch = self.bundles[name], self.metrics.watch
+        worker = Worker(
+            name, self.settings.queue, self.settings.patience, switches.inc, rows=min(self.settings.batch, runtime.batch)
+        )
         watch("edgelora_held_requests", "Requests that run, wait or are prepared.", name, lambda: worker.held)
         watch("edgelora_running_requests", "Requests that run.", name, lambda: worker.running)
         watch("edgelora_memory_bytes", "Memory of loaded variants and prompts.", name, lambda: _count_bytes(runtime))
@@ -205,12 +207,17 @@ def _prepare(
     """Checks and tokenizes all prompts. Returns the key of the choice, after routing, and the work."""
     if fit is not None:
         prompts, options = fit(prompts, options)
-    key = choice.key
-    if choice.variant == AUTO and choice.mix is None:
-        key = f"{choice.bundle}/{runtime.route(prompts[0]).variant}"
     selected: dict[str, Any] = {"variant": choice.variant} if choice.mix is None else {"mix": choice.mix}
     streams = [runtime.stream(prompt, **selected, **each) for prompt, each in zip(prompts, options, strict=True)]
-    return key, partial(_write_answers, streams)
+    routed = runtime.route(prompts[0]).variant if choice.variant == AUTO and choice.mix is None else None
+    return _find_key(runtime, choice, routed), partial(_write_answers, streams)
+
+
+def _find_key(runtime: Runtime, choice: ModelChoice, routed: str | None = None) -> str:
+    """Returns the key of a choice for policy.py. routed: the variant that the router chose."""
+    if choice.mix is not None:
+        return runtime.name_group(mix=choice.mix)
+    return runtime.name_group(choice.variant if routed is None else routed)
 
 
 def _write_answers(streams: Sequence[TextStream], job: Job) -> None:

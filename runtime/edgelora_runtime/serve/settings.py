@@ -25,9 +25,10 @@ class ServeSettings:
     """The settings of a server.
 
     host, port: the address; port 0 takes a free one. keys: one of them must come with each request but /health, if there are any.
-    names: other names of this host, which a Host header may have. origins: other pages that may call from a browser. queue:
-    requests of one bundle that may wait, besides the one that runs. patience: later requests that may go before a waiting one.
-    body_limit: bytes of a request. body_timeout: seconds until its last byte. drain: seconds that requests have after SIGTERM.
+    names: other names of this host, which a Host header may have. origins: other pages that may call from a browser. batch:
+    requests of one bundle that run together. queue: requests of one bundle that may wait, besides those that run. patience: later
+    requests that may go before a waiting one. body_limit: bytes of a request. body_timeout: seconds until its last byte. drain:
+    seconds that requests have after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -35,6 +36,7 @@ class ServeSettings:
     keys: frozenset[str] = frozenset()
     names: frozenset[str] = frozenset()
     origins: frozenset[str] = frozenset()
+    batch: int = 16
     queue: int = 32
     patience: int = 8
     body_limit: int = 1 << 20
@@ -45,6 +47,7 @@ class ServeSettings:
         wrong = list_wrong(
             (
                 ("port", self.port, 0 <= self.port < 1 << 16, "0 to 65535"),
+                ("batch", self.batch, 1 <= self.batch <= 256, "1 to 256"),
                 ("queue", self.queue, 0 <= self.queue <= 10_000, "0 to 10000"),
                 ("patience", self.patience, self.patience >= 0, "0 or more"),
                 ("body_limit", self.body_limit, self.body_limit >= 1024, "1024 bytes or more"),

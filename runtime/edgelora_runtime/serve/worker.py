@@ -1,4 +1,4 @@
-"""Workers: one thread per bundle, which runs its requests one after another, and a bounded queue before it."""
+"""Workers: a few threads per bundle, which run requests that share steps, and a bounded queue before them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _End:
 class Job:
     """A request's place at a worker, from its admission until it has ended or was cancelled.
 
-    key: the variant or mix that it runs on. passed: later requests that went before it. waited: seconds until it ran.
+    key: requests of one key share steps. passed: later requests that went before it. waited: seconds until it ran.
     Events arrive on the event loop that admitted it. Safe to cancel from any thread.
     """
 
@@ -43,7 +43,7 @@ class Job:
         self._stop: Callable[[], None] = lambda: None
 
     def submit(self, key: str, work: Callable[[Job], None]) -> None:
-        """Queues the work, which runs in the worker's thread and emits events."""
+        """Queues the work, which runs in one of the worker's threads and emits events."""
         self.key, self.work = key, work
         self._worker.enqueue(self)
 
@@ -82,26 +82,30 @@ class Job:
 
 
 class Worker:
-    """A thread that runs jobs one after another, in the order of policy.py.
+    """Threads that run jobs, those of one key at a time, in the order of policy.py.
 
-    queue: jobs that may hold a place besides the one that runs. patience: as in policy.py. on_switch: called when a job's key
-    differs from the last one's.
+    rows: the most jobs that run together. queue: jobs that may hold a place besides those. patience: as in policy.py. on_switch:
+    called when a job's key differs from the last one's.
     """
 
-    def __init__(self, name: str, queue: int, patience: int, on_switch: Callable[[], None] = lambda: None) -> None:
-        self._places = queue + 1
+    def __init__(
+        self, name: str, queue: int, patience: int, on_switch: Callable[[], None] = lambda: None, *, rows: int = 1
+    ) -> None:
+        self._places = queue + rows
         self._patience = patience
         self._on_switch = on_switch
         self._changed = threading.Condition()
         self._held: set[Job] = set()
         self._waiting: list[Job] = []
-        self._running: Job | None = None
+        self._running: set[Job] = set()
         self._current: str | None = None
         self._refusal: Callable[[], RequestFailed] | None = None
         self._closed = False
         self._durations: deque[float] = deque(maxlen=_REMEMBERED)
-        self._thread = threading.Thread(target=self._run, name=f"edgelora-serve-{name}", daemon=True)
-        self._thread.start()
+        names = [f"edgelora-serve-{name}-{row}" for row in range(rows)]
+        self._threads = [threading.Thread(target=self._run, name=each, daemon=True) for each in names]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def held(self) -> int:
@@ -110,7 +114,7 @@ class Worker:
 
     @property
     def running(self) -> int:
-        return int(self._running is not None)
+        return len(self._running)
 
     @property
     def is_refusing(self) -> bool:
@@ -143,7 +147,7 @@ class Worker:
     def forget(self, job: Job) -> None:
         """Takes a cancelled job's place back, unless it runs: then its end does."""
         with self._changed:
-            if job is self._running:
+            if job in self._running:
                 return
             if job in self._waiting:
                 self._waiting.remove(job)
@@ -164,12 +168,14 @@ class Worker:
             job.finish(None if self._refusal is None else self._refusal())
 
     def close(self, timeout: float) -> None:
-        """Ends the thread after the step that it runs. Waits at most that many seconds."""
+        """Ends the threads after the step that they run. Waits at most that many seconds."""
         self.cut()
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(timeout)
+        deadline = time.monotonic() + timeout
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _guess_retry(self) -> int:
         mean = sum(self._durations) / len(self._durations) if self._durations else 1.0
@@ -187,19 +193,21 @@ class Worker:
             except BaseException as caught:  # whatever it is, the thread goes on, and the follower tells
                 error = caught
             with self._changed:
-                self._running = None
+                self._running.discard(job)
                 self._held.discard(job)
                 self._durations.append(time.perf_counter() - started)
+                self._changed.notify_all()  # others may have waited for the last one of its key
             job.finish(error)
 
     def _take(self) -> Job | None:
         with self._changed:
-            while not self._waiting and not self._closed:
+            while not self._closed:
+                job = take_next(self._waiting, self._current, self._patience, running=len(self._running))
+                if job is not None:
+                    self._running.add(job)
+                    if job.key != self._current:
+                        self._current = job.key
+                        self._on_switch()
+                    return job
                 self._changed.wait()
-            if self._closed:
-                return None
-            job = self._running = take_next(self._waiting, self._current, self._patience)
-            if job.key != self._current:
-                self._current = job.key
-                self._on_switch()
-            return job
+            return None

@@ -69,7 +69,7 @@ class Binding:
     def run(self, **lengths: int) -> None:
         """Runs the sessions in order.
 
-        lengths: of the symbolic axes of the arrays that pass between them.
+        lengths: of the symbolic axes of the arrays that pass between them. B is the number of texts.
         """
         if lengths != self._lengths:
             self._make_room(lengths)
@@ -92,6 +92,6 @@ class Binding:
                 _, axis, width = value.shape
                 key = (place % 2, index, axis)
                 if key not in self._arrays:
-                    self._arrays[key] = np.empty((1, lengths[axis], width), np.float32)
+                    self._arrays[key] = np.empty((lengths["B"], lengths[axis], width), np.float32)
                 self.output(value.name, self._arrays[key])
                 self.input(value.name, self._arrays[key])

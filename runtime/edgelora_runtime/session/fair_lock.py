@@ -49,3 +49,28 @@ class FairLock:
                 self._waiting.popleft().release()
             else:
                 self._held = False
+
+
+class StepLock(FairLock):
+    """A lock that one step at a time holds, of any model that shares the cores.
+
+    prompts: a lock of its own, which a chunk of a prompt takes first, so that at most one chunk waits between two steps.
+    requests: those that are being answered. With several, prompts are read in small chunks.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts = FairLock()
+        self._requests = 0
+
+    @property
+    def requests(self) -> int:
+        return self._requests
+
+    def enter_request(self) -> None:
+        with self._state:
+            self._requests += 1
+
+    def leave_request(self) -> None:
+        with self._state:
+            self._requests -= 1

@@ -41,6 +41,17 @@ class InPlaceCache(KVCache):
     def state(self, length: int) -> dict[str, Floats]:
         return {name: buffer.numpy()[0, :, :length] for name, buffer in self._buffers.items()}
 
+    def write(self, start: int, state: Mapping[str, Floats]) -> None:
+        """Writes keys and values, named as in state(), to the positions from `start` on.
+
+        The buffers must be in main memory.
+        """
+        stop = start + next(iter(state.values())).shape[1]
+        if stop > self._capacity:
+            self._allocate_buffers(stop, self.state(start))
+        for name, buffer in self._buffers.items():
+            buffer.numpy()[0, :, start:stop] = state[name]
+
     def bind(self, binding: Binding, count: int, keep: int) -> None:
         self.reserve(len(self.tokens) + count)
         self._fit_logits(keep)

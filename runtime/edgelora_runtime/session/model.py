@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy as np
 from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.session.binding import Binding
 from edgelora_runtime.session.factors import PACKED
-from edgelora_runtime.session.fair_lock import FairLock
+from edgelora_runtime.session.fair_lock import StepLock
 from edgelora_runtime.session.growing_cache import GrowingCache
 from edgelora_runtime.session.in_place_cache import InPlaceCache
 from edgelora_runtime.session.providers import CPU, explain_failure
+from edgelora_runtime.session.row_steps import KEEP, RowSteps
 from edgelora_runtime.session.stage import Stage, open_stage
 from edgelora_runtime.session.step_costs import MAX_DRAFT_TOKENS, MIN_ROWS, StepCosts
 
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float32]
     Values = tuple[ort.NodeArg, ...]
 
-KEEP = "logits_to_keep"  # input: the number of last positions that get logits
 STATES = "hidden_states"  # optional output: the states after the final norm
 _STATES_CHUNK = 64  # tokens per step of an embedding: bounds the memory of the logits, which the graph computes as well
 PREFILL_CHUNK = 512  # tokens per step of a long prompt: bounds the memory of activations
+SHARED_CHUNK = 128  # the same while other requests are answered: bounds the time between two of their tokens
+# Kernels may compute a few rows in another order of additions than many. A chunk leaves no fewer than these, so that its size
+# changes no bit of an answer.
+_FEW_ROWS = 16
 _FLOAT_TYPES: dict[str, np.dtype[Any]] = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
 
@@ -46,10 +50,10 @@ class Model:
 
     It runs one step at a time, for any number of caches and live mixes.
 
-    step_lock: models that share it run one step at a time between them, since they compete for the same cores.
-    opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16. Logits are float32.
-    lora_type: of its LoRA inputs: float_type or PACKED. has_states: whether it supports read_states(). costs: seconds of its
-    steps over few tokens.
+    entry: the sizes of the model. step_lock: models that share it run one step at a time between them, since they compete for
+    the same cores. opened: bytes of weights that had to be opened for it. float_type: of its KV cache, float32 or float16.
+    Logits are float32. lora_type: of its LoRA inputs: float_type or PACKED. has_states: whether it supports read_states().
+    takes_rows: whether a step can read texts of several requests. costs: seconds of its steps over few tokens.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class Model:
         *,
         name: str,
         provider: Provider = CPU,
-        step_lock: FairLock | None = None,
+        step_lock: StepLock | None = None,
         opened: int = 0,
     ) -> None:
         sessions = [stage.session for stage in stages]
@@ -70,12 +74,14 @@ class Model:
         self.float_type = _read_float_type(inputs + outputs, name)
         self.lora_type = PACKED if any(stage.takes_packed for stage in stages) else self.float_type
         self.has_states = any(value.name == STATES for value in outputs)
+        ids = next(value for value in inputs if value.name == "input_ids")
+        self.takes_rows = isinstance(ids.shape[0], str) and entry.cache == "in_place" and provider.memory == CPU.memory
         self.costs = StepCosts()
         self._stages = stages  # a shared stage stays open as long as some model refers to it
         self._sessions = sessions
-        self._entry = entry
+        self.entry = entry
         self._provider = provider
-        self._step_lock = step_lock or FairLock()
+        self.step_lock = step_lock or StepLock()
         self._steps = _Steps(sessions)
 
     @classmethod
@@ -88,7 +94,7 @@ class Model:
 
     def new_cache(self) -> KVCache:
         """Creates an empty cache of the kind that the graph writes."""
-        return new_cache(self._entry, self.float_type, self._provider.memory)
+        return new_cache(self.entry, self.float_type, self._provider.memory)
 
     def read(
         self,
@@ -107,14 +113,10 @@ class Model:
         """
         start = 0
         while True:
-            left = len(tokens) - start
-            size = (
-                left - keep if PREFILL_CHUNK < left < PREFILL_CHUNK + keep else PREFILL_CHUNK
-            )  # the last chunk has all positions to keep
-            chunk = tokens[start : start + size]
+            chunk = tokens[start : start + self._size_chunk(start, len(tokens), keep)]
             start += len(chunk)
             ended = start == len(tokens)
-            with self._hold_step_lock():
+            with self.step_lock.prompts if len(chunk) > _FEW_ROWS else nullcontext(), self.hold_step_lock():
                 if check is not None:
                     check()
                 started = time.perf_counter()
@@ -125,6 +127,24 @@ class Model:
                 logits: Floats = cache.logits[0]
                 return logits
 
+    def _size_chunk(self, start: int, count: int, keep: int) -> int:
+        """Returns the size of the chunk that begins at `start` of `count` tokens.
+
+        The last chunk has all positions to keep. Small chunks divide the large ones.
+        """
+        left = count - start
+        if PREFILL_CHUNK < left < PREFILL_CHUNK + keep:
+            return left - keep
+        until = min(PREFILL_CHUNK - start % PREFILL_CHUNK, left)
+        is_last = until == left
+        if self.step_lock.requests < 2 or until <= SHARED_CHUNK + (max(keep, _FEW_ROWS) if is_last else 0):
+            return until
+        return SHARED_CHUNK
+
+    def open_rows(self) -> RowSteps:
+        """Opens steps that read a token of several texts each. Requires takes_rows."""
+        return RowSteps(self._sessions, self.entry)
+
     def read_states(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Iterator[Floats]:
         """Yields the states after the final norm, float32 (T, hidden_size), from an empty cache.
 
@@ -134,14 +154,14 @@ class Model:
         self.reserve(cache, len(tokens))
         for start in range(0, len(tokens), _STATES_CHUNK):
             chunk = tokens[start : start + _STATES_CHUNK]
-            states = np.empty((1, len(chunk), self._entry.hidden_size), self.float_type)
-            with self._hold_step_lock():
+            states = np.empty((1, len(chunk), self.entry.hidden_size), self.float_type)
+            with self.hold_step_lock():
                 steps.run(cache, chunk, live, len(chunk), states)
             yield states[0].astype(np.float32, copy=False)
 
     def embed(self, tokens: Sequence[int], *, live: LoraInputs | None = None) -> Floats:
         """Returns the mean of the states of read_states(), float32 (hidden_size,), scaled to length 1. Requires has_states."""
-        total = np.zeros(self._entry.hidden_size, np.float64)
+        total = np.zeros(self.entry.hidden_size, np.float64)
         for states in self.read_states(tokens, live=live):
             total += states.sum(axis=0, dtype=np.float64)
         return (total / max(np.linalg.norm(total), np.finfo(np.float64).tiny)).astype(np.float32)
@@ -151,16 +171,20 @@ class Model:
 
         Untouched memory costs nothing.
         """
-        cache.reserve(min(positions, self._entry.context_length))
+        cache.reserve(min(positions, self.entry.context_length))
 
     @contextmanager
-    def _hold_step_lock(self) -> Iterator[None]:
+    def hold_step_lock(self) -> Iterator[None]:
         """Holds the lock for one step, and turns onnxruntime's errors into this package's."""
-        with self._step_lock:
+        with self.step_lock:
             try:
                 yield
-            except RuntimeError as error:  # from onnxruntime, when it binds or runs
-                raise explain_failure(self._provider, "run the graph", error) from error
+            except RuntimeError as error:
+                raise self.explain(error) from error
+
+    def explain(self, error: Exception) -> Exception:
+        """Returns this package's error for one of onnxruntime's, when it binds or runs. Others stay as they are."""
+        return explain_failure(self._provider, "run the graph", error) if isinstance(error, RuntimeError) else error
 
 
 class _Steps:
@@ -196,7 +220,7 @@ class _Steps:
         ids = np.array([tokens], np.int64)
         self._binding.input("input_ids", ids)
         self._binding.input("attention_mask", self._ones, (1, total))
-        self._binding.run(S=len(tokens), kept=keep)
+        self._binding.run(B=1, S=len(tokens), kept=keep)
         cache.extend(tokens)
 
 
@@ -219,7 +243,7 @@ def _read_inputs_and_outputs(sessions: Sequence[ort.InferenceSession], entry: Mo
     for place, written in enumerate(outputs):
         for reader, read in enumerate(inputs):
             handed = written.keys() & read.keys()
-            fits = all(written[key].shape in ([1, "S", entry.hidden_size], [1, "kept", entry.hidden_size]) for key in handed)
+            fits = all(written[key].shape[1:] in (["S", entry.hidden_size], ["kept", entry.hidden_size]) for key in handed)
             if handed and not (reader == place + 1 and fits):
                 raise IntegrityError(f"the stages of {name} do not fit together; export the bundle again")
             crossing |= handed
@@ -238,20 +262,20 @@ def _read_float_type(values: Values, name: str) -> np.dtype[Any]:
 def _compare_shapes(values: Values, entry: ModelEntry) -> list[str]:
     """Returns one message per input or output with other sizes than the manifest's.
 
-    Caches, logits and states are allocated with the manifest's.
+    Caches, logits and states are allocated with the manifest's. The first axis, texts, is 1 or symbolic.
     """
-    shape = [1, entry.kv_heads, entry.head_size]  # the third axis, positions, varies
+    shape = [entry.kv_heads, entry.head_size]  # the third axis, positions, varies
     layers = min(entry.layers, len(values))  # a manifest can claim any number of layers
-    wanted: dict[str, list[int]] = {"logits": [1, entry.vocab_size]}
+    wanted: dict[str, list[int]] = {"logits": [entry.vocab_size]}
     for pair in ("past_key_values", "present"):
         wanted |= {f"{pair}.{index}.{kind}": shape for index in range(layers) for kind in ("key", "value")}
     found = {
-        value.name: [size for size in value.shape if isinstance(size, int)]
+        value.name: [size for size in value.shape[value.shape[:1] == [1] :] if isinstance(size, int)]
         for value in values
         if value.name not in ("input_ids", "attention_mask")
     }
     if STATES in found:
-        wanted[STATES] = [1, entry.hidden_size]
+        wanted[STATES] = [entry.hidden_size]
     return [
         f"{name} has sizes {found.get(name)}, not {wanted.get(name)}"
         for name in sorted(found.keys() | wanted.keys())

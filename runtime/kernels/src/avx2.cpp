@@ -50,7 +50,6 @@ struct Avx2 {
 
   // The first `count` values of an array, padded with zeros.
   static Float load(const float* at, size_t count) { return _mm256_maskload_ps(at, first(count)); }
-  static Float load(const int32_t* at, size_t count) { return _mm256_cvtepi32_ps(_mm256_maskload_epi32(at, first(count))); }
 
   static float max_abs(const float* values) {
     const __m256 sign = _mm256_set1_ps(-0.0f);
@@ -86,7 +85,7 @@ struct Avx2 {
   }
 
   template <int Bits>
-  static Float multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
+  static Int multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
     const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(activation_codes));
     __m256i sums;
     if constexpr (Bits == 8) {
@@ -98,9 +97,18 @@ struct Avx2 {
       const __m256i weights = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(sixteen, 4), sixteen), _mm256_set1_epi8(15));
       sums = _mm256_maddubs_epi16(weights, activations);
     }
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
   }
-  static Float spread(const float* scale) { return broadcast(*scale); }
+  // Sums of 8 vectors.
+  static void sum_lanes(const Int* products, Int* sums) {
+    const auto fold = [](const Int* four) {
+      return _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+    };
+    const Int low = fold(products), high = fold(products + 4);
+    sums[0] = add(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+  }
+  static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
 
   // Products of 4 bits are summed in 16 bits: at most 8 times 2 * 15 * 127.
   static Int begin(Int) { return _mm256_setzero_si256(); }

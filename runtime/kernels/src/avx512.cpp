@@ -39,7 +39,6 @@ struct Avx512 {
 
   // The first `count` values of an array, padded with zeros.
   static Float load(const float* at, size_t count) { return _mm512_maskz_loadu_ps(first(count), at); }
-  static Float load(const int32_t* at, size_t count) { return _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(first(count), at)); }
 
   static float max_abs(const float* values) {
     const __m512 first = _mm512_loadu_ps(values), second = _mm512_loadu_ps(values + 16);
@@ -79,7 +78,7 @@ struct Avx512 {
 
   // Products of two chunks, one in each half.
   template <int Bits>
-  static Float multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
+  static Int multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
     __m512i weights;
     if constexpr (Bits == 8) {
       weights = _mm512_loadu_si512(codes);
@@ -89,14 +88,28 @@ struct Avx512 {
       const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
       weights = _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
     }
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes)));
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes));
   }
-  static Float spread(const float* scales) {
-    double pair;
-    std::memcpy(&pair, scales, sizeof pair);
-    const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    return _mm512_permutexvar_ps(halves, _mm512_castpd_ps(_mm512_set1_pd(pair)));
+  // Sums of each half of 16 vectors: of the first halves, then of the second ones.
+  static void sum_lanes(const Int* products, Int* sums) {
+    __m512i pairs[8], fours[4];
+    for (size_t i = 0; i < 8; ++i) {
+      const Int one = products[2 * i], other = products[2 * i + 1];
+      pairs[i] = add(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      const Int one = pairs[2 * i], other = pairs[2 * i + 1];
+      fours[i] = add(_mm512_unpacklo_epi64(one, other), _mm512_unpackhi_epi64(one, other));
+    }
+    const auto fold = [](Int one, Int other) {
+      return add(_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd));
+    };
+    const Int low = fold(fours[0], fours[1]), high = fold(fours[2], fours[3]);
+    sums[0] = _mm512_shuffle_i32x4(low, high, 0x88);
+    sums[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
   }
+  static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
 
   static Int begin(Int offset) { return offset; }
   template <int Bits>

@@ -1,8 +1,9 @@
 // com.microsoft.GroupQueryAttention over a cache that is written in place. Keys and values are read once for all queries that
 // share them, and softmax needs no memory that grows with the text.
 //
-// It supports what edgelora's graphs use: one sequence, float32, rotary embeddings in halves. Anything else is refused. Partial
-// results of spans are merged in order, so no bit of a row depends on the rows computed with it or on the number of threads.
+// It supports what edgelora's graphs use: float32, rotary embeddings in halves, texts of any length beside each other. Anything
+// else is refused. Partial results of spans are merged in order, so no bit of a row depends on the rows computed with it, on the
+// other texts or on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -29,7 +30,7 @@ struct Rows {
 struct Rotary {
   const float* cos = nullptr;
   const float* sin = nullptr;
-  size_t half = 0;
+  size_t half = 0, positions = 0;
 
   void rotate(const float* from, size_t position, size_t size, float scale, float* to) const {
     const float *cosine = cos + position * half, *sine = sin + position * half;
@@ -77,13 +78,14 @@ class GroupQueryAttention : Operator {
   }
 
   void compute(OrtKernelContext* context) const {
-    Step step = read_step(context);
-    append(context, step);
-    attend(context, step);
+    static thread_local std::vector<Step> steps;  // the thread's next call reuses the memory
+    read_steps(context, steps);
+    append(context, steps);
+    steps.size() == 1 ? attend(context, steps[0]) : attend(context, steps);
   }
 
  private:
-  // One call: `count` new positions after `past` earlier ones.
+  // One text of a call: `count` new positions after `past` earlier ones.
   struct Step {
     size_t size, past, count, capacity;
     Rows query, key, value;
@@ -94,19 +96,19 @@ class GroupQueryAttention : Operator {
     float* attended;       // (count, heads, size)
   };
 
-  Step read_step(OrtKernelContext* context) const {
+  void read_steps(OrtKernelContext* context, std::vector<Step>& steps) const {
     Step step{};
     const OrtValue *query = input(context, kQuery), *key = input(context, kKey), *value = input(context, kValue);
     const Shape shape = describe_rows(query);
-    const size_t width = static_cast<size_t>(shape.sizes[2]);
+    const size_t texts = static_cast<size_t>(shape.sizes[0]), width = static_cast<size_t>(shape.sizes[2]);
     step.count = static_cast<size_t>(shape.sizes[1]);
-    if (step.count == 0) refuse("the query has no positions");
+    if (texts == 0 || step.count == 0) refuse("the query has no positions");
     const size_t parts = key ? heads_ : heads_ + 2 * kv_heads_;
     step.size = width / parts;
     if (width % parts || step.size == 0 || step.size % 16) refuse("the size of a head is not a multiple of 16");
     step.query = {read<float>(query), width};
     if (key && value) {
-      const std::vector<int64_t> wanted{1, shape.sizes[1], static_cast<int64_t>(kv_heads_ * step.size)};
+      const std::vector<int64_t> wanted{shape.sizes[0], shape.sizes[1], static_cast<int64_t>(kv_heads_ * step.size)};
       if (describe_rows(key).sizes != wanted || describe_rows(value).sizes != wanted) {
         refuse("query, key and value do not match");
       }
@@ -118,50 +120,65 @@ class GroupQueryAttention : Operator {
     } else {
       refuse("key is given without value, or value without key");
     }
-    const int64_t total = read_number(context, kLast) + int64_t{1}, room = read_number(context, kTotal);
-    if (total < static_cast<int64_t>(step.count) || room < total)
-      refuse("seqlens_k and total_sequence_length do not match the query");
-    step.past = static_cast<size_t>(total) - step.count;
-    read_past(context, step);
-    step.capacity = std::max(step.past_capacity, static_cast<size_t>(room));
+    const int32_t *last = read_numbers(context, kLast, texts), *room = read_numbers(context, kTotal, 1);
+    read_past(context, step, texts);
+    step.capacity = std::max(step.past_capacity, static_cast<size_t>(std::max(*room, 0)));
     if (rotates_) step.rotary = read_rotary(context, step);
 
-    const auto sizes = [](size_t first, size_t second, size_t third) {
-      return std::vector<int64_t>{1, static_cast<int64_t>(first), static_cast<int64_t>(second), static_cast<int64_t>(third)};
+    const auto sizes = [&](size_t first, size_t second, size_t third) {
+      return std::vector<int64_t>{shape.sizes[0], static_cast<int64_t>(first), static_cast<int64_t>(second),
+                                  static_cast<int64_t>(third)};
     };
     step.keys = make_output(context, kPresentKey, sizes(kv_heads_, step.capacity, step.size));
     step.values = make_output(context, kPresentValue, sizes(kv_heads_, step.capacity, step.size));
-    step.attended = make_output(context, kAttended, {1, shape.sizes[1], static_cast<int64_t>(heads_ * step.size)});
-    return step;
+    step.attended =
+        make_output(context, kAttended, {shape.sizes[0], shape.sizes[1], static_cast<int64_t>(heads_ * step.size)});
+    steps.clear();
+    for (size_t text = 0; text < texts; ++text) {
+      const int64_t total = last[text] + int64_t{1};
+      if (total < static_cast<int64_t>(step.count) || *room < total)
+        refuse("seqlens_k and total_sequence_length do not match the query");
+      step.past = static_cast<size_t>(total) - step.count;
+      if (step.past > step.past_capacity) refuse("seqlens_k exceeds the positions of past_key");
+      if (rotates_ && step.past + step.count > step.rotary.positions) refuse("cos_cache has too few positions");
+      steps.push_back(step);
+      step.query.values += step.count * step.query.width;
+      step.key.values += step.count * step.key.width;
+      step.value.values += step.count * step.value.width;
+      step.attended += step.count * heads_ * step.size;
+      step.keys += kv_heads_ * step.capacity * step.size;
+      step.values += kv_heads_ * step.capacity * step.size;
+      if (step.past_keys) step.past_keys += kv_heads_ * step.past_capacity * step.size;
+      if (step.past_values) step.past_values += kv_heads_ * step.past_capacity * step.size;
+    }
   }
 
-  // The shape of rows (1, count, width).
+  // The shape of rows (texts, count, width).
   Shape describe_rows(const OrtValue* tensor) const {
     Shape shape = describe(api_, tensor);
-    if (shape.type != kFloat || shape.sizes.size() != 3 || shape.sizes[0] != 1) refuse("an input is not float32 of one sequence");
+    if (shape.type != kFloat || shape.sizes.size() != 3) refuse("an input is not float32 of (texts, positions, width)");
     return shape;
   }
 
-  int32_t read_number(const OrtKernelContext* context, Input index) const {
+  const int32_t* read_numbers(const OrtKernelContext* context, Input index, size_t count) const {
     const OrtValue* value = input(context, index);
-    for (const int64_t size : describe(api_, value).sizes) {
-      if (size != 1) refuse("seqlens_k or total_sequence_length is not one number");
-    }
-    return *read<int32_t>(value);
+    int64_t found = 1;
+    for (const int64_t size : describe(api_, value).sizes) found *= size;
+    if (found != static_cast<int64_t>(count)) refuse("seqlens_k is not one number for each text, or total_sequence_length not one");
+    return read<int32_t>(value);
   }
 
-  void read_past(const OrtKernelContext* context, Step& step) const {
+  void read_past(const OrtKernelContext* context, Step& step, size_t texts) const {
     const OrtValue *keys = input(context, kPastKey), *values = input(context, kPastValue);
     if (keys && values) {
       const Shape shape = describe(api_, keys), other = describe(api_, values);
-      const bool fits = shape.sizes.size() == 4 && shape.sizes[0] == 1 && shape.sizes[1] == static_cast<int64_t>(kv_heads_) &&
-                        shape.sizes[3] == static_cast<int64_t>(step.size) && shape.type == kFloat;
+      const bool fits = shape.sizes.size() == 4 && shape.sizes[0] == static_cast<int64_t>(texts) &&
+                        shape.sizes[1] == static_cast<int64_t>(kv_heads_) && shape.sizes[3] == static_cast<int64_t>(step.size) && shape.type == kFloat;
       if (!fits || other.sizes != shape.sizes || other.type != kFloat) refuse("past_key or past_value does not match the query");
       step.past_keys = read<float>(keys);
       step.past_values = read<float>(values);
       step.past_capacity = static_cast<size_t>(shape.sizes[2]);
     }
-    if (step.past > step.past_capacity) refuse("seqlens_k exceeds the positions of past_key");
   }
 
   Rotary read_rotary(const OrtKernelContext* context, const Step& step) const {
@@ -172,9 +189,8 @@ class GroupQueryAttention : Operator {
       refuse("cos_cache and sin_cache are not float32 with two axes");
     }
     const size_t half = static_cast<size_t>(shape.sizes[1]);
-    if (2 * half > step.size || step.past + step.count > static_cast<size_t>(shape.sizes[0]))
-      refuse("cos_cache has too few positions or is wider than a head");
-    return {read<float>(cos), read<float>(sin), half};
+    if (2 * half > step.size) refuse("cos_cache is wider than a head");
+    return {read<float>(cos), read<float>(sin), half, static_cast<size_t>(shape.sizes[0])};
   }
 
   // Copies the earlier positions, unless past and present are one buffer.
@@ -187,15 +203,19 @@ class GroupQueryAttention : Operator {
   }
 
   // Writes the new positions after the earlier ones.
-  void append(OrtKernelContext* context, const Step& step) const {
-    copy_past(step, step.past_keys, step.keys);
-    copy_past(step, step.past_values, step.values);
-    parallel(context, step.count, 2 * step.count * kv_heads_ * step.size * sizeof(float), [&](size_t row) {
-      const size_t position = step.past + row;
+  void append(OrtKernelContext* context, const std::vector<Step>& steps) const {
+    for (const Step& step : steps) {
+      copy_past(step, step.past_keys, step.keys);
+      copy_past(step, step.past_values, step.values);
+    }
+    const size_t count = steps[0].count, size = steps[0].size;
+    parallel(context, steps.size() * count, 2 * steps.size() * count * kv_heads_ * size * sizeof(float), [&](size_t index) {
+      const Step& step = steps[index / count];
+      const size_t row = index % count, position = step.past + row;
       for (size_t head = 0; head < kv_heads_; ++head) {
-        const size_t to = (head * step.capacity + position) * step.size;
-        step.rotary.rotate(step.key.at(row, head, step.size), position, step.size, 1.0f, step.keys + to);
-        std::memcpy(step.values + to, step.value.at(row, head, step.size), step.size * sizeof(float));
+        const size_t to = (head * step.capacity + position) * size;
+        step.rotary.rotate(step.key.at(row, head, size), position, size, 1.0f, step.keys + to);
+        std::memcpy(step.values + to, step.value.at(row, head, size), size * sizeof(float));
       }
     });
   }
@@ -204,26 +224,15 @@ class GroupQueryAttention : Operator {
   void attend(OrtKernelContext* context, const Step& step) const {
     const size_t positions = std::max<size_t>(1, kRowsAtOnce / group_);  // per piece
     const size_t pieces = (step.count + positions - 1) / positions;
-    const size_t bytes = 2 * (step.past + step.count) * kv_heads_ * step.size * sizeof(float);
     if (pieces != 1) {
-      return parallel(context, kv_heads_ * pieces, pieces * bytes, [&](size_t index) {
-        const size_t head = index / pieces, row = index % pieces * positions, count = std::min(positions, step.count - row);
-        static thread_local PartialSoftmaxBuffer sums, spans;
-        const PartialSoftmax sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
-        const size_t first = first_span(step, row), last = (step.past + row + count - 1) / kSpan;
-        attend_span(step, head, row, count, first, sum);
-        for (size_t next = first + 1; next <= last; ++next) {
-          attend_span(step, head, row, count, next, span);
-          add(step, count, sum, span);
-        }
-        write(step, head, row, count, sum);
-      });
+      return parallel(context, kv_heads_ * pieces, pieces * count_bytes(step),
+                      [&](size_t index) { attend_piece(step, index / pieces, index % pieces * positions, positions); });
     }
     const size_t first = first_span(step, 0), spans = (step.past + step.count - 1) / kSpan + 1 - first,
                  rows = step.count * group_;
     static thread_local PartialSoftmaxBuffer all;
     const PartialSoftmax partial = all.fit(kv_heads_ * spans * rows, step.size);
-    parallel(context, kv_heads_ * spans, bytes, [&](size_t index) {
+    parallel(context, kv_heads_ * spans, count_bytes(step), [&](size_t index) {
       attend_span(step, index / spans, 0, step.count, first + index % spans, advance_rows(partial, index * rows, step.size));
     });
     for (size_t head = 0; head < kv_heads_; ++head) {
@@ -231,6 +240,34 @@ class GroupQueryAttention : Operator {
       for (size_t span = 1; span < spans; ++span) add(step, step.count, sum, advance_rows(sum, span * rows, step.size));
       write(step, head, 0, step.count, sum);
     }
+  }
+
+  // With several texts, a thread takes some positions of one text over all its spans.
+  void attend(OrtKernelContext* context, const std::vector<Step>& steps) const {
+    const size_t positions = std::max<size_t>(1, kRowsAtOnce / group_);  // per piece
+    const size_t pieces = (steps[0].count + positions - 1) / positions, per_text = kv_heads_ * pieces;
+    size_t bytes = 0;
+    for (const Step& step : steps) bytes += pieces * count_bytes(step);
+    parallel(context, steps.size() * per_text, bytes, [&](size_t index) {
+      attend_piece(steps[index / per_text], index % per_text / pieces, index % pieces * positions, positions);
+    });
+  }
+
+  // Bytes of the keys and values that a text's queries can see.
+  size_t count_bytes(const Step& step) const { return 2 * (step.past + step.count) * kv_heads_ * step.size * sizeof(float); }
+
+  // Attention of a head for up to `positions` positions, from the row on.
+  void attend_piece(const Step& step, size_t head, size_t row, size_t positions) const {
+    static thread_local PartialSoftmaxBuffer sums, spans;
+    const size_t count = std::min(positions, step.count - row);
+    const PartialSoftmax sum = sums.fit(count * group_, step.size), span = spans.fit(count * group_, step.size);
+    const size_t first = first_span(step, row), last = (step.past + row + count - 1) / kSpan;
+    attend_span(step, head, row, count, first, sum);
+    for (size_t next = first + 1; next <= last; ++next) {
+      attend_span(step, head, row, count, next, span);
+      add(step, count, sum, span);
+    }
+    write(step, head, row, count, sum);
   }
 
   // The first span that the queries of a row see.

@@ -3,7 +3,7 @@
 //
 // Graphs define these operators as functions of the inputs a and b in standard operators, which onnxruntime runs without this
 // library. The library reads the input `factors` instead, one for all products of a graph (docs/reference/bundle-format.md),
-// since each input costs a step a microsecond.
+// since each input costs a step a microsecond. It can hold a mix for each of the texts that are computed together.
 #include <cstring>
 
 #include "nbits_product.h"
@@ -70,6 +70,55 @@ class LowRank {
   float *down_, *product_;
 };
 
+// Rows of activations that follow each other and have one mix.
+struct Run {
+  size_t rows;
+  Factors factors;
+};
+
+// The side product of rows with several mixes.
+class LowRanks {
+ public:
+  // first: the place of the call's first row among all that the runs cover. down: memory, which this uses.
+  template <typename Call>
+  LowRanks(const Kernels& kernels, const std::vector<Run>& runs, size_t first, const Call& call, std::vector<float>& down) {
+    const auto visit = [&](const auto& use) {
+      size_t start = 0;
+      for (const Run& run : runs) {
+        const size_t from = std::max(start, first), to = std::min(start += run.rows, first + call.rows);
+        if (from < to && run.factors.rank) use(run.factors, from - first, to - from);
+      }
+    };
+    size_t needed = 0;
+    visit([&](const Factors& factors, size_t, size_t rows) { needed += rows * factors.rows(); });
+    down.resize(needed);
+    float* free = down.data();
+    visit([&](const Factors& factors, size_t row, size_t rows) {
+      parts_.emplace_back(kernels, factors, call.read + row * factors.inner, rows, free,
+                          call.written + row * factors.starts[factors.parts]);
+      free += rows * factors.rows();
+      pieces += parts_.back().pieces;
+      bytes = std::max(bytes, parts_.back().bytes);
+    });
+  }
+
+  void work(size_t index) const {
+    for (const LowRank& part : parts_) {
+      if (index < part.pieces) return part.work(index);
+      index -= part.pieces;
+    }
+  }
+  void prefetch(size_t, size_t) const {}
+  void add(size_t begin, size_t end) const {
+    for (const LowRank& part : parts_) part.add(begin, end);
+  }
+
+  size_t pieces = 0, bytes = 0;
+
+ private:
+  std::vector<LowRank> parts_;
+};
+
 class LiveMatMulNBits : NBitsProduct {
  public:
   enum Input : size_t { kFactors = kOwn, kDown, kUp };
@@ -81,10 +130,17 @@ class LiveMatMulNBits : NBitsProduct {
 
   void compute(OrtKernelContext* context) const {
     static thread_local std::vector<float> down;  // the thread's next product reuses the memory
-    const Factors factors = read_factors(context);
-    multiply(context, begin(context), [&](const Call& part) {
-      down.resize(part.rows * factors.rows());
-      return LowRank(kernels_, factors, part.read, part.rows, down.data(), part.written);
+    static thread_local std::vector<Run> runs;
+    const Call call = begin(context);
+    read_runs(context, call.rows, runs);
+    if (runs.size() == 1) {
+      return multiply(context, call, [&](const Call& part) {
+        down.resize(part.rows * runs[0].factors.rows());
+        return LowRank(kernels_, runs[0].factors, part.read, part.rows, down.data(), part.written);
+      });
+    }
+    multiply(context, call, [&](const Call& part) {
+      return LowRanks(kernels_, runs, static_cast<size_t>(part.read - call.read) / weights_.inner, part, down);
     });
   }
 
@@ -100,19 +156,53 @@ class LiveMatMulNBits : NBitsProduct {
     int64_t offset, rank, columns[kMaxParts];
   };
 
-  Factors read_factors(const OrtKernelContext* context) const {
+  // The runs of a call's rows. The input holds the factors of one mix, or starts with minus the number of texts that are
+  // computed together, and where in it the mix of each begins (0: it has none).
+  void read_runs(OrtKernelContext* context, size_t rows, std::vector<Run>& runs) const {
+    runs.clear();
     const OrtValue* tensor = input(context, kFactors);
     const Shape shape = describe(api_, tensor);
-    Factors factors{};
-    factors.parts = parts_;
-    factors.inner = weights_.inner;
     const size_t size = shape.sizes.size() == 1 ? static_cast<size_t>(shape.sizes[0]) : 0;
     if (size == 0) {
       const Shape a = describe(api_, input(context, kDown));
       if (a.sizes.empty() || a.sizes[0] != 0) refuse("A is given without the input factors, which edgelora's kernels read");
-      return factors;
+      runs.push_back({rows, no_factors()});
+      return;
     }
     const auto* bytes = read<uint8_t>(tensor);
+    int64_t count = 0;
+    if (size >= sizeof count) std::memcpy(&count, bytes, sizeof count);
+    if (count >= 0) {
+      runs.push_back({rows, read_factors(bytes, size)});
+      return;
+    }
+    if (count < -static_cast<int64_t>(size / sizeof count - 1)) refuse("the factors are damaged");
+    const auto texts = static_cast<size_t>(-count);
+    if (rows % texts) refuse("the factors are those of another number of texts");
+    uint64_t last = 0;
+    for (size_t text = 0; text < texts; ++text) {
+      uint64_t offset = 0;
+      std::memcpy(&offset, bytes + (text + 1) * sizeof offset, sizeof offset);
+      if (offset > size) refuse("the factors are damaged");
+      if (text && offset == last) {
+        runs.back().rows += rows / texts;
+      } else {
+        runs.push_back({rows / texts, offset ? read_factors(bytes + offset, size - offset) : no_factors()});
+      }
+      last = offset;
+    }
+  }
+
+  Factors no_factors() const {
+    Factors factors{};
+    factors.parts = parts_;
+    factors.inner = weights_.inner;
+    return factors;
+  }
+
+  // The factors of a mix in `size` bytes.
+  Factors read_factors(const uint8_t* bytes, size_t size) const {
+    Factors factors = no_factors();
     uint64_t count = 0;
     if (size >= sizeof count) std::memcpy(&count, bytes, sizeof count);
     if (reinterpret_cast<uintptr_t>(bytes) % sizeof(float) || slot_ >= count || count > (size - sizeof count) / sizeof(Slot))

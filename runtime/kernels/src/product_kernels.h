@@ -10,9 +10,6 @@
 namespace edgelora {
 namespace {  // see tile.h
 
-constexpr size_t kSegment = 64;     // chunks whose scales multiply_row computes together
-constexpr size_t kAhead = 4 << 10;  // bytes between what multiply_row reads and what it prefetches
-
 // The zero point after an instruction set that needs signed codes of 8 bits has subtracted 128 from them.
 template <typename Isa, int Bits>
 int32_t recentred_zero_point(int32_t zero_point) {
@@ -45,54 +42,74 @@ void round(const Weights& weights, const float* row, int8_t* codes, float* scale
   }
 }
 
+// The product of one row with up to kLanes columns from `begin` on. It adds in the order of multiply_tile, so that a row gets the
+// same bits whether it is computed alone or with others.
 template <typename Isa, int Bits>
-void multiply_row_bits(const Weights& weights, const Activations& activations, size_t begin, size_t end, float* out) {
+void multiply_columns(const Weights& weights, const Activations& activations, size_t begin, size_t columns, float* out) {
+  using Int = typename Isa::Int;
   using Float = typename Isa::Float;
   constexpr size_t kAtOnce = Isa::kChunksAtOnce, kLanes = Isa::kLanes, kBytes = kChunk * Bits / 8;
   const size_t chunks = weights.chunks(), per_block = weights.block / kChunk;
-  for (size_t column = begin; column < end; ++column) {
-    Float products = Isa::zero(), offsets = Isa::zero();
-    for (size_t start = 0; start < chunks; start += kSegment) {
-      alignas(64) float scales[kSegment], stored[kSegment], zero_points[kSegment];
-      const size_t count = std::min(kSegment, chunks - start), block = start / per_block;
-      const float* weight_scales = weights.scales + column * weights.blocks + block;
-      if (per_block > 1) {
-        for (size_t i = 0; i < count; ++i) stored[i] = weight_scales[i / per_block];
-        weight_scales = stored;
-      }
-      if (weights.zero_points) {
-        for (size_t i = 0; i < count; ++i) {
-          zero_points[i] = static_cast<float>(recentred_zero_point<Isa, Bits>(weights.zero_point(column, block + i / per_block)));
-        }
-      }
-      for (size_t i = 0; i < count; i += kLanes) {
-        Isa::prefetch(weight_scales + i + kAhead / kBytes);
-        const size_t lanes = std::min(kLanes, count - i);
-        const Float scale = Isa::multiply(Isa::load(weight_scales + i, lanes), Isa::load(activations.scales + start + i, lanes));
-        Float offset = Isa::load(activations.offsets + start + i, lanes);
-        if (weights.zero_points) offset = Isa::multiply(offset, Isa::load(zero_points + i, lanes));
-        offsets = Isa::add_product(offsets, offset, scale);
-        Isa::store(scales + i, scale);
-      }
-      const uint8_t* codes = weights.codes + (column * chunks + start) * kBytes;
-      const int8_t* activation_codes = activations.codes + start * kChunk;
-      size_t i = 0;
-      for (; i + kAtOnce <= count; i += kAtOnce) {
-        if (i * kBytes % 64 == 0) Isa::prefetch(codes + i * kBytes + kAhead);
-        const Float product = Isa::template multiply_chunks<Bits>(codes + i * kBytes, activation_codes + i * kChunk);
-        products = Isa::add_product(products, product, Isa::spread(scales + i));
-      }
-      if (i < count) {
-        alignas(64) uint8_t last[kAtOnce * kBytes] = {};
-        alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
-        std::memcpy(last, codes + i * kBytes, (count - i) * kBytes);
-        std::memcpy(last_activations, activation_codes + i * kChunk, (count - i) * kChunk);
-        products =
-            Isa::add_product(products, Isa::template multiply_chunks<Bits>(last, last_activations), Isa::spread(scales + i));
+  const uint8_t* codes[kLanes];
+  for (size_t lane = 0; lane < kLanes; ++lane)
+    codes[lane] = weights.codes + (begin + std::min(lane, columns - 1)) * chunks * kBytes;
+  const uint8_t* next = weights.codes + (begin + columns) * chunks * kBytes;
+  alignas(64) float scales[kLanes][kLanes];  // of some blocks, for all columns
+  alignas(64) int32_t zero_points[kLanes][kLanes];
+  Float sums = Isa::zero();
+  for (size_t block = 0; block < weights.blocks; block += kLanes) {
+    const size_t blocks = std::min(kLanes, weights.blocks - block), end = (block + blocks) * per_block;
+    const float* read = weights.scales + begin * weights.blocks + block;
+    if (columns == kLanes && blocks == kLanes) {
+      Isa::transpose(reinterpret_cast<const uint32_t*>(read), weights.blocks, reinterpret_cast<uint32_t*>(scales), kLanes);
+    } else {
+      for (size_t index = 0; index < blocks; ++index)
+        for (size_t lane = 0; lane < kLanes; ++lane) scales[index][lane] = read[std::min(lane, columns - 1) * weights.blocks + index];
+    }
+    if (weights.zero_points) {
+      for (size_t index = 0; index < blocks; ++index) {
+        for (size_t lane = 0; lane < columns; ++lane)
+          zero_points[index][lane] = recentred_zero_point<Isa, Bits>(weights.zero_point(begin + lane, block + index));
       }
     }
-    out[column] = Isa::reduce_sum(products) + Isa::reduce_sum(offsets) + (weights.bias ? weights.bias[column] : 0.0f);
+    for (size_t chunk = block * per_block; chunk < end; chunk += kAtOnce) {
+      Int products[kLanes], found[kAtOnce];
+      const size_t count = std::min(kAtOnce, end - chunk);
+      const int8_t* activation_codes = activations.codes + chunk * kChunk;
+      if (count == kAtOnce) {
+        for (size_t line = 0; line < kLanes * kAtOnce * kBytes; line += 64, next += 64) Isa::prefetch(next);
+        for (size_t lane = 0; lane < kLanes; ++lane)
+          products[lane] = Isa::template multiply_chunks<Bits>(codes[lane] + chunk * kBytes, activation_codes);
+      } else {
+        alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
+        std::memcpy(last_activations, activation_codes, count * kChunk);
+        for (size_t lane = 0; lane < kLanes; ++lane) {
+          alignas(64) uint8_t last[kAtOnce * kBytes] = {};
+          std::memcpy(last, codes[lane] + chunk * kBytes, count * kBytes);
+          products[lane] = Isa::template multiply_chunks<Bits>(last, last_activations);
+        }
+      }
+      Isa::sum_lanes(products, found);
+      for (size_t index = 0; index < count; ++index) {
+        const size_t place = (chunk + index) / per_block - block;
+        Int offset = Isa::broadcast(activations.offsets[chunk + index]);
+        if (weights.zero_points) offset = Isa::multiply(offset, Isa::load(reinterpret_cast<uint32_t*>(zero_points[place])));
+        const Float product = Isa::to_float(Isa::add(found[index], offset));
+        const Float scaled = Isa::multiply(product, Isa::broadcast(activations.scales[chunk + index]));
+        sums = Isa::add_product(sums, scaled, Isa::load(scales[place]));
+      }
+    }
   }
+  alignas(64) float values[kLanes];
+  Isa::store(values, sums);
+  for (size_t lane = 0; lane < columns; ++lane)
+    out[begin + lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
+}
+
+template <typename Isa, int Bits>
+void multiply_row_bits(const Weights& weights, const Activations& activations, size_t begin, size_t end, float* out) {
+  for (size_t column = begin; column < end; column += Isa::kLanes)
+    multiply_columns<Isa, Bits>(weights, activations, column, std::min(Isa::kLanes, end - column), out);
 }
 
 template <typename Isa>

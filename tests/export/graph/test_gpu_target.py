@@ -151,7 +151,7 @@ def check_inferred_outputs(bundle: Path, manifest: Manifest) -> None:
         else:
             assert value.type == "tensor(float16)"
         if value.name.startswith("present"):
-            assert [value.shape[axis] for axis in (0, 1, 3)] == [1, entry.kv_heads, entry.head_size]
+            assert [value.shape[axis] for axis in (0, 1, 3)] == ["B", entry.kv_heads, entry.head_size]
     assert {value.type for value in session.get_inputs()} == {"tensor(int64)", "tensor(float16)"}
 
 

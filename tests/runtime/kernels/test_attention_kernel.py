@@ -48,9 +48,9 @@ class Attention:
         heads = {"query": self.heads + 2 * self.kv_heads}
         if not self.packed:
             heads = {"query": self.heads, "key": self.kv_heads, "value": self.kv_heads}
-        values = [declare(name, [1, "s", count * self.size]) for name, count in heads.items()]
-        values += [declare(name, [1, self.kv_heads, "p", self.size]) for name in ("past_key", "past_value")]
-        values += [declare("last", [1], TensorProto.INT32), declare("total", [], TensorProto.INT32)]
+        values = [declare(name, ["b", "s", count * self.size]) for name, count in heads.items()]
+        values += [declare(name, ["b", self.kv_heads, "p", self.size]) for name in ("past_key", "past_value")]
+        values += [declare("last", ["b"], TensorProto.INT32), declare("total", [], TensorProto.INT32)]
         names = ["query", *(["", ""] if self.packed else ["key", "value"]), "past_key", "past_value", "last", "total"]
         if self.rotary:
             names += ["cos", "sin"]
@@ -60,7 +60,7 @@ class Attention:
         node = helper.make_node(
             "GroupQueryAttention", names, ["y", "present_key", "present_value"], domain="com.microsoft", **(settings | attributes)
         )
-        outputs = [declare("y", [1, "s", self.heads * self.size])]
+        outputs = [declare("y", ["b", "s", self.heads * self.size])]
         outputs += [declare(name, [1, self.kv_heads, "t", self.size]) for name in ("present_key", "present_value")]
         graph = helper.make_graph([node], "attention", values, outputs)
         sets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -220,6 +220,30 @@ def test_a_cache_that_grows_is_copied() -> None:
     np.testing.assert_allclose(found, attention.formula(*text), atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_texts_beside_each_other_get_the_bits_that_each_gets_alone(attention: Attention, threads: int) -> None:
+    lengths, capacity = [1, 300, 40, 257, 8], 320
+    texts = [attention.draw(length) for length in lengths]
+    readers = [Reader(attention, capacity) for _ in lengths]
+    for reader, text, length in zip(readers, texts, lengths, strict=True):
+        if length > 1:
+            reader.read(*(rows[:-1] for rows in text))
+    past = {f"past_{kind}": np.concatenate([each.buffers[kind] for each in readers]) for kind in ("key", "value")}
+    expected = np.stack([reader.read(*(rows[-1:] for rows in text)) for reader, text in zip(readers, texts, strict=True)])
+    newest = (np.stack([text[index][-1:] for text in texts]) for index in range(3))
+    feeds: dict[str, Any] = dict(zip(("query", "key", "value"), newest, strict=True))
+    feeds = {name: np.ascontiguousarray(rows.reshape(len(texts), 1, -1)) for name, rows in feeds.items()}
+    if attention.packed:
+        feeds = {"query": np.concatenate(list(feeds.values()), 2)}
+    feeds |= {"last": np.array(lengths, np.int32) - 1, "total": np.array(max(lengths), np.int32)} | attention.tables() | past
+    found, keys, values = open_own(attention.build(), threads=threads).run(None, feeds)
+    np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+    for slot, (reader, length) in enumerate(zip(readers, lengths, strict=True)):
+        for kind, made in (("key", keys), ("value", values)):
+            np.testing.assert_array_equal(made[slot, :, :length], reader.buffers[kind][0, :, :length])
+
+
 @needs_lesser_sets
 def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets("""
@@ -227,6 +251,7 @@ from tests.runtime.kernels import test_attention_kernel as each
 for attention in each.ATTENTIONS:
     each.test_it_computes_the_formula(attention, 2)
     each.test_no_bit_depends_on_the_steps(attention)
+    each.test_texts_beside_each_other_get_the_bits_that_each_gets_alone(attention, 3)
 """)
 
 

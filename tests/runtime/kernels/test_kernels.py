@@ -116,6 +116,17 @@ def check_product(product: Product, row_counts: list[int], *, threads: int = 1) 
         assert worst < 1e-6, f"{product}, {rows} rows: {worst}"
 
 
+def check_rows(product: Product) -> None:
+    """Each row gets the bits that it gets alone, with any number of others and threads."""
+    x = np.random.default_rng(5).standard_normal((40, product.inner), np.float32)
+    alone = open_own(product.build()[0])
+    rows = np.concatenate([alone.run(None, {"x": row[None]})[0] for row in x])
+    for threads in (1, 3):
+        session = open_own(product.build()[0], threads=threads)
+        for count in (1, 2, 3, 7, 16, 40):
+            np.testing.assert_array_equal(session.run(None, {"x": x[:count]})[0], rows[:count])
+
+
 PRODUCTS = [
     Product(2048, 200, 4, 32, asymmetric=False, biased=False),  # several segments of scales, a tile that is not full
     Product(576, 64, 4, 32, asymmetric=False, biased=True),  # scales that do not fill a vector
@@ -154,12 +165,19 @@ def test_any_product_is_that_of_float64(
     check_product(Product(inner, columns, bits, block, asymmetric=asymmetric, biased=biased), [rows])
 
 
+@needs_kernels
+@pytest.mark.parametrize("product", PRODUCTS, ids=str)
+def test_no_bit_of_a_row_depends_on_the_others(product: Product) -> None:
+    check_rows(product)
+
+
 @needs_lesser_sets
 def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets("""
 from tests.runtime.kernels import test_kernels as each
 for product in each.PRODUCTS:
     each.check_product(product, each.ROWS)
+    each.check_rows(product)
 """)
 
 

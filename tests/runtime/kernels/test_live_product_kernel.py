@@ -139,6 +139,35 @@ def test_any_sizes(inner: int, widths: list[int], ranks: tuple[int, int], rows: 
     Live(inner, tuple(widths), ranks).check([rows])
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_each_text_gets_what_its_mix_gives_alone(case: Live, threads: int) -> None:
+    session, packed = case.open(threads), case.pack()
+    reversed_mix = list(zip(case.draw_adapters()[::-1], (0.4, 2.0), strict=True))
+    mixes = [packed, pack_mix(case.slots, reversed_mix)[FACTORS], pack_mix(case.slots, [])[FACTORS]]
+    for order, rows in (([0, 0, 1], 1), ([1, 0, 2, 1, -1], 1), ([0, 1], 40), ([1, -1], 200)):
+        together, offsets = np.zeros(64, np.uint8), []
+        for mix in order:
+            offsets.append(together.nbytes if mix >= 0 else 0)
+            filled = np.zeros(-(-mixes[mix].nbytes // 64) * 64, np.uint8)
+            filled[: mixes[mix].nbytes] = mixes[mix]
+            together = np.concatenate([together, filled])
+        together[: 8 * (1 + len(order))].view(np.int64)[:] = [-len(order), *offsets]
+        x = np.random.default_rng(rows).standard_normal((len(order) * rows, case.inner), np.float32)
+        found = case.run(session, x, together)
+        for text, mix in enumerate(order):
+            part = slice(text * rows, (text + 1) * rows)
+            alone = case.run(session, x[part], mixes[mix] if mix >= 0 else np.zeros(0, np.uint8))
+            np.testing.assert_array_equal(found[part], alone)
+
+
+def test_mixes_of_another_number_of_texts_are_refused() -> None:
+    case, session = CASES[2], CASES[2].open()
+    for head, reason in (([-2, 0, 0], "another number"), ([-3, 1 << 40, 0, 0], "damaged"), ([-99, 0, 0], "damaged")):
+        with pytest.raises(Exception, match=reason):
+            case.run(session, np.ones((3, 96), np.float32), np.array(head, np.int64).view(np.uint8))
+
+
 @needs_lesser_sets
 def test_every_other_instruction_set_of_this_machine() -> None:
     run_in_lesser_sets(

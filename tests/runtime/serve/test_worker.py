@@ -107,3 +107,34 @@ def test_a_cut_ends_those_that_run_and_refuses_those_that_wait(worker: Worker) -
         assert worker.held == 0
 
     asyncio.run(run())
+
+
+def test_jobs_of_one_key_run_together_and_others_wait_for_their_end() -> None:
+    worker = Worker("rows", queue=8, patience=1, rows=3)
+    together, order, lock = threading.Barrier(3), [], threading.Lock()
+
+    def meet(job: Job) -> None:
+        together.wait(10)  # three threads or none
+        with lock:
+            order.append(job.key)
+
+    def note(job: Job) -> None:
+        with lock:
+            order.append(job.key)
+
+    async def run() -> None:
+        jobs = [worker.admit() for _ in range(5)]
+        for job, key in zip(jobs, "aabaa", strict=True):
+            job.key = key
+        jobs[0].submit("a", meet)
+        jobs[1].submit("a", meet)
+        jobs[2].submit("b", note)
+        jobs[3].submit("a", meet)
+        jobs[4].submit("a", note)
+        for job in jobs:
+            assert await collect(job) == []
+        assert worker.held == worker.running == 0
+
+    asyncio.run(run())
+    worker.close(5)
+    assert order == [*"aaa", *"ba"], "b was passed once, so the last a waits for it"
