@@ -135,6 +135,8 @@ class Model:
         left = count - start
         if PREFILL_CHUNK < left < PREFILL_CHUNK + keep:
             return left - keep
+        if left <= keep:
+            return left
         until = min(PREFILL_CHUNK - start % PREFILL_CHUNK, left)
         is_last = until == left
         if self.step_lock.requests < 2 or until <= SHARED_CHUNK + (max(keep, _FEW_ROWS) if is_last else 0):

@@ -232,17 +232,18 @@ def test_chunks_of_prompts_change_no_bit(bundle4: Path, kernels: str, monkeypatc
         run(steps, cache, tokens, *rest)
 
     monkeypatch.setattr(type(model._steps), "run", note)
-    for length in (1, 2, 16, 17, SHARED_CHUNK + 1, SHARED_CHUNK + 20, 512, 513, 700):
-        np.testing.assert_array_equal(read_with(model, length, 1), read_with(model, length, 2))
+    for length in (1, 2, 16, 17, SHARED_CHUNK + 1, SHARED_CHUNK + 20, 512, 513, 514, 700):
+        for keep in (1, min(length, 3)):  # with draft tokens, several positions get logits
+            np.testing.assert_array_equal(read_with(model, length, 1, keep), read_with(model, length, 2, keep))
     assert max(sizes) == 512
     assert SHARED_CHUNK in sizes
 
 
-def read_with(model: Model, length: int, requests: int) -> NDArray[np.float32]:
-    """The logits after a prompt while so many requests are answered."""
+def read_with(model: Model, length: int, requests: int, keep: int) -> NDArray[np.float32]:
+    """The last logits of a prompt while so many requests are answered."""
     for _ in range(requests):
         model.step_lock.enter_request()
-    logits = model.read(model.new_cache(), random_tokens(length)).copy()
+    logits = model.read(model.new_cache(), random_tokens(length), keep=keep).copy()
     for _ in range(requests):
         model.step_lock.leave_request()
     return logits
