@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KERNELS = ("auto", "edgelora", "onnxruntime")
 
+INTERFACE = 2  # of the operators, as edgelora_kernels numbers it; 2 has attention and live adapters for several texts in a step
 _MAX_BITS = 8
 _MIN_BLOCK = 32  # weights; activations are rounded in chunks of this size
 
@@ -59,8 +60,8 @@ def _why_not(grid: QuantizationEntry, provider: str, target: str) -> str | None:
 
 @cache
 def find_kernels() -> Kernels | None:
-    """Finds edgelora's kernels, if they are installed and support this machine."""
-    if importlib.util.find_spec("edgelora_kernels") is None:
+    """Finds edgelora's kernels, if they are installed, fit this edgelora and support this machine."""
+    if importlib.util.find_spec("edgelora_kernels") is None or _read_interface() != INTERFACE:
         return None
     import edgelora_kernels
 
@@ -72,4 +73,13 @@ def explain_absence() -> str:
     """Returns the reason find_kernels() finds none, as the rest of a sentence."""
     if importlib.util.find_spec("edgelora_kernels") is None:
         return "are not installed (pip install edgelora-kernels)"
+    if (found := _read_interface()) != INTERFACE:
+        return f"have interface {found}, and this edgelora needs {INTERFACE}; install both packages anew, from one source"
     return "do not support this machine's instruction set"
+
+
+def _read_interface() -> int:
+    """Reads the number of the installed kernels' interface. Those before the first number have 1."""
+    import edgelora_kernels
+
+    return edgelora_kernels.interface() if hasattr(edgelora_kernels, "interface") else 1

@@ -1,4 +1,4 @@
-"""The path of the operator library, and its instruction set on this machine."""
+"""The path of the operator library, its instruction set on this machine, and the number of its interface."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def instruction_set() -> str | None:
     ask.restype = ctypes.c_char_p
     name: bytes | None = ask()
     return None if name is None else name.decode("ascii")
+
+
+def interface() -> int:
+    """Returns the number of the operators' interface, by which edgelora tells whether they are the ones that it was made with."""
+    ask = ctypes.CDLL(str(library_path())).edgelora_kernels_interface
+    ask.restype = ctypes.c_int
+    number: int = ask()
+    return number

@@ -1,4 +1,4 @@
-// The library's exports: the operators and the name of their instruction set.
+// The library's exports: the operators, the name of their instruction set, and the number of their interface.
 //
 // They are registered under onnxruntime's own operator names and replace onnxruntime's in a session, so the graphs are the same
 // with and without them.
@@ -18,6 +18,9 @@ EDGELORA_EXPORT const char* edgelora_kernels() {
   const edgelora::Kernels* kernels = edgelora::find_kernels();
   return kernels ? kernels->name : nullptr;
 }
+
+// The number of what graphs and the runtime may expect of the operators. It grows with each change of them.
+EDGELORA_EXPORT int edgelora_kernels_interface() { return 2; }
 
 namespace edgelora {
 namespace {

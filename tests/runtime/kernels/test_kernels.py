@@ -263,6 +263,26 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     find_kernels.cache_clear()
 
 
+@needs_kernels
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_kernels_of_another_interface_stay_out(bundle4: Path, monkeypatch: pytest.MonkeyPatch, number: int | None) -> None:
+    """An older build refused steps of several texts, in the middle of an answer."""
+    import edgelora_kernels
+
+    if number is None:  # before interfaces had a number
+        monkeypatch.delattr(edgelora_kernels, "interface")
+    else:
+        monkeypatch.setattr(edgelora_kernels, "interface", lambda: number)
+    find_kernels.cache_clear()
+    try:
+        with Runtime(bundle4) as runtime:
+            assert runtime.kernels == "onnxruntime"
+        with pytest.raises(UsageError, match=rf"have interface {number or 1}, and this edgelora needs 2; install both"):
+            Runtime(bundle4, kernels="edgelora")
+    finally:
+        find_kernels.cache_clear()
+
+
 @pytest.mark.usefixtures("without_kernels")
 def test_without_the_package_onnxruntimes_kernels_run(bundle4: Path) -> None:
     with Runtime(bundle4) as runtime:
