@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.draft_table import DraftTable
+from edgelora_runtime.decode import reader
 from edgelora_runtime.decode.drafter import Drafter, DraftToken
 from edgelora_runtime.decode.speculation import DraftTables, Speculation
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model
@@ -308,6 +310,13 @@ def test_unlikely_draft_tokens_are_not_read_after_a_prompt(runtime: Runtime, mon
     assert rows[0] == 12 + 2, "rates of 0.9 and 0.63 pay for half a step each, 0.44 does not"
 
 
+@pytest.fixture
+def free_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes drafting itself cost no time, so that the assumed costs of steps decide alone, however busy the machine is."""
+    monkeypatch.setattr(reader, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
+@pytest.mark.usefixtures("free_drafting")
 def test_auto_gives_up_where_draft_tokens_are_rejected(runtime: Runtime) -> None:
     """Draft tokens that are always wrong: after some requests, nearly all take steps of one row, and few try again."""
     wrong = itertools.count()
@@ -322,6 +331,7 @@ def test_auto_gives_up_where_draft_tokens_are_rejected(runtime: Runtime) -> None
     assert sum(tried[5:]) <= 4
 
 
+@pytest.mark.usefixtures("free_drafting")
 def test_auto_goes_on_where_draft_tokens_are_accepted(runtime: Runtime) -> None:
     prompt = random_tokens(12)
     whole = runtime.generate(prompt, max_tokens=40, ignore_eos=True)
