@@ -113,6 +113,7 @@ class BundleBuilder:
         """
         return_freed_memory()  # of planning, before the embedding is quantized
         self._weights.store(self.variants)
+        return_freed_memory()
 
     def pass_gate(self) -> None:
         """Measures each variant that has held-out samples, and repairs those that the gate rejects.
