@@ -113,7 +113,7 @@ def test_validation_and_settings_hold_for_preferences_too(config: TrainConfig) -
     [
         ('{"prompt": "a", "chosen": "b"}', r'line 1 is no preference; each line is \{"prompt": …, "chosen": …, "rejected": …\}'),
         ('{"prompt": "a", "chosen": "b", "rejected": "b"}', "line 1: chosen and rejected are the same"),
-        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 1 rejected has no text as completion"),
+        ('{"prompt": "a", "chosen": "b", "rejected": 3}', "line 1 rejected has no completion that is text"),
         ('{"prompt": "a", "chosen":', "line 1 is not JSON"),
         ("[]", "line 1 is no preference"),
         ("", "holds no rows"),

@@ -112,7 +112,7 @@ def test_int4_base_is_on_the_export_grid(tiny_base: Path) -> None:
         ([], "holds no rows"),
         (["text"], "line 1 is str, not an object"),
         ([*ROWS, {"prompt": "x"}], "line 7 has no completion"),
-        ([{"prompt": 1, "completion": "y"}], "line 1 has no text as prompt"),
+        ([{"prompt": 1, "completion": "y"}], "line 1 has no prompt that is text"),
     ],
 )
 def test_bad_rows_are_named(config: TrainConfig, rows: list[Any], message: str) -> None:

@@ -123,8 +123,8 @@ def test_rows_that_are_all_too_long_are_refused_before_the_base_is_loaded(config
 def test_a_loss_that_is_not_finite_ends_the_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     load = training.load_held_base
 
-    def load_broken(base: Base, quant: str) -> Any:
-        model = load(base, quant)
+    def load_broken(base: Base, quant: str, **more: Any) -> Any:
+        model = load(base, quant, **more)
         model.lm_head.weight.data[5] = float("nan")
         return model
 
@@ -240,6 +240,6 @@ def test_every_field_can_stand_in_a_config_file(tmp_path: Path) -> None:
         "weight_decay = 0.1\nmax_grad_norm = 1\nlora_plus = 16\nneftune = 5\nmodules_to_save = ['lm_head']\ndora = true\n"
         "start = 'eva'\nfrom_adapter = 'a'\npreferences = false\nbeta = 0.1\nvalidation = 0.05\nvalidate_every = 10\n"
         "patience = 3\nkeep = 'best'\ncheckpoint_every = 50\ncheckpoint_minutes = 10\nresume = true\nreport_to = ['wandb']\n"
-        "log_every = 5\npacking = true\nformat = 'auto'\n[template_options]\nenable_thinking = false\n"
+        "log_every = 5\nmerge_aware = false\npacking = true\nformat = 'auto'\n[template_options]\nenable_thinking = false\n"
     )
     assert set(read_train_config(path)) == set(train_config.TrainConfig.__dataclass_fields__)
