@@ -173,7 +173,9 @@ async def run_clients(engine: Engine, clients: int, variants: int, requests: int
             first_tokens.append(time.perf_counter() - started if first is None else first)
 
     cpu, started = read_cpu_seconds(engine.process.pid), time.perf_counter()
-    async with httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=clients)) as client:
+    # llama-server ends idle connections, so each request has its own.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         await asyncio.gather(*(ask(client, number) for number in range(clients)))
     seconds = time.perf_counter() - started
     ranked = sorted(first_tokens)

@@ -131,8 +131,7 @@ class GroupQueryAttention : Operator {
     };
     step.keys = make_output(context, kPresentKey, sizes(kv_heads_, step.capacity, step.size));
     step.values = make_output(context, kPresentValue, sizes(kv_heads_, step.capacity, step.size));
-    step.attended =
-        make_output(context, kAttended, {shape.sizes[0], shape.sizes[1], static_cast<int64_t>(heads_ * step.size)});
+    step.attended = make_output(context, kAttended, {shape.sizes[0], shape.sizes[1], static_cast<int64_t>(heads_ * step.size)});
     steps.clear();
     for (size_t text = 0; text < texts; ++text) {
       const int64_t total = last[text] + int64_t{1};
@@ -164,7 +163,8 @@ class GroupQueryAttention : Operator {
     const OrtValue* value = input(context, index);
     int64_t found = 1;
     for (const int64_t size : describe(api_, value).sizes) found *= size;
-    if (found != static_cast<int64_t>(count)) refuse("seqlens_k is not one number for each text, or total_sequence_length not one");
+    if (found != static_cast<int64_t>(count))
+      refuse("seqlens_k is not one number for each text, or total_sequence_length not one");
     return read<int32_t>(value);
   }
 
@@ -173,7 +173,8 @@ class GroupQueryAttention : Operator {
     if (keys && values) {
       const Shape shape = describe(api_, keys), other = describe(api_, values);
       const bool fits = shape.sizes.size() == 4 && shape.sizes[0] == static_cast<int64_t>(texts) &&
-                        shape.sizes[1] == static_cast<int64_t>(kv_heads_) && shape.sizes[3] == static_cast<int64_t>(step.size) && shape.type == kFloat;
+                        shape.sizes[1] == static_cast<int64_t>(kv_heads_) && shape.sizes[3] == static_cast<int64_t>(step.size) &&
+                        shape.type == kFloat;
       if (!fits || other.sizes != shape.sizes || other.type != kFloat) refuse("past_key or past_value does not match the query");
       step.past_keys = read<float>(keys);
       step.past_values = read<float>(values);

@@ -64,7 +64,8 @@ void multiply_columns(const Weights& weights, const Activations& activations, si
       Isa::transpose(reinterpret_cast<const uint32_t*>(read), weights.blocks, reinterpret_cast<uint32_t*>(scales), kLanes);
     } else {
       for (size_t index = 0; index < blocks; ++index)
-        for (size_t lane = 0; lane < kLanes; ++lane) scales[index][lane] = read[std::min(lane, columns - 1) * weights.blocks + index];
+        for (size_t lane = 0; lane < kLanes; ++lane)
+          scales[index][lane] = read[std::min(lane, columns - 1) * weights.blocks + index];
     }
     if (weights.zero_points) {
       for (size_t index = 0; index < blocks; ++index) {
