@@ -177,6 +177,7 @@ def test_an_interrupt_that_python_loses_is_sent_again(number: signal.Signals, tm
     """It comes inside a finalizer, whose exceptions Python only prints, while the main thread goes on."""
     code = (
         "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where it is ignored
         "from edgelora.cli import app\n"
         "class Lost:\n"
         "    def __del__(self):\n"
