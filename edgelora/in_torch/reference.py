@@ -41,7 +41,7 @@ def write_with_torch(
     found = Base.find(base)
     with quiet_libraries(whole_process=False):
         tokenizer = load_tokenizer(found)
-        model = _stop_training(load_held_base(found, quant)) if adapter is None else load_adapted(found, adapter, quant)
+        model = load_held_base(found, quant).eval() if adapter is None else load_adapted(found, adapter, quant)
         return write_completions(model, RowEncoder(tokenizer), rows, max_tokens, on_progress)
 
 
@@ -63,20 +63,8 @@ def load_merged(base: Base, adapter: Path, *, trainable: bool = False) -> Any:
 def _put_on(model: Any, adapter: Path, *, trainable: bool = False) -> Any:
     from peft import PeftModel
 
-    return _stop_training(PeftModel.from_pretrained(model, adapter, is_trainable=trainable))
-
-
-def _stop_training(model: Any) -> Any:
-    """Turns dropout off, and computes NF4 products as training does.
-
-    For evaluation on a CPU with AVX-512 BF16, bitsandbytes repacks a weight with scales in bf16, or fails if its width is no
-    multiple of a block: https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py, forward
-    """
-    model.eval()
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes"):
-            module.train()
-    return model
+    adapted: Any = PeftModel.from_pretrained(model, adapter, is_trainable=trainable)
+    return adapted.eval()
 
 
 def write_completions(
