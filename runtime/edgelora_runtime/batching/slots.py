@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgelora_runtime.errors import ResourceError
+from edgelora_runtime.session.kv_cache import count_position_bytes, grow_capacity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from edgelora_runtime.session.in_place_cache import InPlaceCache
 
     Floats = NDArray[Any]  # float32, or float16 of a GPU's graphs
-
-_SMALLEST = 256  # positions; the capacity doubles from here as needed
 
 
 class Slots:
@@ -35,17 +34,13 @@ class Slots:
     @property
     def position_bytes(self) -> int:
         """The bytes of one position's keys and values."""
-        entry = self._entry
-        return 2 * entry.layers * entry.kv_heads * entry.head_size * self._float_type.itemsize
+        return count_position_bytes(self._entry, self._float_type)
 
     def reserve(self, positions: int, used: int) -> None:
         """Makes room for that many positions in each slot, and keeps the content of the first `used` slots."""
         if positions <= self._capacity:
             return
-        capacity = max(_SMALLEST, self._capacity)
-        while capacity < positions:
-            capacity *= 2
-        capacity = min(capacity, self._entry.context_length)
+        capacity = grow_capacity(self._capacity, positions, self._entry.context_length)
         shape = (self._count, self._entry.kv_heads, capacity, self._entry.head_size)
         grown: dict[str, Floats] = {}
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_runtime.session.kv_cache import KVCache
+from edgelora_runtime.session.kv_cache import KVCache, grow_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,7 +60,9 @@ class GrowingCache(KVCache):
         self._held = len(self.tokens)
 
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
-        shape = (self._entry.kv_heads * self._next_capacity(positions) * self._entry.head_size,)
+        shape = (
+            self._entry.kv_heads * grow_capacity(self.capacity, positions, self._entry.context_length) * self._entry.head_size,
+        )
         past, present = (self._allocate(shape) + self._allocate(shape) for _ in range(2))
         held = next(iter(state.values())).shape[1] if state else 0
         if held:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnxruntime as ort
 
 from edgelora_runtime.errors import ResourceError
-from edgelora_runtime.session.kv_cache import KVCache
+from edgelora_runtime.session.kv_cache import KVCache, grow_capacity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,7 +64,7 @@ class InPlaceCache(KVCache):
             binding.writes = self.logits
 
     def _allocate_buffers(self, positions: int, state: Mapping[str, Floats]) -> None:
-        capacity = self._next_capacity(positions)
+        capacity = grow_capacity(self.capacity, positions, self._entry.context_length)
         shape = (1, self._entry.kv_heads, capacity, self._entry.head_size)
         buffers = {}
         for kind in ("key", "value"):

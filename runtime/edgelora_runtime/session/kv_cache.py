@@ -53,8 +53,7 @@ class KVCache(ABC):
 
         Reserved memory that was never touched takes none.
         """
-        position = 2 * self._entry.layers * self._entry.kv_heads * self._entry.head_size * self._float_type.itemsize
-        return self._copies * self._peak * position
+        return self._copies * self._peak * count_position_bytes(self._entry, self._float_type)
 
     @abstractmethod
     def bind(self, binding: Binding, count: int, keep: int) -> None:
@@ -115,18 +114,25 @@ class KVCache(ABC):
                 self._rows = np.empty((1, keep, self._entry.vocab_size), np.float32)
             self.logits = self._rows[:, :keep]
 
-    def _next_capacity(self, positions: int) -> int:
-        capacity = max(_SMALLEST, self.capacity)
-        while capacity < positions:
-            capacity *= 2
-        return min(capacity, self._entry.context_length)
-
     def _allocate(self, shape: tuple[int, ...]) -> list[Floats]:
         """Allocates one array per layer."""
         try:
             return [np.zeros(shape, self._float_type) for _ in range(self._entry.layers)]
         except MemoryError as error:
             raise ResourceError("no memory for a larger KV cache; use a shorter prompt or fewer tokens") from error
+
+
+def count_position_bytes(entry: ModelEntry, float_type: np.dtype[Any]) -> int:
+    """Counts the bytes of one position's keys and values in all layers."""
+    return 2 * entry.layers * entry.kv_heads * entry.head_size * float_type.itemsize
+
+
+def grow_capacity(capacity: int, positions: int, context_length: int) -> int:
+    """Doubles a capacity until that many positions fit, up to the context."""
+    capacity = max(_SMALLEST, capacity)
+    while capacity < positions:
+        capacity *= 2
+    return min(capacity, context_length)
 
 
 def shared_prefix(first: Sequence[object], second: Sequence[object]) -> int:
