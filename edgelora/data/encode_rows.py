@@ -17,7 +17,7 @@ from edgelora_runtime.errors import InputError, UsageError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from edgelora.data.rows import Row
 
@@ -40,6 +40,12 @@ class LearnedTokens:
     def cut(self, length: int) -> LearnedTokens:
         """Returns the first `length` tokens."""
         return LearnedTokens(self.tokens[:length], self.learned[:length])
+
+
+def fit_rows(rows: Sequence[LearnedTokens], length: int) -> tuple[list[LearnedTokens], int]:
+    """Cuts rows to a length, and leaves out those with nothing to learn within it. Also returns how many of the rest are cut."""
+    fitting = [row for row in rows if any(row.learned[:length])]
+    return [row.cut(length) for row in fitting], sum(len(row.tokens) > length for row in fitting)
 
 
 class RowEncoder:

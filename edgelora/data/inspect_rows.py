@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from edgelora.data.encode_rows import fit_rows
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -60,11 +62,11 @@ class SeenRows:
 def inspect_rows(encoder: RowEncoder, rows: Sequence[Row], max_length: int, samples: int = 5) -> SeenRows:
     """Encodes rows for training, and says what becomes of them. rows: at least one."""
     encoded = [encoder.learn(row) for row in rows]
-    kept = [row.cut(max_length) for row in encoded if any(row.learned[:max_length])]
+    kept, cut = fit_rows(encoded, max_length)
     shown = sorted({number * (len(rows) - 1) // max(1, samples - 1) for number in range(samples)})
     return SeenRows(
         rows=len(rows),
-        rows_cut=sum(len(row.tokens) > max_length and any(row.learned[:max_length]) for row in encoded),
+        rows_cut=cut,
         rows_left_out=len(rows) - len(kept),
         tokens=sum(len(row.tokens) for row in kept),
         learned=sum(sum(row.learned) for row in kept),

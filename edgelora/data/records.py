@@ -53,7 +53,7 @@ def parse_records(text: str, path: Path | str) -> Records:
         value, error = _parse(text)  # one object over several lines
         if isinstance(value, dict):
             return iter([(value, f"{path} row 1")])
-    return _parse_lines(text, path)
+    return parse_lines(text, path)
 
 
 def _parse(text: str) -> tuple[Any, Exception | None]:
@@ -63,7 +63,8 @@ def _parse(text: str) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _parse_lines(text: str, path: Path | str) -> Records:
+def parse_lines(text: str, path: Path | str) -> Records:
+    """Parses JSON lines, and skips blank ones. Raises InputError for a line that is not JSON."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             value, error = _parse(line)

@@ -108,13 +108,14 @@ def check_unicode(text: str, where: str) -> None:
 
 
 def _make_rows(records: Iterable[tuple[object, str]], path: Path | str, shape: str) -> list[Row]:
-    rows = [_make_row(value, where, shape) for value, where in records]
+    rows = [make_row(value, where, shape) for value, where in records]
     if not rows:
         raise InputError(f"data file {path} holds no rows; a row is {FORM}, or of another shape that the guide lists")
     return rows
 
 
-def _make_row(value: object, where: str, shape: str) -> Row:
+def make_row(value: object, where: str, shape: str = "auto") -> Row:
+    """Makes a row of a record. shape: as read_rows(). InputError starts with where, and names the shape that was expected."""
     if not isinstance(value, dict):
         raise InputError(f"{where} is {type(value).__name__}, not an object such as {FORM}")
     found = find_shape(value, where) if shape == "auto" else shape

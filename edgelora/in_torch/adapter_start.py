@@ -144,6 +144,11 @@ def set_start(config: TrainConfig, model: Any, base: Base, batches: Any) -> None
             _start_layer(config.start, layer, base, name)
 
 
+def list_own(model: Any) -> list[tuple[str, Any]]:
+    """Lists an adapter's own parameters with their names: what training changes, and the frozen factors of its start."""
+    return [(name, each) for name, each in model.named_parameters() if each.requires_grad or f".{START}." in name]
+
+
 def _list_layers(model: Any) -> Iterator[tuple[str, Any]]:
     """Yields the adapted linear layers with their names in the base."""
     for name, module in model.named_modules():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from edgelora.data.rows import parse_rows, read_text
+from edgelora.data.records import parse_lines
+from edgelora.data.rows import make_row, read_text
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
@@ -44,21 +44,13 @@ class Pair:
 
 def read_preferences(path: Path) -> list[Preference]:
     """Reads a JSONL file of preferences, skipping blank lines. InputError names the file and the first line that is not one."""
-    found = []
-    for number, line in enumerate(read_text(path, "data file").split("\n"), start=1):
-        if line.strip():
-            found.append(_read_preference(line, path, number))
+    found = [_read_preference(value, where) for value, where in parse_lines(read_text(path, "data file"), path)]
     if not found:
         raise InputError(f"data file {path} holds no rows; each line is {FORM}")
     return found
 
 
-def _read_preference(line: str, path: Path, number: int) -> Preference:
-    where = f"{path} line {number}"
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from error
+def _read_preference(value: object, where: str) -> Preference:
     if not isinstance(value, dict) or not {"prompt", "chosen", "rejected"} <= value.keys():
         raise InputError(f"{where} is no preference; each line is {FORM}")
     if value["chosen"] == value["rejected"]:
@@ -69,11 +61,7 @@ def _read_preference(line: str, path: Path, number: int) -> Preference:
         if isinstance(prompt, list) and isinstance(completion, list) and completion[: len(prompt)] == prompt:
             completion = completion[len(prompt) :]  # some data sets repeat the prompt in both answers
         row = {"prompt": prompt, "completion": completion, **({"tools": value["tools"]} if "tools" in value else {})}
-        try:
-            rows += parse_rows(json.dumps(row), f"{where} {answer}")
-        except InputError as error:
-            message = str(error).replace(f"{where} {answer} line 1", f"{where} {answer}")
-            raise InputError(message) from error
+        rows.append(make_row(row, f"{where} {answer}"))
     return Preference(*rows)
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora.adapters.folder import CONFIG, Provenance, write_provenance
 from edgelora.data.calibration import hash_data
-from edgelora.data.encode_rows import LearnedTokens, RowEncoder
+from edgelora.data.encode_rows import LearnedTokens, RowEncoder, fit_rows
 from edgelora.data.rows import read_rows
 from edgelora.data.sources import find_data
 from edgelora.data.split import split_rows
@@ -154,7 +154,7 @@ def train(
             seconds = time.perf_counter() - started
             steps, history = int(result.global_step), trainer.state.log_history
             if course.stopped and steps < trainer.state.max_steps:
-                last = find_last(config.output)
+                last = find_last(course.checkpoints)
                 raise KeyboardInterrupt if last is None else TrainingStoppedError(last)  # none is written under FSDP
             if course.best is not None:
                 put_weights(trainer.model, course.best)
@@ -220,23 +220,23 @@ def encode_for_training(encoder: RowEncoder, rows: Sequence[Row], config: TrainC
             "set one in tokenizer_config.json"
         )
     whole = [encoder.learn(row) for row in rows]
-    fitting = [row for row in whole if any(row.learned[: config.max_length])]
+    fitting, cut = fit_rows(whole, config.max_length)
     if not fitting:
         nearest = min((row.learned.index(True) + 1 for row in whole if any(row.learned)), default=0)
         raise InputError(
             f"data file {config.data}: no row has a token to learn among its first max_length = {config.max_length}; "
             + (f"the nearest is its token {nearest}; raise max_length or shorten the prompts" if nearest else "give longer rows")
         )
-    return [row.cut(config.max_length) for row in fitting], sum(len(row.tokens) > config.max_length for row in fitting)
+    return fitting, cut
 
 
 def _make_report(config: TrainConfig, provenance: Provenance, history: Sequence[dict[str, Any]], seconds: float) -> TrainReport:
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    validations = list_validations(history)
-    kept = len(validations) - 1
+    validations, kept_step, kept_loss = list_validations(history), provenance.steps, None
     if validations and config.keep == "best":
-        kept = validations.index(min(validations))
-    steps = [entry["step"] for entry in history if "eval_loss" in entry and entry["step"] > 0]
+        kept_step, kept_loss = min(validations, key=lambda validation: validation[1])
+    elif validations:
+        kept_loss = validations[-1][1]
     return TrainReport(
         output=config.output,
         rows=provenance.data_rows,
@@ -247,8 +247,8 @@ def _make_report(config: TrainConfig, provenance: Provenance, history: Sequence[
         seconds=seconds,
         base_sha256=provenance.base_sha256,
         loss_on=provenance.loss_on,
-        validation_loss=validations[kept] if validations else None,
-        kept_step=steps[kept] if validations and config.keep == "best" else provenance.steps,
+        validation_loss=kept_loss,
+        kept_step=kept_step,
     )
 
 
@@ -307,10 +307,11 @@ def load_held_base(base: Base, quant: str, *, merge_aware: bool = False) -> Any:
         device = None  # accelerate shards the model itself
     with quiet_libraries(whole_process=False):
         model = load_model(base, dtype=dtype, device_map=device, quantization_config=nf4 if quant == "nf4" else None)
+    # Else bitsandbytes repacks NF4 weights with scales in bf16 once the model evaluates, in the midst of training too, or fails
+    # if their width is no multiple of a block:
+    # https://github.com/bitsandbytes-foundation/bitsandbytes/blob/0.50.2/bitsandbytes/nn/modules.py, forward
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # else a validation would repack the base for bf16, in the midst of training
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if quant == "int4":
         _round_to_int4(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.in_torch import preferences
-from edgelora.in_torch.adapter_start import START, add_adapter, set_start
+from edgelora.in_torch.adapter_start import add_adapter, list_own, set_start
 from edgelora.in_torch.packing import PackedCollator, PackedRows, check_packing
 from edgelora.in_torch.run import checkpoints, optimizers
 from edgelora.in_torch.run.callbacks import make_callback
@@ -63,9 +63,8 @@ def make_trainer(config: TrainConfig, base: Base, model: Any, tokenizer: Any, ex
     make = partial(preferences.make_trainer, beta=config.beta) if config.preferences else _make_supervised
     trainer = make(_extend(course), adapted, tokenizer, examples, _make_arguments(config, course))
     # TRL casts the adapters of a quantized base to bf16. In fp32 they learn the same, three times as fast on a CPU.
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad or f".{START}." in name:
-            parameter.data = parameter.data.to(torch.float32)
+    for _, parameter in list_own(trainer.model):
+        parameter.data = parameter.data.to(torch.float32)
     checkpoints.put_weights(trainer.model, first_values)
     if course.resume is None or config.composable is not None or config.start == "eva":  # EVA also sets PEFT's config
         set_start(config, trainer.model, base, trainer.get_train_dataloader())

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from edgelora.in_torch.adapter_start import list_own
 from edgelora_export.base.files import read_json
 from edgelora_export.weights.torch_model import first_line
 from edgelora_runtime.errors import InputError, ResourceError
@@ -36,9 +37,8 @@ def locate_checkpoints(output: Path) -> Path:
     return output.with_name(f"{output.name}.checkpoints")
 
 
-def find_last(output: Path) -> Path | None:
-    """Finds the latest checkpoint of a run. Returns None if there is none."""
-    folder = locate_checkpoints(output)
+def find_last(folder: Path) -> Path | None:
+    """Finds the latest checkpoint in a run's folder of them. Returns None if there is none."""
     steps = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and (path / RUN).is_file()]
     return max(steps, key=read_step, default=None)
 
@@ -64,7 +64,7 @@ def find_checkpoint(config: TrainConfig, description: Mapping[str, Any]) -> Path
 
     Raises InputError if --resume finds none, or one of other settings or data, and if a run would start beside a checkpoint.
     """
-    last = find_last(config.output)
+    last = find_last(locate_checkpoints(config.output))
     if not config.resume:
         if last is not None:
             raise InputError(
@@ -115,7 +115,7 @@ def staged_checkpoint(folder: Path, step: int, description: Mapping[str, Any], *
                     shutil.rmtree(old, ignore_errors=True)
     except Exception as error:  # torch and safetensors have errors of their own for a full disk
         shutil.rmtree(staging, ignore_errors=True)
-        last = max((path for path in folder.glob("step-*")), key=read_step, default=None)
+        last = find_last(folder)
         if last is None:
             remove_checkpoints(folder)
         kept = (
@@ -136,11 +136,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 def take_weights(model: Any) -> dict[str, Any]:
     """Copies the tensors that training changes, by name, with those that a start keeps frozen beside them."""
-    return {
-        name: parameter.detach().to("cpu", copy=True).contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad or ".start." in name
-    }
+    return {name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in list_own(model)}
 
 
 def put_weights(model: Any, weights: Mapping[str, Any]) -> None:

@@ -56,7 +56,7 @@ class Course:
 
     def judge(self, history: Sequence[Mapping[str, Any]], model: Any) -> bool:
         """Keeps a model's tensors after a validation if it is the best so far. Returns True if patience has run out."""
-        losses = list_validations(history)
+        losses = [loss for _, loss in list_validations(history)]
         if not losses:
             return False
         best = losses.index(min(losses))
@@ -65,9 +65,9 @@ class Course:
         return self.config.patience is not None and len(losses) - 1 - best >= self.config.patience
 
 
-def list_validations(history: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Lists the validation losses of a run's history, without that before the first step."""
-    return [entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] > 0]
+def list_validations(history: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
+    """Lists the steps and losses of the validations in a run's history, without that before the first step."""
+    return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry and entry["step"] > 0]
 
 
 def _agree(*flags: bool) -> list[bool]:
