@@ -58,7 +58,8 @@ class Gate:
         lacking = []
         if found.retention is not None and found.retention < self.retention:
             lacking.append(f"keeps {found.retention:.2f} of its adapter's effect, less than {self.retention:g}")
-        if found.answers >= _LEAST_ANSWERS and found.answers_kept < self.answers * found.answers:
+        kept = found.answers_share
+        if kept is not None and found.answers >= _LEAST_ANSWERS and kept < self.answers:
             lacking.append(
                 f"writes {found.answers_kept} of the {found.answers} held-out answers that its adapter writes, "
                 f"a share under {self.answers:g}"
