@@ -15,8 +15,6 @@ from huggingface_hub import ModelCard
 from peft import PeftModel
 from PIL import Image
 
-from edgelora.data.encode_rows import RowEncoder
-from edgelora.data.rows import read_rows
 from edgelora.in_torch.run import optimizers
 from edgelora.in_torch.run.estimate import count_steps
 from edgelora.in_torch.run.loss_chart import draw_losses
@@ -24,6 +22,7 @@ from edgelora.in_torch.train import load_base, train
 from edgelora.in_torch.train_config import OPTIMIZERS, REPORTS, SCHEDULES, TrainConfig
 from edgelora_export.base.base import Base
 from edgelora_runtime.errors import InputError, UsageError
+from tests.edgelora.in_torch.mean_loss import mean_loss
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -161,17 +160,6 @@ def test_tensorboard_gets_the_losses(config: TrainConfig) -> None:
 
 
 # --- validation -------------------------------------------------------------------------------------------------------------
-
-
-def mean_loss(model: Any, tokenizer: Any, data: Path) -> float:
-    """Nats per learned token of a file, as transformers' own loss has it."""
-    total, count = 0.0, 0
-    for row in (RowEncoder(tokenizer).learn(row) for row in read_rows(data)):
-        labels = [token if learned else -100 for token, learned in zip(row.tokens, row.learned, strict=True)]
-        with torch.no_grad():
-            loss = float(model(input_ids=torch.tensor([row.tokens]), labels=torch.tensor([labels])).loss)
-        total, count = total + loss * sum(row.learned), count + sum(row.learned)
-    return total / count
 
 
 @pytest.mark.parametrize("keep", ["best", pytest.param("last", marks=pytest.mark.slow)])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import jsonschema
 import openai
 import pytest
-from tokenizers import AddedToken, Tokenizer
 
 from edgelora_runtime import Runtime
 from edgelora_runtime.serve.api.ollama import ChatAnswer
@@ -16,9 +15,9 @@ from edgelora_runtime.serve.api.turns import Formats, Turn
 from edgelora_runtime.serve.names import ModelChoice
 from tests.runtime.serve.servers import Server
 from tests.runtime.tools import families
-from tests.runtime.tools.formats import TEMPLATES, USER
+from tests.runtime.tools.formats import TEMPLATES, USER, make_marked_base
 from tests.runtime.tools.test_grammars import NAMED, SCHEMA, TOOLS
-from tests.tiny import export_base, make_base
+from tests.tiny import export_base
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,12 +45,7 @@ SAMPLED: Any = {"max_tokens": 600, "temperature": 1.0}
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that has the marks of all families as tokens, and the template of each by its name."""
     folder = tmp_path_factory.mktemp("tools")
-    make_base(folder / "base", vocab_size=360, max_position_embeddings=4096)  # templates declare tools at length
-    path = folder / "base" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in families.ADDED])
-    tokenizer.save(str(path))
+    make_marked_base(folder / "base")
     named = folder / "base" / "additional_chat_templates"
     named.mkdir()
     for name, template in {

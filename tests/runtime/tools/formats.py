@@ -17,6 +17,7 @@ from edgelora_runtime.bundle.tokenizer import Tokenizer
 from edgelora_runtime.errors import InputError
 from edgelora_runtime.tools.format import ToolFormat
 from tests.runtime.tools import families
+from tests.tiny import make_base
 
 if TYPE_CHECKING:
     from edgelora_runtime.bundle.folder import Bundle
@@ -32,6 +33,20 @@ TEMPLATES: dict[str, str] = {
 USER = {"role": "user", "content": "Find it."}
 
 
+def make_marked_base(folder: Path) -> None:
+    """Makes a tiny base whose tokenizer has the marks of all families."""
+    make_base(folder, vocab_size=360, max_position_embeddings=4096)  # templates declare tools at length
+    path = folder / "tokenizer.json"
+    tokenizer = RustTokenizer.from_file(str(path))
+    _add_marks(tokenizer)
+    tokenizer.save(str(path))
+
+
+def _add_marks(tokenizer: RustTokenizer) -> None:
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in families.ADDED])
+
+
 def make_rust_tokenizer(*, with_marks: bool) -> RustTokenizer:
     """A tokenizer of bytes, with the marks of all families as their models have them, or without."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -40,8 +55,7 @@ def make_rust_tokenizer(*, with_marks: bool) -> RustTokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     if with_marks:
-        tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
-        tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in families.ADDED])
+        _add_marks(tokenizer)
     return tokenizer
 
 

@@ -11,14 +11,12 @@ from typing import Any
 
 import jsonschema
 import pytest
-from tokenizers import AddedToken, Tokenizer
 
 from edgelora_runtime import Runtime
 from edgelora_runtime.tools.format import ToolFormat
-from tests.runtime.tools import families
-from tests.runtime.tools.formats import TEMPLATES, USER
+from tests.runtime.tools.formats import TEMPLATES, USER, make_marked_base
 from tests.runtime.tools.test_grammars import NAMED, SCHEMA, TOOLS
-from tests.tiny import export_base, make_base
+from tests.tiny import export_base
 
 ROOT = Path(__file__).resolve().parents[3]
 # The tiny model writes at random, so thoughts, which may be of any length, are left out.
@@ -42,12 +40,7 @@ FAMILIES = [name for name in [*FAMILIES, "function-gemma"] if name in TEMPLATES]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle whose tokenizer has the marks of all families."""
     folder = tmp_path_factory.mktemp("tools")
-    make_base(folder / "base", vocab_size=360, max_position_embeddings=4096)  # templates declare tools at length
-    path = folder / "base" / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(path))
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in families.SPECIAL])
-    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in families.ADDED])
-    tokenizer.save(str(path))
+    make_marked_base(folder / "base")
     export_base(folder / "base", folder / "bundle")
     return folder / "bundle"
 

@@ -111,7 +111,7 @@ def test_checkpoints_come_by_steps_and_the_last_one_is_kept(config: TrainConfig,
     inner = checkpoints.save_model_weights
 
     def save(model: Any, folder: Path) -> None:
-        last = find_last(config.output)
+        last = find_last(locate_checkpoints(config.output))
         seen.append(0 if last is None else read_step(last))
         inner(model, folder)
 
@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(config: TrainConfig, monkeypatch
     inner: Any = torch.save
 
     def save(value: Any, file: Any, *rest: Any, **settings: Any) -> None:
-        if find_last(config.output) is not None:
+        if find_last(locate_checkpoints(config.output)) is not None:
             raise error
         inner(value, file, *rest, **settings)
 
@@ -172,7 +172,7 @@ def test_a_resume_with_other_settings_is_refused(config: TrainConfig, change: di
     stop_after(config, 2)
     with pytest.raises(InputError, match=rf"checkpoint .*step-2 is of another run: {message}; give the same"):
         train(replace(config, resume=True, **change))
-    assert find_last(config.output) is not None
+    assert find_last(locate_checkpoints(config.output)) is not None
 
 
 def test_a_resume_with_other_rows_is_refused(config: TrainConfig) -> None:
