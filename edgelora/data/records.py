@@ -39,7 +39,7 @@ def read_records(path: Path, splits: Sequence[str]) -> Records:
         yield from _read_arrow(file) if is_saved(file.parent) else _read_file(file)
 
 
-def parse_records(text: str, path: Path | str) -> Records:
+def _parse_records(text: str, path: Path | str) -> Records:
     """Parses JSON lines, or one JSON array of records. path: names the file in errors."""
     text = text.removeprefix("\ufeff")
     if text.lstrip().startswith("["):
@@ -100,7 +100,7 @@ def _read_file(path: Path) -> Records:
         return _parse_table(text, path, "\t" if name.endswith(".tsv") else None)
     if name.endswith(".txt") and not text.lstrip().startswith(("{", "[")):
         return _parse_paragraphs(text, path)
-    return parse_records(text, path)
+    return _parse_records(text, path)
 
 
 def _parse_paragraphs(text: str, path: Path) -> Records:

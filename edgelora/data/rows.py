@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgelora.data.chats import ASSISTANT, Chat, read_content, read_messages, read_tools
-from edgelora.data.records import parse_records, read_records
+from edgelora.data.records import read_records
 from edgelora.data.shapes import SHAPES, check_format, convert, find_shape
 from edgelora.data.sources import TRAIN, find_data
 from edgelora_runtime.errors import InputError
@@ -65,12 +65,6 @@ def read_rows(path: Path | str, format: str = "auto", *, splits: Sequence[str] =
     """
     check_format(format)
     return _make_rows(read_records(find_data(path), splits), path, format)
-
-
-def parse_rows(text: str, path: Path | str, format: str = "auto") -> list[Row]:  # noqa: A002
-    """Parses the text of a file of JSON, as read_rows(). path: names the file in errors."""
-    check_format(format)
-    return _make_rows(parse_records(text, path), path, format)
 
 
 def read_text(path: Path, what: str) -> str:

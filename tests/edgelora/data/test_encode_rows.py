@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from edgelora.data.chats import Chat
 from edgelora.data.encode_rows import RowEncoder
-from edgelora.data.rows import Row, parse_rows, read_rows
+from edgelora.data.rows import Row, make_row, read_rows
 from edgelora.exporting.export import export
 from edgelora_export.weights.torch_model import quiet_libraries
 from edgelora_runtime import Runtime
@@ -64,8 +64,7 @@ def tokenizer_with(template: str | None) -> Any:
 
 
 def read_row(value: dict[str, Any]) -> Row:
-    (row,) = parse_rows(json.dumps(value), "rows.jsonl")
-    return row
+    return make_row(value, "rows.jsonl line 1")
 
 
 def learned_text(template: str, value: dict[str, Any], **options: Any) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgelora.data.encode_rows import RowEncoder
-from edgelora.data.rows import parse_rows
+from edgelora.data.rows import make_row
 from edgelora.exporting.export import export
 from edgelora_export.base.base import Base
 from edgelora_export.base.tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def test_smollm2_is_trained_on_what_its_bundle_sends(tmp_path: Path) -> None:
 def check_chats(encoder: RowEncoder, bundle: Path) -> None:
     with Runtime(bundle) as runtime:
         for name, value in CHATS.items():
-            (row,) = parse_rows(json.dumps(value), f"{name}.jsonl")
+            row = make_row(value, f"{name}.jsonl line 1")
             assert not isinstance(row.prompt, str)
             sent = runtime.encode(row.prompt.messages, tools=row.prompt.tools)
             assert encoder(row.prompt) == sent, name

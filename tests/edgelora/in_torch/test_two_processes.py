@@ -23,22 +23,18 @@ def run(folder: Path, *command: object) -> str:
     return done.stdout
 
 
-def find_launcher(name: str) -> list[str]:
-    if name == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    return [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-            "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]  # fmt: skip
+TWO = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "quant"), [("torchrun", "nf4"), ("accelerate", "none")])
-def test_two_processes_give_the_adapter_of_one(tiny_base: Path, tmp_path: Path, launcher: str, quant: str) -> None:
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_two_processes_give_the_adapter_of_one(tiny_base: Path, tmp_path: Path, quant: str) -> None:
     rows = [{"prompt": f"the cat {number}\n", "completion": f"sat {number}" * (1 + number % 4)} for number in range(40)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = ["train", "--base", tiny_base, "--data", "rows.jsonl", "--quant", quant, "--batch-size", 8, "--max-steps", 12,
                 "--lr", 1e-3, "--validation", 0.2, "--checkpoint-every", 5, "--json"]  # fmt: skip
     one = json.loads(run(tmp_path, sys.executable, "-m", "edgelora", *settings, "--output", "one", "--accumulation", 2))
-    two = json.loads(run(tmp_path, *find_launcher(launcher), "edgelora", *settings, "--output", "two"))
+    two = json.loads(run(tmp_path, *TWO, "edgelora", *settings, "--output", "two"))
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-5)
     assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
