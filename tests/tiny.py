@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -42,9 +43,13 @@ _TRAINING_TEXT = (
 )
 
 
-@cache
 def make_tokenizer() -> Any:
-    """A byte-level BPE of 300 entries with <s>, </s> and a chat template."""
+    """A byte-level BPE of 300 entries with <s>, </s> and a chat template. Each call has its own: trainers change theirs."""
+    return copy.deepcopy(_train_tokenizer())
+
+
+@cache
+def _train_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -51,17 +51,20 @@ def read_memory(server: Server) -> int:
 
 def test_a_full_queue_refuses_and_all_others_are_answered(busy: Server) -> None:
     asyncio.run(ask_all(busy.url, 40))  # loads all variants
-    for _ in range(2):  # allocators reach their size
-        asyncio.run(ask_all(busy.url, CLIENTS))
-        busy.wait_until_idle()
-    before = read_memory(busy)
-    found = asyncio.run(ask_all(busy.url, CLIENTS))
-    statuses = [status for status, _, _ in found]
-    assert set(statuses) == {200, 429}
-    assert statuses.count(200) > QUEUE
-    assert all(1 <= int(after or 0) <= 60 for status, _, after in found if status == 429)
+    asyncio.run(ask_all(busy.url, CLIENTS))
     busy.wait_until_idle()
-    assert read_memory(busy) / before < 1.05
+    sizes = [read_memory(busy)]
+    for _ in range(5):  # allocators reach their size in a few of them, and a leak grows in each
+        found = asyncio.run(ask_all(busy.url, CLIENTS))
+        statuses = [status for status, _, _ in found]
+        assert set(statuses) == {200, 429}
+        assert statuses.count(200) > QUEUE
+        assert all(1 <= int(after or 0) <= 60 for status, _, after in found if status == 429)
+        busy.wait_until_idle()
+        sizes.append(read_memory(busy))
+        if sizes[-1] < 1.02 * sizes[-2]:
+            return
+    pytest.fail(f"memory grows in each flood: {sizes}")
 
 
 async def leave(url: str, count: int) -> None:
