@@ -12,7 +12,7 @@ namespace {
 struct Avx2 {
   using Float = __m256;
   using Int = __m256i;
-  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 1, kRows = 4;
+  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 2, kRows = 4;
   static constexpr bool kSigned8 = true;  // with unsigned codes of 8 bits, sums of 16 bits would overflow
 
   static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
@@ -84,28 +84,38 @@ struct Avx2 {
     }
   }
 
+  // The products of two chunks with 8 columns, `apart` bytes from each other: of the first chunk, then of the second one. Sums
+  // stay in 16 bits as long as they fit: with 4 bits, at most 4 times 2 * 15 * 127 for each of two chunks' four sums.
   template <int Bits>
-  static Int multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
-    const __m256i activations = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(activation_codes));
-    __m256i sums;
-    if constexpr (Bits == 8) {
-      const __m256i weights =
-          _mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(-128));
-      sums = multiply_signed(weights, activations);
-    } else {
-      const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-      const __m256i weights = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(sixteen, 4), sixteen), _mm256_set1_epi8(15));
-      sums = _mm256_maddubs_epi16(weights, activations);
-    }
-    return _mm256_madd_epi16(sums, _mm256_set1_epi16(1));
-  }
-  // Sums of 8 vectors.
-  static void sum_lanes(const Int* products, Int* sums) {
-    const auto fold = [](const Int* four) {
-      return _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+  static void multiply_chunks(const uint8_t* codes, size_t apart, const int8_t* activation_codes, Int* sums) {
+    const __m256i first = join(activation_codes, activation_codes + kChunk);  // halves of both chunks
+    const __m256i second = join(activation_codes + kChunk / 2, activation_codes + kChunk + kChunk / 2);
+    const auto column = [&](size_t lane) {
+      const uint8_t* read = codes + lane * apart;
+      if constexpr (Bits == 8) {
+        const __m256i sign = _mm256_set1_epi8(-128);
+        return _mm256_add_epi32(
+            add_pairs(multiply_signed(_mm256_xor_si256(join(read, read + kChunk), sign), first)),
+            add_pairs(multiply_signed(_mm256_xor_si256(join(read + kChunk / 2, read + kChunk + kChunk / 2), sign), second)));
+      } else {
+        const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read)), mask = _mm256_set1_epi8(15);
+        return _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(two, mask), first),
+                                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(two, 4), mask), second));
+      }
     };
-    const Int low = fold(products), high = fold(products + 4);
-    sums[0] = add(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+    const auto add = [](Int a, Int b) { return Bits == 8 ? _mm256_add_epi32(a, b) : _mm256_add_epi16(a, b); };
+    const auto two_columns = [&](size_t lane) {
+      const Int one = column(lane), other = column(lane + 1);
+      return add(_mm256_unpacklo_epi32(one, other), _mm256_unpackhi_epi32(one, other));
+    };
+    const auto four_columns = [&](size_t lane) {
+      const Int one = two_columns(lane), other = two_columns(lane + 2);
+      const Int four = add(_mm256_unpacklo_epi64(one, other), _mm256_unpackhi_epi64(one, other));
+      return Bits == 8 ? four : add_pairs(four);
+    };
+    const Int low = four_columns(0), high = four_columns(4);
+    sums[0] = _mm256_permute2x128_si256(low, high, 0x20);
+    sums[1] = _mm256_permute2x128_si256(low, high, 0x31);
   }
   static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
@@ -129,6 +139,11 @@ struct Avx2 {
   }
 
  private:
+  static __m256i join(const void* low, const void* high) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(low))),
+                                   _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
+  }
+  static __m256i add_pairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
   static __m256i first(size_t count) {
     return _mm256_cmpgt_epi32(broadcast(static_cast<int32_t>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

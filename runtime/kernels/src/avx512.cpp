@@ -76,37 +76,12 @@ struct Avx512 {
     }
   }
 
-  // Products of two chunks, one in each half.
+  // The products of two chunks with 16 columns, `apart` bytes from each other: of the first chunk, then of the second one.
   template <int Bits>
-  static Int multiply_chunks(const uint8_t* codes, const int8_t* activation_codes) {
-    __m512i weights;
-    if constexpr (Bits == 8) {
-      weights = _mm512_loadu_si512(codes);
-    } else {
-      const __m512i two = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-      const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), two);
-      const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
-      weights = _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
-    }
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes));
-  }
-  // Sums of each half of 16 vectors: of the first halves, then of the second ones.
-  static void sum_lanes(const Int* products, Int* sums) {
-    __m512i pairs[8], fours[4];
-    for (size_t i = 0; i < 8; ++i) {
-      const Int one = products[2 * i], other = products[2 * i + 1];
-      pairs[i] = add(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      const Int one = pairs[2 * i], other = pairs[2 * i + 1];
-      fours[i] = add(_mm512_unpacklo_epi64(one, other), _mm512_unpackhi_epi64(one, other));
-    }
-    const auto fold = [](Int one, Int other) {
-      return add(_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd));
-    };
-    const Int low = fold(fours[0], fours[1]), high = fold(fours[2], fours[3]);
-    sums[0] = _mm512_shuffle_i32x4(low, high, 0x88);
-    sums[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
+  static void multiply_chunks(const uint8_t* codes, size_t apart, const int8_t* activation_codes, Int* sums) {
+    Int products[16];
+    for (size_t lane = 0; lane < 16; ++lane) products[lane] = multiply_two<Bits>(codes + lane * apart, activation_codes);
+    sum_halves(products, sums);
   }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
@@ -127,6 +102,38 @@ struct Avx512 {
   }
 
  private:
+  // Products of two chunks of a column, one in each half.
+  template <int Bits>
+  static Int multiply_two(const uint8_t* codes, const int8_t* activation_codes) {
+    __m512i weights;
+    if constexpr (Bits == 8) {
+      weights = _mm512_loadu_si512(codes);
+    } else {
+      const __m512i two = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+      const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), two);
+      const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
+      weights = _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
+    }
+    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes));
+  }
+  // Sums of each half of 16 vectors: of the first halves, then of the second ones.
+  static void sum_halves(const Int* products, Int* sums) {
+    __m512i pairs[8], fours[4];
+    for (size_t i = 0; i < 8; ++i) {
+      const Int one = products[2 * i], other = products[2 * i + 1];
+      pairs[i] = add(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
+    }
+    for (size_t i = 0; i < 4; ++i) {
+      const Int one = pairs[2 * i], other = pairs[2 * i + 1];
+      fours[i] = add(_mm512_unpacklo_epi64(one, other), _mm512_unpackhi_epi64(one, other));
+    }
+    const auto fold = [](Int one, Int other) {
+      return add(_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd));
+    };
+    const Int low = fold(fours[0], fours[1]), high = fold(fours[2], fours[3]);
+    sums[0] = _mm512_shuffle_i32x4(low, high, 0x88);
+    sums[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
+  }
   static __mmask16 first(size_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 };
 

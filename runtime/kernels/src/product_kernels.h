@@ -42,75 +42,81 @@ void round(const Weights& weights, const float* row, int8_t* codes, float* scale
   }
 }
 
-// The product of one row with up to kLanes columns from `begin` on. It adds in the order of multiply_tile, so that a row gets the
-// same bits whether it is computed alone or with others.
+// The product of one row with kLanes columns, `apart` columns from each other, from `begin` on; prefetches what follows them. It
+// adds in the order of multiply_tile, so that a row gets the same bits whether it is computed alone or with others.
 template <typename Isa, int Bits>
-void multiply_columns(const Weights& weights, const Activations& activations, size_t begin, size_t columns, float* out) {
+typename Isa::Float multiply_columns(const Weights& weights, const Activations& activations, size_t begin, size_t apart) {
   using Int = typename Isa::Int;
   using Float = typename Isa::Float;
   constexpr size_t kAtOnce = Isa::kChunksAtOnce, kLanes = Isa::kLanes, kBytes = kChunk * Bits / 8;
-  const size_t chunks = weights.chunks(), per_block = weights.block / kChunk;
-  const uint8_t* codes[kLanes];
-  for (size_t lane = 0; lane < kLanes; ++lane)
-    codes[lane] = weights.codes + (begin + std::min(lane, columns - 1)) * chunks * kBytes;
-  const uint8_t* next = weights.codes + (begin + columns) * chunks * kBytes;
+  const size_t chunks = weights.chunks(), per_block = weights.block / kChunk, column_bytes = apart * chunks * kBytes;
+  const uint8_t* codes = weights.codes + begin * chunks * kBytes;
+  const uint8_t* next_codes = codes + kLanes * column_bytes;
+  const float* next_scales = weights.scales + (begin + kLanes * apart) * weights.blocks;
+  const int8_t* activation_codes = activations.codes;
   alignas(64) float scales[kLanes][kLanes];  // of some blocks, for all columns
   alignas(64) int32_t zero_points[kLanes][kLanes];
   Float sums = Isa::zero();
+  size_t chunk = 0;
   for (size_t block = 0; block < weights.blocks; block += kLanes) {
-    const size_t blocks = std::min(kLanes, weights.blocks - block), end = (block + blocks) * per_block;
+    const size_t blocks = std::min(kLanes, weights.blocks - block);
     const float* read = weights.scales + begin * weights.blocks + block;
-    if (columns == kLanes && blocks == kLanes) {
-      Isa::transpose(reinterpret_cast<const uint32_t*>(read), weights.blocks, reinterpret_cast<uint32_t*>(scales), kLanes);
+    for (size_t line = 0; line < kLanes * kLanes; line += 16, next_scales += 16) Isa::prefetch(next_scales);
+    if (blocks == kLanes) {
+      Isa::transpose(reinterpret_cast<const uint32_t*>(read), apart * weights.blocks, reinterpret_cast<uint32_t*>(scales),
+                     kLanes);
     } else {
       for (size_t index = 0; index < blocks; ++index)
-        for (size_t lane = 0; lane < kLanes; ++lane)
-          scales[index][lane] = read[std::min(lane, columns - 1) * weights.blocks + index];
+        for (size_t lane = 0; lane < kLanes; ++lane) scales[index][lane] = read[lane * apart * weights.blocks + index];
     }
     if (weights.zero_points) {
       for (size_t index = 0; index < blocks; ++index) {
-        for (size_t lane = 0; lane < columns; ++lane)
-          zero_points[index][lane] = recentred_zero_point<Isa, Bits>(weights.zero_point(begin + lane, block + index));
+        for (size_t lane = 0; lane < kLanes; ++lane)
+          zero_points[index][lane] = recentred_zero_point<Isa, Bits>(weights.zero_point(begin + lane * apart, block + index));
       }
     }
-    for (size_t chunk = block * per_block; chunk < end; chunk += kAtOnce) {
-      Int products[kLanes], found[kAtOnce];
-      const size_t count = std::min(kAtOnce, end - chunk);
-      const int8_t* activation_codes = activations.codes + chunk * kChunk;
-      if (count == kAtOnce) {
-        for (size_t line = 0; line < kLanes * kAtOnce * kBytes; line += 64, next += 64) Isa::prefetch(next);
-        for (size_t lane = 0; lane < kLanes; ++lane)
-          products[lane] = Isa::template multiply_chunks<Bits>(codes[lane] + chunk * kBytes, activation_codes);
-      } else {
-        alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
-        std::memcpy(last_activations, activation_codes, count * kChunk);
-        for (size_t lane = 0; lane < kLanes; ++lane) {
-          alignas(64) uint8_t last[kAtOnce * kBytes] = {};
-          std::memcpy(last, codes[lane] + chunk * kBytes, count * kBytes);
-          products[lane] = Isa::template multiply_chunks<Bits>(last, last_activations);
-        }
-      }
-      Isa::sum_lanes(products, found);
-      for (size_t index = 0; index < count; ++index) {
-        const size_t place = (chunk + index) / per_block - block;
-        Int offset = Isa::broadcast(activations.offsets[chunk + index]);
-        if (weights.zero_points) offset = Isa::multiply(offset, Isa::load(reinterpret_cast<uint32_t*>(zero_points[place])));
-        const Float product = Isa::to_float(Isa::add(found[index], offset));
-        const Float scaled = Isa::multiply(product, Isa::broadcast(activations.scales[chunk + index]));
-        sums = Isa::add_product(sums, scaled, Isa::load(scales[place]));
-      }
+    size_t place = 0, left = per_block;  // the block among these, and its chunks that are left
+    const auto add_chunk = [&](Int product) {
+      Int offset = Isa::broadcast(activations.offsets[chunk]);
+      if (weights.zero_points) offset = Isa::multiply(offset, Isa::load(reinterpret_cast<uint32_t*>(zero_points[place])));
+      const Float exact = Isa::to_float(Isa::add(product, offset));
+      sums = Isa::add_product(sums, Isa::multiply(exact, Isa::broadcast(activations.scales[chunk])), Isa::load(scales[place]));
+      ++chunk;
+      if (--left == 0) ++place, left = per_block;
+    };
+    Int found[kAtOnce];
+    const size_t end = chunk + blocks * per_block;
+    while (chunk + kAtOnce <= end) {
+      for (size_t line = 0; line < kLanes * kAtOnce * kBytes; line += 64, next_codes += 64) Isa::prefetch(next_codes);
+      Isa::template multiply_chunks<Bits>(codes, column_bytes, activation_codes, found);
+      codes += kAtOnce * kBytes;
+      activation_codes += kAtOnce * kChunk;
+      for (size_t index = 0; index < kAtOnce; ++index) add_chunk(found[index]);
+    }
+    if (const size_t count = end - chunk) {
+      alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
+      std::memcpy(last_activations, activation_codes, count * kChunk);
+      alignas(64) uint8_t last[kLanes][kAtOnce * kBytes] = {};
+      for (size_t lane = 0; lane < kLanes; ++lane) std::memcpy(last[lane], codes + lane * column_bytes, count * kBytes);
+      Isa::template multiply_chunks<Bits>(last[0], sizeof last[0], last_activations, found);
+      codes += count * kBytes;
+      activation_codes += count * kChunk;
+      for (size_t index = 0; index < count; ++index) add_chunk(found[index]);
     }
   }
-  alignas(64) float values[kLanes];
-  Isa::store(values, sums);
-  for (size_t lane = 0; lane < columns; ++lane)
-    out[begin + lane] = values[lane] + (weights.bias ? weights.bias[begin + lane] : 0.0f);
+  return sums;
 }
 
 template <typename Isa, int Bits>
 void multiply_row_bits(const Weights& weights, const Activations& activations, size_t begin, size_t end, float* out) {
-  for (size_t column = begin; column < end; column += Isa::kLanes)
-    multiply_columns<Isa, Bits>(weights, activations, column, std::min(Isa::kLanes, end - column), out);
+  alignas(64) float values[Isa::kLanes];
+  for (size_t column = begin; column < end;) {
+    // Fewer columns than lanes at the end: one at a time, in all lanes.
+    const size_t columns = end - column < Isa::kLanes ? 1 : Isa::kLanes;
+    Isa::store(values, multiply_columns<Isa, Bits>(weights, activations, column, columns == 1 ? 0 : 1));
+    for (size_t lane = 0; lane < columns; ++lane, ++column)
+      out[column] = values[lane] + (weights.bias ? weights.bias[column] : 0.0f);
+  }
 }
 
 template <typename Isa>
