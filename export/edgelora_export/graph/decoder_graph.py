@@ -11,6 +11,7 @@ from edgelora_export.graph.block import BlockBuilder, Positions
 from edgelora_export.graph.live_inputs import LiveInputs
 from edgelora_export.graph.nodes import CONTRIB, BlobWeights, GraphBuilder, annotate_value, graph_input
 from edgelora_export.graph.products import find_zero_points, multiply_matrix
+from edgelora_export.graph.prologues import join_prologues
 from edgelora_export.graph.stages import CUT
 from edgelora_export.plan.targets import CPU
 
@@ -78,6 +79,8 @@ def build_graph(
     model = b.finish([input_ids, mask, *caches, keep, *inputs.inputs], [logits, *presents, states])
     for value in (keep, *inputs.inputs):  # an initializer with an input's name is the input's default
         model.graph.register_initializer(value)
+    if target is CPU:
+        join_prologues(model)
     return model
 
 

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from edgelora_export.graph.nodes import list_blobs, pack_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
 CUT = "cut"  # prefix of the values that cross a cut: cut.{index}.sum, cut.{index}.update
@@ -80,9 +80,15 @@ def _extract_stage(model: ir.Model, first: int | None, last: int | None) -> ir.M
     for value in [value for value in stage.inputs if not value.uses()]:
         stage.inputs.remove(value)
     _canonicalize(stage)
-    called = {node.op_identifier() for node in stage}
+    called = _find_functions(model, stage)
     functions = [function.clone() for identifier, function in model.functions.items() if identifier in called]
     return ir.Model(stage, ir_version=model.ir_version, producer_name=model.producer_name, functions=functions)
+
+
+def _find_functions(model: ir.Model, nodes: Iterable[ir.Node]) -> set[ir.OperatorIdentifier]:
+    """Finds the functions that the nodes call, themselves or through other functions."""
+    called = {node.op_identifier() for node in nodes} & set(model.functions)
+    return called.union(*(_find_functions(model, model.functions[identifier]) for identifier in called))
 
 
 def _canonicalize(stage: ir.Graph) -> None:

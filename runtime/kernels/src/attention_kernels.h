@@ -6,25 +6,10 @@
 #include <vector>
 
 #include "attention.h"
-#include "tile.h"
+#include "row_kernels.h"
 
 namespace edgelora {
 namespace {  // see tile.h
-
-// exp(x) for x from -87 (also used for smaller x) to 88: 2^n times the Taylor series of the remainder r, |r| <= ln(2) / 2, up to
-// terms below 2^-24.
-template <typename Isa>
-typename Isa::Float exponential(typename Isa::Float x) {
-  using Float = typename Isa::Float;
-  x = Isa::max(x, Isa::broadcast(-87.0f));
-  const Float n = Isa::round_nearest(Isa::multiply(x, Isa::broadcast(1.44269504f)));
-  Float r = Isa::add_product(x, n, Isa::broadcast(-0.693359375f));  // ln(2) in two parts, the first with few bits
-  r = Isa::add_product(r, n, Isa::broadcast(2.12194440e-4f));
-  Float sum = Isa::broadcast(1.0f / 5040);
-  for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
-    sum = Isa::add_product(Isa::broadcast(factor), sum, r);
-  return Isa::times_power_of_two(sum, n);
-}
 
 // Scores (rows, kSpan) of Rows queries with the keys of a tile. prefetched: values to prefetch meanwhile, or null.
 template <typename Isa, size_t Rows>

@@ -158,8 +158,8 @@ struct Avx2 {
 
 extern const Kernels kAvx2;
 const Kernels kAvx2 = {
-    "avx2",       kColumns<Avx2>,       round<Avx2>,          multiply_row<Avx2>,  multiply_rows<Avx2>,
-    attend<Avx2>, merge_partials<Avx2>, prefetch_range<Avx2>, multiply_down<Avx2>, add_up<Avx2>,
+    "avx2",     kColumns<Avx2>, round<Avx2>,          multiply_row<Avx2>,   multiply_rows<Avx2>, normalize<Avx2>,
+    gate<Avx2>, attend<Avx2>,   merge_partials<Avx2>, prefetch_range<Avx2>, multiply_down<Avx2>, add_up<Avx2>,
 };
 
 }  // namespace edgelora

@@ -141,8 +141,8 @@ struct Avx512 {
 
 extern const Kernels kAvx512;
 const Kernels kAvx512 = {
-    "avx512-vnni",  kColumns<Avx512>,       round<Avx512>,          multiply_row<Avx512>,  multiply_rows<Avx512>,
-    attend<Avx512>, merge_partials<Avx512>, prefetch_range<Avx512>, multiply_down<Avx512>, add_up<Avx512>,
+    "avx512-vnni", kColumns<Avx512>, round<Avx512>,          multiply_row<Avx512>,   multiply_rows<Avx512>, normalize<Avx512>,
+    gate<Avx512>,  attend<Avx512>,   merge_partials<Avx512>, prefetch_range<Avx512>, multiply_down<Avx512>, add_up<Avx512>,
 };
 
 }  // namespace edgelora

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "low_rank.h"
 #include "product.h"
+#include "row.h"
 
 namespace edgelora {
 
@@ -16,6 +17,11 @@ struct Kernels {
   void (*multiply_row)(const Weights&, const Activations&, size_t begin, size_t end, float* out);
   // The tile of columns at `begin` of all rows' product. Prefetches the weights of the tile at `next`.
   void (*multiply_rows)(const Weights&, const Activations&, size_t rows, size_t begin, size_t next, float* out);
+
+  // total = sum + update; normed = total / its root mean square * the norm's weight.
+  void (*normalize)(const Norm&, const float* sum, const float* update, size_t size, float* total, float* normed);
+  // gated = activation(gates) * up.
+  void (*gate)(Activation, const float* gates, const float* up, size_t size, float* gated);
 
   // Attention over positions begin … end, which lie in one span.
   void (*attend)(const Head&, const Queries&, size_t begin, size_t end, const PartialSoftmax&);

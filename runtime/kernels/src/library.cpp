@@ -1,9 +1,9 @@
 // The library's exports: the operators, the name of their instruction set, and the number of their interface.
 //
-// They are registered under onnxruntime's own operator names and replace onnxruntime's in a session, so the graphs are the same
-// with and without them.
+// They are registered under the names of onnxruntime's own operators and of functions of the graphs, and replace those in a
+// session, so the graphs are the same with and without them.
 #include <cstdlib>
-#include <initializer_list>
+#include <vector>
 
 #include "operators.h"
 
@@ -26,7 +26,7 @@ namespace edgelora {
 namespace {
 
 // A domain is never freed, since sessions keep using it.
-OrtCustomOpDomain* make_domain(const Api& api, const char* name, std::initializer_list<const CustomOp*> operators) {
+OrtCustomOpDomain* make_domain(const Api& api, const char* name, const std::vector<const CustomOp*>& operators) {
   OrtCustomOpDomain* domain = nullptr;
   check(api.make_domain(name, &domain));
   for (const CustomOp* described : operators) check(api.add_operator(domain, described));
@@ -34,9 +34,10 @@ OrtCustomOpDomain* make_domain(const Api& api, const char* name, std::initialize
 }
 
 void add_operators(const Api& api, OrtSessionOptions* options) {
-  const auto& [one, two, three] = live_matmul_nbits();
+  std::vector<const CustomOp*> own;
+  for (const CustomOp& described : own_operators()) own.push_back(&described);
   static OrtCustomOpDomain* const theirs = make_domain(api, "com.microsoft", {&matmul_nbits(), &group_query_attention()});
-  static OrtCustomOpDomain* const ours = make_domain(api, "edgelora", {&one, &two, &three});
+  static OrtCustomOpDomain* const ours = make_domain(api, "edgelora", own);
   check(api.add_domain(options, theirs));
   check(api.add_domain(options, ours));
 }

@@ -1,5 +1,5 @@
 // com.microsoft.MatMulNBits: a product with a weight of 4 or 8 bits, without g_idx.
-#include "nbits_product.h"
+#include "prologues.h"
 
 namespace edgelora {
 namespace {
@@ -17,7 +17,8 @@ class MatMulNBits : NBitsProduct {
   void compute(OrtKernelContext* context) const {
     require_constant(context, kGroups, nullptr);
     require_constant(context, kBias, weights_.bias);
-    multiply(context, begin(context), [](const Call&) { return NoSideProduct{}; });
+    const Call call = begin(context, NoPrologue::kWidth);
+    multiply(context, call, NoPrologue::Rows{call.read, weights_.inner}, [](const Part&) { return NoSideProduct{}; });
   }
 
   static int input_type(size_t index) { return index < kOwn ? NBitsProduct::input_type(index) : kAnyType; }

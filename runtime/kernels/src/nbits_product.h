@@ -21,15 +21,19 @@ struct NoSideProduct {
   void add(size_t, size_t) const {}       // adds to these columns, once all pieces are done
 };
 
-class NBitsProduct : protected Operator {
- protected:
+class NBitsProduct : public Operator {
+ public:
   enum Input : size_t { kActivations, kCodes, kScales, kZeroPoints, kOwn };  // an operator's own inputs follow these
 
-  // The activations (rows, K) of a call and its product (rows, N).
+  // Rows of a call: the first input, the number of rows, and the product (rows, N).
   struct Call {
     const float* read;
     size_t rows;
     float* written;
+  };
+  // Some rows of a call from `first` on: the activations (rows, K) and the product (rows, N).
+  struct Part : Call {
+    size_t first;
   };
 
   // The types of the common inputs.
@@ -78,32 +82,35 @@ class NBitsProduct : protected Operator {
     if (known == nullptr && input(context, index) != nullptr) refuse("zero_points, g_idx or bias is not a constant");
   }
 
-  Call begin(OrtKernelContext* context) const {
+  // width: of the first input, in rows of activations.
+  Call begin(OrtKernelContext* context, size_t width) const {
     const OrtValue* activations = input(context, kActivations);
     require_constant(context, kZeroPoints, weights_.zero_points);
     Shape shape = describe(api_, activations);
-    if (shape.type != kFloat || shape.sizes.empty() || shape.sizes.back() != static_cast<int64_t>(weights_.inner)) {
+    if (shape.type != kFloat || shape.sizes.empty() || shape.sizes.back() != static_cast<int64_t>(weights_.inner * width))
       refuse("activations are not float32 with K columns");
-    }
     size_t rows = 1;
     for (size_t axis = 0; axis + 1 < shape.sizes.size(); ++axis) rows *= static_cast<size_t>(shape.sizes[axis]);
     shape.sizes.back() = static_cast<int64_t>(weights_.columns);
     return {read<float>(activations), rows, make_output(context, 0, shape.sizes)};
   }
 
-  // The product of a call, some rows at a time. make_side(part): the side product of a part of the call, see NoSideProduct.
-  template <typename MakeSide>
-  void multiply(OrtKernelContext* context, const Call& call, const MakeSide& make_side) const {
-    static thread_local Scratch scratch;
+  // The product of a call, some rows at a time. rows: gives the activations, see prologues.h. make_side(part): the side product
+  // of a part of the call, see NoSideProduct.
+  template <typename Rows, typename MakeSide>
+  void multiply(OrtKernelContext* context, const Call& call, const Rows& rows, const MakeSide& make_side) const {
+    Scratch& scratch = own_scratch();
     for (size_t row = 0; row < call.rows; row += kRowsAtOnce) {
-      const Call part{call.read + row * weights_.inner, std::min(kRowsAtOnce, call.rows - row),
-                      call.written + row * weights_.columns};
-      const Activations rounded = scratch.fit(weights_, part.rows);
-      parallel(context, part.rows, part.rows * weights_.inner * sizeof(float), [&](size_t index) {
+      const size_t count = std::min(kRowsAtOnce, call.rows - row);
+      const Activations rounded = scratch.fit(weights_, count);
+      float* computed = Rows::kComputed ? scratch.fit_rows(count * weights_.inner) : nullptr;
+      parallel(context, count, count * weights_.inner * sizeof(float), [&](size_t index) {
         const size_t start = index * weights_.chunks();
-        kernels_.round(weights_, part.read + index * weights_.inner, rounded.codes + start * kChunk, rounded.scales + start,
-                       rounded.offsets + start);
+        const float* given = rows.get(row + index, computed + index * weights_.inner);
+        kernels_.round(weights_, given, rounded.codes + start * kChunk, rounded.scales + start, rounded.offsets + start);
       });
+      const float* read = Rows::kComputed ? computed : call.read + row * weights_.inner;
+      const Part part{{read, count, call.written + row * weights_.columns}, row};
       multiply_rounded(context, rounded, part, make_side(part));
     }
   }
@@ -115,18 +122,28 @@ class NBitsProduct : protected Operator {
   static constexpr size_t kPieces = 32;       // of a product, for the threads to share, if it has enough tiles
   static constexpr size_t kRowsAtOnce = 256;  // their activations stay in the second-level cache
 
-  // Memory for rounded activations, which all products of a thread reuse.
+  // Memory for activations, which all products of a thread reuse.
   struct Scratch {
     std::vector<int8_t> codes;
     std::vector<float> scales;
     std::vector<int32_t> offsets;
+    std::vector<float> rows;
 
     Activations fit(const Weights& weights, size_t rows) {
       const size_t count = rows * weights.chunks();
       if (scales.size() < count) codes.resize(count * kChunk), scales.resize(count), offsets.resize(count);
       return {codes.data(), scales.data(), offsets.data()};
     }
+    float* fit_rows(size_t size) {
+      if (rows.size() < size) rows.resize(size);
+      return rows.data();
+    }
   };
+
+  static Scratch& own_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
 
   // Every thread helps with the side product before its first piece, and adds it once all of it is done; until then, other
   // threads are at work on the rest. That no piece is left is read from the thread's own cache, unlike a counter that all threads

@@ -16,7 +16,7 @@ namespace edgelora {
 
 const CustomOp& matmul_nbits();
 const CustomOp& group_query_attention();
-const std::array<CustomOp, 3>& live_matmul_nbits();  // by the number of parts
+const std::vector<CustomOp>& own_operators();  // those of the domain "edgelora"
 
 struct Failure {
   OrtStatus* status;
@@ -65,7 +65,7 @@ constexpr size_t count_pieces(size_t size, size_t piece) { return (size + piece 
 
 // An operator at one node of a graph.
 class Operator {
- protected:
+ public:
   Operator(const Api& api, const OrtKernelInfo* info, const char* name) : api_(api), name_(name) {
     check(api_.count_inputs(info, &inputs_));
   }

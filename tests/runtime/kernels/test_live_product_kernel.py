@@ -71,7 +71,10 @@ class Live:
         return packed
 
     def open(self, threads: int = 1, slot: int = 1) -> ort.InferenceSession:
-        """A session of the product's model, with its node replaced by a live one."""
+        return open_own(self.build(slot), threads=threads)
+
+    def build(self, slot: int = 1) -> bytes:
+        """The product's model, with its node replaced by a live one."""
         model = onnx.load_from_string(self.product.build()[0])
         plain = model.graph.node[0]
         weights = [*plain.input, ""][:4]
@@ -84,17 +87,20 @@ class Live:
         for each in (slots.a, *slots.b):
             model.graph.input.append(helper.make_tensor_value_info(each, TensorProto.FLOAT, [None, None]))
         model.opset_import.append(helper.make_opsetid("edgelora", 1))
-        return open_own(model.SerializeToString(), threads=threads)
+        serialized: bytes = model.SerializeToString()
+        return serialized
 
     def run(self, session: ort.InferenceSession, x: NDArray[np.float32], factors: NDArray[np.uint8], a_rank: int = 0) -> Any:
+        return session.run(None, {"x": x, **self.feed(factors, a_rank)})[0]
+
+    def feed(self, factors: NDArray[np.uint8], a_rank: int = 0) -> dict[str, NDArray[Any]]:
+        """The inputs besides the activations."""
         slots = self.slots[1]
         empty = {name: np.zeros((0, width), np.float32) for name, width in zip(slots.b, self.widths, strict=True)}
-        a = np.ones((a_rank, self.inner), np.float32)
-        return session.run(None, {"x": x, FACTORS: factors, slots.a: a, **empty})[0]
+        return {FACTORS: factors, slots.a: np.ones((a_rank, self.inner), np.float32), **empty}
 
-    def check(self, row_counts: list[int], threads: int = 1) -> None:
-        _, weights, largest, _ = self.product.build()
-        session = self.open(threads)
+    def compute_delta(self) -> NDArray[np.float64]:
+        """What the mix of both adapters adds to the weights (columns, inner)."""
         deltas = []
         for part, width in enumerate(self.widths):
             delta = np.zeros((width, self.inner))
@@ -103,7 +109,12 @@ class Live:
                     a, b = (adapter[f"m{part}.lora_{kind}"].astype(np.float64) for kind in "AB")
                     delta += weight * (b @ a)
             deltas.append(delta)
-        delta = np.concatenate(deltas)
+        return np.concatenate(deltas)
+
+    def check(self, row_counts: list[int], threads: int = 1) -> None:
+        _, weights, largest, _ = self.product.build()
+        session = self.open(threads)
+        delta = self.compute_delta()
         for rows in row_counts:
             x = np.random.default_rng(rows).standard_normal((rows, self.inner), np.float32)
             wanted = round_chunks(x) @ weights.T + x.astype(np.float64) @ delta.T

@@ -1,15 +1,15 @@
-// edgelora.LiveMatMulNBits1 … 3: a product together with a live adapter, W·x + B·(w ∘ A·x), with one A for all parts of the
-// product and a B for each.
+// The product together with a live adapter, W·x + B·(w ∘ A·x), with one A for all parts of the product and a B for each.
 //
-// Graphs define these operators as functions of the inputs a and b in standard operators, which onnxruntime runs without this
-// library. The library reads the input `factors` instead, one for all products of a graph (docs/reference/bundle-format.md),
-// since each input costs a step a microsecond. It can hold a mix for each of the texts that are computed together.
+// Graphs define it as a function of the inputs a and b in standard operators, which onnxruntime runs without this library. The
+// library reads the input `factors` instead, one for all products of a graph (docs/reference/bundle-format.md), since each input
+// costs a step a microsecond. It can hold a mix for each of the texts that are computed together.
+#pragma once
+
 #include <cstring>
 
 #include "nbits_product.h"
 
 namespace edgelora {
-namespace {
 
 constexpr size_t kRowsTogether = 32, kDownRows = 4;  // rows of activations and of A in a piece of A·x
 
@@ -79,14 +79,13 @@ struct Run {
 // The side product of rows with several mixes.
 class LowRanks {
  public:
-  // first: the place of the call's first row among all that the runs cover. down: memory, which this uses.
-  template <typename Call>
-  LowRanks(const Kernels& kernels, const std::vector<Run>& runs, size_t first, const Call& call, std::vector<float>& down) {
+  // down: memory, which this uses.
+  LowRanks(const Kernels& kernels, const std::vector<Run>& runs, const NBitsProduct::Part& part, std::vector<float>& down) {
     const auto visit = [&](const auto& use) {
       size_t start = 0;
       for (const Run& run : runs) {
-        const size_t from = std::max(start, first), to = std::min(start += run.rows, first + call.rows);
-        if (from < to && run.factors.rank) use(run.factors, from - first, to - from);
+        const size_t from = std::max(start, part.first), to = std::min(start += run.rows, part.first + part.rows);
+        if (from < to && run.factors.rank) use(run.factors, from - part.first, to - from);
       }
     };
     size_t needed = 0;
@@ -94,8 +93,8 @@ class LowRanks {
     down.resize(needed);
     float* free = down.data();
     visit([&](const Factors& factors, size_t row, size_t rows) {
-      parts_.emplace_back(kernels, factors, call.read + row * factors.inner, rows, free,
-                          call.written + row * factors.starts[factors.parts]);
+      parts_.emplace_back(kernels, factors, part.read + row * factors.inner, rows, free,
+                          part.written + row * factors.starts[factors.parts]);
       free += rows * factors.rows();
       pieces += parts_.back().pieces;
       bytes = std::max(bytes, parts_.back().bytes);
@@ -119,35 +118,27 @@ class LowRanks {
   std::vector<LowRank> parts_;
 };
 
-class LiveMatMulNBits : NBitsProduct {
+class LiveProduct : public NBitsProduct {
  public:
   enum Input : size_t { kFactors = kOwn, kDown, kUp };
 
-  LiveMatMulNBits(const Api& api, const OrtKernelInfo* info, const Kernels& kernels)
-      : NBitsProduct(api, info, "LiveMatMulNBits", kernels),
-        parts_(inputs_ - kUp),
-        slot_(static_cast<size_t>(attribute(info, "slot", int64_t{0}))) {}
+  // parts: of the product. name: as in NBitsProduct.
+  LiveProduct(const Api& api, const OrtKernelInfo* info, const char* name, const Kernels& kernels, size_t parts)
+      : NBitsProduct(api, info, name, kernels), parts_(parts), slot_(static_cast<size_t>(attribute(info, "slot", int64_t{0}))) {}
 
-  void compute(OrtKernelContext* context) const {
+  template <typename Rows>
+  void multiply_live(OrtKernelContext* context, const Call& call, const Rows& rows) const {
     static thread_local std::vector<float> down;  // the thread's next product reuses the memory
     static thread_local std::vector<Run> runs;
-    const Call call = begin(context);
     read_runs(context, call.rows, runs);
     if (runs.size() == 1) {
-      return multiply(context, call, [&](const Call& part) {
+      return multiply(context, call, rows, [&](const Part& part) {
         down.resize(part.rows * runs[0].factors.rows());
         return LowRank(kernels_, runs[0].factors, part.read, part.rows, down.data(), part.written);
       });
     }
-    multiply(context, call, [&](const Call& part) {
-      return LowRanks(kernels_, runs, static_cast<size_t>(part.read - call.read) / weights_.inner, part, down);
-    });
+    multiply(context, call, rows, [&](const Part& part) { return LowRanks(kernels_, runs, part, down); });
   }
-
-  static int input_type(size_t index) {
-    return index < kOwn ? NBitsProduct::input_type(index) : index == kFactors ? kUint8 : kFloat;
-  }
-  static int input_presence(size_t index) { return index == kZeroPoints ? kOptional : kRequired; }
 
  private:
   // The input begins with the number of slots, then holds for each the offset of its factors, their rank, and the columns of the
@@ -230,25 +221,5 @@ class LiveMatMulNBits : NBitsProduct {
 
   size_t parts_, slot_;
 };
-
-template <size_t Parts>
-CustomOp describe_operator() {
-  static constexpr const char* kNames[] = {"LiveMatMulNBits1", "LiveMatMulNBits2", "LiveMatMulNBits3"};
-  CustomOp described;
-  describe_lifecycle<LiveMatMulNBits>(described);
-  described.name = [](const CustomOp*) { return kNames[Parts - 1]; };
-  described.input_count = [](const CustomOp*) { return LiveMatMulNBits::kUp + Parts; };
-  described.input_type = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_type(index); };
-  described.input_presence = [](const CustomOp*, size_t index) { return LiveMatMulNBits::input_presence(index); };
-  described.output_count = [](const CustomOp*) { return size_t{1}; };
-  return described;
-}
-
-}  // namespace
-
-const std::array<CustomOp, 3>& live_matmul_nbits() {
-  static const std::array<CustomOp, kMaxParts> described{describe_operator<1>(), describe_operator<2>(), describe_operator<3>()};
-  return described;
-}
 
 }  // namespace edgelora
