@@ -98,7 +98,8 @@ struct Avx2 {
             add_pairs(multiply_signed(_mm256_xor_si256(join(read, read + kChunk), sign), first)),
             add_pairs(multiply_signed(_mm256_xor_si256(join(read + kChunk / 2, read + kChunk + kChunk / 2), sign), second)));
       } else {
-        const __m256i two = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(read)), mask = _mm256_set1_epi8(15);
+        // GCC 12 copies what loadu loads through the stack.
+        const __m256i two = _mm256_lddqu_si256(reinterpret_cast<const __m256i*>(read)), mask = _mm256_set1_epi8(15);
         return _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(two, mask), first),
                                 _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(two, 4), mask), second));
       }
