@@ -39,7 +39,8 @@ from edgelora_export.plan.variants import Quantization
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-CLIENTS = (1, 4, 8, 16)
+    from benchmarks.shapes import Shape
+
 VARIANTS = (1, 4)
 SLOTS = 16
 RANK = 16
@@ -57,6 +58,18 @@ class Engine:
 
 
 @dataclass(frozen=True)
+class Load:
+    """The requests of one measurement: so many of each client, with prompts of so many words and answers of so many tokens."""
+
+    clients: int
+    variants: int
+    requests: int
+    words: int
+    tokens: int
+    seed: str
+
+
+@dataclass(frozen=True)
 class Measurement:
     """What all clients together got. speed: tokens/s. first_token: seconds, 95th percentile. cpu: seconds per token."""
 
@@ -67,8 +80,13 @@ class Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gguf", type=Path, required=True, help="a model of SmolLM2-135M's shape")
+    parser.add_argument("--gguf", type=Path, required=True, help="a model of the shape")
+    parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--llama-server", type=Path, help="the binary; without it llama.cpp is left out")
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 4, 8, 16], help="numbers of clients; the first is the measure"
+    )
+    parser.add_argument("--words", type=int, default=40, help="of each prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2, help="of each client and round")
     parser.add_argument("--tokens", type=int, default=48, help="of each answer")
@@ -76,7 +94,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=default_cache() / "serving", help="folder for adapters and the bundle")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    bundle, adapters = prepare(arguments.gguf, arguments.output, with_gguf=arguments.llama_server is not None)
+    shape = SHAPES[arguments.shape]
+    bundle, adapters = prepare(arguments.gguf, shape, arguments.output, with_gguf=arguments.llama_server is not None)
     found: dict[tuple[int, int, str], list[Measurement]] = {}
     with ExitStack() as stack:
         engines = {OURS: stack.enter_context(serve_ours(bundle, arguments.threads))}
@@ -85,23 +104,27 @@ def main() -> None:
         other = OtherWork(engines)
         for turn in range(arguments.rounds + 1):
             for variants in VARIANTS:
-                for clients in CLIENTS if turn else (2,):  # the first turn warms up
+                for clients in arguments.clients if turn else [2]:  # the first turn warms up
                     for name, engine in engines.items():
                         seed = f"{turn}.{variants}.{clients}"
-                        one = asyncio.run(run_clients(engine, clients, variants, arguments.requests, arguments.tokens, seed))
+                        load = Load(clients, variants, arguments.requests, arguments.words, arguments.tokens, seed)
+                        one = asyncio.run(run_clients(engine, load))
                         report(f"{name}, {variants} variants, {clients} clients: {one.speed:.1f} tokens/s")
                         if turn:
                             found.setdefault((variants, clients, name), []).append(one)
         share = other.share()
     if share is not None:
         print_note(f"other programs took {share:.0%} of the CPU")
-    show(found, list(engines), as_json=arguments.json)
+    if arguments.json:
+        print_json({"machine": describe_machine(), "rank": RANK, "figures": list_records(found, arguments.clients[0])})
+    else:
+        show(arguments.shape, list_records(found, arguments.clients[0]))
 
 
-def prepare(gguf: Path, output: Path, *, with_gguf: bool) -> tuple[Path, dict[str, Path]]:
+def prepare(gguf: Path, shape: Shape, output: Path, *, with_gguf: bool) -> tuple[Path, dict[str, Path]]:
     """Writes the adapters and exports the bundle, each unless it lies there. Returns the bundle and the GGUF adapters."""
     output.mkdir(parents=True, exist_ok=True)
-    shape = replace(SHAPES["smollm2-135m"], weight_unit=2.0**-12)  # small changes: answers stay text
+    shape = replace(shape, weight_unit=2.0**-12)  # small changes: answers stay text
     folders = {
         f"a{index}": write_adapter(shape, gguf, output / f"a{index}", ALL_LINEAR, rank=RANK, seed=index)
         for index in range(max(VARIANTS))
@@ -141,32 +164,32 @@ def serve_peer(binary: Path, gguf: Path, adapters: Mapping[str, Path], threads: 
         yield Engine(server.url, server.process, [{"lora": scale} for scale in scales])
 
 
-async def run_clients(engine: Engine, clients: int, variants: int, requests: int, tokens: int, seed: str) -> Measurement:
-    """Lets so many clients ask one request after another, client by client on another variant."""
+async def run_clients(engine: Engine, load: Load) -> Measurement:
+    """Lets the clients ask one request after another, client by client on another variant."""
     first_tokens: list[float] = []
     written = 0
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         nonlocal written
-        for request in range(requests):
-            words = " ".join(WORDS[(number * 5 + request * 3 + place * place) % len(WORDS)] for place in range(40))
+        for request in range(load.requests):
+            words = " ".join(WORDS[(number * 5 + request * 3 + place * place) % len(WORDS)] for place in range(load.words))
             body = {
-                "messages": [{"role": "user", "content": f"{seed}.{number}.{request}: tell a story of {words}."}],
-                "max_tokens": tokens,
+                "prompt": f"{load.seed}.{number}.{request}: a story of {words}.",
+                "max_tokens": load.tokens,
                 "temperature": 0,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
-                **engine.choices[number % variants],
+                **engine.choices[number % load.variants],
             }
             started, first = time.perf_counter(), None
-            async with client.stream("POST", f"{engine.url}/v1/chat/completions", json=body) as answer:
+            async with client.stream("POST", f"{engine.url}/v1/completions", json=body) as answer:
                 assert answer.status_code == 200, await answer.aread()
                 async for line in answer.aiter_lines():
                     if not line.startswith("data: {"):
                         continue
                     event = json.loads(line.removeprefix("data: "))
-                    if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
+                    if first is None and event["choices"] and event["choices"][0].get("text"):
                         first = time.perf_counter() - started
                     if event.get("usage"):
                         written += event["usage"]["completion_tokens"]
@@ -174,10 +197,13 @@ async def run_clients(engine: Engine, clients: int, variants: int, requests: int
 
     cpu, started = read_cpu_seconds(engine.process.pid), time.perf_counter()
     # llama-server ends idle connections, so each request has its own.
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
+    limits = httpx.Limits(max_connections=load.clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
-        await asyncio.gather(*(ask(client, number) for number in range(clients)))
+        await asyncio.gather(*(ask(client, number) for number in range(load.clients)))
     seconds = time.perf_counter() - started
+    expected = load.clients * load.requests * load.tokens
+    if written != expected:
+        raise RuntimeError(f"{written} of {expected} tokens: no fair round")
     ranked = sorted(first_tokens)
     return Measurement(
         written / seconds,
@@ -192,28 +218,38 @@ def read_cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def show(found: Mapping[tuple[int, int, str], Sequence[Measurement]], engines: Sequence[str], *, as_json: bool) -> None:
-    """Prints the medians by variants and clients, and ratios round by round."""
-    rows, records = [], []
+def list_records(found: Mapping[tuple[int, int, str], Sequence[Measurement]], least: int) -> list[dict[str, Any]]:
+    """Lists the medians by variants, clients and engine. least: the number of clients with which each speed is compared."""
+    records: list[dict[str, Any]] = []
     for (variants, clients, name), measured in found.items():
         speed, first, cpu = (statistics.median(getattr(each, field) for each in measured) for field in vars(measured[0]))
-        alone = found[variants, min(CLIENTS), name]
+        alone = found[variants, least, name]
         gain = statistics.median(each.speed / one.speed for each, one in zip(measured, alone, strict=True))
         record = {"variants": variants, "clients": clients, "engine": name, "tokens_per_second": speed}
-        record |= {"p95_first_token_seconds": first, "cpu_seconds_per_token": cpu, "over_one_client": gain}
-        text = ""
-        if name == OURS and len(engines) > 1:
-            peer = found[variants, clients, PEER]
-            ratios = sorted(ours.speed / theirs.speed for ours, theirs in zip(measured, peer, strict=True))
-            record |= {"ratios": ratios}
-            text = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})"
+        record |= {"p95_first_token_seconds": first, "cpu_seconds_per_token": cpu, "over_least": gain}
+        if name == OURS and (peer := found.get((variants, clients, PEER))):
+            record |= {"ratios": sorted(ours.speed / theirs.speed for ours, theirs in zip(measured, peer, strict=True))}
         records.append(record)
-        rows.append([str(variants), str(clients), name, f"{speed:.1f}", f"{gain:.2f}", f"{first:.2f}", f"{1e3 * cpu:.1f}", text])
-    if as_json:
-        print_json({"machine": describe_machine(), "rank": RANK, "figures": records})
-        return
-    columns = ["variants", "clients", "engine", "tokens/s", "× one client", "p95 first token, s", "CPU ms/token", "ours/theirs"]
-    print_table("SmolLM2-135M, live adapters: many clients", columns, rows)
+    return records
+
+
+def show(shape: str, records: Sequence[Mapping[str, Any]]) -> None:
+    """Prints the records as a table."""
+    rows = []
+    for record in records:
+        ratios = record.get("ratios")
+        rows.append(
+            [
+                *(str(record[name]) for name in ("variants", "clients", "engine")),
+                f"{record['tokens_per_second']:.1f}",
+                f"{record['over_least']:.2f}",
+                f"{record['p95_first_token_seconds']:.2f}",
+                f"{1e3 * record['cpu_seconds_per_token']:.1f}",
+                f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}–{ratios[-1]:.2f})" if ratios else "",
+            ]
+        )
+    columns = ["variants", "clients", "engine", "tokens/s", "× fewest", "p95 first token, s", "CPU ms/token", "ours/theirs"]
+    print_table(f"{shape}, live adapters: many clients", columns, rows)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.batching.mix_pool import MixPool
+from edgelora_runtime.batching.neighbours import close_gap, make_room
 from edgelora_runtime.batching.slots import Slots
 from edgelora_runtime.session.factors import PACKED
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
@@ -73,7 +74,7 @@ class Batch:
         self._row_steps: RowSteps | None = None
         self._lock = threading.Lock()  # of all that follows; the slots' content belongs to whoever holds the model's step lock
         self._back = threading.Condition(self._lock)
-        self._rows: list[Row] = []  # by slot
+        self._rows: list[Row] = []  # by slot; those of one mix beside each other
         self._missing: set[Row] = set()  # rows of the last step that have not come back
         self._leading = False
         self._seconds = 0.0  # of the last step
@@ -127,11 +128,14 @@ class Batch:
             return False
         try:
             with self._model.hold_step_lock():
-                slot, row.length = len(self._rows), len(row.cache.tokens)
-                self._slots.reserve(row.length + 1, slot)
+                row.length = len(row.cache.tokens)
+                self._slots.reserve(row.length + 1, len(self._rows))
+                slot, moves = make_room([id(each.live) for each in self._rows], id(row.live))
+                rows = self._move([*self._rows, row], moves)
                 self._slots.copy_in(slot, row.cache, row.length)
                 with self._lock:
-                    self._rows.append(row)
+                    rows[slot] = row
+                    self._rows = rows
                     row.saved, row.slot, row.missed = row.length, slot, 0
         except BaseException:
             self._room.give(size)
@@ -190,7 +194,7 @@ class Batch:
         return logits
 
     def _remove(self, row: Row) -> None:
-        """Saves a row's text to its cache, unless it has just come back, and moves the last row to its slot.
+        """Saves a row's text to its cache, unless it has just come back, and fills its slot.
 
         The caller holds the step lock, without which no slot changes.
         """
@@ -199,18 +203,23 @@ class Batch:
             if slot is None or row.token is not None:
                 return
             row.slot = None  # from now on it has to join again, which waits for the step lock
-            last = self._rows.pop()
-            if last is not row:
-                self._rows[slot] = last
         self._slots.copy_out(slot, row.cache, row.saved, row.length)
-        if last is not row:
-            self._slots.move(len(self._rows), slot, last.length)
-            last.slot = slot
+        rows = self._move(list(self._rows), close_gap([id(each.live) for each in self._rows], slot))
+        with self._lock:
+            self._rows = rows[:-1]
         self._room.give(row.positions * self._slots.position_bytes)
         if not self._rows:
             self._slots.clear()
             if self._mixes is not None:
                 self._mixes.clear()
+
+    def _move(self, rows: list[Row], moves: Sequence[tuple[int, int]]) -> list[Row]:
+        """Moves rows to other slots, each of which is free when its turn comes."""
+        for start, to in moves:
+            row = rows[to] = rows[start]
+            self._slots.move(start, to, row.length)
+            row.slot = to
+        return rows
 
     def _expect_no_longer(self, row: Row) -> None:
         self._missing.discard(row)
