@@ -11,13 +11,22 @@ import pytest
 
 from edgelora_runtime.session.kernels import find_kernels
 
-_LESSER = {"avx512-vnni": ["avx2"]}
+_CHOICE = "EDGELORA_INSTRUCTION_SET"
+_LESSER = ("avx-vnni", "avx2")
 
 
 def find_lesser_sets() -> list[str]:
     """The supported instruction sets of this machine besides the one that the kernels use by default."""
     found = find_kernels()
-    return [] if found is None else _LESSER.get(found.instruction_set, [])
+    return [] if found is None else [name for name in _LESSER if name != found.instruction_set and _is_supported(name)]
+
+
+def _is_supported(name: str) -> bool:
+    import edgelora_kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(_CHOICE, name)
+        return edgelora_kernels.instruction_set() == name
 
 
 needs_kernels = pytest.mark.skipif(find_kernels() is None, reason="edgelora-kernels are not installed or do not support this CPU")
@@ -41,7 +50,7 @@ def run_in_lesser_sets(code: str) -> None:
     names = find_lesser_sets()
     assert names, "mark the test with needs_lesser_sets"
     for name in names:
-        environment = os.environ | {"EDGELORA_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = os.environ | {_CHOICE: name, "PYTHONPATH": os.pathsep.join(sys.path)}
         imports = "from edgelora_runtime.session.kernels import find_kernels"
         checked = f"{imports}\nassert find_kernels().instruction_set == {name!r}\n{code}"
         subprocess.run([sys.executable, "-c", checked], check=True, env=environment)

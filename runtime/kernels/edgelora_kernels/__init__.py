@@ -14,7 +14,7 @@ def library_path() -> Path:
 
 
 def instruction_set() -> str | None:
-    """Returns the kernels' instruction set here, "avx2" or "avx512-vnni".
+    """Returns the kernels' instruction set here, "avx2", "avx-vnni" or "avx512-vnni".
 
     Returns None if they do not support this machine.
     """

@@ -1,166 +1,53 @@
-// AVX2: 8 columns or one chunk at a time.
-#include <immintrin.h>
-
-#include "attention_kernels.h"
-#include "kernels.h"
-#include "low_rank_kernels.h"
-#include "product_kernels.h"
+// AVX2, which multiplies bytes in pairs and adds those in 16 bits.
+#include "avx256.h"
 
 namespace edgelora {
 namespace {
 
-struct Avx2 {
-  using Float = __m256;
-  using Int = __m256i;
-  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 2, kRows = 4;
+// Sums stay in 16 bits as long as they fit: with 4 bits, 8 times 2 * 15 * 127.
+struct PairsOfBytes {
   static constexpr bool kSigned8 = true;  // with unsigned codes of 8 bits, sums of 16 bits would overflow
 
-  static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
-  static Float zero() { return _mm256_setzero_ps(); }
-  static Int load(const uint32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
-  static Float load_floats(const uint32_t* at) { return _mm256_castsi256_ps(load(at)); }
-  static void store(float* at, Float value) { _mm256_storeu_ps(at, value); }
-  static Float broadcast(float value) { return _mm256_set1_ps(value); }
-  static Int broadcast(int32_t value) { return _mm256_set1_epi32(value); }
-  static Float multiply(Float a, Float b) { return _mm256_mul_ps(a, b); }
-  static Int multiply(Int a, Int b) { return _mm256_mullo_epi32(a, b); }
-  static Float add_product(Float sum, Float a, Float b) { return _mm256_fmadd_ps(a, b, sum); }
-  static Float load(const float* at) { return _mm256_loadu_ps(at); }
-  static Float load(const Half* at) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))); }
-  static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
-  static Float divide(Float a, Float b) { return _mm256_div_ps(a, b); }
-  static Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
-  static Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
-  static Float round_nearest(Float value) { return _mm256_round_ps(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-  static Float times_power_of_two(Float value, Float exponent) {
-    const __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(exponent), _mm256_set1_epi32(127)), 23);
-    return _mm256_mul_ps(value, _mm256_castsi256_ps(bits));
-  }
-  static float first(Float value) { return _mm256_cvtss_f32(value); }
-  static float reduce_max(Float value) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-  }
-  static float reduce_sum(Float value) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
-  }
-
-  // The first `count` values of an array, padded with zeros.
-  static Float load(const float* at, size_t count) { return _mm256_maskload_ps(at, first(count)); }
-
-  static float max_abs(const float* values) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    __m256 most = zero();
-    for (size_t i = 0; i < kChunk; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
-    return Avx2::reduce_max(most);
-  }
-  static void round(const float* values, float factor, int32_t* rounded) {
-    for (size_t i = 0; i < kChunk; i += 8) {
-      const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), broadcast(factor)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i), eight);
-    }
-  }
-
-  // Transposes 8 rows of 8 words, `apart` words from each other: first within halves of four words, then the halves.
-  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
-    __m256i row[8], pairs[8], fours[8];
-    for (size_t i = 0; i < 8; ++i) row[i] = load(from + i * apart);
-    for (size_t i = 0; i < 8; i += 2) {
-      pairs[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
-      pairs[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (size_t i = 0; i < 8; i += 4) {
-      fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-      fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      store_words(to + i * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20));
-      store_words(to + (i + 4) * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31));
-    }
-  }
-
-  // The products of two chunks with 8 columns, `apart` bytes from each other: of the first chunk, then of the second one. Sums
-  // stay in 16 bits as long as they fit: with 4 bits, at most 4 times 2 * 15 * 127 for each of two chunks' four sums.
   template <int Bits>
-  static void multiply_chunks(const uint8_t* codes, size_t apart, const int8_t* activation_codes, Int* sums) {
-    const __m256i first = join(activation_codes, activation_codes + kChunk);  // halves of both chunks
-    const __m256i second = join(activation_codes + kChunk / 2, activation_codes + kChunk + kChunk / 2);
-    const auto column = [&](size_t lane) {
-      const uint8_t* read = codes + lane * apart;
-      if constexpr (Bits == 8) {
-        const __m256i sign = _mm256_set1_epi8(-128);
-        return _mm256_add_epi32(
-            add_pairs(multiply_signed(_mm256_xor_si256(join(read, read + kChunk), sign), first)),
-            add_pairs(multiply_signed(_mm256_xor_si256(join(read + kChunk / 2, read + kChunk + kChunk / 2), sign), second)));
-      } else {
-        // GCC 12 copies what loadu loads through the stack.
-        const __m256i two = _mm256_lddqu_si256(reinterpret_cast<const __m256i*>(read)), mask = _mm256_set1_epi8(15);
-        return _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(two, mask), first),
-                                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(two, 4), mask), second));
-      }
-    };
-    const auto add = [](Int a, Int b) { return Bits == 8 ? _mm256_add_epi32(a, b) : _mm256_add_epi16(a, b); };
-    const auto two_columns = [&](size_t lane) {
-      const Int one = column(lane), other = column(lane + 1);
-      return add(_mm256_unpacklo_epi32(one, other), _mm256_unpackhi_epi32(one, other));
-    };
-    const auto four_columns = [&](size_t lane) {
-      const Int one = two_columns(lane), other = two_columns(lane + 2);
-      const Int four = add(_mm256_unpacklo_epi64(one, other), _mm256_unpackhi_epi64(one, other));
-      return Bits == 8 ? four : add_pairs(four);
-    };
-    const Int low = four_columns(0), high = four_columns(4);
-    sums[0] = _mm256_permute2x128_si256(low, high, 0x20);
-    sums[1] = _mm256_permute2x128_si256(low, high, 0x31);
-  }
-  static Int add(Int a, Int b) { return _mm256_add_epi32(a, b); }
-  static Float to_float(Int value) { return _mm256_cvtepi32_ps(value); }
-
-  // Products of 4 bits are summed in 16 bits: at most 8 times 2 * 15 * 127.
-  static Int begin(Int) { return _mm256_setzero_si256(); }
-  template <int Bits>
-  static Int part(Int read, size_t index) {
-    if constexpr (Bits == 8) return _mm256_xor_si256(read, _mm256_set1_epi8(-128));
-    return _mm256_and_si256(index ? _mm256_srli_epi32(read, 4) : read, _mm256_set1_epi8(15));
+  static __m256i multiply(const TwoChunks& weights, const TwoChunks& activations) {
+    if constexpr (Bits == 4) {
+      return _mm256_add_epi16(_mm256_maddubs_epi16(weights.first, activations.first),
+                              _mm256_maddubs_epi16(weights.second, activations.second));
+    }
+    return _mm256_add_epi32(add_pairs(multiply_signed(weights.first, activations.first)),
+                            add_pairs(multiply_signed(weights.second, activations.second)));
   }
   template <int Bits>
-  static Int add_products(Int sum, Int weights, Int four) {
+  static __m256i add(__m256i a, __m256i b) {
+    return Bits == 4 ? _mm256_add_epi16(a, b) : _mm256_add_epi32(a, b);
+  }
+  template <int Bits>
+  static __m256i finish(__m256i sums) {
+    return Bits == 4 ? add_pairs(sums) : sums;
+  }
+
+  static __m256i begin(__m256i) { return _mm256_setzero_si256(); }
+  template <int Bits>
+  static __m256i add_products(__m256i sum, __m256i weights, __m256i four) {
     if constexpr (Bits == 4) return _mm256_add_epi16(sum, _mm256_maddubs_epi16(weights, four));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(multiply_signed(weights, four), _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(sum, add_pairs(multiply_signed(weights, four)));
   }
   template <int Bits>
-  static Float end(Int sum, Int offset) {
-    if constexpr (Bits == 4) sum = _mm256_madd_epi16(sum, _mm256_set1_epi16(1));
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(sum, offset));
+  static __m256i end(__m256i sum, __m256i offset) {
+    return _mm256_add_epi32(finish<Bits>(sum), offset);
   }
 
  private:
-  static __m256i join(const void* low, const void* high) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(low))),
-                                   _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
+  // Sums of two neighbouring products of codes and bytes, in 16 bits; the instruction needs one unsigned operand.
+  static __m256i multiply_signed(__m256i codes, __m256i bytes) {
+    const __m256i weights = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+    return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(bytes, weights));
   }
-  static __m256i add_pairs(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
-  static __m256i first(size_t count) {
-    return _mm256_cmpgt_epi32(broadcast(static_cast<int32_t>(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  }
-  // Sums of two neighbouring products of bytes, in 16 bits; the instruction needs one unsigned operand.
-  static __m256i multiply_signed(__m256i weights, __m256i activations) {
-    return _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(activations, weights));
-  }
-  static void store_words(uint32_t* at, Int value) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), value); }
 };
 
 }  // namespace
 
 extern const Kernels kAvx2;
-const Kernels kAvx2 = {
-    "avx2",     kColumns<Avx2>, round<Avx2>,          multiply_row<Avx2>,   multiply_rows<Avx2>, normalize<Avx2>,
-    gate<Avx2>, attend<Avx2>,   merge_partials<Avx2>, prefetch_range<Avx2>, multiply_down<Avx2>, add_up<Avx2>,
-};
+const Kernels kAvx2 = list_kernels<Avx256<PairsOfBytes>>("avx2");
 
 }  // namespace edgelora

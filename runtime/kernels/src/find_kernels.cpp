@@ -18,6 +18,7 @@ namespace edgelora {
 
 #ifdef EDGELORA_X86
 extern const Kernels kAvx512;
+extern const Kernels kAvxVnni;
 extern const Kernels kAvx2;
 
 namespace {
@@ -27,14 +28,14 @@ struct Registers {
   bool has(uint32_t Registers::* which, int bit) const { return this->*which >> bit & 1; }
 };
 
-Registers ask(uint32_t leaf) {
+Registers ask(uint32_t leaf, uint32_t part = 0) {
   Registers found{};
 #if defined(_MSC_VER)
   int values[4];
-  __cpuidex(values, static_cast<int>(leaf), 0);
+  __cpuidex(values, static_cast<int>(leaf), static_cast<int>(part));
   found = {uint32_t(values[0]), uint32_t(values[1]), uint32_t(values[2]), uint32_t(values[3])};
 #else
-  __get_cpuid_count(leaf, 0, &found.eax, &found.ebx, &found.ecx, &found.edx);
+  __get_cpuid_count(leaf, part, &found.eax, &found.ebx, &found.ecx, &found.edx);
 #endif
   return found;
 }
@@ -62,6 +63,9 @@ const Kernels* find_kernels() {
   const char* wanted = std::getenv("EDGELORA_INSTRUCTION_SET");
   const auto allowed = [wanted](const Kernels& kernels) { return wanted == nullptr || std::strcmp(wanted, kernels.name) == 0; };
   if (avx2 && avx512 && vnni && (saved_registers() & 0xe0) == 0xe0 && allowed(kAvx512)) return &kAvx512;
+#ifdef EDGELORA_AVX_VNNI
+  if (avx2 && ask(7, 1).has(&Registers::eax, 4) && allowed(kAvxVnni)) return &kAvxVnni;
+#endif
   return avx2 && allowed(kAvx2) ? &kAvx2 : nullptr;
 }
 #else
