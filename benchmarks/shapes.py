@@ -81,6 +81,8 @@ SHAPES = {
     shape.name: shape
     for shape in (
         Shape("llama-3.2-1b", 2048, 16, 32, 8, 64, 8192, 128256, 131072, 500000.0, RopeScaling(32.0)),
+        Shape("llama-3.2-3b", 3072, 28, 24, 8, 128, 8192, 128256, 131072, 500000.0, RopeScaling(32.0)),
+        Shape("llama-3.1-8b", 4096, 32, 32, 8, 128, 14336, 128256, 131072, 500000.0, RopeScaling(8.0)),
         Shape("smollm2-135m", 576, 30, 9, 3, 64, 1536, 49152, 8192, 100000.0),
         # Small shapes to verify that every engine runs the same model: large weights, so that attention and rotary positions
         # determine the logits; widths that are and are not multiples of 256 (llama.cpp's k-quants).
