@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -104,12 +103,13 @@ def _run_on_real_model(output: Path, seed: int, *, json: bool) -> None:
         print_json(report)
         return
     show_real_demo(report)
-    chat = ["chat", str(report.bundle), "--variant", "mix"]
-    print_next(f"ask it yourself: edgelora {shlex.join(chat)}")
+    print_next(f"ask it yourself: edgelora chat {quote_path(report.bundle)} --variant mix")
     if sys.stdin.isatty() and sys.stdout.isatty() and sys.stderr.isatty():
-        from edgelora.cli.app import app
+        from edgelora.cli.chat import talk
+        from edgelora_runtime import Runtime
 
-        app(chat, prog_name="edgelora", standalone_mode=False)
+        with Runtime(report.bundle) as runtime:
+            talk(runtime, {"variant": "mix", "max_tokens": 256})
 
 
 def show_real_demo(report: RealDemoReport) -> None:

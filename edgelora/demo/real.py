@@ -49,7 +49,7 @@ class RealSettings:
     answer. context_length: of the bundle, in tokens.
     """
 
-    steps: int = 40
+    steps: int = 30
     batch_size: int = 4
     rank: int = 16
     lr: float = 5e-4

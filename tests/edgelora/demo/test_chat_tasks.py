@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora.data.rows import Row, read_rows
+from edgelora.data.rows import read_rows
 from edgelora.demo.chat_tasks import QUERIES, make_chat_tasks
 from edgelora.demo.run import write_demo_rows
-from edgelora.demo.tasks import Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from edgelora.data.rows import Row
+    from edgelora.demo.tasks import Task
 
 SCHEMA = """
 CREATE TABLE customers (name TEXT, city TEXT, age INTEGER);
@@ -56,9 +62,9 @@ def test_queries_run(tasks: dict[str, Task]) -> None:
     assert len(QUERIES) == len({question for question, _ in QUERIES})
 
 
-def test_rows_are_read_back_as_written(tasks: dict[str, Task], tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_rows_are_read_back_as_written(tasks: dict[str, Task], tmp_path: Path) -> None:
     rows = tasks["orders"].train[:5]
-    read = read_rows(write_demo_rows(tmp_path_factory.mktemp("rows") / "data" / "orders.jsonl", rows))
+    read = read_rows(write_demo_rows(tmp_path / "data" / "orders.jsonl", rows))
     assert [_describe(row) for row in read] == [_describe(row) for row in rows]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -109,3 +110,25 @@ def test_command_shows_that_the_mix_does_all_tasks(tmp_path: Path) -> None:
     shown = run_demo("--real", "--output", str(output))
     assert "is trained" in shown.stderr
     assert shown.stderr.strip().splitlines()[-1] == f"next: ask it yourself: edgelora chat {output / 'bundle'} --variant mix"
+    assert "mix in " in run_in_terminal("--real", "--output", str(output)), "the receipt of the chat's variant"
+
+
+def run_in_terminal(*arguments: str) -> str:
+    """Runs the demo at a terminal of its own, and leaves the chat at its end. Returns all that the terminal shows."""
+    import pty  # absent on Windows
+
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "edgelora", "demo", *arguments], stdin=theirs, stdout=theirs, stderr=theirs
+    ) as run:
+        os.close(theirs)
+        os.write(ours, b"/quit\n")
+        shown = b""
+        try:
+            while piece := os.read(ours, 1 << 16):
+                shown += piece
+        except OSError:  # Linux says so that the other end is closed
+            pass
+        os.close(ours)
+    assert run.returncode == 0, shown
+    return shown.decode()
