@@ -111,11 +111,11 @@ def run_real_demo(
         first = [runtime.switch(name) for name in runtime.variants]
         back = [runtime.switch(name) for name in runtime.variants]
         written = _ask(runtime, tasks, settings.max_tokens, on_progress)
-    variants = Bundle.open(bundle).manifest.variants
+    compiled = Bundle.open(bundle).manifest.variants
     return RealDemoReport(
         bundle=bundle,
-        kinds={name: variant.kind for name, variant in variants.items()},
-        kept={name: variant.fidelity.retention for name, variant in variants.items() if variant.fidelity is not None},
+        kinds={name: variant.kind for name, variant in compiled.items()},
+        kept={name: variant.fidelity.retention for name, variant in compiled.items() if variant.fidelity is not None},
         test_rows={task.name: len(task.test) for task in tasks},
         right={name: {task.name: _count_right(task, texts[task.name]) for task in tasks} for name, texts in written.items()},
         answers=_list_answers(tasks, written, settings.shown),
