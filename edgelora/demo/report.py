@@ -41,3 +41,23 @@ class DemoReport:
     kept: Mapping[str, float]
     switches: Sequence[Switch]
     seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class RealDemoReport:
+    """The results of the demo on a real model.
+
+    kinds: merged or live, by variant. kept: the share of its adapters' effect that survived quantization, as the gate measured
+    it, by measured variant. None for the bare base. test_rows: per task, that no adapter saw. right: how many of these a variant
+    answers to the letter, by variant and task. answers: by question and variant. seconds: per stage of this run, without those
+    that an earlier one had done.
+    """
+
+    bundle: Path
+    kinds: Mapping[str, str]
+    kept: Mapping[str, float | None]
+    test_rows: Mapping[str, int]
+    right: Mapping[str, Mapping[str, int]]
+    answers: Mapping[str, Mapping[str, str]]
+    switches: Sequence[Switch]
+    seconds: Mapping[str, float]

@@ -70,7 +70,7 @@ def run_built_in_demo(
     configs = {
         task.name: settings.train_config(
             output / "base",
-            _write_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
+            write_demo_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
             output / "adapters" / task.name,
             seed=seed,
         )
@@ -109,7 +109,7 @@ def run_user_demo(
     configs = {
         task.name: TrainConfig(
             base=base,
-            data=_write_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
+            data=write_demo_rows(output / "data" / f"{task.name}.train.jsonl", task.train),
             output=output / "adapters" / task.name,
             seed=seed,
         )
@@ -141,7 +141,8 @@ def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
     return Task(name, train=tuple(distinct[test:]), test=tuple(distinct[:test]))
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
+def write_demo_rows(path: Path, rows: Sequence[Row]) -> Path:
+    """Writes rows as JSON lines, in a folder that it makes. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
     return path
@@ -177,7 +178,7 @@ def run_pipeline(
         mixed = output / "adapters" / MIX
         learn(LearnConfig(base, adapters, mixed, seed=seed, **vars(mix)), on_progress=on_progress)
     with watch.stage("export the bundle"):
-        _write_recipe(output / "recipe.toml", base, {**adapters, MIX: mixed}, _list_variants([*adapters]))
+        write_recipe(output / "recipe.toml", base, {**adapters, MIX: mixed}, _list_variants([*adapters]))
         export(output / "recipe.toml", output / "bundle", on_progress=on_progress)
     with watch.stage("evaluate the variants"), Runtime(output / "bundle") as runtime:
         first = [runtime.switch(name) for name in runtime.variants]
@@ -209,24 +210,39 @@ def _list_variants(adapters: Sequence[str]) -> dict[str, str]:
     """
     return {
         BASE: "mix = {}",
-        **{name: f"mix = {_format_mix({name: 1.0})}" for name in adapters},
-        NAIVE_SUM: f"mix = {_format_mix(dict.fromkeys(adapters, 1.0))}",
-        MIX: f"mix = {_format_mix({MIX: 1.0})}",
-        MIX_LIVE: f"mix = {_format_mix({MIX: 1.0})}\nkind = 'live'",
+        **{name: f"mix = {format_mix({name: 1.0})}" for name in adapters},
+        NAIVE_SUM: f"mix = {format_mix(dict.fromkeys(adapters, 1.0))}",
+        MIX: f"mix = {format_mix({MIX: 1.0})}",
+        MIX_LIVE: f"mix = {format_mix({MIX: 1.0})}\nkind = 'live'",
     }
 
 
-def _format_mix(weights: Mapping[str, float]) -> str:
+def format_mix(weights: Mapping[str, float]) -> str:
+    """Formats weights by adapter as TOML."""
     return "{ " + ", ".join(f"{_quote(name)} = {weight}" for name, weight in weights.items()) + " }"
 
 
-def _write_recipe(path: Path, base: str, adapters: Mapping[str, Path], variants: Mapping[str, str]) -> None:
+def write_recipe(
+    path: Path,
+    base: str,
+    adapters: Mapping[str, Path],
+    variants: Mapping[str, str],
+    *,
+    default: str | None = None,
+    context_length: int | None = None,
+) -> None:
     """Writes a recipe as a user would.
 
-    Paths are absolute, so that the recipe works from any folder.
+    Paths are absolute, so that the recipe works from any folder. variants: the TOML of each. default, context_length: as in the
+    recipe, which names neither if they are None.
     """
     found = str(Path(base).resolve()) if Path(base).exists() else base
-    lines = [f"base = {_quote(found)}", "", "[adapters]"]
+    lines = [f"base = {_quote(found)}"]
+    if default is not None:
+        lines.append(f"default = {_quote(default)}")
+    if context_length is not None:
+        lines.append(f"context_length = {context_length}")
+    lines += ["", "[adapters]"]
     lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
     for name, body in variants.items():
         lines += ["", f"[variants.{_quote(name)}]", body]

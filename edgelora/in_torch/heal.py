@@ -1,7 +1,8 @@
 """Heals an adapter for the grid that ships: it learns, merged and in int4, to say what it says unmerged.
 
 A short distillation without labels. The teacher is the adapter on the base of its training, the student the same factors in a
-merge-aware forward pass. The result is merge-aware, so export keeps its codes.
+merge-aware forward pass. Both are compared where the adapter answers: a prompt's tokens are more, and diverge more, so that they
+would make most of the loss. The result is merge-aware, so export keeps its codes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from edgelora.in_torch.train import require_packages
 from edgelora.in_torch.trainer import compute_dtype
 from edgelora_export.base.base import Base
 from edgelora_export.base.tokenizer import load_tokenizer
+from edgelora_export.plan.calibration import Sample
 from edgelora_export.weights.publish import staged_folder
 from edgelora_export.weights.torch_model import first_line, quiet_libraries
 from edgelora_runtime.errors import EdgeloraError, InputError, ResourceError, list_wrong
@@ -83,7 +85,7 @@ class HealReport:
     """The result of a healing run.
 
     samples: that it saw. source: their file, or "general text". kl_before, kl_after: mean KL(unmerged ‖ merged int4) in nats per
-    token, on samples that it did not see. seconds: of the steps only.
+    token of the answers, or of the texts, on samples that it did not see. seconds: of the steps only.
     """
 
     output: Path
@@ -139,15 +141,24 @@ def heal(config: HealConfig, *, on_progress: Callable[[int, int, str], None] = l
     return HealReport(config.output, config.steps, len(fit), source, before, after, seconds)
 
 
-def gather_texts(config: HealConfig, adapter: Adapter, encoder: RowEncoder) -> tuple[list[list[int]], str]:
-    """Gathers shuffled token sequences of at most max_length. Also returns where they are from."""
+def gather_texts(config: HealConfig, adapter: Adapter, encoder: RowEncoder) -> tuple[list[Sample], str]:
+    """Gathers shuffled samples of at most max_length tokens. Also returns where they are from.
+
+    Raises InputError if every answer begins beyond max_length.
+    """
     path = config.data or find_training_data(adapter)
     if path is None:
-        encoded = [encoder(text)[: config.max_length] for text in read_general_text()]
+        encoded = [Sample(tuple(tokens)) for text in read_general_text() if len(tokens := encoder(text)) > 1]
         random.Random(config.seed).shuffle(encoded)  # noqa: S311  (not for secrets)
-        return [tokens for tokens in encoded if len(tokens) > 1], "general text"
-    wanted = config.steps * config.batch_size * config.max_length
-    return [list(each.tokens[: config.max_length]) for each in gather_samples(path, encoder, wanted, config.seed)], path.name
+    else:
+        encoded = gather_samples(path, encoder, config.steps * config.batch_size * config.max_length, config.seed)
+    fitting = [Sample(each.tokens[: config.max_length], each.start) for each in encoded if each.start < config.max_length]
+    if not fitting:
+        nearest = min(each.start for each in encoded) + 1
+        raise InputError(
+            f"{path}: no answer begins within max_length = {config.max_length} tokens; raise it to {nearest} or more"
+        )
+    return fitting, "general text" if path is None else path.name
 
 
 def _open_adapter(config: HealConfig, base: Base) -> Adapter:
@@ -165,7 +176,7 @@ def _distil(
     config: HealConfig,
     teacher: Any,
     student: Any,
-    samples: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
     on_progress: Callable[[int, int, str], None],
 ) -> None:
     """Trains the student's factors in place."""
@@ -180,7 +191,7 @@ def _distil(
     order = _draw(len(samples), config.seed)
     for step in range(config.steps):
         batch = [samples[next(order)] for _ in range(config.batch_size)]
-        tokens = sum(map(len, batch))
+        tokens = _count(batch)
         for part in _split(batch, student.config.vocab_size):
             divergence: Any = _diverge(teacher, student, part) / tokens
             if not bool(divergence.isfinite()):
@@ -193,22 +204,26 @@ def _distil(
         on_progress(step + 1, config.steps, "steps")
 
 
-def _measure(teacher: Any, student: Any, samples: Sequence[Sequence[int]]) -> float:
+def _measure(teacher: Any, student: Any, samples: Sequence[Sample]) -> float:
     """Returns the mean KL(teacher ‖ student) in nats per token."""
     import torch
 
     with torch.no_grad():
         total = sum(float(_diverge(teacher, student, part)) for part in _split(samples, student.config.vocab_size))
-    return total / sum(map(len, samples))
+    return total / _count(samples)
 
 
-def _diverge(teacher: Any, student: Any, samples: Sequence[Sequence[int]]) -> torch.Tensor:
-    """Computes KL(teacher ‖ student), summed over all tokens. Attention is causal, so padding at the end needs no mask."""
+def _diverge(teacher: Any, student: Any, samples: Sequence[Sample]) -> torch.Tensor:
+    """Computes KL(teacher ‖ student), summed over the predictions of all answers and of what follows them.
+
+    Attention is causal, so padding at the end needs no mask.
+    """
     import torch
 
-    width = max(map(len, samples))
-    ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in samples], device=student.device)
-    kept = torch.tensor([[place < len(tokens) for place in range(width)] for tokens in samples], device=student.device)
+    width = max(len(each.tokens) for each in samples)
+    ids = torch.tensor([[*each.tokens, *[0] * (width - len(each.tokens))] for each in samples], device=student.device)
+    places = [[each.start - 1 <= place < len(each.tokens) for place in range(width)] for each in samples]
+    kept = torch.tensor(places, device=student.device)
     half = compute_dtype() == torch.bfloat16
     with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=half):
         with torch.no_grad():
@@ -217,10 +232,15 @@ def _diverge(teacher: Any, student: Any, samples: Sequence[Sequence[int]]) -> to
     return torch.nn.functional.kl_div(found, wanted, reduction="sum", log_target=True)
 
 
-def _split(samples: Sequence[Sequence[int]], vocab_size: int) -> list[Sequence[Sequence[int]]]:
+def _count(samples: Sequence[Sample]) -> int:
+    """Counts the predictions that _diverge() compares."""
+    return sum(len(each.tokens) - each.start + 1 for each in samples)
+
+
+def _split(samples: Sequence[Sample], vocab_size: int) -> list[Sequence[Sample]]:
     """Splits samples, sorted by length, into parts whose logits are small enough for one forward pass."""
-    count = max(1, _LOGITS // (vocab_size * max(map(len, samples))))
-    longest_last = sorted(samples, key=len)
+    count = max(1, _LOGITS // (vocab_size * max(len(each.tokens) for each in samples)))
+    longest_last = sorted(samples, key=lambda each: len(each.tokens))
     return [longest_last[start : start + count] for start in range(0, len(samples), count)]
 
 

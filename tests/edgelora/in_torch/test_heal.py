@@ -9,11 +9,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from edgelora.adapters.folder import read_provenance, write_provenance
+from edgelora.data.encode_rows import RowEncoder
+from edgelora.data.rows import read_rows
 from edgelora.in_torch.heal import HealConfig, heal
+from edgelora.in_torch.reference import load_adapted, load_merged
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
+from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 from edgelora_runtime.errors import InputError, ResourceError
 from tests.edgelora.in_torch.test_merge_aware import write_rows
 from tests.tiny import make_adapter, make_base
@@ -48,6 +54,29 @@ def test_healed_adapter_is_closer_to_its_unmerged_self(plain: tuple[Path, Path, 
     assert (new.base_quantization, new.merge_aware, new.data_sha256) == ("int4", True, old.data_sha256)
     assert new.init.startswith("healed: 40 steps from adapter ")
     assert (tmp_path / "healed" / new.data_file).samefile(rows)
+
+
+def test_divergence_is_that_of_the_answers(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, adapter, rows = plain
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(rows.read_text(encoding="utf-8").splitlines(keepends=True)[:4]), encoding="utf-8")
+    report = heal(HealConfig(str(base), adapter, tmp_path / "healed", steps=1, data=few))
+    found = Base.find(str(base))
+    encode, models = RowEncoder(load_tokenizer(found)), (load_adapted(found, adapter, "nf4"), load_merged(found, adapter))
+    total, count = 0.0, 0
+    for row in read_rows(few):
+        tokens, start = encode.whole(row)
+        with torch.no_grad():
+            wanted, said = (model(torch.tensor([tokens])).logits[0, start - 1 :].log_softmax(dim=-1) for model in models)
+        total += float((wanted.exp() * (wanted - said)).sum())
+        count += len(tokens) - start + 1
+    assert report.kl_before == pytest.approx(total / count, rel=1e-3)
+
+
+def test_answers_beyond_the_length_are_refused(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no answer begins within max_length = 2 tokens; raise it to \d+ or more"):
+        heal(HealConfig(str(plain[0]), plain[1], tmp_path / "healed", steps=1, max_length=2))
+    assert not (tmp_path / "healed").exists()
 
 
 def test_adapter_of_another_tool_heals_on_general_text(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
