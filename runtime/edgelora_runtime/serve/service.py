@@ -7,7 +7,7 @@ import hashlib
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgelora_runtime.answers.text_stream import Piece as TextPiece
     from edgelora_runtime.answers.text_stream import TextStream
     from edgelora_runtime.bundle.prompt import Prompt
+    from edgelora_runtime.bundle.router import Route
     from edgelora_runtime.runtime import Runtime
     from edgelora_runtime.serve.names import ModelChoice
     from edgelora_runtime.serve.settings import ServeSettings
@@ -120,7 +121,7 @@ class Service:
                         return
                     job.emit(step())
 
-            return _find_key(self.bundles[choice.bundle], choice), work
+            return self.bundles[choice.bundle].name_group(choice.variant, choice.mix), work
 
         return [event async for event in self._run(choice.bundle, prepare)]
 
@@ -205,28 +206,24 @@ def _prepare(
     fit: Fit | None,
 ) -> tuple[str, Callable[[Job], None]]:
     """Checks and tokenizes all prompts. Returns the key of the choice, after routing, and the work."""
+    selected: list[dict[str, Any]] = [{"variant": choice.variant} if choice.mix is None else {"mix": choice.mix}] * len(prompts)
+    routes: list[Route | None] = [None] * len(prompts)
+    if choice.variant == AUTO and choice.mix is None:  # by what the client wrote: fit() may add tools to it
+        found = [runtime.route(prompt) for prompt in prompts]
+        selected, routes = [{"variant": route.variant} for route in found], [*found]
     if fit is not None:
         prompts, options = fit(prompts, options)
-    selected: dict[str, Any] = {"variant": choice.variant} if choice.mix is None else {"mix": choice.mix}
-    streams = [runtime.stream(prompt, **selected, **each) for prompt, each in zip(prompts, options, strict=True)]
-    routed = runtime.route(prompts[0]).variant if choice.variant == AUTO and choice.mix is None else None
-    return _find_key(runtime, choice, routed), partial(_write_answers, streams)
+    streams = [runtime.stream(prompt, **chosen, **each) for prompt, chosen, each in zip(prompts, selected, options, strict=True)]
+    return runtime.name_group(**selected[0]), partial(_write_answers, streams, routes)
 
 
-def _find_key(runtime: Runtime, choice: ModelChoice, routed: str | None = None) -> str:
-    """Returns the key of a choice for policy.py. routed: the variant that the router chose."""
-    if choice.mix is not None:
-        return runtime.name_group(mix=choice.mix)
-    return runtime.name_group(choice.variant if routed is None else routed)
-
-
-def _write_answers(streams: Sequence[TextStream], job: Job) -> None:
-    for index, stream in enumerate(streams):
+def _write_answers(streams: Sequence[TextStream], routes: Sequence[Route | None], job: Job) -> None:
+    for index, (stream, route) in enumerate(zip(streams, routes, strict=True)):
         job.stop_with(stream.cancel)
         for text in stream:
             job.emit(Piece(index, text))
         assert stream.generation is not None
-        job.emit(Ended(index, stream.generation))
+        job.emit(Ended(index, replace(stream.generation, route=route)))
         if job.cancelled:
             return
 

@@ -39,6 +39,11 @@ _BEFORE_THOUGHT = re.compile(r"(?:<[^<>\s]+>|\[[A-Z_]+\])[A-Za-z]*\s*$")
 _AFTER_THOUGHT = re.compile(r"\s*(?:<[^<>\s]+>|\[/[A-Z_]+\])")
 _KNOWN_THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|channel>thought", "<channel|>"))
 
+# Template options that say whether to think, or how much, with two values that change a prompt whose template reads them.
+THOUGHT_SWITCHES = ("enable_thinking", "thinking")
+THOUGHT_LEVEL = "reasoning_effort"
+_TRIED = {**dict.fromkeys(THOUGHT_SWITCHES, (False, True)), THOUGHT_LEVEL: ("low", "high")}
+
 
 @dataclass(frozen=True)
 class ThoughtMarks:
@@ -120,6 +125,18 @@ def find_thought_marks(render: Render, source: str) -> ThoughtMarks | None:
             return marks
     known = (ThoughtMarks(*marks) for marks in _KNOWN_THOUGHTS if marks[1] in source)
     return next(known, None)
+
+
+def find_thought_options(render: Render) -> tuple[str, ...]:
+    """Finds which of THOUGHT_SWITCHES and THOUGHT_LEVEL a template reads: those that change the prompt."""
+    return tuple(name for name, values in _TRIED.items() if len({_render_prompt(render, {name: value}) for value in values}) > 1)
+
+
+def _render_prompt(render: Render, options: dict[str, Any]) -> str | None:
+    try:
+        return render(check_chat([_USER], {"template_options": options}), True)
+    except InputError:
+        return None
 
 
 def _render_answer(render: Render, answer: dict[str, Any]) -> str | None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Literal
 from edgelora_runtime.bundle.messages import check_chat
 from edgelora_runtime.tools.answer import Answer, AnswerParser
 from edgelora_runtime.tools.declarations import read_choice, read_tools
-from edgelora_runtime.tools.detection import TRIAL_TOOLS, ThoughtMarks, find_declared_layout, find_layout, find_thought_marks
+from edgelora_runtime.tools.detection import (
+    TRIAL_TOOLS,
+    ThoughtMarks,
+    find_declared_layout,
+    find_layout,
+    find_thought_marks,
+    find_thought_options,
+)
 from edgelora_runtime.tools.grammars import AnswerForm, write_grammar
 from edgelora_runtime.tools.layout import CallLayout
 from edgelora_runtime.tools.notations import JsonNotation
@@ -47,7 +54,8 @@ class ToolFormat:
     layout: of the calls. thoughts: the marks around a thought, None for a template without. source: where the layout was found:
     in the calls that the template writes, in the example that it shows the model, in the tokens of the vocabulary, or nowhere,
     and then it is that of Hermes. tokens: ids of the added tokens that stand in these texts, by text. keep_tokens: the special
-    ones among them, for the option of that name, without which an answer's text lacks them.
+    ones among them, for the option of that name, without which an answer's text lacks them. thought_options: the template options
+    that say whether the model thinks, or how much.
     """
 
     layout: CallLayout
@@ -55,6 +63,7 @@ class ToolFormat:
     source: Literal["calls", "example", "tokens", "default"]
     tokens: Mapping[str, int]
     keep_tokens: tuple[str, ...]
+    thought_options: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: Tokenizer, template: str | None = None) -> ToolFormat:
@@ -64,6 +73,7 @@ class ToolFormat:
         """
         chat = check_chat([{"role": "user", "content": "a"}], {"tools": TRIAL_TOOLS})
         layout = example = thoughts = None
+        options: tuple[str, ...] = ()
         if tokenizer.has_chat_template:
 
             def render(chat: Chat, add_generation_prompt: bool) -> str:
@@ -73,6 +83,7 @@ class ToolFormat:
             source = tokenizer.templates.pick(dataclasses.replace(chat, template=template)).source
             layout, thoughts = find_layout(render), find_thought_marks(render, source)
             example = find_declared_layout(render) if layout is None else None
+            options = find_thought_options(render)
         known = next((_BY_TOKEN[text] for text in _BY_TOKEN if text in tokenizer.added_tokens), None)
         found = layout or example or known or HERMES
         if not found.trigger:
@@ -81,7 +92,12 @@ class ToolFormat:
         tokens = {text: token for text, token in tokenizer.added_tokens.items() if text in texts}
         special = tuple(text for text, token in tokens.items() if token in tokenizer.special_tokens)
         return cls(
-            found, thoughts, "calls" if layout else "example" if example else "tokens" if known else "default", tokens, special
+            layout=found,
+            thoughts=thoughts,
+            source="calls" if layout else "example" if example else "tokens" if known else "default",
+            tokens=tokens,
+            keep_tokens=special,
+            thought_options=options,
         )
 
     def grammar(

@@ -115,6 +115,16 @@ def test_compare_a_variant_with_a_mix(page: Page, address: str) -> None:
     expect(page.locator("#mix-name")).to_contain_text("Move a slider")
 
 
+def test_the_thread_ends_with_the_receipts_of_both_answers(page: Page) -> None:
+    """They come after the text, and are higher than what a reader may have scrolled back and still follows."""
+    page.get_by_role("switch", name="Compare two").check()
+    ask(page, "word " * 150, answers=2)
+    expect(page.locator(".answer .facts").last).to_be_in_viewport(ratio=1)
+    page.locator("#thread").evaluate("thread => thread.scrollTop = 0")
+    ask(page, "again", answers=2)
+    expect(page.locator(".answer .facts").last).to_be_in_viewport(ratio=1)
+
+
 def test_a_conversation_is_there_after_a_reload_and_after_undo(page: Page, address: str) -> None:
     ask(page, "remember **me**")
     page.reload()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,6 +65,23 @@ def test_a_slow_body_ends_in_time(hasty: Server) -> None:
                 continue
     assert answer.split(b" ", 2)[1] == b"408"
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows stops no process")
+def test_a_body_that_came_while_the_server_was_stopped_is_read(hasty: Server) -> None:
+    """A busy or suspended machine is no slow client."""
+    body = b'{"model": "base", "prompt": "the cat", "max_tokens": 2}'
+    with socket.create_connection(("127.0.0.1", hasty.port), timeout=10) as connection:
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode())
+        time.sleep(0.2)  # the server waits for the body
+        hasty.process.send_signal(signal.SIGSTOP)
+        try:
+            connection.sendall(body)
+            time.sleep(1)
+        finally:
+            hasty.process.send_signal(signal.SIGCONT)
+        assert connection.recv(1 << 16).split(b" ", 2)[1] == b"200"
 
 
 @pytest.mark.slow

@@ -76,6 +76,24 @@ def test_auto_is_the_routers_choice(client: openai.OpenAI, runtime: Runtime) -> 
     assert answer.choices[0].message.content == expected.text
 
 
+@pytest.mark.parametrize("given", ["a tool", "its result"])
+def test_tools_do_not_change_the_routers_choice(client: openai.OpenAI, given: str) -> None:
+    """This template knows no tools, so they and their results become text of the user's messages."""
+    cats, days = "the cat number 77 sat", " ".join(f"a day in the sun, {number} of them" for number in range(20))
+    function = {"name": "count", "description": days if given == "a tool" else "Counts."}
+    tools: Any = [{"type": "function", "function": function}]
+    messages: Any = [{"role": "user", "content": cats}]
+    if given == "its result":
+        call = {"id": "c", "type": "function", "function": {"name": "count", "arguments": "{}"}}
+        messages += [{"role": "assistant", "content": None, "tool_calls": [call]}]
+        messages += [{"role": "tool", "tool_call_id": "c", "content": days}]
+    asked: Any = {"messages": messages, "tools": tools, "tool_choice": "none", "max_tokens": 4}
+    answer = client.chat.completions.create(model="auto", **asked)
+    extra: Any = answer.model_extra
+    assert answer.model == extra["route"]["variant"] == "plain"
+    assert answer.choices[0].message.content == client.chat.completions.create(model="plain", **asked).choices[0].message.content
+
+
 def test_stream(client: openai.OpenAI, runtime: Runtime) -> None:
     options: Any = {"temperature": 0.9, "top_p": 0.9, "seed": 7, "max_tokens": 40}
     expected = [runtime.generate(MESSAGES, variant="plain", **{**options, "seed": seed}) for seed in (7, 8)]

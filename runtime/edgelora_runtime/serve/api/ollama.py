@@ -38,7 +38,6 @@ _LATEST = ":latest"  # the tag that Ollama's clients add to a name without one
 _NANOSECONDS = 1e6  # in a millisecond
 _UNSUPPORTED: Mapping[str, str] = {
     "tools": "ask /api/chat",
-    "think": "give /v1/chat/completions the field chat_template_kwargs, as the model's template reads it",
     "images": "this runtime reads and writes text alone",
     "template": "the bundle's own template is used; raw = true uses none",
     "context": "send the conversation to /api/chat",
@@ -55,7 +54,7 @@ async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
     given = check_fields(await service.read(request), OLLAMA_CHAT, _UNSUPPORTED)
     choice = _find_model(service, given)
-    turn = Turn(request.app.state.formats, service.bundles[choice.bundle], choice, given.get("tools"))
+    turn = Turn(request.app.state.formats, service.bundles[choice.bundle], choice, given.get("tools"), think=given.get("think"))
     return await _respond(request, service, given, read_messages(given["messages"]), ChatAnswer(turn))
 
 
@@ -64,15 +63,18 @@ async def generate(request: Request) -> Response:
     service: Service = request.app.state.service
     given = check_fields(await service.read(request), OLLAMA_GENERATE, _UNSUPPORTED)
     choice = _find_model(service, given)
-    prompt: Prompt = given["prompt"]
-    system = given.get("system")
+    system, think = given.get("system"), given.get("think")
+    runtime = service.bundles[choice.bundle]
     variant = None if choice.variant == "auto" else choice.variant
-    if not given.get("raw", False) and service.bundles[choice.bundle].find_tokenizer(variant, choice.mix).has_chat_template:
+    if not given.get("raw", False) and runtime.find_tokenizer(variant, choice.mix).has_chat_template:
         instructed = [{"role": "system", "content": system}] if system else []
-        prompt = [*instructed, {"role": "user", "content": prompt}]
-    elif system:
-        raise RequestFailed(400, "system: a raw prompt, or a model without a chat template, has no place for it", param="system")
-    return await _respond(request, service, given, prompt, PlainAnswer())
+        turn = Turn(request.app.state.formats, runtime, choice, think=think)
+        messages = [*instructed, {"role": "user", "content": given["prompt"]}]
+        return await _respond(request, service, given, messages, TurnAnswer(turn))
+    for name, value in {"system": system, "think": think}.items():
+        if value:
+            raise RequestFailed(400, f"{name}: a raw prompt, or a model without a chat template, has no place for it", param=name)
+    return await _respond(request, service, given, given["prompt"], PlainAnswer())
 
 
 async def embed(request: Request) -> Response:
@@ -124,7 +126,7 @@ def _describe_tag(service: Service, choice: ModelChoice) -> dict[str, Any]:
 
 
 class PlainAnswer:
-    """The answer of /api/generate: text as the model writes it."""
+    """The answer of /api/generate to a raw prompt: text as the model writes it."""
 
     fit: Fit | None = None
 
@@ -141,17 +143,12 @@ class PlainAnswer:
         return self.push(text)
 
 
-class ChatAnswer:
-    """The answer of /api/chat: a message with text, thinking and calls.
-
-    Ollama sends each call whole, so one is held back until the next one starts, or the answer ends. The arguments of a call that
-    was cut off are no object, so it is left out, and done_reason says length.
-    """
+class TurnAnswer:
+    """The answer of /api/generate to a user's message: text, and thinking apart from it."""
 
     def __init__(self, turn: Turn) -> None:
         self.fit: Fit | None = turn.fit
         self._turn = turn
-        self._open: list[Delta] = []  # of the call that is being written
 
     def push(self, text: str) -> dict[str, Any]:
         """Returns a piece in the form of this route."""
@@ -164,6 +161,22 @@ class ChatAnswer:
     def parse(self, text: str) -> dict[str, Any]:
         """Returns a whole answer in the form of this route."""
         return self._write([*self._turn.push(0, text), *self._turn.finish(0)], is_end=True)
+
+    def _write(self, deltas: list[Delta], *, is_end: bool = False) -> dict[str, Any]:  # noqa: ARG002  (a chat's answer has a use)
+        answer = join_deltas(deltas)
+        return {"response": answer.text, **({"thinking": answer.thought} if answer.thought else {})}
+
+
+class ChatAnswer(TurnAnswer):
+    """The answer of /api/chat: a message with text, thinking and calls.
+
+    Ollama sends each call whole, so one is held back until the next one starts, or the answer ends. The arguments of a call that
+    was cut off are no object, so it is left out, and done_reason says length.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        super().__init__(turn)
+        self._open: list[Delta] = []  # of the call that is being written
 
     def _write(self, deltas: list[Delta], *, is_end: bool = False) -> dict[str, Any]:
         ready: list[Delta] = []

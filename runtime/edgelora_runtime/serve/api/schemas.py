@@ -389,8 +389,14 @@ _OLLAMA: dict[str, Schema] = {
     "options": _OLLAMA_OPTIONS,
     "keep_alive": {"type": ["string", "number"]},
 }
-OLLAMA_CHAT = _make_object({**_OLLAMA, "messages": MESSAGES, "tools": TOOLS}, ("model", "messages"))
-OLLAMA_GENERATE = _make_object({**_OLLAMA, "prompt": TEXT, "system": {"type": "string"}, "raw": BOOLEAN}, ("model", "prompt"))
+_THINK: Schema = {
+    "enum": [True, False, "low", "medium", "high"],
+    "description": "Whether to think before the answer, or how much.",
+}
+OLLAMA_CHAT = _make_object({**_OLLAMA, "messages": MESSAGES, "tools": TOOLS, "think": _THINK}, ("model", "messages"))
+OLLAMA_GENERATE = _make_object(
+    {**_OLLAMA, "prompt": TEXT, "system": {"type": "string"}, "raw": BOOLEAN, "think": _THINK}, ("model", "prompt")
+)
 OLLAMA_EMBED = _make_object(
     {
         "model": _MODEL,

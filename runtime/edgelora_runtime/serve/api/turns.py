@@ -12,6 +12,7 @@ from edgelora_runtime.serve.failures import RequestFailed
 from edgelora_runtime.tools.answer import AnswerParser
 from edgelora_runtime.tools.conversation import fit_messages
 from edgelora_runtime.tools.declarations import read_choice, read_tools
+from edgelora_runtime.tools.detection import THOUGHT_LEVEL, THOUGHT_SWITCHES
 from edgelora_runtime.tools.format import ToolFormat
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Turn:
     """What a request says about tools, and the parsers of its answers once it has been fitted to a model.
 
     tools: functions as OpenAI's chats have them. choice: as tool_choice of that API. parallel: whether one answer may hold
-    several calls. tokenizer: the model's, once fit() has run. Raises RequestFailed for tools or a choice that cannot be used.
+    several calls. think: whether to think before the answer, or how much ("low", "medium", "high"). None leaves it to the
+    template. tokenizer: the model's, once fit() has run. Raises RequestFailed for tools or a choice that cannot be used.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Turn:
         choice: object = None,
         *,
         parallel: bool = True,
+        think: bool | str | None = None,
     ) -> None:
         self.tokenizer: Tokenizer | None = None
         self._formats = formats
@@ -75,6 +78,7 @@ class Turn:
         self._tools = list(tools or ())
         self._choice = choice
         self._parallel = parallel
+        self._think = think
         self._parsers: list[AnswerParser] = []
         _check_tools(self._tools, choice)
 
@@ -107,6 +111,9 @@ class Turn:
         found = self._formats.find(tokenizer, template if isinstance(template, str) else None)
         fitted, shown = fit_messages(found, messages, self._tools or None)
         changes: dict[str, Any] = {} if shown is None else {"tools": shown}
+        if switched := _switch_thoughts(found, self._think):
+            options = {**options, "template_options": {**(options.get("template_options") or {}), **switched}}
+            changes["template_options"] = options["template_options"]
         own = next((name for name in _OWN_CONSTRAINTS if options.get(name) is not None), None)
         if own is not None and self._tools:
             raise RequestFailed(400, f"{own}: it says what the whole answer is, as tools do; leave one of them out", param=own)
@@ -150,6 +157,23 @@ def _check_shown(tools: Sequence[Mapping[str, Any]], prompt: str) -> None:
     if missing := [name for name in read_tools(tools) if name not in prompt]:
         message = f"tools: the chat template of this model does not write {missing[0]!r}; use another model, or leave tools out"
         raise RequestFailed(400, message, param="tools", code="unsupported_parameter")
+
+
+def _switch_thoughts(found: ToolFormat, think: bool | str | None) -> dict[str, Any]:
+    """Returns the template options for a wish to think or not. Raises RequestFailed with 400 for one that cannot be fulfilled."""
+    if think is None:
+        return {}
+    switches = [name for name in found.thought_options if name in THOUGHT_SWITCHES]
+    if think is False and not switches and found.thoughts is not None:
+        raise RequestFailed(
+            400, "think = false: the chat template of this model has no switch for thoughts; leave it out", param="think"
+        )
+    if think is not False and not found.thought_options and found.thoughts is None:
+        raise RequestFailed(400, "think: the chat template of this model knows no thoughts; leave it out", param="think")
+    chosen: dict[str, Any] = dict.fromkeys(switches, think is not False)
+    if isinstance(think, str) and THOUGHT_LEVEL in found.thought_options:
+        chosen[THOUGHT_LEVEL] = think
+    return chosen
 
 
 def _select_marks(found: ToolFormat) -> tuple[str, ...]:

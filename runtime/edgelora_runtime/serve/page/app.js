@@ -32,16 +32,19 @@ function showAsked() {
   find("asked").setAttribute("aria-label", `Asks ${names.join(" and ")}. Choose others`);
 }
 
+/** True for a reader of the thread's end, who is kept there while it grows. */
+const isAtEnd = (thread) => thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
+
 function showThread(stay = false) {
   const turns = conversations.listTurns(current);
   const thread = find("thread");
-  const place = thread.scrollTop;
+  const place = stay && !isAtEnd(thread) ? thread.scrollTop : Infinity;
   if (turns.length) cards = renderThread(thread, turns, { edit: editTurn, again: (node) => editTurn(node, node.versions[node.at].prompt), flip: flipTurn });
   else renderWelcome(thread, panel.models, (text) => { find("prompt").value = text; fitPrompt(); find("prompt").focus(); });
   find("title").textContent = current.title || "New conversation";
   document.title = current.title ? `${current.title} – edgelora` : "edgelora";
   find("exports").hidden = !turns.length;
-  thread.scrollTop = stay ? place : thread.scrollHeight;
+  thread.scrollTop = Math.min(place, thread.scrollHeight);
 }
 
 function showList() {
@@ -100,7 +103,7 @@ async function write(conversation, version, answer, side, signal) {
     requestAnimationFrame(() => {
       waiting = false;
       const thread = find("thread");
-      const follows = thread.scrollHeight - thread.scrollTop - thread.clientHeight < 80;
+      const follows = isAtEnd(thread);
       cards.get(answer)?.update();
       if (follows) thread.scrollTop = thread.scrollHeight;
     });

@@ -84,15 +84,19 @@ export function formatBytes(bytes) {
   return `${size.toFixed(1)} GiB`;
 }
 
+function formatTime(ms) {
+  if (ms >= 1000) return `${(ms / 1000).toFixed(1)} s`;
+  return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
+}
+
 /** The facts of an answer as [name, value, explanation, class], those that the server told. */
 export function listFacts(answer) {
   const { receipt, timings, usage } = answer;
   const facts = [];
   if (receipt) {
-    const ms = receipt.milliseconds;
     const state = receipt.cold ? "cold" : "warm";
     const meaning = `from the call until the variant could run; it was loaded ${receipt.cold ? "for this" : "already"}`;
-    facts.push(["switch", `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms, ${state}`, meaning, state]);
+    facts.push(["switch", `${formatTime(receipt.milliseconds)}, ${state}`, meaning, state]);
     facts.push(["mapped", formatBytes(receipt.bytes_mapped ?? 0), "bytes opened for the switch"]);
     if (receipt.kv_reused_tokens) facts.push(["reused", `${receipt.kv_reused_tokens} tokens`, "kept from earlier requests"]);
   }
@@ -100,6 +104,6 @@ export function listFacts(answer) {
   if (speed) facts.push(["speed", `${speed.toFixed(1)} tokens/s`, "while writing"]);
   const written = usage?.completion_tokens ?? timings?.predicted_n;
   if (written) facts.push(["wrote", `${written} tokens`, "in this answer"]);
-  if (timings?.prompt_ms) facts.push(["first word", `${Math.round(timings.prompt_ms)} ms`, "to read the prompt"]);
+  if (timings?.prompt_ms) facts.push(["first word", formatTime(timings.prompt_ms), "to read the prompt"]);
   return facts;
 }
