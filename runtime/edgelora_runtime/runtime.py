@@ -23,7 +23,7 @@ from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_pr
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
 from edgelora_runtime.conversation import Conversation
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.loop import PromptEnd, continue_prompt
+from edgelora_runtime.decode.loop import PromptEnd, check_finite, continue_prompt
 from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader, SharedReader
 from edgelora_runtime.decode.request import build_requests
@@ -324,7 +324,7 @@ class Runtime:
             raise UsageError(
                 f"embed: the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
             )
-        return model.embed(tokens, live=live)
+        return check_finite(model.embed(tokens, live=live), "hidden states")
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Returns the logits at every position, float32 (T, V), from an empty KV cache. V is that of the variant."""
@@ -415,7 +415,7 @@ class Runtime:
         cache = model.new_cache()
         for start in range(0, len(tokens), step):
             chunk = tokens[start : start + step]
-            yield model.read(cache, chunk, live=live, keep=len(chunk))
+            yield check_finite(model.read(cache, chunk, live=live, keep=len(chunk)), "logits")
 
     def _run(self, choice: Choice, requests: Sequence[Request], speculation: str) -> Generator[Piece, None, Generation]:
         """Yields the pieces of all answers to one prompt, which own a KV cache until they end."""

@@ -15,6 +15,10 @@ FORMAT = "edgelora-bundle"
 VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
 MANIFEST_LIMIT = 16 << 20  # bytes
 
+_SIZE_LIMIT = 1 << 24  # of the sizes of a model, its context among them
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_PARTS_LIMIT = 8  # modules of one product
+
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -363,6 +367,9 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} weighs {', '.join(unknown)}, which its mix lacks")
         if variant.merge_base == "trained" and variant.trained_on is None:
             wrong.append(f"variant {name} is merged into a trained base, and trained_on does not say which")
+        weights = (variant.mix, variant.live, *variant.weights.values())
+        if any(abs(weight) > FLOAT32_MAX for each in weights for weight in each.values()):
+            wrong.append(f"variant {name} has a weight that float32 cannot hold")
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         if variant.vocab_size is not None and (variant.kind == "live" or variant.vocab_size < 1):
@@ -385,7 +392,7 @@ def _check_references(manifest: Manifest) -> None:
         ]
         wrong += _check_texts(f"adapter {name}", entry.texts, manifest)
     for slots in manifest.live_slots:
-        if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
+        if not len(slots.b) == len(slots.modules) == len(slots.rows) or not 0 < len(slots.b) <= _PARTS_LIMIT:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
         if not all(0 < size < 1 << 31 for size in (slots.columns, *slots.rows)):
             wrong.append(f"live_slots of {slots.a} have sizes {slots.columns} and {', '.join(map(str, slots.rows))}")
@@ -393,8 +400,8 @@ def _check_references(manifest: Manifest) -> None:
         wrong += _check_router(manifest.router, manifest)
     model = manifest.model
     for key in ("hidden_size", "layers", "kv_heads", "head_size", "vocab_size", "context_length"):
-        if getattr(model, key) < 1:
-            wrong.append(f"model.{key} is {getattr(model, key)}")
+        if not 0 < getattr(model, key) <= _SIZE_LIMIT:
+            wrong.append(f"model.{key} is {getattr(model, key)}, not from 1 to {_SIZE_LIMIT}")
     if wrong:
         raise IntegrityError(f"{MANIFEST}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
 

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from edgelora_runtime.bundle.graphs.reading import Graph, Initializer, Node
-    from edgelora_runtime.bundle.manifest import Manifest, StageEntry
+    from edgelora_runtime.bundle.manifest import Manifest, ModelEntry, StageEntry
 
 GRAPH_LIMIT = 1 << 23  # bytes; a graph of 80 layers with live inputs takes about a megabyte
 _PARTS = 4_000_000  # fields of protobuf in all graphs of a bundle, equal parts counted once: about two seconds
 _SHARED = 2  # times that a graph may read its blobs: once, and a tied embedding in the head too
 _MADE_LIMIT = 1 << 20  # values of a tensor that a traced graph makes of one
+_NUMBER_BYTES = 8  # of an int64
 _CODES_PER_BYTE = 2  # of 4 bits, the fewest
 
 
@@ -35,6 +36,7 @@ def check_graphs(manifest: Manifest, read: Callable[[str, int], bytes]) -> None:
     """
     reader = GraphReader(NATIVE if manifest.model.cache == "in_place" else TRACED, Budget(_PARTS))
     live = {entry.graphs[target].file for entry in manifest.variants.values() if entry.kind == "live" for target in entry.graphs}
+    wholes = {graph.file for entry in manifest.variants.values() for graph in entry.graphs.values()}
     checked: dict[str, StageEntry] = {}
     for variant in manifest.variants.values():
         for whole in variant.graphs.values():
@@ -47,7 +49,11 @@ def check_graphs(manifest: Manifest, read: Callable[[str, int], bytes]) -> None:
             graph = reader.read(raw)
             _check_blobs(graph, manifest.blob_bytes(entry))
             _check_order(graph, traced=manifest.model.cache == "growing")
-            _check_live(graph, manifest, entry, whole=file in live)
+            _check_defaults(graph)
+            if file in wholes:
+                _check_sizes(graph, manifest.find_model(file))
+            if file in live:
+                _check_live(graph, manifest, entry)
         except GraphError as error:
             raise GraphError(f"{file} {error}; export the bundle again") from None
 
@@ -116,25 +122,40 @@ def _is_small(shape: Initializer | None) -> bool:
     )
 
 
-def _check_live(graph: Graph, manifest: Manifest, entry: StageEntry, *, whole: bool) -> None:
-    """Refuses optional inputs whose default is not empty, and live slots that the graph lacks or that its weights do not fit.
+def _check_defaults(graph: Graph) -> None:
+    """Refuses optional inputs whose default is more than empty factors or one number, which is what logits_to_keep has."""
+    inputs = {each.name for each in graph.inputs}
+    for each in graph.initializers:
+        if each.name in inputs and each.nbytes > _NUMBER_BYTES:
+            raise GraphError(f"has a default of {each.nbytes} bytes for its input {show_name(each.name)}")
 
-    whole: the graph is a live one, no stage.
-    """
-    defaults = {each.name: each for each in graph.initializers}
+
+def _check_sizes(graph: Graph, model: ModelEntry) -> None:
+    """Refuses caches and logits of other sizes than the manifest's, by which their buffers are made."""
+    pairs = {"past_key_values": graph.inputs, "present": graph.outputs}
+    for stem, values in pairs.items():
+        found = {each.name: each.sizes for each in values if each.name.startswith(f"{stem}.".encode())}
+        if len(found) != 2 * model.layers:
+            raise GraphError(f"has {len(found)} values {stem} for {model.layers} layers")
+        for name, sizes in found.items():
+            if len(sizes) != 4 or (sizes[1], sizes[3]) != (model.kv_heads, model.head_size):
+                shape = f"(B, {model.kv_heads}, M, {model.head_size})"
+                raise GraphError(f"has a value {show_name(name)} of another shape than {shape}, which the manifest says")
+    logits = [each.sizes for each in graph.outputs if each.name == b"logits"]
+    if len(logits) != 1 or len(logits[0]) != 3 or logits[0][2] != model.vocab_size:
+        raise GraphError(f"has no output logits for {model.vocab_size} tokens, which the manifest says")
+
+
+def _check_live(graph: Graph, manifest: Manifest, entry: StageEntry) -> None:
+    """Refuses live slots that the graph lacks, or that its weights do not fit."""
     inputs = {each.name: each.sizes for each in graph.inputs}
-    for name in defaults.keys() & inputs.keys():
-        if defaults[name].nbytes > 8:  # logits_to_keep is one int64
-            raise GraphError(f"has a default of {defaults[name].nbytes} bytes for its input {show_name(name)}")
-    if not whole:
-        return
     weights = 0
     for slots in manifest.live_slots:
         weights += slots.columns * sum(slots.rows)
         for name, size in ((slots.a, slots.columns), *zip(slots.b, slots.rows, strict=True)):
             sizes = inputs.get(name.encode())
             if sizes is None or len(sizes) != 2 or sizes[0] is not None or sizes[1] != size:
-                raise GraphError(f"has no input {name} of shape (R, {size}), as live_slots say")
+                raise GraphError(f"has no input {name!r} of shape (R, {size}), as live_slots say")
     bound = _CODES_PER_BYTE * sum(manifest.blob_bytes(entry).values())
     if weights > bound:
         raise GraphError(f"has live slots for {weights} weights, and blobs that hold at most {bound}")
