@@ -44,9 +44,13 @@ class Bundle:
         folder = check_path("Bundle.open", "folder", folder)
         if not isinstance(verify, str) or verify not in VERIFY:
             raise UsageError(f"Bundle.open: verify = {show(verify)}: use {' or '.join(map(repr, VERIFY))}")
-        if not folder.is_dir():
+        try:
+            is_folder, has_manifest = folder.is_dir(), (folder / MANIFEST).is_file()
+        except OSError as error:  # a name that is too long, a folder that others may not look into
+            raise InputError(f"no bundle at {show(str(folder))}: {error.strerror}") from None
+        if not is_folder:
             raise InputError(f"no bundle at {folder}: not a folder; make one with: edgelora export RECIPE.toml --output {folder}")
-        if not (folder / MANIFEST).is_file():
+        if not has_manifest:
             raise InputError(f"no bundle at {folder}: it has no {MANIFEST}; make one with: edgelora export")
         manifest = parse_manifest(_read_regular(folder / MANIFEST, MANIFEST_LIMIT))
         wrong = _compare(folder, manifest)
@@ -146,8 +150,9 @@ def _open_regular(path: Path) -> int:
 
 def _read_regular(path: Path, limit: int) -> bytes:
     with os.fdopen(_open_regular(path), "rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(size + 1) if size <= limit else b""  # read() takes memory for as many bytes as it is asked for
+    if max(size, len(raw)) > limit:
         raise IntegrityError(f"{path} is larger than {limit} bytes, the limit for such a file")
     return raw
 

@@ -7,13 +7,14 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from edgelora_runtime.arguments import show
 from edgelora_runtime.bundle.strict_json import decode, read_strictly
 from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
 VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
-MANIFEST_LIMIT = 16 << 20  # bytes
+MANIFEST_LIMIT = 8 << 20  # bytes
 
 _SIZE_LIMIT = 1 << 24  # of the sizes of a model, its context among them
 FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -342,7 +343,7 @@ def _check_names(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         stem = name.split(".")[0].lower()
         if not _FILE_NAME.fullmatch(name) or stem in _DEVICE_NAMES or name.endswith(".") or name == MANIFEST:
-            raise IntegrityError(f"{MANIFEST}: {name!r} is not a name that a bundle's file may have")
+            raise IntegrityError(f"{MANIFEST}: {show(name)} is not a name that a bundle's file may have")
         if seen.setdefault(name.lower(), name) != name:
             raise IntegrityError(f"{MANIFEST}: {seen[name.lower()]!r} and {name!r} differ only in case")
         if not _SHA256.fullmatch(entry.sha256):
@@ -350,7 +351,7 @@ def _check_names(manifest: Manifest) -> None:
     for what, names in (("variant", manifest.variants), ("adapter", manifest.adapters)):
         for name in names:
             if reason := check_variant_name(name):
-                raise IntegrityError(f"{MANIFEST}: {what} {name!r}: {reason}")
+                raise IntegrityError(f"{MANIFEST}: {what} {show(name)}: {reason}")
 
 
 def _check_references(manifest: Manifest) -> None:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 VALUE_LIMIT = 1 << 24  # characters of one text, and of a rendered chat
 _TOTAL_LIMIT = 1 << 30  # characters that one rendering makes in all, intermediate texts included
-_SECONDS = 1.5  # of the processor, for one rendering
+_SECONDS = 1.2  # of the processor, for one rendering
 _BITS_LIMIT = 1 << 16  # of a whole number
 _INDENT_LIMIT = 64  # spaces of one level of JSON
 _ITEM = 16  # characters that an item of a list counts as, for the memory of its reference

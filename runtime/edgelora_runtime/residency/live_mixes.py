@@ -34,7 +34,7 @@ def read_adapter(raw: bytes, name: str) -> AdapterTensors:
     """
     try:
         tensors = load(raw)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: of a type that numpy has not, such as BF16
         raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
     wrong = sorted(key for key, tensor in tensors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
     if wrong:

@@ -11,10 +11,10 @@ from edgelora_runtime.bundle.graphs.wire import BYTES, FIXED32, VARINT, Field, M
 ATTRIBUTE_KINDS = {1: "f", 2: "i", 3: "s", 4: "t", 6: "floats", 7: "ints"}  # the field of each kind's value; 5 is a graph
 PACKED = {"float_data": 4, "int32_data": 0, "int64_data": 0}  # a tensor's own values: bytes of each, 0 for varints
 
-OPSET = Message("operator set", {1: Field("domain", BYTES), 2: Field("version", VARINT)})
-ENTRY = Message("external data entry", {1: Field("key", BYTES), 2: Field("value", BYTES)})
+OPSET = Message("an operator set", {1: Field("domain", BYTES), 2: Field("version", VARINT)})
+ENTRY = Message("an external data entry", {1: Field("key", BYTES), 2: Field("value", BYTES)})
 TENSOR = Message(
-    "tensor",
+    "a tensor",
     {
         1: Field("dims", VARINT, many=True),
         2: Field("data_type", VARINT),
@@ -28,7 +28,7 @@ TENSOR = Message(
     },
 )
 ATTRIBUTE = Message(
-    "attribute",
+    "an attribute",
     {
         1: Field("name", BYTES),
         2: Field("f", FIXED32),
@@ -42,7 +42,7 @@ ATTRIBUTE = Message(
     },
 )
 NODE = Message(
-    "node",
+    "a node",
     {
         1: Field("input", BYTES, many=True),
         2: Field("output", BYTES, many=True),
@@ -52,13 +52,13 @@ NODE = Message(
         7: Field("domain", BYTES),
     },
 )
-DIMENSION = Message("dimension", {1: Field("size", VARINT), 2: Field("symbol", BYTES)})
-SHAPE = Message("shape", {1: Field("dim", BYTES, many=True)})
-TENSOR_TYPE = Message("tensor type", {1: Field("elem_type", VARINT), 2: Field("shape", BYTES)})
-TYPE = Message("type", {1: Field("tensor_type", BYTES)})
-VALUE = Message("value", {1: Field("name", BYTES), 2: Field("type", BYTES)})
+DIMENSION = Message("a dimension", {1: Field("size", VARINT), 2: Field("symbol", BYTES)})
+SHAPE = Message("a shape", {1: Field("dim", BYTES, many=True)})
+TENSOR_TYPE = Message("a tensor type", {1: Field("elem_type", VARINT), 2: Field("shape", BYTES)})
+TYPE = Message("a type", {1: Field("tensor_type", BYTES)})
+VALUE = Message("a value", {1: Field("name", BYTES), 2: Field("type", BYTES)})
 GRAPH = Message(
-    "graph",
+    "a graph",
     {
         1: Field("node", BYTES, many=True),
         2: Field("name", BYTES),
@@ -69,7 +69,7 @@ GRAPH = Message(
     },
 )
 FUNCTION = Message(
-    "function",
+    "a function",
     {
         1: Field("name", BYTES),
         4: Field("input", BYTES, many=True),
@@ -81,7 +81,7 @@ FUNCTION = Message(
     },
 )
 MODEL = Message(
-    "model",
+    "a model",
     {
         1: Field("ir_version", VARINT),
         2: Field("producer_name", BYTES),

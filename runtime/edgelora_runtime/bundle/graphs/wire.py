@@ -32,7 +32,7 @@ class Field(NamedTuple):
 
 
 class Message:
-    """A kind of message: its name, for errors, and its fields by number.
+    """A kind of message: its name with an article, for errors, and its fields by number.
 
     tags: the fields by what stands before them, which is the number and the wire type in one.
     """
@@ -81,7 +81,7 @@ def read_message(raw: bytes, kind: Message, budget: Budget) -> dict[str, Any]:
             at += 4
         else:
             if at >= end:
-                raise GraphError(f"ends inside a {kind.name}")
+                raise GraphError(f"ends inside {kind.name}")
             value = raw[at]
             at += 1
             if value & _MORE:
@@ -91,10 +91,10 @@ def read_message(raw: bytes, kind: Message, budget: Budget) -> dict[str, Any]:
                 at += value
                 value = raw[start:at]
         if at > end:
-            raise GraphError(f"ends inside a {kind.name}")
+            raise GraphError(f"ends inside {kind.name}")
         if not many:
             if name in found:
-                raise GraphError(f"has a {kind.name} with two of the field {name}")
+                raise GraphError(f"has {kind.name} with two of the field {name}")
             found[name] = value
         elif name in found:
             found[name].append(value)
@@ -127,8 +127,8 @@ def read_signed(value: int) -> int:
 def _refuse_tag(tag: int, kind: Message) -> GraphError:
     known = kind.fields.get(tag >> 3)
     if known is None:
-        return GraphError(f"has a {kind.name} with field {tag >> 3}, which no graph of a bundle has")
-    return GraphError(f"has a {kind.name} whose {known.name} is of wire type {tag & 7}, not {known.wire}")
+        return GraphError(f"has {kind.name} with field {tag >> 3}, which no graph of a bundle has")
+    return GraphError(f"has {kind.name} whose {known.name} is of wire type {tag & 7}, not {known.wire}")
 
 
 def _read_varint(raw: bytes, at: int, kind: Message) -> tuple[int, int]:
@@ -143,4 +143,4 @@ def _read_varint(raw: bytes, at: int, kind: Message) -> tuple[int, int]:
             if value >= 2 * _SIGN:
                 break
             return value, at + place + 1
-    raise GraphError(f"has a {kind.name} with a number that does not end")
+    raise GraphError(f"has {kind.name} with a number that does not end")
