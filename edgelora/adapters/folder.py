@@ -200,7 +200,11 @@ class Adapter(Delta):
         reason = self.why_not_low_rank(module)
         if not reason:
             a, b = self._factors(module)
-            return b @ a
+            with np.errstate(all="ignore"):
+                product: Floats = b @ a
+                if np.isfinite(product.sum()):  # one pass: NaN and infinity stay in a sum
+                    return product
+            raise InputError(f"adapter {self.name}: the change of {module} is larger than float32 holds; check lora_alpha")
         if weight is None:
             raise InputError(
                 f"adapter {self.name}: {module} is {reason}, whose change depends on the base's weights; "
@@ -262,7 +266,11 @@ class Adapter(Delta):
             a, b = (self._tensor(module, kind).T for kind in (EMBEDDING_B, EMBEDDING_A))
         else:
             a, b = (self._tensor(module, kind) for kind in (A, B))
-        return a, b * np.float32(self.scale(module))
+        with np.errstate(over="ignore"):
+            scaled = b * np.float32(self.scale(module))
+        if not np.isfinite(scaled).all():
+            raise InputError(f"adapter {self.name}: the scale of {module} makes B larger than float32 holds; check lora_alpha")
+        return a, scaled
 
     def _tensor(self, module: str, kind: str) -> Floats:
         values: Floats = self.source.tensors.read(module, kind).astype(np.float32)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import ml_dtypes as ml_dtypes  # numpy knows bfloat16 only once this is imported
 from safetensors import SafetensorError, safe_open
 
+from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ class AdapterTensors(Protocol):
 
     def read(self, module: str, kind: str) -> NDArray[Any]:
         """Reads a tensor in its own type, in the shape that `shapes` gives."""
+
+
+_TYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,12 @@ def read_file_shapes(path: Path, label: str) -> dict[str, tuple[int, ...]]:
         raise InputError(f"adapter {label}: {path} is missing; pickled adapters (.bin) are not supported, save it as safetensors")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
+            shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+            odd = {key: part.get_dtype() for key, part in slices.items() if part.get_dtype() not in _TYPES}
     except (SafetensorError, OSError) as error:
         raise InputError(f"adapter {label}: {path} is not a readable safetensors file ({error})") from error
+    if odd:
+        key, kind = next(iter(odd.items()))
+        raise InputError(f"adapter {label}: {show(key)} is of type {kind}; save the adapter in float32, float16 or bfloat16")
+    return shapes

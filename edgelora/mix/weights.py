@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from edgelora_export.base.files import read_toml
+from edgelora_runtime.bundle.manifest import FLOAT32_MAX
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def check_weight(weight: Any, where: str) -> list[str]:
 def _check_number(value: Any, where: str) -> list[str]:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return [f"{where} = {value!r} is not a weight"]
-    return [] if math.isfinite(value) else [f"{where} = {value}: weights must be finite"]
+    return [] if abs(value) <= FLOAT32_MAX else [f"{where} = {value}: weights must be finite numbers that float32 can hold"]
 
 
 def read_weights(path: Path) -> dict[str, Weight]:

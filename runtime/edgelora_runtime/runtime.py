@@ -17,13 +17,13 @@ from edgelora_runtime.answers.text_stream import Piece, TextStream
 from edgelora_runtime.arguments import check_kind, check_path, check_whole
 from edgelora_runtime.batching.batches import Batches
 from edgelora_runtime.bundle.choice import Choice, choose, choose_variant
-from edgelora_runtime.bundle.folder import Bundle
+from edgelora_runtime.bundle.folder import Bundle, take_bundle
 from edgelora_runtime.bundle.messages import CHAT_OPTIONS
 from edgelora_runtime.bundle.prompt import check_prompt, check_tokens, encode_prompt, find_routed_text
 from edgelora_runtime.bundle.router import AUTO, LazyRouter, Route
 from edgelora_runtime.conversation import Conversation
 from edgelora_runtime.decode.cancellation import Cancellation
-from edgelora_runtime.decode.loop import PromptEnd, continue_prompt
+from edgelora_runtime.decode.loop import PromptEnd, check_finite, continue_prompt
 from edgelora_runtime.decode.options import resolve_options, select_chat_options
 from edgelora_runtime.decode.reader import Reader, SharedReader
 from edgelora_runtime.decode.request import build_requests
@@ -82,7 +82,7 @@ class Runtime:
     batch: requests that share steps at most; with 1, none do. What they need for keys and values stays within cache_budget.
     provider: "cpu", "cuda", "webgpu", or "auto": a GPU if there is one and the bundle has graphs for it, otherwise the CPU.
     target: the graphs to run, "cpu" (float32) or "gpu" (fp16). None takes those built for the provider. Every provider runs both:
-    cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check what they compute.
+    cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check. verify: "full" hashes every file first.
 
     Safe to call from many threads. One step is computed at a time. Requests on one variant, or on one live base with edgelora's
     kernels, share steps; others alternate step by step, and so do chunks of prompts.
@@ -101,13 +101,14 @@ class Runtime:
         batch: int = 16,
         provider: str = "auto",
         target: str | None = None,
+        verify: str = "quick",
     ) -> None:
         if threads is not None:
             threads = check_whole("Runtime", "threads", threads, 1, _MOST_THREADS)
         batch = check_whole("Runtime", "batch", batch, 1, _MOST_ROWS)
         check_kind("Runtime", "packed_cache", packed_cache, PackedCache, "a PackedCache, or None")
         models_budget, prompts_budget = find_budgets(memory_budget, cache_budget)
-        self._bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self._bundle = take_bundle(bundle, verify)
         self._manifest = self._bundle.manifest
         has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
         architecture = self._manifest.model.architecture
@@ -323,7 +324,7 @@ class Runtime:
             raise UsageError(
                 f"embed: the graph of {receipt.variant} gives no hidden states; export it again with edgelora's own builder"
             )
-        return model.embed(tokens, live=live)
+        return check_finite(model.embed(tokens, live=live), "hidden states")
 
     def logits(self, token_ids: Sequence[int], *, variant: str | None = None, mix: Mapping[str, float] | None = None) -> Floats:
         """Returns the logits at every position, float32 (T, V), from an empty KV cache. V is that of the variant."""
@@ -414,7 +415,7 @@ class Runtime:
         cache = model.new_cache()
         for start in range(0, len(tokens), step):
             chunk = tokens[start : start + step]
-            yield model.read(cache, chunk, live=live, keep=len(chunk))
+            yield check_finite(model.read(cache, chunk, live=live, keep=len(chunk)), "logits")
 
     def _run(self, choice: Choice, requests: Sequence[Request], speculation: str) -> Generator[Piece, None, Generation]:
         """Yields the pieces of all answers to one prompt, which own a KV cache until they end."""

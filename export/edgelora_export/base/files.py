@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import stat
 import tomllib
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,9 @@ from edgelora_runtime.errors import InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+_LIMIT = 64 << 20  # bytes
+_KEY_PARTS = 100  # of one dotted key
 
 
 def read_json(path: Path, hint: str) -> dict[str, Any]:
@@ -29,14 +34,29 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
 
     Raises InputError if the file is absent or unreadable.
     """
-    value: dict[str, Any] = _read(path, tomllib.loads, "TOML", hint)
+    value: dict[str, Any] = _read(path, _parse_toml, "TOML", hint)
     return value
 
 
 def _read(path: Path, parse: Callable[[str], Any], kind: str, hint: str) -> Any:
     try:
+        info = path.stat()  # of what a link leads to: hubs keep files behind links
+        if not stat.S_ISREG(info.st_mode):
+            raise InputError(f"{path} is not a plain file; {hint}")
+        if info.st_size > _LIMIT:
+            raise InputError(f"{path} has {info.st_size} bytes; {_LIMIT} is the most for {kind}")
         return parse(path.read_text(encoding="utf-8"))
+    except InputError:  # which is a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; {hint}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable {kind} ({error})") from error
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """Parses TOML without keys of many parts, which tomllib takes quadratic time for."""
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.count(".") > _KEY_PARTS and max(part.count(".") for part in re.split(r"[][={},#]", line)) > _KEY_PARTS:
+            raise ValueError(f"line {number} has a key of more than {_KEY_PARTS} parts")
+    return tomllib.loads(text)

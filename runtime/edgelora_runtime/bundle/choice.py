@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.arguments import is_number, show
+from edgelora_runtime.bundle.manifest import FLOAT32_MAX
 from edgelora_runtime.bundle.router import AUTO
 from edgelora_runtime.errors import UsageError, suggest_name
 
 if TYPE_CHECKING:
     from edgelora_runtime.bundle.manifest import Manifest, TextsEntry
 
-_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 LiveWeights = tuple[tuple[str, float], ...]  # (live adapter, weight), sorted by name, no weight 0
 
@@ -91,7 +91,7 @@ def choose(manifest: Manifest, target: str, *, variant: str | None, mix: Mapping
 
 def _is_weight(value: object) -> bool:
     """True for a number that is finite as float32, too, in which a graph takes it."""
-    return is_number(value) and abs(value) <= _FLOAT32_MAX
+    return is_number(value) and abs(value) <= FLOAT32_MAX
 
 
 def _sort_weights(mix: Mapping[str, float]) -> LiveWeights:

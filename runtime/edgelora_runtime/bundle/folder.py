@@ -1,6 +1,6 @@
 """A bundle on disk, with checks of its files.
 
-Names, kinds and sizes are checked when it opens, every byte on verify().
+Names, kinds, sizes and graphs are checked when it opens, every byte on verify().
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.arguments import check_path, show
+from edgelora_runtime.bundle.graphs.check import check_graphs
+from edgelora_runtime.bundle.graphs.wire import GraphError
 from edgelora_runtime.bundle.manifest import MANIFEST, MANIFEST_LIMIT, Manifest, parse_manifest
 from edgelora_runtime.errors import InputError, IntegrityError, UsageError
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _CHUNK = 1 << 20  # bytes hashed at a time
+VERIFY = ("quick", "full")
 TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries takes about 30 MB
 
 
@@ -31,22 +34,35 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, folder: Path | str) -> Bundle:
+    def open(cls, folder: Path | str, *, verify: str = "quick", on_file: Callable[[str], None] | None = None) -> Bundle:
         """Reads the manifest and checks the folder against it.
 
-        The folder must hold exactly the files that the manifest lists, with their sizes. Raises InputError if there is no bundle,
-        IntegrityError if it differs from its manifest.
+        The folder must hold exactly the files that the manifest lists, with their sizes, and graphs that export could have
+        written. verify: "full" hashes every file as well, which reads the whole bundle, and calls on_file with the name of each.
+        Raises InputError if there is no bundle, IntegrityError if it differs from its manifest.
         """
         folder = check_path("Bundle.open", "folder", folder)
-        if not folder.is_dir():
+        if not isinstance(verify, str) or verify not in VERIFY:
+            raise UsageError(f"Bundle.open: verify = {show(verify)}: use {' or '.join(map(repr, VERIFY))}")
+        try:
+            is_folder, has_manifest = folder.is_dir(), (folder / MANIFEST).is_file()
+        except OSError as error:  # a name that is too long, a folder that others may not look into
+            raise InputError(f"no bundle at {show(str(folder))}: {error.strerror}") from None
+        if not is_folder:
             raise InputError(f"no bundle at {folder}: not a folder; make one with: edgelora export RECIPE.toml --output {folder}")
-        if not (folder / MANIFEST).is_file():
+        if not has_manifest:
             raise InputError(f"no bundle at {folder}: it has no {MANIFEST}; make one with: edgelora export")
         manifest = parse_manifest(_read_regular(folder / MANIFEST, MANIFEST_LIMIT))
         wrong = _compare(folder, manifest)
         if wrong:
             raise IntegrityError(f"bundle {folder}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
-        return cls(folder, manifest)
+        bundle = cls(folder, manifest)
+        if verify == "full" and (broken := bundle.verify(on_file)):
+            raise IntegrityError(
+                f"bundle {folder}: {', '.join(broken)} differ from the manifest; copy or export the bundle again"
+            )
+        bundle._check_graphs()
+        return bundle
 
     def __repr__(self) -> str:
         model, variants, adapters = self.manifest.model, self.manifest.variants, self.manifest.adapters
@@ -66,6 +82,12 @@ class Bundle:
             if on_file is not None:
                 on_file(name)
         return broken
+
+    def _check_graphs(self) -> None:
+        try:
+            check_graphs(self.manifest, lambda name, limit: self.read(name, limit=limit))
+        except GraphError as error:
+            raise IntegrityError(f"bundle {self.folder}: {error}") from None
 
     def path(self, name: str) -> Path:
         """Returns the path of a listed file."""
@@ -87,6 +109,13 @@ class Bundle:
 
     def has(self, name: str) -> bool:
         return isinstance(name, str) and name in self.manifest.files
+
+
+def take_bundle(bundle: Bundle | Path | str, verify: str) -> Bundle:
+    """Opens a bundle, or returns an opened one as it is. verify: as in Bundle.open. "full" opens in any case."""
+    if isinstance(bundle, Bundle):
+        return bundle if verify == "quick" else Bundle.open(bundle.folder, verify=verify)
+    return Bundle.open(bundle, verify=verify)
 
 
 def _compare(folder: Path, manifest: Manifest) -> list[str]:
@@ -121,8 +150,9 @@ def _open_regular(path: Path) -> int:
 
 def _read_regular(path: Path, limit: int) -> bytes:
     with os.fdopen(_open_regular(path), "rb") as file:
-        raw = file.read(limit + 1)
-    if len(raw) > limit:
+        size = os.fstat(file.fileno()).st_size
+        raw = file.read(size + 1) if size <= limit else b""  # read() takes memory for as many bytes as it is asked for
+    if max(size, len(raw)) > limit:
         raise IntegrityError(f"{path} is larger than {limit} bytes, the limit for such a file")
     return raw
 

@@ -7,13 +7,18 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from edgelora_runtime.arguments import show
 from edgelora_runtime.bundle.strict_json import decode, read_strictly
 from edgelora_runtime.errors import IntegrityError
 
 MANIFEST = "bundle.json"
 FORMAT = "edgelora-bundle"
 VERSION = (1, 0)  # readers refuse another major number, and skip unknown keys of a later minor one
-MANIFEST_LIMIT = 16 << 20  # bytes
+MANIFEST_LIMIT = 8 << 20  # bytes
+
+_SIZE_LIMIT = 1 << 24  # of the sizes of a model, its context among them
+FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_PARTS_LIMIT = 8  # modules of one product
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -338,7 +343,7 @@ def _check_names(manifest: Manifest) -> None:
     for name, entry in manifest.files.items():
         stem = name.split(".")[0].lower()
         if not _FILE_NAME.fullmatch(name) or stem in _DEVICE_NAMES or name.endswith(".") or name == MANIFEST:
-            raise IntegrityError(f"{MANIFEST}: {name!r} is not a name that a bundle's file may have")
+            raise IntegrityError(f"{MANIFEST}: {show(name)} is not a name that a bundle's file may have")
         if seen.setdefault(name.lower(), name) != name:
             raise IntegrityError(f"{MANIFEST}: {seen[name.lower()]!r} and {name!r} differ only in case")
         if not _SHA256.fullmatch(entry.sha256):
@@ -346,7 +351,7 @@ def _check_names(manifest: Manifest) -> None:
     for what, names in (("variant", manifest.variants), ("adapter", manifest.adapters)):
         for name in names:
             if reason := check_variant_name(name):
-                raise IntegrityError(f"{MANIFEST}: {what} {name!r}: {reason}")
+                raise IntegrityError(f"{MANIFEST}: {what} {show(name)}: {reason}")
 
 
 def _check_references(manifest: Manifest) -> None:
@@ -363,6 +368,9 @@ def _check_references(manifest: Manifest) -> None:
             wrong.append(f"variant {name} weighs {', '.join(unknown)}, which its mix lacks")
         if variant.merge_base == "trained" and variant.trained_on is None:
             wrong.append(f"variant {name} is merged into a trained base, and trained_on does not say which")
+        weights = (variant.mix, variant.live, *variant.weights.values())
+        if any(abs(weight) > FLOAT32_MAX for each in weights for weight in each.values()):
+            wrong.append(f"variant {name} has a weight that float32 cannot hold")
         if variant.weights and variant.kind == "live":
             wrong.append(f"variant {name} is live and weighs {', '.join(variant.weights)} by module")
         if variant.vocab_size is not None and (variant.kind == "live" or variant.vocab_size < 1):
@@ -385,7 +393,7 @@ def _check_references(manifest: Manifest) -> None:
         ]
         wrong += _check_texts(f"adapter {name}", entry.texts, manifest)
     for slots in manifest.live_slots:
-        if not len(slots.b) == len(slots.modules) == len(slots.rows) > 0:
+        if not len(slots.b) == len(slots.modules) == len(slots.rows) or not 0 < len(slots.b) <= _PARTS_LIMIT:
             wrong.append(f"live_slots of {slots.a} list {len(slots.b)} inputs for {len(slots.modules)} modules")
         if not all(0 < size < 1 << 31 for size in (slots.columns, *slots.rows)):
             wrong.append(f"live_slots of {slots.a} have sizes {slots.columns} and {', '.join(map(str, slots.rows))}")
@@ -393,8 +401,8 @@ def _check_references(manifest: Manifest) -> None:
         wrong += _check_router(manifest.router, manifest)
     model = manifest.model
     for key in ("hidden_size", "layers", "kv_heads", "head_size", "vocab_size", "context_length"):
-        if getattr(model, key) < 1:
-            wrong.append(f"model.{key} is {getattr(model, key)}")
+        if not 0 < getattr(model, key) <= _SIZE_LIMIT:
+            wrong.append(f"model.{key} is {getattr(model, key)}, not from 1 to {_SIZE_LIMIT}")
     if wrong:
         raise IntegrityError(f"{MANIFEST}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
 

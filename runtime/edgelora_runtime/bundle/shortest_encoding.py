@@ -27,7 +27,7 @@ class LongestToken:
         self.drops_space = bool(kinds & _DROPPING_SPACE) or any(token.lstrip or token.rstrip for token in added)
         self.size: int | None = None
         vocabulary = tokenizer.get_vocab()
-        if kinds <= _KEEPING | _DROPPING_SPACE and tokenizer.truncation is None and _reads_all(tokenizer, kinds, vocabulary):
+        if kinds <= _KEEPING | _DROPPING_SPACE and _reads_all(tokenizer, kinds, vocabulary):
             longest = max((len(token.encode(errors="replace")) for token in vocabulary), default=1)
             self.size = longest * (_COMPOSED if "NFC" in kinds else 1)
 

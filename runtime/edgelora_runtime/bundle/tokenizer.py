@@ -12,7 +12,8 @@ from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
 from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templates, list_templates, read_special_tokens
 from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.bundle.shortest_encoding import LongestToken
-from edgelora_runtime.errors import InputError, IntegrityError
+from edgelora_runtime.bundle.tokenizer_parts import check_parts
+from edgelora_runtime.errors import EdgeloraError, InputError, IntegrityError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -100,6 +101,8 @@ class Tokenizer:
             return list(self._tokenizer.encode(text, add_special_tokens=special_tokens).ids)
         except TypeError:  # a lone surrogate, which is no character
             raise InputError(f"the prompt is not valid Unicode ({text[:40]!a})") from None
+        except BaseException as error:
+            raise _type_failure(error, "encode this text") from None
 
     def encode_prompt(self, text: str, *, limit: int | None = None) -> list[int]:
         """Returns the tokens of a plain prompt, as encode(), but never with a second token of beginning.
@@ -127,7 +130,10 @@ class Tokenizer:
         """Returns the text of tokens, without special ones apart from those kept."""
         if kept:
             ids = [token for token in ids if token not in self._special or token in kept]
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not kept)
+        try:
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not kept)
+        except BaseException as error:
+            raise _type_failure(error, "decode these tokens") from None
         return text
 
 
@@ -169,13 +175,28 @@ class IncrementalDecoder:
 
 
 def load_tokenizer(raw: bytes) -> RustTokenizer:
-    """Parses a tokenizer.json. Raises IntegrityError if it is not one."""
+    """Parses a tokenizer.json and checks its parts. Raises IntegrityError if it is not one.
+
+    Truncation and padding that a file has left on are off, as transformers has it.
+    """
     try:
-        return RustTokenizer.from_str(raw.decode())
-    except BaseException as error:  # a hostile pattern raises pyo3's PanicException, which is not an Exception
-        if isinstance(error, KeyboardInterrupt | SystemExit):
-            raise
-        raise IntegrityError(f"{TOKENIZER} cannot be loaded ({error})") from None
+        tokenizer = RustTokenizer.from_str(raw.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+    except BaseException as error:
+        raise _type_failure(error, "be loaded") from None
+    check_parts(tokenizer, TOKENIZER)
+    return tokenizer
+
+
+def _type_failure(error: BaseException, task: str) -> BaseException:
+    """Returns this package's error for one of the tokenizers library, and those that end a program as they are.
+
+    Rust's panics are no Exception. A pattern that takes too long ends in one.
+    """
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | EdgeloraError):
+        return error
+    return IntegrityError(f"{TOKENIZER} cannot {task} ({error})")
 
 
 def _read_config(raw: bytes) -> dict[str, Any]:

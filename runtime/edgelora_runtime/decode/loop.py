@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from edgelora_runtime.answers.generation import Generation
 from edgelora_runtime.answers.text_stream import Piece
 from edgelora_runtime.bundle.tokenizer import IncrementalDecoder
 from edgelora_runtime.decode.cancellation import GenerationCancelled
 from edgelora_runtime.decode.logprobs import rate_token
 from edgelora_runtime.decode.sampling import Sampler
+from edgelora_runtime.errors import IntegrityError
 from edgelora_runtime.session.kv_cache import shared_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    import numpy as np
     from numpy.typing import NDArray
 
     from edgelora_runtime.answers.generation import Receipt, TokenLogprob
@@ -94,6 +96,7 @@ def continue_prompt(
         except GenerationCancelled as cancelled:
             reason = cancelled.reason
             break
+        check_finite(logits, "logits")
         if prompt_end is not None and prompt_end.logits is None:
             prompt_end.record(cache, logits)
         token = sampler.draw(logits, mask)
@@ -133,6 +136,20 @@ def continue_prompt(
         drafted_tokens=reader.drafted,
         accepted_tokens=reader.accepted,
     )
+
+
+def check_finite(computed: Floats, what: str) -> Floats:
+    """Returns what a graph computed, unless it holds NaN or infinity, or nothing but zeros. Raises IntegrityError for these.
+
+    Zeros are what a norm makes of numbers whose squares are infinite.
+    """
+    with np.errstate(all="ignore"):
+        total = computed.sum()  # one pass: NaN and infinity stay in a sum
+    if not np.isfinite(total) or (total == 0 and not computed.any()):
+        raise IntegrityError(
+            f"the model computed {what} that are NaN, infinite or all zero; use smaller weights in the mix, or verify the bundle"
+        )
+    return computed
 
 
 class _Answer:

@@ -30,15 +30,17 @@ FILE_LIMIT = 1 << 32  # bytes of an adapter file
 def read_adapter(raw: bytes, name: str) -> AdapterTensors:
     """Parses an adapter file.
 
-    Raises IntegrityError unless it holds fp16 matrices lora_A and lora_B for each of its modules.
+    Raises IntegrityError unless it holds finite fp16 matrices lora_A and lora_B for each of its modules.
     """
     try:
         tensors = load(raw)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: of a type that numpy has not, such as BF16
         raise IntegrityError(f"{name} is not a readable safetensors file ({error})") from error
     wrong = sorted(key for key, tensor in tensors.items() if tensor.dtype != np.float16 or tensor.ndim != 2)
     if wrong:
         raise IntegrityError(f"{name} holds tensors that are not fp16 matrices: {', '.join(wrong[:4])}")
+    if wrong := [key for key, tensor in tensors.items() if not np.isfinite(tensor).all()]:
+        raise IntegrityError(f"{name}: {', '.join(wrong[:4])} hold NaN or infinity; export the bundle again")
     modules = {key.removesuffix(".lora_A").removesuffix(".lora_B") for key in tensors}
     if single := sorted(m for m in modules if not {f"{m}.lora_A", f"{m}.lora_B"} <= tensors.keys()):
         raise IntegrityError(f"{name} lacks lora_A or lora_B of {', '.join(single[:4])}")
@@ -115,7 +117,13 @@ class LiveMixes:
         if name not in self._kept:
             file = self._bundle.manifest.adapters[name].file
             assert file is not None  # parse_manifest() checked the references
-            self._kept[name] = read_adapter(self._bundle.read(file, limit=FILE_LIMIT), file)
+            tensors = read_adapter(self._bundle.read(file, limit=FILE_LIMIT), file)
+            known = {module for slots in self._bundle.manifest.live_slots for module in slots.modules}
+            if unknown := sorted({key.rpartition(".")[0] for key in tensors} - known) or ([] if tensors else ["nothing"]):
+                raise IntegrityError(
+                    f"{file} changes {', '.join(unknown[:4])}, which live_slots do not list; export the bundle again"
+                )
+            self._kept[name] = tensors
         self._kept.move_to_end(name)
         return self._kept[name]
 

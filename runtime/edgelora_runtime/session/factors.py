@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -51,10 +51,15 @@ def stack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, fl
                 stop = start + len(down)
                 a[index, start:stop] = down
                 b[start:stop] = up.T
-                b[start:stop] *= np.float32(weight)
+                with np.errstate(over="ignore"):
+                    b[start:stop] *= np.float32(weight)
                 start = stop
         inputs[slot.a] = a.reshape(-1, slot.columns)
-    return {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
+    with np.errstate(over="ignore"):  # the error below names the input
+        typed = {name: array.astype(float_type, copy=False) for name, array in inputs.items()}
+    if wrong := [name for name, array in typed.items() if not np.isfinite(array).all()]:
+        raise UsageError(f"the weights of this mix make {wrong[0]} larger than {float_type} holds; use smaller ones")
+    return typed
 
 
 def pack_mix(slots: Sequence[LiveSlots], mix: Sequence[tuple[AdapterTensors, float]]) -> LoraInputs:
@@ -97,7 +102,7 @@ def _fill(
         start = 0
         for down, up, weight in factors:
             stop = start + len(down)
-            weights[index, start:stop] = weight
+            weights[index, start:stop] = weight  # finite as float32: choice.py and the manifest hold it to that
             a[index, start:stop, : down.shape[1]] = down
             rows, whole = b.transpose(0, 2, 1)[..., start:stop], len(up) // _GROUP
             rows[:whole] = up[: whole * _GROUP].reshape(whole, _GROUP, len(down))

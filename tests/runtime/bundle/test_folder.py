@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import random
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from edgelora_runtime import Bundle, EdgeloraError, InputError, IntegrityError, Runtime
+from edgelora_runtime import Bundle, EdgeloraError, InputError, IntegrityError, Runtime, UsageError
 from edgelora_runtime.bundle.manifest import MANIFEST, parse_manifest
 
 if TYPE_CHECKING:
@@ -186,7 +187,9 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(bundle_copy: Path
         position = random_.choice([0, entry.size - 1, random_.randrange(entry.size)])
         damaged[position] ^= 1 << random_.randrange(8)
         path.write_bytes(damaged)
-        assert Bundle.open(bundle_copy).verify() == [name]
+        assert bundle.verify() == [name]
+        with pytest.raises(IntegrityError, match=re.escape(name)):
+            Bundle.open(bundle_copy, verify="full")
         path.write_bytes(good)
     assert bundle.verify() == []
 
@@ -209,16 +212,38 @@ def test_runtime_reads_no_text_with_a_wrong_hash(bundle_copy: Path, name: str) -
         runtime.encode([{"role": "user", "content": "hi"}])  # which is when the template is read
 
 
-def test_runtime_opens_no_graph_or_adapter_with_a_wrong_hash(bundle_copy: Path) -> None:
-    for name in ("plain.cpu.onnx", "plain.adapter.safetensors"):
-        raw = bytearray((bundle_copy / name).read_bytes())
-        raw[len(raw) // 2] ^= 1
-        (bundle_copy / name).write_bytes(raw)
+def flip_the_middle(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_runtime_opens_no_adapter_with_a_wrong_hash(bundle_copy: Path) -> None:
+    flip_the_middle(bundle_copy / "plain.adapter.safetensors")
     with Runtime(bundle_copy) as runtime:
         runtime.switch("base")
-        for variant in ("plain", "plain-live"):
-            with pytest.raises(IntegrityError, match="is not the file that"):
-                runtime.switch(variant)
+        with pytest.raises(IntegrityError, match="is not the file that"):
+            runtime.switch("plain-live")
+
+
+def test_a_graph_with_a_wrong_hash_is_found_on_opening_and_before_its_session(bundle_copy: Path) -> None:
+    with Runtime(bundle_copy) as runtime:
+        flip_the_middle(bundle_copy / "plain.cpu.onnx")
+        with pytest.raises(IntegrityError, match="is not the file that"):
+            runtime.switch("plain")
+    with pytest.raises(IntegrityError, match=r"plain\.cpu\.onnx is not the file that"):
+        Bundle.open(bundle_copy)
+
+
+def test_runtime_verifies_an_opened_bundle_anew_if_asked_to(bundle_copy: Path) -> None:
+    opened = Bundle.open(bundle_copy)
+    flip_the_middle(a_blob(bundle_copy))
+    Runtime(opened).close()
+    for bundle in (opened, bundle_copy):
+        with pytest.raises(IntegrityError, match="differ from the manifest"):
+            Runtime(bundle, verify="full")
+    with pytest.raises(UsageError, match="'quick' or 'full'"):
+        Runtime(bundle_copy, verify="fast")
 
 
 # --- files that are listed truthfully and hostile all the same ------------------------------------------------------------
