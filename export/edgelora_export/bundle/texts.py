@@ -147,8 +147,9 @@ def read_bundle_texts(
 
 def read_generation_settings(base: Base) -> dict[str, Any]:
     """Reads the settings in generation_config.json that are not null. Returns {} without the file."""
+    text = base.texts.get(_GENERATION_CONFIG, b"{}")
     try:
-        settings: dict[str, Any] = dict(json.loads(base.texts.get(_GENERATION_CONFIG, b"{}")))
+        settings: dict[str, Any] = dict(json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"base {base.path}: {_GENERATION_CONFIG} is not a readable JSON object; mend it or delete it") from error
     return {key: value for key, value in settings.items() if value is not None}

@@ -12,7 +12,7 @@ from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora_export.graph import stages
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle
-from edgelora_runtime.bundle.graphs.operators import BODY, NATIVE, TRACED
+from edgelora_runtime.bundle.graphs.operators import JOINED_BODY, LIVE_BODY, LIVE_PRODUCTS, NATIVE, TRACED
 from tests.export.architectures.test_architectures import SHAPES, make
 from tests.tiny import make_adapter
 
@@ -26,8 +26,9 @@ GRIDS = (
     Quantization(bits=8, block_size=32, symmetric=False, method="rtn"),
     Quantization(bits=32),
 )
-# Architectures whose graphs have, among them, every operator of all: position scales and norms of heads, caps, plain ones.
-QUICK = {"ministral3, padded heads, windows": GRIDS[:1], "gemma2": GRIDS[:1], "qwen3": GRIDS[2:]}
+# Architectures whose graphs have, among them, every operator of all: position scales and norms of heads, caps, plain ones, and
+# products of one part behind a norm.
+QUICK = {"ministral3, padded heads, windows": GRIDS[:1], "gemma2": GRIDS[:1], "qwen3": GRIDS[2:], "phi3": GRIDS[:1]}
 VARIANTS = {"base": VariantRecipe({}), "merged": VariantRecipe({"a": 1.0}), "a-live": VariantRecipe({"a": 1.0}, "live")}
 
 
@@ -43,23 +44,26 @@ def export_kinds(name: str, grids: tuple[Quantization, ...], folder: Path) -> li
     return bundles
 
 
-def list_operators(bundle: Path) -> tuple[Operators, Operators]:
-    """The operators of a bundle's graphs, and those of their functions' bodies, as the onnx package reads them."""
+def list_operators(bundle: Path) -> tuple[Operators, Operators, Operators]:
+    """The operators of a bundle's graphs, of its live products' bodies and of joined ones', as the onnx package reads them."""
     models = [onnx.load(path, load_external_data=False) for path in bundle.glob("*.onnx")]
-    bodies = {(node.domain, node.op_type) for model in models for function in model.functions for node in function.node}
-    return {(node.domain, node.op_type) for model in models for node in model.graph.node}, bodies
+    functions = [function for model in models for function in model.functions]
+    live = {(node.domain, node.op_type) for each in functions if each.name in LIVE_PRODUCTS for node in each.node}
+    joined = {(node.domain, node.op_type) for each in functions if each.name not in LIVE_PRODUCTS for node in each.node}
+    return {(node.domain, node.op_type) for model in models for node in model.graph.node}, live, joined
 
 
 def check_kinds(names: dict[str, tuple[Quantization, ...]], folder: Path) -> None:
-    used: Operators = set()
-    bodies: Operators = set()
+    found: tuple[Operators, ...] = (set(), set(), set())
     for at, (name, grids) in enumerate(names.items()):
         for bundle in export_kinds(name, grids, folder / str(at)):
             Bundle.open(bundle)
-            outer, inner = list_operators(bundle)
-            used, bodies = used | outer, bodies | inner
-    assert bodies == BODY
-    assert used | bodies == NATIVE
+            for all_found, new in zip(found, list_operators(bundle), strict=True):
+                all_found.update(new)
+    used, live, joined = found
+    assert live == LIVE_BODY
+    assert joined == JOINED_BODY
+    assert used | live | joined == NATIVE
 
 
 def test_graphs_of_a_few_architectures_use_exactly_the_operators_of_the_list(tmp_path: Path) -> None:

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from edgelora_runtime.bundle.graphs import messages
-from edgelora_runtime.bundle.graphs.operators import BODY, FUNCTION_NAMES, FUNCTIONS, ONNX, OPSETS
+from edgelora_runtime.bundle.graphs.operators import (
+    FUNCTION_NAMES,
+    FUNCTIONS,
+    JOINED_BODY,
+    LIVE_BODY,
+    LIVE_PRODUCTS,
+    ONNX,
+    OPSETS,
+)
 from edgelora_runtime.bundle.graphs.wire import Budget, GraphError, read_message, read_signed, read_text, show_name
 
 if TYPE_CHECKING:
@@ -96,12 +104,13 @@ class GraphReader:
         if model.get("ir_version") not in _IR_VERSIONS:
             raise GraphError(f"has version {model.get('ir_version')} of ONNX's format")
         self._check_opsets(model.get("opset_import", ()))
-        functions = [self._read_once("function", each, self._read_function) for each in model.get("functions", ())]
-        if len(set(functions)) < len(functions):
+        bodies = [self._read_once("function", each, self._read_function) for each in model.get("functions", ())]
+        functions = {name for name, _ in bodies}
+        if len(functions) < len(bodies):
             raise GraphError("defines a function twice")
         graph = self._message(model.get("graph", b""), messages.GRAPH)
         nodes = self._read_nodes(graph.get("node", ()), self.operators)
-        if missing := {name for domain, name in (n.operator for n in nodes) if domain == FUNCTIONS} - set(functions):
+        if missing := _find_calls(nodes).union(*(called for _, called in bodies)) - functions:
             raise GraphError(f"calls functions that it does not define: {', '.join(sorted(missing))}")
         values = {
             kind: tuple(self._read_once("value", each, self._read_value) for each in graph.get(kind, ()))
@@ -231,15 +240,15 @@ class GraphReader:
             raise GraphError("has a dimension with an endless name")
         return read_signed(dimension["size"]) if "size" in dimension else None
 
-    def _read_function(self, raw: bytes) -> str:
-        """Returns a function's name."""
+    def _read_function(self, raw: bytes) -> tuple[str, set[str]]:
+        """Returns a function's name, and the names of those that it calls."""
         function = self._message(raw, messages.FUNCTION)
         name = read_text(function.get("name", b""), "a function's name", _TEXT_LIMIT)
         if function.get("domain") != FUNCTIONS.encode() or name not in FUNCTION_NAMES:
             raise GraphError(f"defines the function {name}, which is none of edgelora's")
         self._check_opsets(function.get("opset_import", ()))
-        self._read_nodes(function.get("node", ()), BODY)
-        return name
+        nodes = self._read_nodes(function.get("node", ()), LIVE_BODY if name in LIVE_PRODUCTS else JOINED_BODY)
+        return name, _find_calls(nodes)
 
     def _check_opsets(self, entries: Iterable[bytes]) -> None:
         found: dict[str, int] = {}
@@ -263,6 +272,10 @@ class GraphReader:
 
     def _message(self, raw: bytes, kind: Message) -> dict[str, Any]:
         return read_message(raw, kind, self.budget)
+
+
+def _find_calls(nodes: Iterable[Node]) -> set[str]:
+    return {name for domain, name in (node.operator for node in nodes) if domain == FUNCTIONS}
 
 
 def _check_sizes(sizes: Sequence[int | None]) -> None:
