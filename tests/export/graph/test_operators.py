@@ -17,6 +17,7 @@ from tests.export.architectures.test_architectures import SHAPES, make
 from tests.tiny import make_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     Operators = set[tuple[str, str]]
@@ -50,7 +51,7 @@ def list_operators(bundle: Path) -> tuple[Operators, Operators]:
     return {(node.domain, node.op_type) for model in models for node in model.graph.node}, bodies
 
 
-def check_kinds(names: dict[str, tuple[Quantization, ...]], folder: Path) -> None:
+def check_kinds(names: Mapping[str, tuple[Quantization, ...]], folder: Path) -> None:
     used: Operators = set()
     bodies: Operators = set()
     for at, (name, grids) in enumerate(names.items()):
