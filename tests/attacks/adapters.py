@@ -166,4 +166,4 @@ def open_adapter(folder: Path) -> None:
 
 def list_attacks(bundle: Path) -> Iterator[Attack]:
     for name, make in {**ADAPTERS, **(LINKS if sys.platform != "win32" else {})}.items():
-        yield Attack("adapter", name, lambda folder, make=make: make(folder) and None, open_adapter)
+        yield Attack("adapter", name, make, open_adapter)

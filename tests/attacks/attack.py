@@ -27,7 +27,7 @@ class Attack:
 
     part: str
     name: str
-    make: Callable[[Path], None]
+    make: Callable[[Path], object]
     open: Callable[[Path], None]
 
     @property

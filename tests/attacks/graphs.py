@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    Change = Callable[[Any], None]
+    Change = Callable[[Any], object]
 
 HUGE = 1 << 62
 
@@ -340,7 +340,7 @@ EDITS: dict[str, Change] = {
     "an attribute with a large tensor": add_attribute(
         type=AttributeProto.TENSOR, t=TensorProto(data_type=2, dims=[100_000], raw_data=bytes(100_000))
     ),
-    "two attributes of one name": lambda model: [add_attribute(type=2, i=n)(model) for n in (1, 2)] and None,
+    "two attributes of one name": lambda model: [add_attribute(type=2, i=n)(model) for n in (1, 2)],
     "constants to fold into a terabyte": constant_fold,
     "a count of a token's value": count_inputs,
     "a function of another domain": add_function("evil", "F"),
@@ -350,7 +350,7 @@ EDITS: dict[str, Change] = {
         "edgelora", "LiveMatMulNBits1", helper.make_node("LiveMatMulNBits1", ["x"], ["y"], domain="edgelora")
     ),
     "a function with operators of another domain": add_function("edgelora", "LiveMatMulNBits1", versions=(("evil", 1),)),
-    "a function twice": lambda model: [add_function("edgelora", "LiveMatMulNBits1")(model) for _ in "ab"] and None,
+    "a function twice": lambda model: [add_function("edgelora", "LiveMatMulNBits1")(model) for _ in "ab"],
     "nested functions": nested_functions,
     "a call of a function that is absent": add_node("LiveMatMulNBits2", domain="edgelora"),
     "weights in a parent folder": external(location="../secret.bin"),
@@ -408,7 +408,7 @@ EDITS: dict[str, Change] = {
     "a value that nobody makes": add_node("Neg", ["nowhere"]),
     "70,000 nodes": many_nodes,
     "a name of 100 kB": long_name,
-    "a sparse initializer": lambda model: model.graph.sparse_initializer.add().dims.append(1) or None,
+    "a sparse initializer": lambda model: model.graph.sparse_initializer.add().dims.append(1),
     "a quantization annotation": lambda model: setattr(model.graph.quantization_annotation.add(), "tensor_name", "x"),
     "training": lambda model: setattr(model.training_info.add().algorithm, "name", "x"),
     "metadata": lambda model: setattr(model.metadata_props.add(), "key", "x"),
@@ -420,7 +420,7 @@ EDITS: dict[str, Change] = {
 LIVE_EDITS: dict[str, Change] = {
     "factors by default": filled_factors,
     "a function without a body's operators": lambda model: model.functions[0].node.append(helper.make_node("Loop", ["x"], ["q"])),
-    "a function that is missing": lambda model: model.functions.pop() and None,
+    "a function that is missing": lambda model: model.functions.pop(),
 }
 LIVE_SLOTS: dict[str, Callable[[dict[str, Any]], None]] = {
     "slots of 2^31 columns": lambda slot: slot.update(columns=(1 << 31) - 1),

@@ -152,7 +152,10 @@ def find_blob(manifest: dict[str, Any]) -> str:
 
 
 def change_file(change: Callable[[Path], object], name: str = "tokenizer.json") -> Callable[[Copy], None]:
-    return lambda copy: change(copy.folder / name) and None
+    def apply(copy: Copy) -> None:
+        change(copy.folder / name)
+
+    return apply
 
 
 def to_link(path: Path, target: str) -> None:

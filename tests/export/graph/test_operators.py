@@ -17,6 +17,7 @@ from tests.export.architectures.test_architectures import SHAPES, make
 from tests.tiny import make_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     Operators = set[tuple[str, str]]
@@ -53,8 +54,14 @@ def list_operators(bundle: Path) -> tuple[Operators, Operators, Operators]:
     return {(node.domain, node.op_type) for model in models for node in model.graph.node}, live, joined
 
 
+<<<<<<< HEAD
 def check_kinds(names: dict[str, tuple[Quantization, ...]], folder: Path) -> None:
     found: tuple[Operators, ...] = (set(), set(), set())
+=======
+def check_kinds(names: Mapping[str, tuple[Quantization, ...]], folder: Path) -> None:
+    used: Operators = set()
+    bodies: Operators = set()
+>>>>>>> attacks
     for at, (name, grids) in enumerate(names.items()):
         for bundle in export_kinds(name, grids, folder / str(at)):
             Bundle.open(bundle)

@@ -37,7 +37,8 @@ HASH = "0123456789abcdef" * 4
 NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,30}", fullmatch=True).filter(lambda name: check_variant_name(name) is None)
 NUMBERS = st.integers(1, (1 << 53) - 1)
 SIZES = st.integers(1, (1 << 31) - 1)  # of a matrix
-WEIGHTS = st.floats(allow_nan=False, allow_infinity=False)
+MODEL_SIZES = st.integers(1, 1 << 24)
+WEIGHTS = st.floats(allow_nan=False, allow_infinity=False, width=32)
 CACHES = st.sampled_from(["in_place", "growing"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(str.isprintable)
 
@@ -123,7 +124,9 @@ def manifests(draw: st.DrawFn) -> Manifest:
         created_by=draw(TEXT),
         default_variant=names[0],
         base=BaseEntry(draw(TEXT), draw(TEXT)),
-        model=draw(st.builds(ModelEntry, TEXT, *[NUMBERS] * 6, st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple), CACHES)),
+        model=draw(
+            st.builds(ModelEntry, TEXT, *[MODEL_SIZES] * 6, st.lists(st.integers(0, 1 << 40), max_size=3).map(tuple), CACHES)
+        ),
         quantization=draw(st.builds(QuantizationEntry, st.integers(0, 64), NUMBERS, st.booleans(), TEXT)),
         adapters={
             name: AdapterEntry(HASH, draw(st.integers(0, 999)), f"{name}.adapter.safetensors" if name in with_file else None)

@@ -62,7 +62,7 @@ def _check_blobs(graph: Graph, blobs: Mapping[str, int]) -> None:
     """Refuses values outside the blobs that the manifest gives the graph, and more of them than the blobs hold."""
     mapped = [each for each in graph.initializers if each.location is not None]
     for each in mapped:
-        if each.location not in blobs:
+        if each.location is None or each.location not in blobs:
             raise GraphError(f"maps {each.location!r}, which the manifest does not list among its blobs")
         if each.offset + each.nbytes > blobs[each.location]:
             raise GraphError(

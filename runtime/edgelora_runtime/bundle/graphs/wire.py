@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 VARINT, BYTES, FIXED32 = 0, 2, 5  # wire types; the others are in no message that a bundle needs
 _LONGEST = 10  # bytes of a varint
+_MOST_FIELDS = 1 << 18  # of one message; a graph of 80 layers has some ten thousand
 _MORE = 0x80  # of a byte of a varint: another follows
 _SIGN = 1 << 63
 
@@ -67,6 +68,8 @@ def read_message(raw: bytes, kind: Message, budget: Budget) -> dict[str, Any]:
     at, end, count = 0, len(raw), 0
     while at < end:
         count += 1
+        if count > _MOST_FIELDS:
+            raise GraphError(f"has {kind.name} of more than {_MOST_FIELDS} fields")
         tag = raw[at]
         at += 1
         if tag & _MORE:
