@@ -54,14 +54,8 @@ def list_operators(bundle: Path) -> tuple[Operators, Operators, Operators]:
     return {(node.domain, node.op_type) for model in models for node in model.graph.node}, live, joined
 
 
-<<<<<<< HEAD
-def check_kinds(names: dict[str, tuple[Quantization, ...]], folder: Path) -> None:
-    found: tuple[Operators, ...] = (set(), set(), set())
-=======
 def check_kinds(names: Mapping[str, tuple[Quantization, ...]], folder: Path) -> None:
-    used: Operators = set()
-    bodies: Operators = set()
->>>>>>> attacks
+    found: tuple[Operators, ...] = (set(), set(), set())
     for at, (name, grids) in enumerate(names.items()):
         for bundle in export_kinds(name, grids, folder / str(at)):
             Bundle.open(bundle)
