@@ -165,25 +165,34 @@ def _learned(
 def _compose_with_peft(
     prepared: Prepared, adapters: Mapping[str, Adapter], kind: str, options: Mapping[str, float], weight: float
 ) -> Path:
-    """A mix by PEFT's add_weighted_adapter, saved by PEFT in the seed's folder."""
+    """A mix by PEFT's add_weighted_adapter, in the seed's folder."""
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     folder = prepared.folder / "peft" / f"{'-'.join(adapters)}-{kind}-{weight}"
     if not folder.exists():
-        torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_pretrained(prepared.base, dtype=torch.float32)
-        names = [f"adapter{place}" for place in range(len(adapters))]
-        for name, adapter in zip(names, adapters.values(), strict=True):
-            if name == names[0]:
-                model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name)
-            else:
-                model.load_adapter(adapter.folder, adapter_name=name)
-        model.add_weighted_adapter(names, [weight] * len(names), "mix", combination_type=kind, **options)
-        model.save_pretrained(folder.with_suffix(".saved"), selected_adapters=["mix"])
-        (folder.with_suffix(".saved") / "mix").rename(folder)
+        model = AutoModelForCausalLM.from_pretrained(prepared.base, dtype=torch.float32)
+        combine_with_peft(model, [*adapters.values()], kind, options, weight, folder)
     return folder
+
+
+def combine_with_peft(
+    model: Any, adapters: Sequence[Adapter], kind: str, options: Mapping[str, float], weight: float, folder: Path
+) -> None:
+    """Mixes adapters by PEFT's add_weighted_adapter on a loaded base, all with one weight, and lets PEFT save the mix."""
+    import torch
+    from peft import PeftModel
+
+    torch.manual_seed(0)
+    names = [f"adapter{place}" for place in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        if name == names[0]:
+            model = PeftModel.from_pretrained(model, adapter.folder, adapter_name=name)
+        else:
+            model.load_adapter(adapter.folder, adapter_name=name)
+    model.add_weighted_adapter(names, [weight] * len(names), "mix", combination_type=kind, **options)
+    model.save_pretrained(folder.with_suffix(".saved"), selected_adapters=["mix"])
+    (folder.with_suffix(".saved") / "mix").rename(folder)
 
 
 def _with_random(prepared: Prepared, adapters: Mapping[str, Adapter], weights: Mapping[str, Any]) -> Iterator[tuple[str, Mix]]:
@@ -198,12 +207,12 @@ def _with_random(prepared: Prepared, adapters: Mapping[str, Adapter], weights: M
                 continue
             folder = prepared.folder / "random" / name
             if not folder.exists():
-                write_composed(folder, _draw(adapter, place), adapter, adapter.provenance)
+                write_composed(folder, draw_random(adapter, place), adapter, adapter.provenance)
             mixed[name] = Adapter.open(folder, name)
         yield task, Mix(mixed, weights)
 
 
-def _draw(adapter: Adapter, seed: int) -> dict[str, tuple[Any, Any]]:
+def draw_random(adapter: Adapter, seed: int) -> dict[str, tuple[Any, Any]]:
     generator = np.random.default_rng(seed)
     factors = {}
     for module in sorted(adapter.modules):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003  (typer reads the annotations)
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from edgelora.mix.weights import Weight
 
 _MERGE, _OTHER = "How to merge", "Other forms of input and output"  # headings of groups in --help
+
+_BEST = "best"  # in place of a method: choose it on rows
 
 app = typer.Typer(invoke_without_command=True, no_args_is_help=True)
 
@@ -46,8 +48,22 @@ def compose(
         ),
     ] = None,
     method: Annotated[
-        str, choose([*MIX_METHODS], "How to merge the deltas; explained below.", kind="METHOD", panel=_MERGE)
+        str,
+        choose(
+            [*MIX_METHODS, _BEST],
+            "How to merge the deltas; explained below. best tries some methods on --data, and takes a minute or so.",
+            kind="METHOD",
+            panel=_MERGE,
+        ),
     ] = "linear",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]HELDOUT.jsonl",
+            help="With --method best: a task's held-out rows, by the name of its adapter; repeat for each.",
+            rich_help_panel=_MERGE,
+        ),
+    ] = None,
     density: Annotated[
         float,
         typer.Option(
@@ -97,7 +113,8 @@ def compose(
         str | None,
         typer.Option(
             metavar="BASE",
-            help="Folder or hub id of the base, whose config GGUF adapters need; what an adapter names if omitted.",
+            help="Folder or hub id of the base, whose config GGUF adapters need, and which --method best measures on; what an "
+            "adapter names if omitted.",
             rich_help_panel=_OTHER,
         ),
     ] = None,
@@ -120,6 +137,12 @@ def compose(
     ):
         raise UsageError(f"--{idle[0]} has no effect on method {method}; leave it out")
     mixed = parse_adapters(adapter, _read_weights(weights))
+    if method == _BEST:
+        if idle := [n for n in ("density", "seed") if is_given(context, n)]:
+            raise UsageError(f"--{idle[0]} does not go with --method best; name a method")
+        method, mixed = _choose_best(mixed, data, base or merge_into)
+    elif data:
+        raise UsageError("--data is for --method best; compose search and compose learn take it, too")
     if merge_into is not None:
         if rank is not None:
             raise UsageError("--rank is for an adapter; leave it out with --merge-into")
@@ -164,6 +187,24 @@ def compose(
     _show_result(report, json=json)
 
 
+def _choose_best(
+    mixed: dict[str, tuple[str, Weight]], data: list[str] | None, base: str | None
+) -> tuple[str, dict[str, tuple[str, Weight]]]:
+    """Chooses a method and a factor on the weights by the loss on rows, and says what each mix that was tried keeps."""
+    if absent := [name for name, value in (("--base", base), ("--data", data)) if not value]:
+        raise UsageError(f"--method best needs {' and '.join(absent)}")
+    assert base is not None and data
+    from edgelora.search.best_method import choose_best_mix
+
+    paths = {name: Path(path) for name, path in parse_paths(data, "--data [NAME=]HELDOUT.jsonl").items()}
+    with show_progress("trying") as on_progress:
+        best = choose_best_mix(base, mixed, paths, on_progress=on_progress, on_note=print_note)
+    for mix in sorted(best.tried, key=lambda mix: -mix.mean):
+        each = ", ".join(f"{task} {share:.2f}" for task, share in mix.kept.items())
+        print_note(f"{mix.method}, weights × {mix.factor:g}: keeps {mix.mean:.3f} ({each})")
+    return best.method, {name: (path, best.weights[name]) for name, (path, _) in mixed.items()}
+
+
 def _check_dtype(dtype: str | None, output: Path) -> None:
     if dtype is not None and output.suffix != ".gguf":
         raise UsageError("--dtype needs --merge-into, or an --output named *.gguf")
@@ -180,7 +221,7 @@ def _compose_mergekit(
     json: bool,
 ) -> None:
     """Composes what a mergekit file says. gguf: --base and --dtype."""
-    if idle := [name for name in ("adapter", "method", "density", "weights", "merge_into") if is_given(context, name)]:
+    if idle := [name for name in ("adapter", "method", "data", "density", "weights", "merge_into") if is_given(context, name)]:
         raise UsageError(f"--{idle[0].replace('_', '-')} does not go with --mergekit; the file holds those settings")
     if output is None:
         raise UsageError("compose needs --output")

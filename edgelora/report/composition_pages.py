@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.formatting import format_bytes, to_json
 from edgelora.report import palette
+from edgelora.report.composition_report import name_mix
 from edgelora.report.elements import Html, element, join
 from edgelora.report.page import (
     NONE,
@@ -108,20 +109,22 @@ def _list_pair(pair: PairReport) -> list[str]:
     """A row of the table of verdicts."""
     verdict, score = pair.verdict, pair.score
     if score is None:
-        weights = pair.prediction.weights
+        mix = name_mix(pair.prediction.weights)
         kept = [f"{name}: {format_cell(share)}" for name, share in pair.prediction.kept.items()]
     else:
-        weights = score.weights
+        mix = name_mix(score.weights, score.method)
         kept = [
             f"{name}: {format_cell(task.kept)}, loss {format_cell(task.excess, sign=True)}" for name, task in score.tasks.items()
         ]
     chip = render_chip(verdict.choice, solid=verdict.choice == "merge")
-    return [pair.name, chip, _name_weights(weights), render_lines(kept), verdict.reason]
+    return [pair.name, chip, mix, render_lines(kept), verdict.reason]
 
 
 def _render_plan(plan: Plan, recipe: str) -> Html:
-    rows = [[one.name, "merged", _name_weights(one.mix), format_bytes(one.bytes), f"+{one.gain:.2f}"] for one in plan.merged]
-    rows += [[name, "live", _name_weights({name: 1.0}), NONE, NONE] for name in plan.live]
+    rows = [
+        [one.name, "merged", name_mix(one.mix, one.method), format_bytes(one.bytes), f"+{one.gain:.2f}"] for one in plan.merged
+    ]
+    rows += [[name, "live", name_mix({name: 1.0}), NONE, NONE] for name in plan.live]
     rows += [["factors of all adapters", "live", NONE, format_bytes(plan.live_bytes), NONE]] if plan.live else []
     rows += [["base", "merged", "bare base", format_bytes(plan.base_bytes), NONE]] if plan.base_bytes is not None else []
     total = f"{format_bytes(plan.bytes)} in all{'' if plan.base_bytes is not None else ', beside the base'}"
@@ -252,7 +255,3 @@ def _compare_layers(report: CompositionReport) -> Iterator[HeatMap]:
 
 def _name_score(score: TaskScore) -> str:
     return f"{score.loss:.3f}" + ("" if score.slot_f1 is None else f", F1 {score.slot_f1:.2f}")
-
-
-def _name_weights(weights: Mapping[str, float]) -> str:
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # of both adapters: measured for each pair, besides the predicted best weights
+TSV = "core_tsv"  # measured for each pair at weights 1 and 1; on real models the best method, docs/results.md
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -161,7 +162,7 @@ def report_composition(
         check_shapes(opened, decoder)
     pairs = [*itertools.combinations(opened, 2)]
     modules = sorted({module for adapter in opened.values() for module in adapter.modules})
-    total = len(modules) + (2 * len(opened) + 1 + len(pairs) * (len(EQUAL_WEIGHTS) + 1) if tasks else 0)
+    total = len(modules) + (2 * len(opened) + 1 + len(pairs) * (len(EQUAL_WEIGHTS) + 2) if tasks else 0)
     steps = itertools.count()
 
     def on_step(what: str) -> None:
@@ -205,9 +206,9 @@ def decide_merge_or_route(prediction: Prediction, score: PairScore | None) -> Ve
             if found.kept_score is not None
             else (f"{worst} is {found.excess:.2f} nats per token above its adapter's loss")
         )
-        return Verdict("merge" if found.holds else "route", "measured", f"{reason} at {_name_weights(score.weights)}")
+        return Verdict("merge" if found.holds else "route", "measured", f"{reason} at {name_mix(score.weights, score.method)}")
     worst, kept = min(prediction.kept.items(), key=lambda item: item[1])
-    reason = f"{worst} should keep {kept:.2f} of its effect at {_name_weights(prediction.weights)}"
+    reason = f"{worst} should keep {kept:.2f} of its effect at {name_mix(prediction.weights)}"
     return Verdict("merge" if kept >= KEPT else "route", "predicted", reason)
 
 
@@ -304,8 +305,9 @@ def _report_pair(
         {name: outputs.energy(*side) for name, side in sides.items()},
         {name: {layer: outputs.energy(*side, layer) for layer in outputs.layers} for name, side in sides.items()},
     )
-    tries = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), weights])
-    score = None if scorer is None else scorer.score_pair(pair, [*tries], on_step)
+    sums = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), weights])
+    tries = [*(("linear", each) for each in sums), (TSV, (1.0, 1.0))]
+    score = None if scorer is None else scorer.score_pair(pair, tries, on_step)
     return PairReport(
         pair,
         summarize([*figures.values()], i, j),
@@ -328,16 +330,16 @@ def _plan(adapters: Mapping[str, Adapter], pairs: Sequence[PairReport], decoder:
     for pair in pairs:
         if pair.verdict.choice != "merge":
             continue
-        weights = pair.prediction.weights if pair.score is None else pair.score.weights
+        weights, method = (pair.prediction.weights, "linear") if pair.score is None else (pair.score.weights, pair.score.method)
         found = {name: task.kept for name, task in pair.score.tasks.items()} if pair.score else pair.prediction.kept
         kept = {name: 1.0 if share is None else min(1.0, share) for name, share in found.items()}
         size = count_merged_bytes([adapters[name] for name in pair.pair], decoder)
-        candidates.append(Candidate(_name_mix(pair.pair, {one.name for one in candidates}), weights, kept, size))
+        candidates.append(Candidate(_name_variant(pair.pair, {one.name for one in candidates}), weights, kept, size, method))
     base_bytes = count_base_bytes(decoder) if decoder else None
     return plan_variants(candidates, [*adapters], count_live_bytes(adapters.values()), base_bytes, budget)
 
 
-def _name_mix(pair: tuple[str, str], taken: Set[str]) -> str:
+def _name_variant(pair: tuple[str, str], taken: Set[str]) -> str:
     """Finds a name for a pair's variant, not taken and not too long."""
     name = "-".join(pair)[:60]
     return next(one for one in (name, *(f"{name}-{place}" for place in range(2, 100))) if one not in taken)
@@ -360,5 +362,7 @@ def _is_embedding(adapters: Mapping[str, Adapter], module: str) -> bool:
     return any(module in adapter.modules and adapter.is_embedding(module) for adapter in adapters.values())
 
 
-def _name_weights(weights: Mapping[str, float]) -> str:
-    return " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+def name_mix(weights: Mapping[str, float], method: str = "linear") -> str:
+    """Names a mix: "1 sql + 1 law", or "1 sql + 1 law by core_tsv"."""
+    named = " + ".join(f"{weight:g} {name}" for name, weight in weights.items())
+    return named if method == "linear" else f"{named} by {method}"

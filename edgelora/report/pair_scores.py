@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from edgelora.data.rows import Row
     from edgelora.in_torch.mixed_model import MixedModel
 
+Try = tuple[str, tuple[float, float]]  # a method, and the weights of both adapters
 KEPT = 0.8  # least share of an adapter's gain over the base that a mix must keep; the gate of export asks for the same
 EXCESS = 0.1  # most nats per token above the adapter's own loss, for tasks without a score; docs/log.md has the figures
 
@@ -60,12 +61,13 @@ class MixScore:
 class PairScore:
     """The best mix of two adapters.
 
-    weights: by adapter. tasks: by task. tried: how many were compared, on the same rows.
+    weights: by adapter. tasks: by task. tried: how many were compared, on the same rows. method: a name in MIX_METHODS.
     """
 
     weights: Mapping[str, float]
     tasks: Mapping[str, MixScore]
     tried: int
+    method: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -104,17 +106,17 @@ class PairScorer:
         return cls(model, adapters, tasks, bare, alone)
 
     def score_pair(
-        self, pair: tuple[str, str], tries: Sequence[tuple[float, float]], on_step: Callable[[str], None] = lambda what: None
+        self, pair: tuple[str, str], tries: Sequence[Try], on_step: Callable[[str], None] = lambda what: None
     ) -> PairScore:
-        """Scores the best linear mix of two adapters.
+        """Scores the best mix of two adapters.
 
-        Of the weights to try, it has the least excess on the worse task.
+        Of the mixes to try, it has the least excess on the worse task.
         """
         tasks = {name: self.tasks[name] for name in pair}
         losses = []
-        for weights in tries:
+        for each in tries:
             on_step(" + ".join(pair))
-            self._set(pair, weights)
+            self._set(pair, each)
             losses.append({name: self.model.loss(rows) for name, rows in tasks.items()})
         excess = [max(found[name] - self.alone[name][name].loss for name in pair) for found in losses]
         best = excess.index(min(excess))
@@ -124,10 +126,12 @@ class PairScorer:
             for name, rows in tasks.items()
         }
         self.model.set_mix(None)
-        return PairScore(dict(zip(pair, tries[best], strict=True)), scores, len(tries))
+        method, weights = tries[best]
+        return PairScore(dict(zip(pair, weights, strict=True)), scores, len(tries), method)
 
-    def _set(self, pair: tuple[str, str], weights: tuple[float, float]) -> None:
-        self.model.set_mix(Mix(self.adapters, dict(zip(pair, weights, strict=True))))
+    def _set(self, pair: tuple[str, str], each: Try) -> None:
+        method, weights = each
+        self.model.set_mix(Mix(self.adapters, dict(zip(pair, weights, strict=True)), method))
 
 
 def rate_mix(mix: TaskScore, base: TaskScore, alone: TaskScore) -> MixScore:

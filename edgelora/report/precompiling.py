@@ -31,26 +31,28 @@ class Candidate:
     """A variant that could be compiled.
 
     kept: by task, the share of its adapter's effect that the variant keeps, 0 to 1. bytes: of the weights that it does not share
-    with the base.
+    with the base. method: of the mix, a name in MIX_METHODS.
     """
 
     name: str
     mix: Mapping[str, float]
     kept: Mapping[str, float]
     bytes: int
+    method: str = "linear"
 
 
 @dataclass(frozen=True)
 class ChosenVariant:
     """A candidate worth its bytes.
 
-    gain: what it added to the tasks' kept shares when it was chosen.
+    gain: what it added to the tasks' kept shares when it was chosen. method: of the mix.
     """
 
     name: str
     mix: Mapping[str, float]
     bytes: int
     gain: float
+    method: str = "linear"
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def _choose(candidates: Sequence[Candidate], tasks: Sequence[str], room: float) 
     while fitting := [one for one in left if one.bytes <= room and gain(one) >= LEAST_GAIN]:
         # A tie goes to the candidate that serves more tasks, then to the first.
         taken = max(fitting, key=lambda one: (gain(one) / max(one.bytes, 1), len(one.kept)))
-        chosen.append(ChosenVariant(taken.name, taken.mix, taken.bytes, gain(taken)))
+        chosen.append(ChosenVariant(taken.name, taken.mix, taken.bytes, gain(taken), taken.method))
         best |= {task: max(best[task], share) for task, share in taken.kept.items()}
         room -= taken.bytes
         left.remove(taken)
@@ -153,6 +155,7 @@ def render_recipe(plan: Plan, base: str | None, adapters: Mapping[str, Path], fo
     lines += ["", "[variants.base]", "mix = {}"]
     for variant in plan.merged:
         lines += ["", f"[variants.{_quote(variant.name)}]", f"mix = {_inline(variant.mix)}"]
+        lines += [f"method = {_quote(variant.method)}"] if variant.method != "linear" else []
     for name in plan.live:
         lines += ["", f"[variants.{_quote(name)}]", f"mix = {_inline({name: 1.0})}", 'kind = "live"']
     if len(plan.merged) + len(plan.live) > 1:

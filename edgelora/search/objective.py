@@ -53,7 +53,11 @@ class Objective:
 
     def kept(self, figures: Mapping[str, float]) -> float:
         """The share that a mix keeps, averaged over tasks."""
-        return float(np.mean([self._share(task, figures[task]) for task in self.base]))
+        return float(np.mean([*self.shares(figures).values()]))
+
+    def shares(self, figures: Mapping[str, float]) -> dict[str, float]:
+        """The share that a mix keeps of each task."""
+        return {task: float(self._share(task, figures[task])) for task in self.base}
 
     def difference(self, one: Mapping[str, Doubles], other: Mapping[str, Doubles], seed: int) -> tuple[float, float, float]:
         """Measures how much more one mix keeps than another.

@@ -38,6 +38,7 @@ def make_report(one: str = "sql", other: str = "law", *, measured: bool = True) 
             {one: 0.7, other: 1.0},
             {one: MixScore(1.5, 0.9, 0.9, 0.95, 0.05, 0.95), other: MixScore(2.0, None, None, None, -0.5, None)},
             4,
+            "core_tsv",
         )
         if measured
         else None,
@@ -56,7 +57,9 @@ def make_report(one: str = "sql", other: str = "law", *, measured: bool = True) 
         scores if measured else {},
         {one: scores, other: scores} if measured else {},
         4 if measured else 0,
-        Plan((ChosenVariant("both", {one: 0.7, other: 1.0}, 2048, 1.5),), (other,), 5120, 1024, 512, 4096, fits=False),
+        Plan(
+            (ChosenVariant("both", {one: 0.7, other: 1.0}, 2048, 1.5, "core_tsv"),), (other,), 5120, 1024, 512, 4096, fits=False
+        ),
     )
 
 
@@ -80,7 +83,13 @@ def test_verdicts_come_first_with_weights_and_reasons() -> None:
     found = page.all("section")[0]
     assert found.one("table").rows == [
         ["pair", "verdict", "best mix", "kept, measured", "reason"],
-        ["sql + law", "merge", "0.7 sql + 1 law", "sql: 0.95, loss +0.05law: –, loss −0.50", "sql keeps 0.95 of its slot F1"],
+        [
+            "sql + law",
+            "merge",
+            "0.7 sql + 1 law by core_tsv",
+            "sql: 0.95, loss +0.05law: –, loss −0.50",
+            "sql keeps 0.95 of its slot F1",
+        ],
     ]
     assert "4 mixes were tried" in found.text and "at least 0.8" in found.text
 
@@ -88,7 +97,7 @@ def test_verdicts_come_first_with_weights_and_reasons() -> None:
 def test_what_is_worth_compiling_has_sizes_and_the_recipe() -> None:
     found = section(read(make_report(), "[variants]\n"), "compile")
     assert found.one("table").rows[1:] == [
-        ["both", "merged", "0.7 sql + 1 law", "2.0 KiB", "+1.50"],
+        ["both", "merged", "0.7 sql + 1 law by core_tsv", "2.0 KiB", "+1.50"],
         ["law", "live", "1 law", "–", "–"],
         ["factors of all adapters", "live", "–", "512 B", "–"],
         ["base", "merged", "bare base", "1.0 KiB", "–"],

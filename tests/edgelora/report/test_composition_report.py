@@ -17,13 +17,24 @@ from safetensors.numpy import load_file, save_file
 
 from edgelora.adapters.folder import Adapter
 from edgelora.cli.app import main
+from edgelora.data.rows import Row
 from edgelora.exporting.recipe import read_recipe
+from edgelora.in_torch.mixed_model import MixedModel
 from edgelora.inspection import describe_bundle
+from edgelora.mix.mix import Mix
 from edgelora.report.composition_pages import write_composition
-from edgelora.report.composition_report import EQUAL_WEIGHTS, CompositionReport, PairReport, report_composition
+from edgelora.report.composition_report import EQUAL_WEIGHTS, TSV, CompositionReport, PairReport, report_composition
 from edgelora.report.output_interference import CANDIDATES
-from edgelora.report.pair_scores import EXCESS, KEPT, TaskScore, rate_mix
-from edgelora.report.precompiling import GRID, Candidate, count_base_bytes, count_live_bytes, count_merged_bytes, plan_variants
+from edgelora.report.pair_scores import EXCESS, KEPT, PairScorer, TaskScore, rate_mix
+from edgelora.report.precompiling import (
+    GRID,
+    Candidate,
+    count_base_bytes,
+    count_live_bytes,
+    count_merged_bytes,
+    plan_variants,
+    render_recipe,
+)
 from edgelora_export.architectures import read_decoder
 from edgelora_export.base.base import Base
 from edgelora_runtime import Bundle
@@ -119,6 +130,7 @@ def test_losses_match_torch(measured: CompositionReport, tiny_base: Path, adapte
     assert measured.scores["other"]["plain"].slot_f1 is None
     score = find(measured, "plain", "other").score
     assert score is not None
+    assert score.method == "linear"
     mixed = torch_model(tiny_base, *((adapters[name], weight) for name, weight in score.weights.items()))
     assert score.tasks["plain"].loss == pytest.approx(torch_loss(mixed, ROWS), rel=1e-4)
 
@@ -129,14 +141,41 @@ def test_the_shown_mix_is_the_best_of_those_tried(
     pair = find(measured, "plain", "attention")
     assert pair.score is not None
     tries = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), tuple(pair.prediction.weights.values())])
-    assert pair.score.tried == len(tries)
+    assert pair.score.tried == len(tries) + 1
     assert measured.mixes_tried == sum(other.score.tried for other in measured.pairs if other.score)
     worst = {}
     for weights in tries:
         model = torch_model(tiny_base, *zip((adapters[name] for name in pair.pair), weights, strict=True))
         losses = {"plain": torch_loss(model, ROWS), "attention": torch_loss(model, ROWS[::-1])}
-        worst[weights] = max(losses[name] - measured.scores[name][name].loss for name in losses)
-    assert tuple(pair.score.weights.values()) == min(worst, key=lambda weights: worst[weights])
+        worst["linear", weights] = max(losses[name] - measured.scores[name][name].loss for name in losses)
+    mixed = MixedModel.open(str(tiny_base))
+    mixed.set_mix(Mix({name: Adapter.open(adapters[name]) for name in pair.pair}, dict.fromkeys(pair.pair, 1.0), TSV))
+    rows = {"plain": ROWS, "attention": ROWS[::-1]}
+    worst[TSV, (1.0, 1.0)] = max(
+        mixed.loss([Row(*row) for row in some]) - measured.scores[name][name].loss for name, some in rows.items()
+    )
+    assert (pair.score.method, tuple(pair.score.weights.values())) == min(worst, key=lambda each: worst[each])
+    assert max(score.excess for score in pair.score.tasks.values()) == pytest.approx(min(worst.values()), rel=1e-4)
+
+
+def test_a_pair_that_no_sum_serves_as_well_is_mixed_by_core_tsv(tiny_base: Path, tmp_path: Path) -> None:
+    """Of two copies a loud sum is far off, and core_tsv keeps what they share once."""
+    make_adapter(tiny_base, tmp_path / "one", size=0.3)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    opened = {name: Adapter.open(tmp_path / name) for name in ("one", "two")}
+    scorer = PairScorer.open(str(tiny_base), opened, {name: [Row(*row) for row in ROWS] for name in opened})
+    score = scorer.score_pair(("one", "two"), [("linear", (8.0, 8.0)), (TSV, (1.0, 1.0))])
+    assert (score.method, score.tried) == (TSV, 2)
+    assert [task.excess for task in score.tasks.values()] == pytest.approx([0, 0], abs=1e-4)
+
+
+def test_a_recipe_names_the_method_of_a_mix_that_is_no_sum(adapters: dict[str, Path], tmp_path: Path) -> None:
+    mixes = [Candidate("a-b", {"a": 1.0, "b": 1.0}, {"a": 0.9, "b": 0.97}, 100, TSV), Candidate("a", {"a": 1.0}, {"a": 1.0}, 100)]
+    plan = plan_variants(mixes, ["a", "b"], 30, None, None)
+    folders = {"a": adapters["plain"], "b": adapters["other"]}
+    (tmp_path / "recipe.toml").write_text(render_recipe(plan, "base", folders, tmp_path), encoding="utf-8")
+    found = read_recipe(tmp_path / "recipe.toml").variants
+    assert {name: variant.method for name, variant in found.items()} == {"base": "linear", "a-b": TSV, "a": "linear"}
 
 
 def test_pairs_layers_and_modules(measured: CompositionReport, adapters: dict[str, Path]) -> None:
