@@ -97,8 +97,8 @@ def start_ray(python: Path, bundle: Path, folder: Path) -> subprocess.Popen[str]
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # its default of 5 is too short for a busy machine
     }
     command = [str(python.parent / "serve"), "run", "ray_serve:app"]
-    log = (folder / "ray.log").open("w", encoding="utf-8")
-    return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, text=True)
+    with (folder / "ray.log").open("w", encoding="utf-8") as log:
+        return subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT, text=True)
 
 
 def list_replicas(url: str, models: Sequence[str]) -> dict[str, set[str]]:

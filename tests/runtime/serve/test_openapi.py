@@ -63,7 +63,7 @@ def test_every_operation(server: Server, path: str, mode: GenerationMode) -> Non
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
     @given(case=operation.as_strategy(generation_mode=mode))
     def call(case: Any) -> None:
-        statuses.append(case.call_and_validate(base_url=server.url, checks=checks).status_code)
+        statuses.append(case.call_and_validate(base_url=server.url, checks=checks, timeout=600).status_code)
 
     call()
     assert len(statuses) >= EXAMPLES
