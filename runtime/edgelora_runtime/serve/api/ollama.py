@@ -197,7 +197,7 @@ class ChatAnswer(TurnAnswer):
 
 
 async def _respond(
-    request: Request, service: Service, given: Mapping[str, Any], prompt: Prompt, written: PlainAnswer | ChatAnswer
+    request: Request, service: Service, given: Mapping[str, Any], prompt: Prompt, written: PlainAnswer | TurnAnswer
 ) -> Response:
     choice = _find_model(service, given)
     options = _read_options(given, service.bundles[choice.bundle].bundle.manifest.model.context_length)
