@@ -21,6 +21,7 @@ from edgelora.in_torch.run.checkpoints import find_last, locate_checkpoints
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
 from edgelora_runtime import Bundle, Runtime
+from edgelora_runtime.bundle.folder import is_empty
 from edgelora_runtime.bundle.manifest import MANIFEST
 from edgelora_runtime.errors import InputError
 
@@ -132,7 +133,7 @@ def _claim_folder(output: Path, made_with: Mapping[str, object]) -> None:
         if path.read_text(encoding="utf-8") != text:
             raise InputError(f"{output} holds a demo of another seed or other settings; choose another --output or remove it")
         return
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+    if output.exists() and not (output.is_dir() and is_empty(output)):
         raise InputError(f"{output} exists and is no folder of this demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")

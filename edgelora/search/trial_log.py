@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgelora_runtime.bundle.folder import is_empty
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class TrialLog:
         plan, so it is neither continued nor overwritten.
         """
         self._path = folder / TRIALS_FILE
-        if folder.exists() and not self._path.is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        if folder.exists() and not self._path.is_file() and not (folder.is_dir() and is_empty(folder)):
             raise InputError(f"{folder} exists and is not a folder with {TRIALS_FILE}; choose another --output or remove it")
         self.trials: dict[int, Trial] = {}
         self.plan = plan = json.loads(json.dumps(plan))  # tuples become lists, as on disk

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edgelora_export.plan.calibration import Calibration
 from edgelora_export.weights.publish import BLOB
-from edgelora_runtime.bundle.folder import hash_file
+from edgelora_runtime.bundle.folder import hash_file, is_left_by_system
 from edgelora_runtime.bundle.manifest import (
     MANIFEST,
     BaseEntry,
@@ -36,7 +36,7 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
     return {
         path.name: FileEntry(path.stat().st_size, path.stem if path.suffix == BLOB else hash_file(path))
         for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        if path.name != MANIFEST and not is_left_by_system(path.name)
     }
 
 

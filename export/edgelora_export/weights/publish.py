@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.bundle.folder import is_empty
 from edgelora_runtime.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
     Raises InputError for a target that must not be replaced, ResourceError for a full disk.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user put there)
-    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / marker).is_file())):
+    if target.exists() and not (target.is_dir() and (is_empty(target) or (target / marker).is_file())):
         raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
     staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
     kept = False

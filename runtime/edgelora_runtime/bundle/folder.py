@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 1 << 20  # bytes hashed at a time
 VERIFY = ("quick", "full")
+_SYSTEM_FILES = frozenset({".DS_Store", "Thumbs.db", "desktop.ini", ".directory"})  # of macOS, Windows and KDE
 TEXT_LIMIT = 64 << 20  # bytes; a tokenizer.json of 256k entries takes about 30 MB
 
 
@@ -37,8 +38,8 @@ class Bundle:
     def open(cls, folder: Path | str, *, verify: str = "quick", on_file: Callable[[str], None] | None = None) -> Bundle:
         """Reads the manifest and checks the folder against it.
 
-        The folder must hold exactly the files that the manifest lists, with their sizes, and graphs that export could have
-        written. verify: "full" hashes every file as well, which reads the whole bundle, and calls on_file with the name of each.
+        Besides what file managers leave, the folder must hold exactly the files that the manifest lists, with their sizes, and
+        graphs that export could have written. verify: "full" hashes every file as well, which reads the whole bundle, and calls on_file with the name of each.
         Raises InputError if there is no bundle, IntegrityError if it differs from its manifest.
         """
         folder = check_path("Bundle.open", "folder", folder)
@@ -118,11 +119,21 @@ def take_bundle(bundle: Bundle | Path | str, verify: str) -> Bundle:
     return Bundle.open(bundle, verify=verify)
 
 
+def is_left_by_system(name: str) -> bool:
+    """True for files that a system's file manager puts into any folder by itself, such as .DS_Store. Nothing reads them."""
+    return name in _SYSTEM_FILES or name.startswith("._")
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing besides what a system's file manager put there."""
+    return all(is_left_by_system(entry.name) for entry in folder.iterdir())
+
+
 def _compare(folder: Path, manifest: Manifest) -> list[str]:
     """Returns one message per file that is missing, unlisted, of another size, or not a plain file."""
     wrong: list[str] = []
     with os.scandir(folder) as entries:
-        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries}
+        found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries if not is_left_by_system(entry.name)}
     for name, entry in manifest.files.items():
         info = found.pop(name, None)
         if info is None:

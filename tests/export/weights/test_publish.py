@@ -106,6 +106,13 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path, error: BaseException) -
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_folder_that_a_file_manager_has_shown_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"x")
+    publish_text(tmp_path / "out", "new")
+    assert listing(tmp_path / "out") == {"data": b"new", "marker": b""}
+
+
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     publish_text(tmp_path / "out", "new")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from edgelora_export.bundle.entries import describe_files
 from edgelora_runtime import Bundle, EdgeloraError, InputError, IntegrityError, Runtime, UsageError
 from edgelora_runtime.bundle.manifest import MANIFEST, parse_manifest
 
@@ -348,6 +349,14 @@ def test_manifest_that_lies_about_the_graph_is_refused(bundle_copy: Path, key: s
     write(bundle_copy, value)
     with pytest.raises(IntegrityError), Runtime(bundle_copy) as runtime:
         runtime.logits([5] * min(1050, value["model"]["context_length"]), variant="base")
+
+
+@pytest.mark.parametrize("name", [".DS_Store", "._bundle.json", "Thumbs.db", "desktop.ini", ".directory"])
+def test_what_a_file_manager_leaves_is_no_part_of_a_bundle(bundle_copy: Path, name: str) -> None:
+    (bundle_copy / name).write_bytes(b"x")
+    opened = Bundle.open(bundle_copy, verify="full")
+    assert name not in describe_files(bundle_copy)
+    assert name not in opened.manifest.files
 
 
 SLOT_LIES = {
