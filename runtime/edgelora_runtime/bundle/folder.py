@@ -39,7 +39,8 @@ class Bundle:
         """Reads the manifest and checks the folder against it.
 
         Besides what file managers leave, the folder must hold exactly the files that the manifest lists, with their sizes, and
-        graphs that export could have written. verify: "full" hashes every file as well, which reads the whole bundle, and calls on_file with the name of each.
+        graphs that export could have written. verify: "full" hashes every file as well, which reads the whole bundle, and calls
+        on_file with the name of each.
         Raises InputError if there is no bundle, IntegrityError if it differs from its manifest.
         """
         folder = check_path("Bundle.open", "folder", folder)
