@@ -65,7 +65,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def open_site(browser: Browser, site: Path, bundle: Path) -> Iterator[Page]:
     """Opens the page on a bundle. It must ask no other machine, and no script may fail."""
-    command = [sys.executable, site / "serve.py", bundle, "0"]
+    command = [sys.executable, str(site / "serve.py"), str(bundle), "0"]
     context = browser.new_context()
     context.set_default_timeout(600_000)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -91,7 +91,7 @@ def test_a_level_reaches_the_template(client: ollama.Client, runtime: Runtime) -
     for level in ("low", "high"):
         template = {"enable_thinking": True, "reasoning_effort": level}
         expected = runtime.generate([USER], template_options=template, max_tokens=12)
-        message = client.chat(model="base", messages=[USER], think=level, options={"num_predict": 12})  # type: ignore[call-overload]
+        message = client.chat(model="base", messages=[USER], think=level, options={"num_predict": 12})
         assert message.prompt_eval_count == expected.prompt_tokens
         assert message.message.thinking == expected.text.strip()
 
@@ -110,7 +110,7 @@ def test_a_template_that_knows_no_thoughts(server: Server, routed_bundle: Path) 
             lambda: client.generate(model="base", prompt=PROMPT, think="high"),
         ):
             with pytest.raises(ollama.ResponseError, match=r"think: .* knows no thoughts") as caught:
-                call()
+                call()  # type: ignore[no-untyped-call]
             assert caught.value.status_code == 400
         said = client.chat(model="base", messages=[USER], think=False, options={"num_predict": 8}).message
         assert said.content == runtime.generate([USER], variant="base", max_tokens=8).text
