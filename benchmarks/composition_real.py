@@ -20,23 +20,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.composition_real_arms import ALONE, BASE, list_arms, list_scored
+from benchmarks.composition_real_arms import ALONE, BASE, list_arms
 from benchmarks.composition_real_data import TASKS, Plan, prepare_rows, read_tests, train_all
 from edgelora.cli.terminal import print_json, print_note, print_table
-from edgelora.data.scores import count_scores, rouge_l, slot_f1
-from edgelora.in_torch.mixed_model import MixedModel
+from edgelora.in_torch.mixed_model import IGNORED, MixedModel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgelora.data.rows import Row
 
-STAGES = ("alone", "pairs", "sets", "scores", "methods", "controls", "learned")
-LOSS, SCORE = "loss", "score"
-MAX_TOKENS = 48
+STAGES = ("alone", "pairs", "sets", "methods", "chosen", "controls", "learned")
+LOSS, EXACT = "loss", "exact"
 RESAMPLES = 2000
 
-Key = tuple[str, tuple[str, ...], str, str]  # arm, its tasks, the task measured, LOSS or SCORE
+Key = tuple[str, tuple[str, ...], str, str]  # arm, its tasks, the task measured, LOSS or EXACT
 
 
 class Figures:
@@ -67,6 +65,7 @@ def main() -> None:
     parser.add_argument("--base", required=True, help="folder, GGUF file or hub id of an instruct model")
     parser.add_argument("--output", type=Path, required=True, help="folder for adapters, mixes and figures; reused")
     parser.add_argument("--seeds", type=int, default=3, help="trainings")
+    parser.add_argument("--task", choices=TASKS, action="append", help="repeatable; all eight if omitted")
     parser.add_argument("--rows", type=int, default=24, help="test rows per task")
     parser.add_argument("--steps", type=int, default=60, help="of each training")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -76,7 +75,8 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="measure nothing, show what is there")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    plan = Plan(given.base, given.output, given.rows, given.steps, given.batch_size, given.lr, given.quant)
+    tasks = tuple(task for task in TASKS if task in (given.task or TASKS))
+    plan = Plan(given.base, given.output, tasks, given.rows, given.steps, given.batch_size, given.lr, given.quant)
     stages = given.stage or STAGES
     found = []
     for seed in range(given.seeds):
@@ -95,33 +95,40 @@ def main() -> None:
 def measure(plan: Plan, stages: Sequence[str]) -> None:
     """Trains what is missing and measures the stages of one seed."""
     prepare_rows(plan)
-    adapters = train_all(plan, TASKS)
+    adapters = train_all(plan)
     figures = Figures(plan.folder / "figures.jsonl")
     tests = read_tests(plan)
     model = MixedModel.open(plan.base)
     for stage in stages:
-        measured = SCORE if stage == "scores" else LOSS
-        for arm in list_scored(plan, adapters) if stage == "scores" else list_arms(plan, adapters, stage):
-            missing = [task for task in arm.tasks if (arm.name, arm.tasks, task, measured) not in figures.found]
+        for arm in list_arms(plan, adapters, stage):
+            missing = [task for task in arm.tasks if (arm.name, arm.tasks, task, EXACT) not in figures.found]
             if missing:
                 print_note(f"seed {plan.seed}, {stage}: {arm.name} on {' '.join(arm.tasks)}")
                 model.set_mix(arm.make())
-                rows = [row for task in missing for row in tests[task]]
-                values = model.losses(rows).tolist() if measured == LOSS else []
-                for task in missing:
-                    part, values = values[: len(tests[task])], values[len(tests[task]) :]
-                    figures.add(
-                        (arm.name, arm.tasks, task, measured), part if measured == LOSS else score_rows(model, tests[task])
-                    )
+            for task in missing:
+                for kind, rows in score_rows(model, tests[task]).items():
+                    figures.add((arm.name, arm.tasks, task, kind), rows)
 
 
-def score_rows(model: MixedModel, rows: Sequence[Row]) -> list[list[float]]:
-    """Writes greedy answers, and scores each as a numerator and a denominator: slot F1, or ROUGE-L where answers are no slots."""
-    right = [row.completion for row in rows]
-    written = model.write(rows, MAX_TOKENS)
-    if slot_f1(right, right) is not None:
-        return [[float(above), float(below)] for above, below in count_scores(written, right)]
-    return [[share, 1.0] for share in rouge_l(written, right)]
+def score_rows(model: MixedModel, rows: Sequence[Row]) -> dict[str, list[list[float]]]:
+    """Scores each row's completion: the loss in nats and its tokens, and 1 of 1 if greedy decoding writes exactly it.
+
+    Greedy decoding writes it if, and only if, each of its tokens with the end is the likeliest after those before it. So one
+    forward pass gives both, and nothing is generated.
+    """
+    import torch
+
+    loss, exact = ([[0.0, 0.0] for _ in rows] for _ in range(2))
+    with torch.inference_mode():
+        for batch in model.batches(rows):
+            targets = batch.targets[:, 1:]
+            logits = model.model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+            nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            right = ((logits.argmax(dim=-1) == targets) | (targets == IGNORED)).all(dim=1)
+            tokens = (targets != IGNORED).sum(dim=1)
+            for place, *found in zip(batch.rows, nats.sum(dim=1), tokens, right, strict=True):
+                loss[place], exact[place] = [float(found[0]), float(found[1])], [float(found[2]), 1.0]
+    return {LOSS: loss, EXACT: exact}
 
 
 def list_found(seeds: Sequence[Figures]) -> list[tuple[str, tuple[str, ...], str]]:
@@ -142,7 +149,7 @@ def summarize(seeds: Sequence[Figures], arm: str, tasks: tuple[str, ...], kind: 
     parts = []  # by seed and task: mix, base, alone, each float64 (rows, 2)
     for figures in seeds:
         for task in tasks:
-            keys = (arm, tasks, task, kind), (BASE, TASKS, task, kind), (ALONE, (task,), task, kind)
+            keys = (arm, tasks, task, kind), (BASE, (task,), task, kind), (ALONE, (task,), task, kind)
             if any(key not in figures.found for key in keys):
                 return None
             parts.append([np.array(figures.found[key]) for key in keys])

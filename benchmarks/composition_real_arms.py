@@ -19,6 +19,7 @@ from edgelora.adapters.folder import Adapter
 from edgelora.cli.terminal import print_note
 from edgelora.learn.learn import LearnConfig, learn
 from edgelora.mix.mix import Mix
+from edgelora.search.best_method import choose_best_mix
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,39 +53,44 @@ class Arm:
     make: Callable[[], Mix | None]
 
 
-def list_sets(stage: str) -> list[tuple[str, ...]]:
-    """The sets of tasks of a stage, the telling ones first."""
+def list_sets(plan: Plan, stage: str) -> list[tuple[str, ...]]:
+    """Lists the sets of the plan's tasks that a stage measures, the telling ones first."""
     if stage == "pairs":
-        return [*itertools.combinations(TASKS, 2)]
+        return [*itertools.combinations(plan.tasks, 2)]
     if stage == "sets":
-        triples = [*itertools.combinations(TASKS, 3)]
-        drawn = np.random.default_rng(0).choice(len(triples), _TRIPLES, replace=False)
-        return [SLOTS, TASKS, (*SLOTS[:2], *TASKS[4:]), *(triples[place] for place in sorted(drawn))]
-    return [(SLOTS[0], "sql"), SLOTS[:2], SLOTS, TASKS, ("sql", "medical"), ("math", "style"), (SLOTS[1], "math")]
+        triples = [*itertools.combinations(plan.tasks, 3)]
+        drawn = np.random.default_rng(0).permutation(len(triples))[:_TRIPLES]
+        sets = [SLOTS, plan.tasks, (*SLOTS[:2], *TASKS[4:]), *(triples[place] for place in sorted(drawn))]
+    else:
+        sets = [(SLOTS[0], "sql"), SLOTS[:2], SLOTS, plan.tasks, ("sql", "medical"), ("math", "style"), (SLOTS[1], "math")]
+    return [tasks for tasks in dict.fromkeys(sets) if set(tasks) <= set(plan.tasks)]
 
 
 def list_arms(plan: Plan, adapters: Mapping[str, Adapter], stage: str) -> Iterator[Arm]:
     """Yields the arms of a stage, in the order in which they are measured."""
     if stage == "alone":
-        yield Arm(BASE, TASKS, lambda: None)
-        for task in TASKS:
+        for task in plan.tasks:
+            yield Arm(BASE, (task,), lambda: None)
             yield Arm(ALONE, (task,), _only(adapters[task]))
     elif stage == "pairs":
-        for tasks, method in itertools.product(list_sets(stage), FIRST):
+        for tasks, method in itertools.product(list_sets(plan, stage), FIRST):
             yield _data_free(adapters, tasks, method, 1.0)
     elif stage == "sets":
-        for tasks in list_sets(stage):
+        for tasks in list_sets(plan, stage):
             for method, weight in itertools.product(FIRST, dict.fromkeys((1.0, 1 / math.sqrt(len(tasks)), 1 / len(tasks)))):
                 yield _data_free(adapters, tasks, method, weight)
             yield _data_free(adapters, tasks, "ties", 1.0)
     elif stage == "methods":
-        for tasks, method in itertools.product(list_sets(stage), DATA_FREE):
+        for tasks, method in itertools.product(list_sets(plan, stage), DATA_FREE):
             for weight in (1.0, 0.6, 1 / math.sqrt(len(tasks)), 1.5 if len(tasks) == 2 else 1 / len(tasks)):
                 yield _data_free(adapters, tasks, method, weight)
+    elif stage == "chosen":
+        for tasks in list_sets(plan, stage):
+            yield Arm("compose --method best", tasks, _chosen(plan, adapters, tasks))
     elif stage == "controls":
         yield from _controls(plan, adapters)
     elif stage == "learned":
-        for tasks in list_sets(stage)[:4]:
+        for tasks in list_sets(plan, stage)[:4]:
             for labelled in (False, True):
                 yield _learned(plan, adapters, tasks, labelled=labelled)
 
@@ -92,22 +98,34 @@ def list_arms(plan: Plan, adapters: Mapping[str, Adapter], stage: str) -> Iterat
 def _controls(plan: Plan, adapters: Mapping[str, Adapter]) -> Iterator[Arm]:
     """Yields what a mix must beat or cannot: random adapters beside the own one, PEFT's mixes, one single, one for all rows."""
     random = random_adapters(plan, adapters)
-    for tasks, method in itertools.product(list_sets("methods")[:4], FIRST):
+    for tasks, method in itertools.product(list_sets(plan, "methods")[:4], FIRST):
         for own in tasks:
             others = {task: random[task] for task in tasks if task != own}
             mix = Mix({own: adapters[own], **others}, dict.fromkeys(tasks, 1.0), method)
             yield Arm(f"{method} 1, own and random ones, of {len(tasks)}: {'+'.join(tasks)}", (own,), lambda mix=mix: mix)  # type: ignore[misc]
-    for tasks in list_sets("methods")[:4]:
+    for tasks in list_sets(plan, "methods")[:4]:
         for kind, options in PEFT_KINDS.items():
             yield Arm(f"PEFT {kind} 1", tasks, _by_peft(plan, adapters, tasks, kind, options))
-    for task in TASKS:
-        yield Arm(f"{task} everywhere", TASKS, _only(adapters[task]))
-    yield Arm("one adapter on all rows", TASKS, lambda: _only(Adapter.open(train_one(plan, ALL)))())
+    for task in plan.tasks:
+        yield Arm(f"{task} everywhere", plan.tasks, _only(adapters[task]))
+    yield Arm("one adapter on all rows", plan.tasks, lambda: _only(Adapter.open(train_one(plan, ALL)))())
 
 
 def _data_free(adapters: Mapping[str, Adapter], tasks: Sequence[str], method: str, weight: float) -> Arm:
     made = Mix({task: adapters[task] for task in tasks}, dict.fromkeys(tasks, weight), method)
     return Arm(f"{method} {weight:.3g}", tuple(tasks), lambda: made)
+
+
+def _chosen(plan: Plan, adapters: Mapping[str, Adapter], tasks: Sequence[str]) -> Callable[[], Mix]:
+    """The mix that `compose --method best` chooses on labelled rows."""
+
+    def make() -> Mix:
+        folders = {task: (adapters[task].folder, 1.0) for task in tasks}
+        best = choose_best_mix(plan.base, folders, {task: rows_file(plan, task, "labelled") for task in tasks})
+        print_note(f"chosen: {best.method}, {', '.join(f'{weight} {task}' for task, weight in best.weights.items())}")
+        return Mix({task: adapters[task] for task in tasks}, best.weights, best.method)
+
+    return make
 
 
 def _only(adapter: Adapter) -> Callable[[], Mix]:
@@ -145,11 +163,3 @@ def _learned(plan: Plan, adapters: Mapping[str, Adapter], tasks: Sequence[str], 
         return _only(Adapter.open(folder))()
 
     return Arm("regmean, learned on 100 rows" if labelled else "regmean", tuple(tasks), make)
-
-
-def list_scored(plan: Plan, adapters: Mapping[str, Adapter]) -> Iterator[Arm]:
-    """Yields the arms whose answers are scored: base, each alone, and the best mixes of a few sets."""
-    yield from list_arms(plan, adapters, "alone")
-    for tasks in list_sets("methods"):
-        for method in FIRST:
-            yield _data_free(adapters, tasks, method, 1.0)

@@ -39,12 +39,13 @@ _SLOT_SHARE = 3  # rows with slots to one without
 class Plan:
     """What is trained and measured.
 
-    base: folder, GGUF file or hub id. output: folder of rows, adapters and figures. rows: test rows per task. steps, batch, lr
-    and quant are those of each training, in TrainConfig's words.
+    base: folder, GGUF file or hub id. output: folder of rows, adapters and figures. tasks: some of TASKS. rows: test rows per
+    task. steps, batch, lr and quant are those of each training, in TrainConfig's words.
     """
 
     base: str
     output: Path
+    tasks: tuple[str, ...]
     rows: int
     steps: int
     batch: int
@@ -59,10 +60,10 @@ class Plan:
 
 
 def prepare_rows(plan: Plan) -> None:
-    """Writes the rows of all tasks as conversations, to train on, to choose and learn on, and to test on."""
+    """Writes the rows of the tasks as conversations, to train on, to choose and learn on, and to test on."""
     folder = plan.output / "rows"
     folder.mkdir(parents=True, exist_ok=True)
-    for task in TASKS:
+    for task in plan.tasks:
         if (folder / f"{task}.test.jsonl").exists():
             continue
         known, unseen = (_read_task(task, split) for split in ("train", "test"))
@@ -80,14 +81,12 @@ def rows_file(plan: Plan, task: str, split: str) -> Path:
 
 def read_tests(plan: Plan) -> dict[str, list[Row]]:
     """Reads the first test rows of every task."""
-    return {task: read_rows(rows_file(plan, task, "test"))[: plan.rows] for task in TASKS}
+    return {task: read_rows(rows_file(plan, task, "test"))[: plan.rows] for task in plan.tasks}
 
 
-def train_all(plan: Plan, tasks: Sequence[str]) -> dict[str, Adapter]:
+def train_all(plan: Plan) -> dict[str, Adapter]:
     """Trains the adapters that are missing, one after the other."""
-    for task in tasks:
-        train_one(plan, task)
-    return {task: Adapter.open(plan.folder / task, task) for task in tasks}
+    return {task: Adapter.open(train_one(plan, task), task) for task in plan.tasks}
 
 
 def train_one(plan: Plan, task: str) -> Path:
@@ -99,8 +98,8 @@ def train_one(plan: Plan, task: str) -> Path:
     count = plan.steps * plan.batch
     data = rows_file(plan, task, f"seed-{plan.seed}")
     if task == ALL:
-        count *= len(TASKS)
-        each = [rows_file(plan, one, "fit").read_text().splitlines()[: count // len(TASKS)] for one in TASKS]
+        count *= len(plan.tasks)
+        each = [rows_file(plan, one, "fit").read_text().splitlines()[: count // len(plan.tasks)] for one in plan.tasks]
         lines = [line for several in zip(*each, strict=False) for line in several]
     else:
         lines = rows_file(plan, task, "fit").read_text().splitlines()

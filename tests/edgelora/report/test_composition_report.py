@@ -25,7 +25,7 @@ from edgelora.mix.mix import Mix
 from edgelora.report.composition_pages import write_composition
 from edgelora.report.composition_report import EQUAL_WEIGHTS, TSV, CompositionReport, PairReport, report_composition
 from edgelora.report.output_interference import CANDIDATES
-from edgelora.report.pair_scores import EXCESS, KEPT, PairScorer, TaskScore, rate_mix
+from edgelora.report.pair_scores import EXCESS, KEPT, TaskScore, rate_mix
 from edgelora.report.precompiling import (
     GRID,
     Candidate,
@@ -156,17 +156,6 @@ def test_the_shown_mix_is_the_best_of_those_tried(
     )
     assert (pair.score.method, tuple(pair.score.weights.values())) == min(worst, key=lambda each: worst[each])
     assert max(score.excess for score in pair.score.tasks.values()) == pytest.approx(min(worst.values()), rel=1e-4)
-
-
-def test_a_pair_that_no_sum_serves_as_well_is_mixed_by_core_tsv(tiny_base: Path, tmp_path: Path) -> None:
-    """Of two copies a loud sum is far off, and core_tsv keeps what they share once."""
-    make_adapter(tiny_base, tmp_path / "one", size=0.3)
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    opened = {name: Adapter.open(tmp_path / name) for name in ("one", "two")}
-    scorer = PairScorer.open(str(tiny_base), opened, {name: [Row(*row) for row in ROWS] for name in opened})
-    score = scorer.score_pair(("one", "two"), [("linear", (8.0, 8.0)), (TSV, (1.0, 1.0))])
-    assert (score.method, score.tried) == (TSV, 2)
-    assert [task.excess for task in score.tasks.values()] == pytest.approx([0, 0], abs=1e-4)
 
 
 def test_a_recipe_names_the_method_of_a_mix_that_is_no_sum(adapters: dict[str, Path], tmp_path: Path) -> None:

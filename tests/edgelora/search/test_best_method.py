@@ -21,6 +21,7 @@ from tests.tiny import make_adapter
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from edgelora.mix.weights import Weight
     from tests.edgelora.cli.test_cli import Result
 
 FACTORS = (1.0, 0.707, 0.5)
@@ -33,7 +34,10 @@ def arguments(inputs: dict[str, Any], *more: object) -> list[str]:
 
 
 def test_each_mix_is_measured_and_the_one_that_keeps_most_is_chosen(inputs: dict[str, Any]) -> None:
-    given: dict[str, tuple[str, Any]] = {"one": (inputs["adapters"]["one"], 0.8), "two": (inputs["adapters"]["two"], {"*": 0.8, "*.mlp.*": 0.4})}
+    given: dict[str, tuple[Path | str, Weight]] = {
+        "one": (inputs["adapters"]["one"], 0.8),
+        "two": (inputs["adapters"]["two"], {"*": 0.8, "*.mlp.*": 0.4}),
+    }
     steps: list[tuple[int, int, str]] = []
     data = {name: Path(inputs["data"][name]) for name in given}
     best = choose_best_mix(inputs["base"], given, data, on_progress=lambda *step: steps.append(step))
@@ -45,7 +49,7 @@ def test_each_mix_is_measured_and_the_one_that_keeps_most_is_chosen(inputs: dict
     rows = {name: read_rows(path) for name, path in data.items()}
     bare = {name: model.loss(some) for name, some in rows.items()}
     for mix in best.tried[:4]:
-        weights: dict[str, Any] = {
+        weights: dict[str, Weight] = {
             "one": round(0.8 * mix.factor, 3),
             "two": {"*": round(0.8 * mix.factor, 3), "*.mlp.*": round(0.4 * mix.factor, 3)},
         }
