@@ -166,15 +166,15 @@ def summarize(seeds: Sequence[Figures], arm: str, tasks: tuple[str, ...], kind: 
         "n": len(tasks),
         "tasks": " ".join(tasks),
         "measure": kind,
-        "kept": f"{np.mean(kept):.3f}",
+        "kept": f"{np.nanmean(kept):.3f}",
         "interval": f"{low:.3f} to {high:.3f}",
-        "worst": f"{min(by_task.values()):.3f}",
+        "worst": f"{np.nanmin([*by_task.values()]):.3f}",
         "each": " ".join(f"{value:.3f}" for value in by_task.values()),
     }
 
 
 def _share(parts: Sequence[Any]) -> float:
-    """(mix - base) / (alone - base)."""
+    """(mix - base) / (alone - base), not a number where the adapter gains nothing."""
     mix, base, alone = (float(part[:, 0].sum() / max(part[:, 1].sum(), 1)) for part in parts)
     return (mix - base) / (alone - base) if alone != base else float("nan")
 

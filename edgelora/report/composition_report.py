@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # of both adapters: measured for each pair, besides the predicted best weights
-TSV = "core_tsv"  # measured for each pair at weights 1 and 1; on real models the best method, docs/results.md
+TSV = "core_tsv"  # measured for each pair at weights 1 and 1; on a real model ahead of sums, docs/results.md
 _LAYER = re.compile(r"\.(\d+)\.")
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from edgelora.mix.weights import Weight
 
 ROWS = 16  # of each file
-# Methods to try. docs/results.md has what each keeps: the others are as good as one of these at most, or slower.
+# Methods to try: the one ahead on a real model (docs/results.md), the plain sum, and one that trims. compose search tries all.
 METHODS = ("core_tsv", "linear", "ties")
 
 
