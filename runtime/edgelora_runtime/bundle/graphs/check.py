@@ -83,8 +83,7 @@ def _check_blobs(graph: Graph, blobs: Mapping[str, int]) -> None:
 def _check_order(graph: Graph, *, traced: bool) -> None:
     """Refuses what onnxruntime would compute while it opens the graph, and counting that does not follow the input's length.
 
-    Every node reads values that earlier nodes made. traced: the graph is one of Optimum's, which leaves small tensors of one
-    value to be made, and counts more than positions.
+    Every node reads values that earlier nodes made. traced: the graph is one of Optimum's, which counts more than positions.
     """
     optional = {each.name for each in graph.inputs}
     constants: dict[bytes, Initializer | None] = {each.name: each for each in graph.initializers if each.name not in optional}
@@ -96,8 +95,7 @@ def _check_order(graph: Graph, *, traced: bool) -> None:
         if node.operator == (ONNX, "Range") and not traced and not _counts_positions(given, makers, constants):
             raise GraphError("has a node Range that counts something else than positions")
         if all(name in constants for name in given):
-            shape = constants[given[0]] if given else None
-            if not traced or node.operator != (ONNX, "ConstantOfShape") or not _is_small(shape):
+            if not _may_fold(node, constants[given[0]] if given else None, traced=traced):
                 raise GraphError(f"has a node {node.operator[1]} that computes constants alone")
             constants |= dict.fromkeys(node.outputs)
         for name in filter(None, node.outputs):
@@ -111,6 +109,13 @@ def _counts_positions(given: list[bytes], makers: Mapping[bytes, Node | None], c
     stop = makers[given[1]] if len(given) == 3 else None
     counted = makers[stop.inputs[0]] if stop is not None and stop.operator == (ONNX, "Gather") else None
     return counted is not None and counted.operator == (ONNX, "Shape") and {given[0], given[2]} <= constants.keys()
+
+
+def _may_fold(node: Node, given: Initializer | None, *, traced: bool) -> bool:
+    """True for a node that turns a weight, as gpu graphs in floats do, or makes a small tensor of one value in a traced graph."""
+    if node.operator == (ONNX, "Transpose"):
+        return given is not None
+    return traced and node.operator == (ONNX, "ConstantOfShape") and _is_small(given)
 
 
 def _is_small(shape: Initializer | None) -> bool:
