@@ -33,10 +33,13 @@ QUICK = {"ministral3, padded heads, windows": GRIDS[:1], "gemma2": GRIDS[:1], "q
 VARIANTS = {"base": VariantRecipe({}), "merged": VariantRecipe({"a": 1.0}), "a-live": VariantRecipe({"a": 1.0}, "live")}
 
 
-def export_kinds(name: str, grids: tuple[Quantization, ...], folder: Path) -> list[Path]:
-    """Exports a base as a bundle for each grid, with merged and live variants, for both targets where it is quantized."""
+def export_kinds(name: str, grids: tuple[Quantization, ...], folder: Path, modules: str | list[str] = "all-linear") -> list[Path]:
+    """Exports a base as a bundle for each grid, with merged and live variants, for both targets where it is quantized.
+
+    modules: of the adapter.
+    """
     make(folder / "base", *SHAPES[name])
-    make_adapter(folder / "base", folder / "adapter", target_modules="all-linear")
+    make_adapter(folder / "base", folder / "adapter", target_modules=modules)
     bundles = []
     for grid in grids:
         targets = ("cpu",) if grid.bits == 32 else ("cpu", "gpu")
@@ -79,7 +82,7 @@ def test_all_architectures_use_exactly_the_operators_of_the_list(tmp_path: Path)
 @pytest.mark.slow
 def test_stages_open_as_their_graphs_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "LEAST_BYTES", 1)
-    (bundle,) = export_kinds("llama", GRIDS[:1], tmp_path)
+    (bundle,) = export_kinds("llama", GRIDS[:1], tmp_path, ["q_proj"])
     opened = Bundle.open(bundle)
     assert any(graph.stages for entry in opened.manifest.variants.values() for graph in entry.graphs.values())
 
