@@ -3,7 +3,7 @@
     python -m benchmarks.roofline --shape smollm2-135m --shape llama-3.2-1b --threads 1 2
 
 Each product of a layer runs alone, in a graph with so many copies of it that no cache holds their weights, with edgelora's
-kernels and with onnxruntime's by turns. Memory is measured between the rounds. A product that reads at the memory's speed cannot
+kernels and with onnxruntime's in turn. Memory is measured between the rounds. A product that reads at the memory's speed cannot
 become faster, except by reading fewer bytes.
 """
 
@@ -104,7 +104,7 @@ def open_session(graph: bytes, threads: int, kernels: str) -> ort.InferenceSessi
 
 
 def measure(shape: Shape, product: Product, rows: Sequence[int], threads: int, rounds: int) -> list[Figure]:
-    """Measures one product with both kernels, by turns."""
+    """Measures one product with both kernels in turn."""
     report(f"{shape.name}, {product.name}, {threads} threads")
     graph, count = build_graph(product)
     sessions = {kernels: open_session(graph, threads, kernels) for kernels in (OURS, THEIRS)}
