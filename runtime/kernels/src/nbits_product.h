@@ -106,7 +106,7 @@ class NBitsProduct : public Operator {
       float* computed = Rows::kComputed ? scratch.fit_rows(count * weights_.inner) : nullptr;
       parallel(context, count, count * weights_.inner * sizeof(float), [&](size_t index) {
         const size_t start = index * weights_.chunks();
-        const float* given = rows.get(row + index, computed + index * weights_.inner);
+        const float* given = rows.get(row + index, Rows::kComputed ? computed + index * weights_.inner : nullptr);
         kernels_.round(weights_, given, rounded.codes + start * kChunk, rounded.scales + start, rounded.offsets + start);
       });
       const float* read = Rows::kComputed ? computed : call.read + row * weights_.inner;
