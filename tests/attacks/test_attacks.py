@@ -71,6 +71,15 @@ def test_what_an_attack_may_not_do_is_seen(tmp_path: Path) -> None:
     assert Outcome("InputError", "a", typed=True, seconds=3, bytes=2 << 30).faults == ["took 3.0 seconds", "took 2048 MiB"]
 
 
+def test_the_limits_of_an_attack_end_with_it() -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    seen: list[tuple[int, int]] = []
+    run_attack(Attack("x", "x", lambda folder: None, lambda folder: seen.append(resource.getrlimit(resource.RLIMIT_AS))), Watch())
+    assert seen != [before]
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_told_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.attacks.run.PATIENCE", 0.0)  # every attack counts as hung

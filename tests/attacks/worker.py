@@ -116,13 +116,21 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def limit_memory() -> None:
-    """Lets allocations fail that would take far more than an attack may. The process keeps what it has."""
-    with contextlib.suppress(ImportError):
+@contextlib.contextmanager
+def limited_memory() -> Iterator[None]:
+    """Lets allocations fail that would take far more than an attack may. The process keeps what it has, its limit too."""
+    try:
         import resource
-
-        if held := read_status("VmSize"):
-            resource.setrlimit(resource.RLIMIT_AS, (held + _MEASURED, resource.RLIM_INFINITY))
+    except ImportError:  # on Windows
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if held := read_status("VmSize"):
+        resource.setrlimit(resource.RLIMIT_AS, (held + _MEASURED, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def run_attack(attack: Attack, watch: Watch) -> Outcome:
@@ -130,10 +138,9 @@ def run_attack(attack: Attack, watch: Watch) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         attack.make(folder)
-        limit_memory()
         reset_peak()
         held, started = read_status("VmRSS"), time.process_time()
-        with watch.on(folder):
+        with limited_memory(), watch.on(folder):
             try:
                 attack.open(folder)
             except BaseException as error:  # Rust's panics are none of Exception
