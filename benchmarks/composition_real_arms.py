@@ -73,8 +73,8 @@ def list_arms(plan: Plan, adapters: Mapping[str, Adapter], stage: str) -> Iterat
             yield Arm(BASE, (task,), lambda: None)
             yield Arm(ALONE, (task,), _only(adapters[task]))
     elif stage == "pairs":
-        for tasks, method in itertools.product(list_sets(plan, stage), FIRST):
-            yield _data_free(adapters, tasks, method, 1.0)
+        for tasks, method, weight in itertools.product(list_sets(plan, stage), FIRST, (1.0, 1 / math.sqrt(2))):
+            yield _data_free(adapters, tasks, method, weight)
     elif stage == "sets":
         for tasks in list_sets(plan, stage):
             for method, weight in itertools.product(FIRST, dict.fromkeys((1.0, 1 / math.sqrt(len(tasks)), 1 / len(tasks)))):

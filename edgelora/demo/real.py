@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -162,7 +163,7 @@ def _list_variants(adapters: Sequence[str]) -> dict[str, str]:
     return {
         BASE: "mix = {}",
         **{name: f"mix = {format_mix({name: 1.0})}\nkind = 'live'" for name in adapters},
-        MIX: f"mix = {format_mix(dict.fromkeys(adapters, 1.0))}\nmethod = '{METHOD}'",
+        MIX: f"mix = {format_mix(dict.fromkeys(adapters, round(1 / math.sqrt(len(adapters)), 2)))}\nmethod = '{METHOD}'",
     }
 
 

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     Doubles = NDArray[np.float64]
 
 EQUAL_WEIGHTS = (0.5, 0.7, 1.0)  # of both adapters: measured for each pair, besides the predicted best weights
-TSV = "core_tsv"  # measured for each pair at weights 1 and 1; on a real model ahead of sums, docs/results.md
+TSV = "core_tsv"  # on a real model ahead of sums, docs/results.md
+TSV_WEIGHTS = (0.7, 1.0)  # of both adapters: 1/√n for two is ahead there
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -306,7 +307,7 @@ def _report_pair(
         {name: {layer: outputs.energy(*side, layer) for layer in outputs.layers} for name, side in sides.items()},
     )
     sums = dict.fromkeys([*((weight, weight) for weight in EQUAL_WEIGHTS), weights])
-    tries = [*(("linear", each) for each in sums), (TSV, (1.0, 1.0))]
+    tries = [*(("linear", each) for each in sums), *((TSV, (each, each)) for each in TSV_WEIGHTS)]
     score = None if scorer is None else scorer.score_pair(pair, tries, on_step)
     return PairReport(
         pair,
