@@ -48,6 +48,7 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "a message without a role": chat(messages=[{"content": "hi"}]),
     "content that is a number": message(content=7),
     "content of lone surrogates": message(content="\ud800"),
+    "a parameter of half a surrogate pair": chat(**{"a\ud800": 1}),
     "content of another kind": message(content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
     "content longer than the context": message(content="the cat " * 100_000),
     "tokens below zero": chat(max_tokens=-1),

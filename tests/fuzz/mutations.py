@@ -173,5 +173,5 @@ def _change_leaf(value: Any, chance: Random, words: Sequence[Any]) -> Any:
     if isinstance(value, str):
         return mutate_text(value, chance, [*TEXTS, *(word for word in words if isinstance(word, str))])
     if isinstance(value, int | float):
-        return chance.choice((value + 1, value - 1, -value, value * 2, float(min(value, 1e300)), str(value)))
+        return chance.choice((value + 1, value - 1, -value, value * 2, float(max(min(value, 10**300), -(10**300))), str(value)))
     return _choose_value(chance, words)
