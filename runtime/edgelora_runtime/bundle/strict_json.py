@@ -34,7 +34,7 @@ def decode(kind: Any, value: Any, document: str, path: str = "", *, skip_unknown
     if is_dataclass(kind):
         if not isinstance(value, dict):
             fail("an object")
-        hints = _read_hints(kind)
+        hints = _read_hints(typing.cast("Any", kind))
         known = {item.name: item for item in fields(kind)}
         absent = [
             name
