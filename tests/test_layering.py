@@ -29,7 +29,7 @@ BANNED = {
 # names that apps use, and imports them on first use.
 ORDER = {
     "edgelora_runtime": "__init__ serve runtime conversation tools decode answers batching residency session bundle arguments "
-    "_telemetry _version errors",
+    "backtracking _telemetry _version errors",
     "edgelora_export": "traced bundle texts stream graph weights base plan quantize architectures decoder __init__",
     "edgelora": "__main__ lm_eval cli demo search learn report exporting composing in_torch mix bench inspection doctor "
     "evaluation data adapters formatting __init__",

@@ -10,7 +10,7 @@ from edgelora.adapters.names import show_names
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d{1,6})\.(.+)")
 
 
 def list_gaps(config: Mapping[str, Any], modules: Collection[str]) -> list[str]:

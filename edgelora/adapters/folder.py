@@ -38,7 +38,7 @@ from edgelora.adapters.provenance import Provenance as Provenance
 from edgelora.adapters.provenance import read_provenance as read_provenance
 from edgelora.adapters.provenance import write_provenance as write_provenance
 from edgelora.adapters.shapes import read_shapes, token_rows
-from edgelora_export.base.files import read_json
+from edgelora_export.base.files import look_up, read_json
 from edgelora_export.plan.variants import Delta
 from edgelora_runtime.errors import InputError
 
@@ -315,6 +315,7 @@ def open_adapters(
 
 
 def _open_source(folder: Path, label: str, base: Mapping[str, Any] | None) -> AdapterSource:
+    look_up(folder)
     if is_gguf(folder):
         return open_gguf(folder, label, base)
     if not folder.is_dir():

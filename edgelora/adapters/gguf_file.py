@@ -58,7 +58,7 @@ _MODULES = {
 }
 _ENDS = {"token_embd": EMBEDDING, "output": HEAD}
 _FUSED = {"phi3": {"ffn_up": "mlp.gate_up_proj"}}
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.weight\.(?P<kind>lora_[ab])")
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d{1,6})\.)?(?P<part>\w+)\.weight\.(?P<kind>lora_[ab])")
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,9 @@ def unsupported(config: Mapping[str, Any]) -> list[str]:
         reasons.append(f"r is {rank!r}; a rank is a whole number, 1 or more")
     if config.get("target_modules") == [] and not config.get("trainable_token_indices"):
         reasons.append("target_modules is empty, so that nothing is adapted")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        reasons.append(f"modules_to_save is {saved!r}, not a list of names")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict) or not all(_is_number(value) for value in patterns.values()):

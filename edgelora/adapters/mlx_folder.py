@@ -22,7 +22,7 @@ MLX_WEIGHTS = "adapters.safetensors"
 _KEY = re.compile(r"(?P<module>.+)\.(?P<kind>lora_a|lora_b|m)")
 _KINDS = {"lora_a": A, "lora_b": B, "m": MAGNITUDE}
 _EMBEDDING_KINDS = {"lora_a": EMBEDDING_A, "lora_b": EMBEDDING_B, "m": MAGNITUDE}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 
 
 def is_mlx(config: Mapping[str, Any]) -> bool:

@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.backtracking import Paths, PatternError, bound_paths, count_paths, multiply_paths
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 _MOST_CHARACTERS = 512  # of a pattern, and of a module's name
-_MOST_REPEATS = 4  # without an upper bound, in one pattern: time grows with the name's length to this power
-_REPEATED_GROUP = re.compile(r"(?<!\\)\)(?:[*+]|\{)")  # (a+)+ takes exponential time
-_REPEAT = re.compile(r"(?<!\\)[*+]|(?<!\\)\{\d*,\d*\}")
-_REFERENCE = re.compile(r"\\[1-9]|\(\?P=|\(\?[<=!]")
+_MOST_PATHS = 1 << 20  # through a pattern, in a module's name: a tenth of a second
+_MOST_IN_ALL = 1 << 25  # through all patterns, in all names of an adapter's modules: a few seconds
+_BEFORE = Paths({0: 1, 1: 1})  # what PEFT's rule puts before a pattern: the start of a name, or nothing
+
+
+def check_patterns(patterns: Collection[str], modules: Iterable[str]) -> None:
+    """Raises InputError for patterns that find_pattern() refuses for a module, or that take long for all modules together."""
+    lengths, total = Counter(map(len, modules)), 0
+    for pattern in patterns:
+        for length, count in lengths.items():
+            total += _bound(pattern, length) * count
+    if total > _MOST_IN_ALL:
+        raise InputError(
+            f"patterns may take long on {lengths.total()} modules, as they can repeat in too many ways; "
+            "name the modules in the config one by one"
+        )
 
 
 def find_pattern(patterns: Iterable[str], module: str) -> str | None:
@@ -32,26 +46,36 @@ def find_pattern(patterns: Iterable[str], module: str) -> str | None:
         raise InputError(
             f"module {module[:60]}… has a name of {len(module)} characters; at most {_MOST_CHARACTERS} can be matched"
         )
-    return next((pattern for pattern in patterns if _compile(pattern).match(module)), None)
+    for pattern in patterns:
+        _bound(pattern, len(module))
+        if _compile(pattern)[0].match(module):
+            return pattern
+    return None
+
+
+def _bound(pattern: str, length: int) -> int:
+    """Returns how many paths there may be through a pattern in a name of so many characters. Raises InputError for many."""
+    if (paths := bound_paths(_compile(pattern)[1], length)) > _MOST_PATHS:
+        raise _refuse(pattern, f"may take long on a name of {length} characters, as it can repeat in too many ways")
+    return paths
 
 
 @lru_cache(maxsize=4096)
-def _compile(pattern: str) -> re.Pattern[str]:
-    shown = "".join(filter(str.isprintable, pattern))[:80]
-    reason = ""
+def _compile(pattern: str) -> tuple[re.Pattern[str], Paths]:
     if len(pattern) > _MOST_CHARACTERS:
-        reason = f"is longer than {_MOST_CHARACTERS} characters"
-    elif _REPEATED_GROUP.search(pattern):
-        reason = "repeats a group, which may take exponential time"
-    elif len(_REPEAT.findall(pattern)) > _MOST_REPEATS:
-        reason = f"has more than {_MOST_REPEATS} repetitions"
-    elif _REFERENCE.search(pattern):
-        reason = "looks around or back"
-    if reason:
-        raise InputError(f"pattern {shown!r} {reason}; name the modules in the config one by one")
+        raise _refuse(pattern, f"is longer than {_MOST_CHARACTERS} characters")
     try:
+        paths = multiply_paths(_BEFORE, count_paths(pattern, plain=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of brackets that a later Python may read in another way
-            return re.compile(rf"(.*\.)?({pattern})$")
+            return re.compile(rf"(.*\.)?({pattern})$"), paths
+    except PatternError as error:
+        raise _refuse(pattern, str(error)) from None
     except (re.error, OverflowError, RecursionError) as error:
-        raise InputError(f"pattern {shown!r} is not a regular expression ({error})") from error
+        raise _refuse(pattern, f"is not a regular expression ({error})") from error
+
+
+def _refuse(pattern: str, reason: str) -> InputError:
+    return InputError(
+        f"pattern {''.join(filter(str.isprintable, pattern))[:80]!r} {reason}; name the modules in the config one by one"
+    )

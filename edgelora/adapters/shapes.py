@@ -20,7 +20,7 @@ from edgelora.adapters.names import (
     B,
     show_names,
 )
-from edgelora.adapters.patterns import find_pattern
+from edgelora.adapters.patterns import check_patterns, find_pattern
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def read_shapes(tensors: AdapterTensors, label: str, config: Mapping[str, Any]) 
     Raises InputError for tensors that do not fit each other or the config.
     """
     _check_kinds(tensors, label, config)
+    patterns = [pattern for key in ("rank_pattern", "alpha_pattern") for pattern in config.get(key) or {}]
+    check_patterns(patterns, tensors.origins.values())
     changed = {module: held for module, held in sorted(tensors.shapes.items()) if not held.keys() <= {*SAVED_BIASES}}
     if not changed:
         raise InputError(f"adapter {label}: it holds no LoRA factors")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from edgelora_export.base.files import read_json
+from edgelora_export.base.files import look_up, read_json, read_parsed
+from edgelora_runtime.bundle.manifest import FLOAT32_MAX
 from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _GLOBAL = {
 }
 _TENSOR = {"linear": ("weight",), "task_arithmetic": ("weight",), **dict.fromkeys(_SPARSE, ("weight", "density"))}
 _DTYPES = ("float32", "float16", "bfloat16")
+_MOST_VALUES = 100_000
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -117,15 +119,32 @@ def read_mergekit(path: Path | str) -> MergekitConfig:
         import yaml
     except ImportError as error:
         raise MissingExtraError("pyyaml", "export") from error
-    try:
-        value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"mergekit file {path} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"mergekit file {path} is not YAML ({' '.join(str(error).split())})") from error
+
+    def parse(text: str) -> Any:
+        try:
+            return yaml.safe_load(text)
+        except Exception as error:  # for dates and numbers that are none, errors of any kind
+            raise ValueError(error) from error
+
+    value = read_parsed(Path(path), parse, "YAML", "it says what to merge")
+    _refuse_large(value, path)
     if not isinstance(value, dict):
         raise InputError(f"mergekit file {path} is not a mapping; it needs merge_method and models")
     return parse_mergekit(value, str(path))
+
+
+def _refuse_large(value: Any, path: Path | str) -> None:
+    """Refuses what anchors make much larger than its text, or endless."""
+    waiting, count = [value], 0
+    while waiting:
+        item = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES:
+            raise InputError(f"mergekit file {path} has more than {_MOST_VALUES} values; write it without anchors")
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list | tuple | set):
+            waiting += item
 
 
 def parse_mergekit(value: Mapping[str, Any], label: str = "mergekit file") -> MergekitConfig:
@@ -151,7 +170,8 @@ def _read_models(value: Mapping[str, Any], method: str, wrong: list[str]) -> tup
     Appends mistakes to `wrong`.
     """
     entries = []
-    for place, model in enumerate(value.get("models") or (), 1):
+    models = value.get("models")
+    for place, model in enumerate(models if isinstance(models, list) else (), 1):
         where = f"models[{place}]"
         if not isinstance(model, dict) or not isinstance(model.get("model"), str):
             wrong.append(f"{where} has no model: write base+adapter, two paths joined by a plus sign")
@@ -253,11 +273,15 @@ def _read_setting(value: Any) -> Setting | None:
 
 def _read_number(value: Any) -> Number | None:
     """A number or a gradient. Booleans count as 0 and 1, as in mergekit."""
-    if isinstance(value, int | float):
+    if _is_finite(value):
         return float(value)
-    if isinstance(value, list) and value and all(isinstance(one, int | float) for one in value):
+    if isinstance(value, list) and value and all(map(_is_finite, value)):
         return tuple(map(float, value))
     return None
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= FLOAT32_MAX
 
 
 def _interpolate(number: Number, depth: float) -> float:
@@ -270,7 +294,7 @@ def _interpolate(number: Number, depth: float) -> float:
 
 
 def _count_layers(base: str, wrong: list[str]) -> int | None:
-    if not Path(base, "config.json").is_file():
+    if not look_up(Path(base, "config.json")):
         wrong.append(f"a list of values needs the number of layers of {base}, which is not a local folder")
         return None
     layers = read_json(Path(base, "config.json"), "a base needs it").get("num_hidden_layers")

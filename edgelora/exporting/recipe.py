@@ -13,7 +13,7 @@ from edgelora.adapters.provenance import TRAINED_ON
 from edgelora.exporting.recipe_keys import ADAPTER, GATE, QUANTIZATION, ROUTER, TOP, VARIANT
 from edgelora.mix.methods import DEFAULT_DENSITY, MIX_METHODS
 from edgelora.mix.weights import check_weight
-from edgelora_export.base.files import read_toml
+from edgelora_export.base.files import look_up, read_toml
 from edgelora_export.bundle.gate import Gate
 from edgelora_export.plan.targets import CPU, check_targets
 from edgelora_export.plan.variants import MERGE_BASES, Quantization
@@ -191,7 +191,7 @@ def parse_recipe(value: Mapping[str, Any], folder: Path, label: str = "recipe") 
         raise InputError(f"{label}: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}")
     base = folder / top["base"]
     return Recipe(
-        base=str(base) if base.exists() else top["base"],
+        base=str(base) if look_up(base) else top["base"],
         adapters={name: entry.path for name, entry in adapters.items()},
         variants={name: VariantRecipe(**{"mix": {}, **taken}) for name, taken in variants.items()},
         quantization=grid,

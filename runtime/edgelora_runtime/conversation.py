@@ -14,6 +14,7 @@ from edgelora_runtime.bundle.strict_json import read_strictly
 from edgelora_runtime.decode.options import resolve_options
 from edgelora_runtime.errors import EdgeloraError, InputError, UsageError
 from edgelora_runtime.residency.whole_file import write_whole
+from edgelora_runtime.session.forks import leave_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
@@ -60,6 +61,7 @@ class Conversation:
         self._options = options
         self._history: list[dict[str, Any]] = []
         self._lock = threading.Lock()
+        leave_in_child("Conversation", self, "_lock", "_runtime")
         self._answer: weakref.ref[TextStream] | None = None
         self.switch(options.get("variant"), mix=options.get("mix"))
 

@@ -38,6 +38,7 @@ from edgelora_runtime.residency.models import LoadedModels, MemoryUsage
 from edgelora_runtime.residency.packed_cache import PackedCache
 from edgelora_runtime.residency.prompt_cache import PromptCache
 from edgelora_runtime.residency.prompt_file import read_prompts, write_prompts
+from edgelora_runtime.session.forks import leave_in_child
 from edgelora_runtime.session.kernels import choose_kernels
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model, new_cache
 from edgelora_runtime.session.providers import choose_target, find_provider
@@ -85,7 +86,7 @@ class Runtime:
     cpu graphs serve a GPU without fp16, and gpu graphs run on the CPU, slowly, to check. verify: "full" hashes every file first.
 
     Safe to call from many threads. One step is computed at a time. Requests on one variant, or on one live base with edgelora's
-    kernels, share steps; others alternate step by step, and so do chunks of prompts.
+    kernels, share steps; others alternate step by step, and so do chunks of prompts. A forked child opens one of its own.
     """
 
     def __init__(
@@ -111,15 +112,13 @@ class Runtime:
         self._bundle = take_bundle(bundle, verify)
         self._manifest = self._bundle.manifest
         has_gpu_graphs = all("gpu" in entry.graphs for entry in self._manifest.variants.values())
-        architecture = self._manifest.model.architecture
-        self._provider = find_provider(provider, architecture=architecture, gpu_graphs=has_gpu_graphs)
+        self._provider = find_provider(provider, architecture=self._manifest.model.architecture, gpu_graphs=has_gpu_graphs)
         self._target = choose_target(target, self._provider, gpu_graphs=has_gpu_graphs)
         self._texts = TextSides(self._bundle)
         graphs = {entry.graphs[self._target].file: entry.graphs[self._target] for entry in self._manifest.variants.values()}
         on_cpu = self._provider.name == "cpu"  # on a GPU, data between stages would pass through main memory
         cache = packed_cache if on_cpu else None
-        grid = self._manifest.quantization
-        self._kernels = choose_kernels(kernels, grid, provider=self._provider.name, target=self._target)
+        self._kernels = choose_kernels(kernels, self._manifest.quantization, provider=self._provider.name, target=self._target)
         self._loader = Loader(
             self._bundle,
             graphs.values(),
@@ -140,6 +139,7 @@ class Runtime:
         self._speculation = Speculation(self._bundle)
         self._router = LazyRouter(self._bundle)
         self._current = choose_variant(self._manifest, self._target, self._manifest.default_variant)
+        leave_in_child("Runtime", self, "_texts", "_loaded", "_prompts", "_batches", "_live", "_speculation", "_router")
 
     def __repr__(self) -> str:
         names = f"{len(self._manifest.variants)} variants, current {self.current!r}"
@@ -446,5 +446,5 @@ class Runtime:
         if choice.live is not None:
             live, made = self._live.get(choice.live, model.lora_type)
             opened += made
-        milliseconds = (time.perf_counter() - started) * 1e3
-        return model, live, Receipt(choice.label, milliseconds, cold, opened, self._prompts.count_tokens(choice))
+        spent = time.perf_counter() - started
+        return model, live, Receipt(choice.label, spent * 1e3, cold, opened, self._prompts.count_tokens(choice))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    import httpx
+
 CHAT, PLAIN, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HELLO = [{"role": "user", "content": "hi"}]
 GOOD = {"model": "base", "messages": HELLO, "max_tokens": 2}
@@ -46,6 +48,7 @@ BODIES: dict[str, tuple[str, bytes]] = {
     "a message without a role": chat(messages=[{"content": "hi"}]),
     "content that is a number": message(content=7),
     "content of lone surrogates": message(content="\ud800"),
+    "a parameter of half a surrogate pair": chat(**{"a\ud800": 1}),
     "content of another kind": message(content=[{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]),
     "content longer than the context": message(content="the cat " * 100_000),
     "tokens below zero": chat(max_tokens=-1),
@@ -84,18 +87,23 @@ def build(bundle: Path) -> Any:
     return build_app(Service({"bundle": Runtime(bundle, threads=1)}, ServeSettings()))
 
 
+def ask(bundle: Path, path: str, body: bytes) -> httpx.Response:
+    """Sends a body to the application over a bundle."""
+    import httpx
+
+    async def send() -> httpx.Response:
+        transport = httpx.ASGITransport(app=build(bundle))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.post(path, content=body, headers={"Content-Type": "application/json"})
+
+    return asyncio.run(send())
+
+
 def post(bundle: Path, path: str, body: bytes) -> Callable[[Path], None]:
     """Sends a body, and raises the server's own words where it refuses it as a client's mistake."""
 
     def send(folder: Path) -> None:
-        import httpx
-
-        async def ask() -> httpx.Response:
-            transport = httpx.ASGITransport(app=build(bundle))
-            async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
-                return await client.post(path, content=body, headers={"Content-Type": "application/json"})
-
-        response = asyncio.run(ask())
+        response = ask(bundle, path, body)
         if not 400 <= response.status_code < 500:
             raise RuntimeError(f"the server answered with status {response.status_code}: {response.text[:200]}")
         said = response.json()["error"]["message"]

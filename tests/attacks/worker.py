@@ -19,7 +19,7 @@ from edgelora_runtime import EdgeloraError
 from edgelora_runtime.errors import LONGEST_MESSAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from tests.attacks.attack import Attack
 
@@ -56,12 +56,15 @@ class Outcome:
     @property
     def faults(self) -> list[str]:
         """What an attack must not do, one line each. Empty if the input was refused as it should be."""
+        return ["was taken"] * (not self.error) + self.excesses
+
+    @property
+    def excesses(self) -> list[str]:
+        """What no input may do, hostile or good, one line each."""
         wrong = []
-        if not self.error:
-            wrong.append("was taken")
-        elif not self.typed:
+        if self.error and not self.typed:
             wrong.append(f"raised {self.error}: {self.message[:200]!a}")
-        elif not self.message or not self.message.isprintable() or len(self.message) > LONGEST_MESSAGE + 1:
+        elif self.error and (not self.message or not self.message.isprintable() or len(self.message) > LONGEST_MESSAGE + 1):
             wrong.append(f"was refused with the message {self.message[:200]!a}")
         if self.seconds > SECONDS:
             wrong.append(f"took {self.seconds:.1f} seconds")
@@ -134,21 +137,28 @@ def limited_memory() -> Iterator[None]:
 
 
 def run_attack(attack: Attack, watch: Watch) -> Outcome:
-    outcome = Outcome()
     with tempfile.TemporaryDirectory(prefix="attack-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         attack.make(folder)
         reset_peak()
-        held, started = read_status("VmRSS"), time.process_time()
+        held = read_status("VmRSS")
         with limited_memory(), watch.on(folder):
-            try:
-                attack.open(folder)
-            except BaseException as error:  # Rust's panics are none of Exception
-                outcome.error, outcome.message = type(error).__name__, str(error)
-                outcome.typed = isinstance(error, EdgeloraError)
-        outcome.seconds = time.process_time() - started
+            outcome = observe(lambda: attack.open(folder))
         outcome.bytes = max(read_status("VmHWM") - held, 0)
         outcome.outside = list(dict.fromkeys(watch.noted))[:4]
+    return outcome
+
+
+def observe(use: Callable[[], object]) -> Outcome:
+    """Uses an input. Returns what it raised, and the time that it took."""
+    outcome = Outcome()
+    started = time.process_time()
+    try:
+        use()
+    except BaseException as error:  # Rust's panics are none of Exception
+        outcome.error, outcome.message = type(error).__name__, str(error)
+        outcome.typed = isinstance(error, EdgeloraError)
+    outcome.seconds = time.process_time() - started
     return outcome
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes as ml_dtypes  # numpy knows bfloat16, which most bases are, only once this is imported
 import numpy as np
 
+from edgelora_export.base.files import look_up
 from edgelora_export.base.fit import check_fit
 from edgelora_export.base.gguf.open import SUFFIX, open_gguf
 from edgelora_export.base.head import settle_head
@@ -53,6 +54,7 @@ class Base:
         Raises InputError, with what lies there instead and what to give, for anything that export would refuse later.
         """
         path = Path(path)
+        look_up(path)
         if path.suffix == SUFFIX and path.is_file():
             base = cls(path, *open_gguf(path))
             check_fit(base.config, base.tensors, path)
@@ -76,7 +78,7 @@ class Base:
 
         A download starts with the configs, so that a model of another kind is refused before its weights are fetched.
         """
-        if Path(name).exists() or name.endswith(SUFFIX) or not _HUB_ID.fullmatch(name):
+        if look_up(Path(name)) or name.endswith(SUFFIX) or not _HUB_ID.fullmatch(name):
             return cls.open(name)
         try:
             from huggingface_hub import snapshot_download

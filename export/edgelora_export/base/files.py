@@ -18,12 +18,20 @@ _LIMIT = 64 << 20  # bytes
 _KEY_PARTS = 100  # of one dotted key
 
 
+def look_up(path: Path) -> bool:
+    """True if something lies at a path. Raises InputError for one that the system refuses to look up, such as one too long."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise InputError(f"{path} cannot be looked up ({error.strerror}); check the path") from None
+
+
 def read_json(path: Path, hint: str) -> dict[str, Any]:
     """Reads a JSON object. hint: a phrase that says what needs the file.
 
     Raises InputError if the file is absent, unreadable, or not an object.
     """
-    value = _read(path, json.loads, "JSON", hint)
+    value = read_parsed(path, json.loads, "JSON", hint)
     if not isinstance(value, dict):
         raise InputError(f"{path} holds {type(value).__name__}, not an object")
     return value
@@ -34,11 +42,16 @@ def read_toml(path: Path, hint: str) -> dict[str, Any]:
 
     Raises InputError if the file is absent or unreadable.
     """
-    value: dict[str, Any] = _read(path, _parse_toml, "TOML", hint)
+    value: dict[str, Any] = read_parsed(path, _parse_toml, "TOML", hint)
     return value
 
 
-def _read(path: Path, parse: Callable[[str], Any], kind: str, hint: str) -> Any:
+def read_parsed(path: Path, parse: Callable[[str], Any], kind: str, hint: str) -> Any:
+    """Reads a text file and parses it.
+
+    kind: the format, for errors. hint: a phrase that says what needs the file. Raises InputError if the file is absent,
+    unreadable, too large, or refused by parse with a ValueError or a RecursionError.
+    """
     try:
         info = path.stat()  # of what a link leads to: hubs keep files behind links
         if not stat.S_ISREG(info.st_mode):

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from edgelora_export.base.quiet import quiet_libraries
+from edgelora_export.texts.trial import try_patterns
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
 from edgelora_runtime.errors import InputError, IntegrityError
 
@@ -38,7 +39,8 @@ _ADDED = 64  # added tokens that are probed; some tokenizers have thousands of p
 def check_tokenizer(tokenizer: Any, files: Mapping[str, bytes], owner: str) -> None:
     """Encodes probe texts on both sides: scripts, emoji, white space, digits, code, and the tokenizer's added tokens.
 
-    files: as pack_tokenizer packs them. Raises IntegrityError with the first text whose tokens differ.
+    files: as pack_tokenizer packs them. Raises IntegrityError with the first text whose tokens differ, and InputError for a
+    tokenizer whose regular expressions take long.
     """
     if getattr(tokenizer, "split_special_tokens", False):
         raise InputError(
@@ -46,6 +48,7 @@ def check_tokenizer(tokenizer: Any, files: Mapping[str, bytes], owner: str) -> N
             "cannot do that; set it to false in tokenizer_config.json"
         )
     packed = load_tokenizer(files[TOKENIZER])
+    try_patterns(files[TOKENIZER], owner)
     with quiet_libraries(whole_process=False):  # transformers warns of long texts
         for text in (*PROBES, *_probe_added_tokens(tokenizer)):
             theirs, ours = list(tokenizer(text)["input_ids"]), list(packed.encode(text).ids)

@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from edgelora_runtime.errors import UsageError
+from edgelora_runtime.session.forks import Elsewhere, call_in_child, keep_in_child, leave_in_child
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -24,7 +25,8 @@ _MOST_WAITING = 256  # streams that tasks read at the same time; asyncio's own t
 
 @cache
 def _open_pool() -> ThreadPoolExecutor:
-    """Returns the threads in which tasks read streams. They start as they are needed."""
+    """Returns the threads in which tasks read streams. They start as they are needed, and a forked child has none of them."""
+    call_in_child(_open_pool.cache_clear)
     return ThreadPoolExecutor(_MOST_WAITING, thread_name_prefix="edgelora-stream")
 
 
@@ -69,11 +71,12 @@ class TextStream:
 
     def __init__(self, pieces: Generator[Piece, None, Generation], cancel: Callable[[], None]) -> None:
         self.generation: Generation | None = None
-        self._pieces = pieces
+        self._pieces = keep_in_child(pieces)  # freed, it would wait for the step that it shares with other threads
         self._cancel = cancel
-        self._turn = threading.RLock()  # a generator runs in one thread at a time
+        self._turn: threading.RLock | Elsewhere = threading.RLock()  # a generator runs in one thread at a time
         self._tokens = 0
         self._state = "open"
+        leave_in_child("TextStream", self, "_turn", "_pieces")
 
     def __iter__(self) -> Iterator[Piece]:
         return self
@@ -121,8 +124,8 @@ class TextStream:
 
     @property
     def is_open(self) -> bool:
-        """True until the last piece was read, the stream was closed, or it failed."""
-        return self._state == "open"
+        """True until the last piece was read, the stream was closed, or it failed. False in a forked child."""
+        return self._state == "open" and not isinstance(self._turn, Elsewhere)
 
     def read(self) -> Generation:
         """Reads the rest and returns the whole answer. Raises UsageError for a stream that was closed before its end."""

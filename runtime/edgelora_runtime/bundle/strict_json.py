@@ -7,6 +7,7 @@ import sys
 import types
 import typing
 from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal
 
 from edgelora_runtime.errors import IntegrityError
@@ -33,7 +34,7 @@ def decode(kind: Any, value: Any, document: str, path: str = "", *, skip_unknown
     if is_dataclass(kind):
         if not isinstance(value, dict):
             fail("an object")
-        hints = typing.get_type_hints(kind)
+        hints = _read_hints(typing.cast("Any", kind))
         known = {item.name: item for item in fields(kind)}
         absent = [
             name
@@ -79,6 +80,11 @@ def decode(kind: Any, value: Any, document: str, path: str = "", *, skip_unknown
     if kind is int and not 0 <= value < 1 << 53:
         fail("a whole number from 0 to 2^53")
     return value
+
+
+@cache
+def _read_hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)  # compiles each annotation anew
 
 
 def _refuse_constant(text: str) -> float:

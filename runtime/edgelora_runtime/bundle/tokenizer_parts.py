@@ -7,9 +7,9 @@ a pattern such as (a+)+$ takes exponential time. Vocabularies are not read here.
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
+from edgelora_runtime.backtracking import PatternError, count_paths
 from edgelora_runtime.errors import IntegrityError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ _MOST_PARTS = 64  # of one tokenizer, those in sequences among them
 _MOST_GROWTH = 4096  # characters that normalizers or decoders make of one
 _TEXT_LIMIT = 256  # characters of a replacement, a prefix or a fill
 _PATTERN_LIMIT = 4096  # characters of a regular expression
+_MOST_REPEATS = 2  # without end, one after another; GPT-4o's has two
+_MOST_PATHS = 1024  # through a pattern, apart from repetitions without end; GPT-4o's has 40
 _TEMPLATE_LIMIT = 64  # pieces of a post-processor's template, and ids of one of its special tokens
 _ID_LIMIT = 1 << 24  # of tokens
 _SEQUENCES = ("normalizers", "pretokenizers", "decoders", "processors")
@@ -38,9 +40,6 @@ _SPLITTING = frozenset(
     )
 )
 _CLOSING = frozenset(("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"))
-_REPEATED_GROUP = re.compile(r"\)(?:[*+]|\{\d*,\})")
-_REPEAT = re.compile(r"[*+]|\{\d*,\}")
-_ATOM = re.compile(r"\\.|\[(?:\\.|\[:\w+:\]|[^\]\\])*\]", re.DOTALL)  # an escape or a class of characters
 
 
 def check_parts(tokenizer: RustTokenizer, name: str) -> None:
@@ -70,6 +69,13 @@ def check_parts(tokenizer: RustTokenizer, name: str) -> None:
         raise IntegrityError(f"{name} {reasons[0]}; save the tokenizer of a published model in its place")
 
 
+def list_patterns(tokenizer: RustTokenizer) -> list[str]:
+    """Lists the regular expressions of a tokenizer's own: those of its parts that split or replace."""
+    kinds = ("normalizer", "pre_tokenizer", "decoder")
+    parts = [part for kind in kinds for part in _list_parts(getattr(tokenizer, kind))]
+    return [pattern for part in parts if (pattern := _find_pattern(part))]
+
+
 def _list_parts(part: Any) -> Iterator[Mapping[str, Any]]:
     """Yields a part's description, or those of the parts of a sequence."""
     unread = [] if part is None else [json.loads(part.__getstate__())]
@@ -94,27 +100,23 @@ def _find_growth(part: Mapping[str, Any]) -> int:
     return _GROWTH.get(kind, _MOST_GROWTH + 1)
 
 
-def _check_pattern(part: Mapping[str, Any]) -> Iterator[str]:
+def _find_pattern(part: Mapping[str, Any]) -> str:
     pattern = part.get("pattern")
-    text = pattern.get("Regex", "") if isinstance(pattern, dict) else ""
+    return str(pattern.get("Regex", "")) if isinstance(pattern, dict) else ""
+
+
+def _check_pattern(part: Mapping[str, Any]) -> Iterator[str]:
+    text = _find_pattern(part)
     if len(text) > _PATTERN_LIMIT:
         yield f"has a pattern of {len(text)} characters; {_PATTERN_LIMIT} is the most"
-    elif _repeats_repeats(text):
-        yield f"has the pattern {text[:80]!r}, which repeats a group of repetitions and may take exponential time"
-
-
-def _repeats_repeats(pattern: str) -> bool:
-    """True if a group that may repeat without end holds something that may."""
-    plain = _ATOM.sub("a", pattern)
-    opened: list[int] = []
-    for at, character in enumerate(plain):
-        if character == "(":
-            opened.append(at)
-        elif character == ")" and opened:
-            start = opened.pop()
-            if _REPEATED_GROUP.match(plain, at) and _REPEAT.search(plain, start + 1, at):
-                return True
-    return False
+        return
+    try:
+        paths = count_paths(text)
+    except PatternError as error:
+        yield f"has the pattern {text[:80]!r}, which {error}"
+        return
+    if max(paths) > _MOST_REPEATS or sum(paths.values()) > _MOST_PATHS:
+        yield f"has the pattern {text[:80]!r}, which can repeat in too many ways and may take long"
 
 
 def _measure_template(part: Mapping[str, Any]) -> int:

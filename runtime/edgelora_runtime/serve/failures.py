@@ -29,7 +29,7 @@ class RequestFailed(Exception):  # noqa: N818  (a failure of the request, which 
         super().__init__(message)
         self.status = status
         self.message = make_printable(message, _LONGEST)
-        self.param = param
+        self.param = None if param is None else make_printable(param, _LONGEST)
         self.code = code
         self.retry_after = retry_after
 

@@ -6,6 +6,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
+from edgelora_runtime.session.forks import leave_in_child
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -21,6 +23,7 @@ class FairLock:
         self._state = threading.Lock()
         self._held = False
         self._waiting: deque[threading.Lock] = deque()
+        leave_in_child("Runtime", self, "_state")
 
     def __enter__(self) -> None:
         with self._state:

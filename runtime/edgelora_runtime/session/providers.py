@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import IntegrityError, UsageError, suggest_name
+from edgelora_runtime.session.forks import keep_in_child
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,7 +98,7 @@ def open_session(graph: Path, options: ort.SessionOptions, provider: Provider) -
         raise explain_failure(provider, f"open {graph.name}", error) from error
     if provider.implementation not in session.get_providers():  # without its libraries, CUDA is dropped silently
         raise UsageError(f"provider {provider.name!r} does not start here; see onnxruntime's messages, or use 'cpu'")
-    return session
+    return keep_in_child(session)
 
 
 def explain_failure(provider: Provider, task: str, error: Exception) -> IntegrityError | UsageError:

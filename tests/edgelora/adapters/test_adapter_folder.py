@@ -97,6 +97,8 @@ def copy(tiny_adapters: dict[str, Path], tmp_path: Path, **config: Any) -> Path:
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora"),
     "whole layers": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "layers as a number": ({"modules_to_save": 1.5}, "modules_to_save is 1.5"),
+    "layers of numbers": ({"modules_to_save": [1]}, "modules_to_save is [1]"),
     "biases": ({"bias": "some"}, "bias is 'some'"),
     "lora bias": ({"lora_bias": True}, "lora_bias"),
     "another rank": ({"r": 5}, "rank"),

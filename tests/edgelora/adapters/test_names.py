@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgelora.adapters.coverage import list_gaps
 from edgelora.adapters.gguf_file import ARCHITECTURES, GGUFNames, Heads
 from edgelora.adapters.names import IGNORED, parse_name, plain_module, show_names
-from edgelora.adapters.patterns import find_pattern
+from edgelora.adapters.patterns import check_patterns, find_pattern
 from edgelora_runtime.errors import InputError
 
 MODULE = "model.layers.3.self_attn.q_proj"
@@ -113,13 +113,35 @@ def test_patterns_are_matched_as_peft_does(patterns: list[str]) -> None:
     assert (MODULE if found is None else found) == get_pattern_key(patterns, MODULE)
 
 
-BAD = ["(a+)+$", "(.*)*x", "(a|aa)+b", "(", "a{2,1}", ".*.*.*.*.*x", r"(q)\1", "(?<=q)_proj", "q" * 600, "[", "(a+){9}"]
+BAD = [
+    r"(a+|\\)+x",
+    "(?x:(a+) +x)",
+    "(ab|a|b)" * 20 + "c",
+    "a?" * 60 + "[^a]",
+    "(a+)+$",
+    "(.*)*x",
+    "(a|aa)+b",
+    "(",
+    "a{2,1}",
+    ".*.*.*.*.*x",
+    r"(q)\1",
+    "(?<=q)_proj",
+    "q" * 600,
+    "[",
+    "(a+){9}",
+]
 
 
 @pytest.mark.parametrize("pattern", BAD)
 def test_patterns_that_may_take_long_are_refused(pattern: str) -> None:
     with pytest.raises(InputError, match="pattern"):
         find_pattern([pattern], MODULE)
+
+
+def test_patterns_may_not_take_long_on_all_modules_together() -> None:
+    check_patterns([".*[^a]"] * 10, ["a" * 60] * 300)
+    with pytest.raises(InputError, match="patterns may take long on 9000 modules"):
+        check_patterns([".*[^a]"] * 10, ["a" * 60] * 9000)
 
 
 @given(st.text(alphabet="a.*+?()[]{}|\\d2,^$", max_size=24))

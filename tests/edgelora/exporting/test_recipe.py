@@ -192,6 +192,11 @@ def test_a_file_that_is_no_toml(raw: bytes, tmp_path: Path) -> None:
         read_recipe(tmp_path / "r.toml")
 
 
+def test_a_base_that_no_system_can_look_up() -> None:
+    with pytest.raises(InputError, match="cannot be looked up"):
+        parse(f'base = "{"a" * 5000}"\n[variants.base]\nmix = {{}}\n')
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_recipe(tmp_path / "r.toml")

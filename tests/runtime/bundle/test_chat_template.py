@@ -138,6 +138,7 @@ def test_nothing_is_computed_while_a_template_is_compiled() -> None:
     ("raw", "said"),
     [
         (b"a\n{% for x in y %}", "t line 2 is not a valid template"),
+        (b"{% break %}", "t is not a valid template"),
         (b"{{ x | nope }}", "t line 1 .*nope"),
         (b"\xff", r"t is not UTF-8 \(byte 0\)"),
         (b"x" * (1 << 19), "t has 524288 bytes"),

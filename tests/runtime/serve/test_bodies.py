@@ -107,6 +107,8 @@ def test_slow_headers_end_in_time(hasty: Server) -> None:
         b'{"model": "base", "model": "plain", "prompt": "x"}',
         b'{"model": "base", "prompt": "x", "temperature": NaN}',
         b'{"model": "base", "prompt": "\\ud800"}',
+        b'{"model": "base", "prompt": "x", "\\uD800": 1}',
+        b'{"model": "\\udc00", "prompt": "x"}',
         b'{"a":' * 600 + b"1" + b"}" * 600,
         b"[" * 4000,
         b'{"model": "base", "prompt": "x", "seed": ' + b"9" * 4000 + b"}",
