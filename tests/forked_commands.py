@@ -26,7 +26,7 @@ WORDS = {signal.SIGKILL: (-signal.SIGKILL, None), signal.SIGTERM: (143, "edgelor
 # Each line of the input has commands that run at once, each with a file for what it writes. The parent computes nothing, so that
 # its children inherit no threads.
 FORKER = """\
-import contextlib, importlib, json, os, pkgutil, sys
+import contextlib, importlib, json, os, pkgutil, resource, sys
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, [max(os.sched_getaffinity(0))])  # so that no library spins with threads beside the tests'
 import torch, transformers, trl, peft, bitsandbytes, pydantic, transformers.models.llama.modeling_llama, typer.rich_utils
@@ -37,10 +37,12 @@ for package in (edgelora, edgelora_export, edgelora_runtime):
         if not module.name.endswith("__main__"):
             with contextlib.suppress(ImportError):
                 importlib.import_module(module.name)
-def start(arguments, output):
+def start(arguments, output, largest):
     child = os.fork()
     if child:
         return child
+    if largest is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number in (1, 2):
         os.dup2(os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
@@ -87,18 +89,33 @@ class Commands:
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def run(self, arguments: Sequence[object], number: signal.Signals = signal.SIGKILL, seconds: float | None = None) -> Ended:
-        """Runs a command, and sends it a signal after so many seconds if it has not ended by then."""
-        return self.run_at_once([arguments], number, seconds)[0]
+    def run(
+        self,
+        arguments: Sequence[object],
+        number: signal.Signals = signal.SIGKILL,
+        seconds: float | None = None,
+        *,
+        largest: int | None = None,
+    ) -> Ended:
+        """Runs a command, and sends it a signal after so many seconds if it has not ended by then.
+
+        largest: bytes of the largest file that it may write, as `ulimit -f` says it. None for no limit.
+        """
+        return self.run_at_once([arguments], number, seconds, largest=largest)[0]
 
     def run_at_once(
-        self, commands: Sequence[Sequence[object]], number: signal.Signals = signal.SIGKILL, seconds: float | None = None
+        self,
+        commands: Sequence[Sequence[object]],
+        number: signal.Signals = signal.SIGKILL,
+        seconds: float | None = None,
+        *,
+        largest: int | None = None,
     ) -> list[Ended]:
         """Runs commands beside each other, and sends the first one a signal after so many seconds."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         outputs = [str(self._folder / f"output-{place}") for place in range(len(commands))]
-        asked = [(list(map(str, arguments)), output) for arguments, output in zip(commands, outputs, strict=True)]
+        asked = [(list(map(str, arguments)), output, largest) for arguments, output in zip(commands, outputs, strict=True)]
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         children, started = json.loads(self._process.stdout.readline()), time.monotonic()
