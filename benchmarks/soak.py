@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the blocks that end the server
     draw = random.Random(arguments.seed)
     options = ["--threads", arguments.threads, "--kernels", arguments.kernels]
     with serve(arguments.bundle, *options, "--batch", 1) as (_, url):

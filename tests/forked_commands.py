@@ -124,10 +124,8 @@ class Commands:
             with suppress(ProcessLookupError):  # it has ended by itself
                 os.kill(children[0], number)
         codes, seconds = json.loads(self._process.stdout.readline()), time.monotonic() - started
-        return [
-            Ended(code, *(Path(f"{output}.{number}").read_text(encoding="utf-8") for number in (1, 2)), seconds)
-            for code, output in zip(codes, outputs, strict=True)
-        ]
+        texts = [[Path(f"{output}.{stream}").read_text(encoding="utf-8") for stream in (1, 2)] for output in outputs]
+        return [Ended(code, *text, seconds=seconds) for code, text in zip(codes, texts, strict=True)]
 
 
 def draw_signals(draw: random.Random) -> list[signal.Signals]:

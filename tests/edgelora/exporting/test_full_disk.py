@@ -36,7 +36,7 @@ mix = {{ a = 1.0 }}
 mix = {{ a = 0.5 }}
 kind = "live"
 """
-TRAIN = ["--max-steps", "6", "--batch-size", "2", "--lr", "1e-3", "--quant", "none", "--checkpoint-every", "1"]
+TRAIN = ["--max-steps", "6", "--batch-size", "2", "--rank", "64", "--lr", "1e-3", "--quant", "none", "--checkpoint-every", "1"]
 
 
 @contextmanager
@@ -120,9 +120,10 @@ def test_training_onto_a_disk_that_is_full_at_some_point(workplace: Path, tiny_b
         done = commands.run([*train, "whole"])
         assert done.code == 0, done.errors
         weights = (workplace / "whole" / name).read_bytes()
-        needed = 1 << 20  # what train wants to see free, so that its adapter has room
-        for point in range(max(3, POINTS // 3)):
-            with leaving_free(disk, needed * point // 3):
+        free = (1 << 20) + 3 * len(weights)  # train starts, as its adapter has room, and its checkpoints have none or little
+        points = max(4, POINTS // 3)
+        for point in range(points):
+            with leaving_free(disk, free + point * 10 * len(weights) // points):
                 ended = commands.run([*train, disk / "a"])
             assert ended.code in (0, 5), ended.errors
             if ended.code == 5:
@@ -134,7 +135,8 @@ def test_training_onto_a_disk_that_is_full_at_some_point(workplace: Path, tiny_b
             assert (disk / "a" / name).read_bytes() == weights
             assert [path.name for path in disk.iterdir()] == ["a"]
             shutil.rmtree(disk / "a")
-    print(f"{went_on} runs went on from a checkpoint")
+    print(f"full at {points} points; {went_on} runs went on from a checkpoint")
+    assert went_on
 
 
 def test_every_writer_names_its_file_when_a_file_is_too_large(
@@ -158,7 +160,7 @@ def test_every_writer_names_its_file_when_a_file_is_too_large(
             ended = commands.run(arguments, largest=largest)
             last = ended.errors.splitlines()[-1]
             assert ended.code == 5, f"{writer}: {ended.errors}"
-            assert str(new) in last, f"{writer}: {last}"
+            assert re.search(rf"{workplace}/\S*new", last), f"{writer}: {last}"
             found = [path.name for path in workplace.iterdir() if not path.name.startswith(("output-", ".new.edgelora-staging"))]
             assert sorted(found) == before, writer
             assert [path.name for path in workplace.glob(".new*")] == [] or writer == "export", "finished weights are kept"

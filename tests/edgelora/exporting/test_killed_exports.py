@@ -36,8 +36,8 @@ kind = "live"
 
 def write_recipes(folder: Path, base: Path, adapters: dict[str, Path]) -> list[Path]:
     """Two recipes whose bundles have no merged weight in common, and the text on which they are quantized and judged."""
-    words = ("cat", "day", "sun", "moon", "mat", "cafe", "one", "two")
-    lines = [json.dumps({"text": f"the {word} sat on the {other}. "}) for word in words for other in words[:3]]
+    words = ("cat", "day", "sun", "moon", "mat", "cafe")
+    lines = [json.dumps({"text": f"the {word} sat on the {other}. "}) for word in words for other in words[:2]]
     (folder / "text.jsonl").write_text("\n".join(lines), encoding="utf-8")
     recipes = []
     for name, weight in (("first", 1.0), ("second", -0.75)):
@@ -65,23 +65,25 @@ def test_killed_exports(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_pat
     target = tmp_path / "work" / "bundle"
     reached, finished, reused = dict.fromkeys(WORDS, 0), 0, 0
     with Commands(tmp_path) as commands:
-        whole, longest = [], 0.0
+        whole, seconds = [], 1e9
         for recipe in recipes:
             output = tmp_path / f"{recipe.stem}-whole"
             done = commands.run(["export", recipe.name, "--output", output, "--calibration", "text.jsonl", "--gate", "repair"])
             assert done.code == 0, done.errors
             whole.append(listing(output))
-            longest = max(longest, done.seconds)
+            seconds = min(seconds, done.seconds)
             assert Bundle.open(output).manifest.variants[recipe.stem].fidelity is not None, "the gate has measured it"
         turn, signals = 0, draw_signals(draw)
         while signals:
             number = signals[-1]
             arguments = ["export", recipes[turn].name, "--output", target, "--calibration", "text.jsonl", "--gate", "repair"]
             before, steps = listing(target), read_journal(target.parent)
-            ended = commands.run(arguments, number, draw.uniform(0.0, 1.1 * longest))
+            ended = commands.run(arguments, number, draw.uniform(0.0, 0.9 * seconds))
             after, left = listing(target), read_journal(target.parent)
             if ended.code == 0:
                 finished, turn = finished + 1, 1 - turn
+                if len(steps) < 2:
+                    seconds = min(seconds, ended.seconds)  # the machine may have less to do by now
                 assert after == whole[1 - turn], "as if nothing had happened"
                 assert [path.name for path in target.parent.iterdir()] == ["bundle"]
                 continue
