@@ -44,6 +44,8 @@ def _write_new(path: Path, text: str) -> None:
         try:
             file.write(text)
             file.flush()
-        except BaseException:
+        except BaseException as error:
             path.unlink(missing_ok=True)
+            if isinstance(error, OSError):
+                error.filename = str(path)  # which only opening sets
             raise

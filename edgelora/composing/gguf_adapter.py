@@ -5,7 +5,6 @@ The layout is described in edgelora.adapters.gguf_file.
 
 from __future__ import annotations
 
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,9 @@ from edgelora.adapters.names import HEAD, show_names
 from edgelora.adapters.provenance import pack_provenance
 from edgelora_export.base.base import Base
 from edgelora_export.base.files import read_json
-from edgelora_runtime.errors import InputError, MissingExtraError, ResourceError
+from edgelora_export.weights.full_disk import told_by_name
+from edgelora_export.weights.lock import locked
+from edgelora_runtime.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,7 +82,8 @@ def write_gguf(
     """Writes factors A (r, K) and B (N, r) by module as a GGUF adapter, in one step. Scales are folded in.
 
     llama.cpp scales by α / r. α is the largest rank, and each B makes up for its own. dtype: float32, float16 or bfloat16.
-    Raises InputError for factors that the type cannot hold, ResourceError for a full disk.
+    Raises InputError for factors that the type cannot hold and while another process writes the file, ResourceError for a full
+    disk.
     """
     import gguf
 
@@ -89,7 +91,7 @@ def write_gguf(
         raise InputError(f"dtype {dtype!r} is not known; use one of {', '.join(_TYPES)}")
     kind = gguf.GGMLQuantizationType[_TYPES[dtype]]
     alpha = max(len(a) for a, _ in factors.values())
-    staging = output.with_name(f".{output.name}.edgelora-staging-{os.getpid()}")
+    staging = output.with_name(f".{output.name}.edgelora-staging")
     output.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path=None, arch=names.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -108,18 +110,15 @@ def write_gguf(
             if not np.isfinite(gguf.dequantize(packed, kind)).all():
                 raise InputError(f"{module} has factors that {dtype} cannot hold; use --dtype float32")
             writer.add_tensor(f"{names.tensor(module)}.{suffix}", packed, raw_dtype=kind)
-    try:
-        writer.write_header_to_file(path=staging)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with staging.open("rb+") as file:
-            os.fsync(file.fileno())
-        staging.replace(output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceError(f"no space left on the disk of {output}; free some and run again") from error
-        raise
-    finally:
-        writer.close()
-        staging.unlink(missing_ok=True)
+    with told_by_name(output), locked(output):
+        try:
+            writer.write_header_to_file(path=staging)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+            with staging.open("rb+") as file:
+                os.fsync(file.fileno())
+            staging.replace(output)
+        finally:
+            writer.close()
+            staging.unlink(missing_ok=True)

@@ -21,6 +21,7 @@ from edgelora.exporting.export import export
 from edgelora.in_torch.run.checkpoints import find_last, locate_checkpoints
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
+from edgelora_export.weights.publish import write_file
 from edgelora_runtime import Bundle, Runtime
 from edgelora_runtime.bundle.folder import is_empty
 from edgelora_runtime.bundle.manifest import MANIFEST
@@ -137,7 +138,7 @@ def _claim_folder(output: Path, made_with: Mapping[str, object]) -> None:
     if output.exists() and not (output.is_dir() and is_empty(output)):
         raise InputError(f"{output} exists and is no folder of this demo; choose another --output")
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_file(path, [text.encode()])
 
 
 def _configure(base: str, task: Task, output: Path, seed: int, settings: RealSettings) -> TrainConfig:

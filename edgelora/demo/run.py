@@ -21,6 +21,7 @@ from edgelora.in_torch.reference import write_with_torch
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
 from edgelora.learn.learn import LearnConfig, learn
+from edgelora_export.weights.publish import write_file
 from edgelora_runtime import Runtime
 from edgelora_runtime.bundle.manifest import check_variant_name
 from edgelora_runtime.errors import InputError
@@ -144,7 +145,7 @@ def split_rows(name: str, rows: Sequence[Row], seed: int) -> Task:
 def write_demo_rows(path: Path, rows: Sequence[Row]) -> Path:
     """Writes rows as JSON lines, in a folder that it makes. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{row.to_json()}\n" for row in rows), encoding="utf-8")
+    write_file(path, [f"{row.to_json()}\n".encode() for row in rows])
     return path
 
 
@@ -246,7 +247,7 @@ def write_recipe(
     lines += [f"{_quote(name)} = {_quote(str(folder.resolve()))}" for name, folder in adapters.items()]
     for name, body in variants.items():
         lines += ["", f"[variants.{_quote(name)}]", body]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_file(path, [("\n".join(lines) + "\n").encode()])
 
 
 def _quote(text: str) -> str:

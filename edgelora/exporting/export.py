@@ -19,6 +19,8 @@ from edgelora_export.plan.targets import CPU
 from edgelora_export.stream.auto_round import require_auto_round
 from edgelora_export.traced.bundle import TracedMatrices, TracedPlan, build_traced_bundle, find_vocab_size
 from edgelora_export.traced.optimum import trace_decoder
+from edgelora_export.weights.publish import check_target
+from edgelora_runtime.bundle.manifest import MANIFEST
 from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ def export(
     recipe: a file or a Recipe. calibration: general text or rows, and gate: the policy. Each replaces the recipe's own.
     Raises InputError for a recipe, base or adapter that cannot be used, IntegrityError for a variant that does not pass the gate,
     MissingExtraError for method auto-round without its package, ResourceError for a full disk. The output folder is then
-    as it was.
+    as it was. Weights that were finished are kept beside it for the next run, and on_note says where.
     """
     if not isinstance(recipe, Recipe):
         recipe = read_recipe(recipe)
@@ -54,6 +56,7 @@ def export(
         recipe = replace(recipe, gate=replace(recipe.gate, policy=gate))
     if recipe.quantization.method == "auto-round":
         require_auto_round()
+    check_target(Path(output), marker=MANIFEST)
     sources = open_sources(recipe, on_note=on_note)
     if recipe.router is not None:
         on_progress(0, 1, "learning the router")
@@ -67,8 +70,9 @@ def export(
     plan = plan_bundle(sources, router, on_note=on_note)
     try:
         return build_bundle(plan, Path(output), on_progress=on_progress)
-    except KeyboardInterrupt:
-        on_note(f"interrupted: what is finished lies beside {output}, and the same export goes on from there")
+    except BaseException as error:
+        for note in getattr(error, "__notes__", ()):
+            on_note(note)
         raise
 
 

@@ -10,6 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgelora_export.weights.full_disk import told_by_name
 from edgelora_runtime.bundle.folder import is_empty
 from edgelora_runtime.errors import InputError
 
@@ -86,7 +87,7 @@ class TrialLog:
             raise InputError(f"{self._path} is damaged ({error}); remove it to start over") from error
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with told_by_name(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -49,11 +49,13 @@ def build_bundle(plan: BundlePlan, output: Path, *, on_progress: OnProgress = la
     """Builds the bundle of a plan and publishes it in one step: a reader sees the old folder or the new one, never a mixture.
 
     on_progress(done, total, what) is called per layer. Raises InputError for a base or an output folder that cannot be used,
-    IntegrityError if a variant does not pass the gate, ResourceError for a full disk.
+    IntegrityError if a variant does not pass the gate, ResourceError for a full disk. Finished weights are then kept: see
+    staged_folder.
     """
     with staged_folder(output, marker=MANIFEST, plan=plan.resume_key) as folder:
         builder = BundleBuilder(plan, folder, on_progress)
         builder.write_texts()
+        builder.write_factors()
         builder.choose_merge_bases()
         builder.store_weights()
         builder.pass_gate()
@@ -94,6 +96,14 @@ class BundleBuilder:
             write_file(self._folder / self._plan.router.entry.file, [self._plan.router.content])
         for name, table in self._plan.draft_tables.items():
             self._draft_tables[name] = write_hashed(self._folder, table, DRAFT_TABLE)
+
+    def write_factors(self) -> None:
+        """Writes the factors of live adapters, if a variant is live.
+
+        Requires: an empty folder, or the blobs of an interrupted run.
+        Ensures: these files are in the folder. Factors that fp16 cannot hold end the export before any weight is quantized.
+        """
+        write_live_adapters(self._plan, self._folder, self._plan.variants)
 
     def choose_merge_bases(self) -> None:
         """Chooses the merge base of each variant.

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edgelora_export.bundle.progress import GPTQ_COST
+from edgelora_export.plan.targets import CPU, TARGETS
 from edgelora_export.plan.variants import Merge
 from edgelora_export.stream.embeddings import find_vocab_grid, store_embeddings, store_own_matrices
 from edgelora_export.stream.products import compensates, raise_to_int8, store_products
+from edgelora_export.weights.fp16_copies import Fp16Copies
 from edgelora_export.weights.journal import Journal
 from edgelora_export.weights.merged import changes_linear
 from edgelora_export.weights.publish import locate_journal
@@ -68,7 +70,9 @@ class BundleWeights:
                 *(each.merge for each in variants.values() if each.change and not self._has_own_head(each)),
             ]
             finished, on_layer = self._journal.section(""), self._progress.start_pass("embedding")
-            self.shared = store_norms(self._storage) | store_embeddings(self._storage, merges, finished, on_layer)
+            norms = store_norms(self._storage)
+            self._check_range(norms)
+            self.shared = norms | store_embeddings(self._storage, merges, finished, on_layer)
         if self.bare is None and self._needs_bare(variants):
             finished = self._journal.section("")
             on_layer = self._progress.start_pass("base", self._cost(self._plan.base_calibration))
@@ -99,6 +103,11 @@ class BundleWeights:
             assert grid is not None
             stored.update(store_vocab_matrix(storage, name, variant.change, replace(grid, bits=8)))
         self._merged[variant.name].update(stored)
+
+    def _check_range(self, norms: StoredWeights) -> None:
+        """Raises InputError for norms or biases that fp16 cannot hold, if a graph needs that, before hours of quantization."""
+        if any(TARGETS[name].float_type != CPU.float_type for name in self._plan.targets):
+            Fp16Copies(self._storage.folder, self._plan.decoder.wide_norms).copy(norms)
 
     def _needs_bare(self, variants: Mapping[str, Variant]) -> bool:
         """True if some variant runs products of the bare base.

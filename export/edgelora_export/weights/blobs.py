@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,7 @@ def write_blob(folder: Path, tensors: dict[str, NDArray[Any]]) -> dict[str, Stor
         digest.update(chunk)
     location = f"{digest.hexdigest()}{BLOB}"
     if not (folder / location).exists():
-        temporary = folder / f"{location}.{os.getpid()}.part"
+        temporary = folder / f"{location}.part"
         write_file(temporary, chunks)
         temporary.replace(folder / location)
     return {name: StoredTensor(raw.dtype, raw.shape, location, offset, raw.nbytes) for name, (raw, offset) in stored.items()}

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgelora_export.quantize.int4 import Grid
 from edgelora_export.weights.blobs import StoredTensor
+from edgelora_export.weights.full_disk import told_by_name
 from edgelora_export.weights.publish import BLOB
 from edgelora_export.weights.stored import StoredWeights
 from edgelora_runtime.bundle.folder import hash_file
@@ -31,12 +32,8 @@ class Journal:
         self._finished: dict[tuple[str, str], StoredWeights] = {}
         if path is None or not path.exists():
             return
-        # The first line is the plan. The last one is empty, or was cut short when the run was killed.
-        _, *lines, cut_short = path.read_bytes().split(b"\n")
-        os.truncate(path, path.stat().st_size - len(cut_short))
         whole = _find_whole_blobs(folder)
-        for line in lines:
-            key, weights = _parse(line)
+        for key, weights in _read_entries(path):
             if whole.issuperset(tensor.location for tensor in weights.tensors.values()):
                 self._finished[key] = weights
 
@@ -50,7 +47,7 @@ class Journal:
     def note(self, section: str, product: str, weights: StoredWeights) -> StoredWeights:
         self._finished[section, product] = weights
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
+            with told_by_name(self._path), self._path.open("a", encoding="utf-8") as file:
                 file.write(_dump(section, product, weights) + "\n")
         return weights
 
@@ -71,6 +68,21 @@ class JournalSection:
         return self.journal.note(self.name, product, weights)
 
 
+def _read_entries(path: Path) -> list[tuple[tuple[str, str], StoredWeights]]:
+    """Reads a journal after its first line, the plan, up to the first line that is not whole. Truncates it there."""
+    found = []
+    with path.open("rb") as file:
+        end = len(file.readline())
+        for line in file:
+            try:
+                found.append(_parse(line))
+            except (ValueError, KeyError, TypeError):  # cut short by a kill or a full disk, or lost with the power
+                break
+            end += len(line)
+    os.truncate(path, end)
+    return found
+
+
 def _find_whole_blobs(folder: Path) -> set[str]:
     """Names the blobs whose content matches their name. Removes the others, so that they are written again."""
     whole = set()
@@ -89,7 +101,9 @@ def _dump(section: str, product: str, weights: StoredWeights) -> str:
 
 
 def _parse(line: bytes) -> tuple[tuple[str, str], StoredWeights]:
-    """Parses a line that _dump wrote."""
+    """Parses a line that _dump wrote. Raises ValueError, KeyError or TypeError for any other."""
+    if not line.endswith(b"\n"):
+        raise ValueError("cut short")
     value: dict[str, Any] = json.loads(line)
     tensors = {
         name: StoredTensor(np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["location"], entry["offset"], entry["length"])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgelora_export.weights.full_disk import told_by_name
+from edgelora_export.weights.lock import locked
 from edgelora_runtime.bundle.folder import is_empty
-from edgelora_runtime.errors import InputError, ResourceError
+from edgelora_runtime.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -23,23 +25,22 @@ if TYPE_CHECKING:
 BLOB = ".bin"  # the suffix of a blob's name: <sha256>.bin
 _STAGING = ".edgelora-staging"
 _JOURNAL = ".journal"
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_OLD = ".old-"
 
 
 def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     """Writes a file and flushes it to disk. Raises ResourceError, and leaves no file, if the disk is full."""
-    try:
-        with path.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-        if error.errno in _NO_SPACE:
-            raise ResourceError(f"no space left on the disk of {path.parent} while writing {path.name}; free some") from error
-        raise
+    with told_by_name(path):
+        try:
+            with path.open("wb") as file:
+                for chunk in chunks:
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            raise
 
 
 def write_hashed(folder: Path, content: bytes, suffix: str) -> str:
@@ -62,39 +63,50 @@ def staged_folder(target: Path, *, marker: str, plan: str | None = None) -> Iter
     """Yields a staging folder that becomes `target` if the block ends without an error, and is removed otherwise.
 
     Replaces an existing target in one step, and only if it is empty or holds the file `marker`. Other folders are not ours to
-    delete. Removes staging folders that a killed run left beside the target.
+    delete. Removes what a killed run left beside the target. Meanwhile no other process can write the target.
     plan: one line that describes the folder to build. The staging folder then has a journal (see locate_journal) that starts with
-    this line. Both stay when the run is interrupted or killed, and the next run with the same plan reuses the finished blobs.
-    Raises InputError for a target that must not be replaced, ResourceError for a full disk.
+    this line. Both stay if the block or the publishing fails, however it fails, once the journal has more lines. The error then
+    has a note that says so. The next run with the same plan reuses the finished blobs.
+    Raises InputError for a target that must not be replaced or that another process writes, ResourceError for a full disk.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100  (resolve() would follow a link that the user put there)
+    check_target(target, marker=marker)
+    with told_by_name(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target):
+            staging = target.with_name(f".{target.name}{_STAGING}")
+            with _kept_if_unfinished(staging):
+                _clear_leftovers(staging, target, plan)
+                staging.mkdir(exist_ok=True)
+                if plan is not None and not locate_journal(staging).exists():
+                    write_file(locate_journal(staging), [f"{plan}\n".encode()])
+                yield staging
+                _flush_folder(staging)
+                replace_folder(staging, target)
+            _flush_folder(target.parent)
+
+
+def check_target(target: Path, *, marker: str) -> None:
+    """Raises InputError for a target that staged_folder would not replace, so that it is told before any work."""
     if target.exists() and not (target.is_dir() and (is_empty(target) or (target / marker).is_file())):
         raise InputError(f"{target} exists and is not a folder with {marker}; choose another --output or remove it")
-    staging = target.with_name(f".{target.name}{_STAGING}-{os.getpid()}")
-    kept = False
+
+
+@contextmanager
+def _kept_if_unfinished(staging: Path) -> Iterator[None]:
+    """Removes a staging folder and its journal at the end, unless the block fails and the journal lists finished work."""
+    journal, kept = locate_journal(staging), False
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(target, staging, plan)
-        staging.mkdir(exist_ok=True)
-        if plan is not None and not locate_journal(staging).exists():
-            write_file(locate_journal(staging), [f"{plan}\n".encode()])
-        try:
-            yield staging
-        except (KeyboardInterrupt, SystemExit):
-            kept = plan is not None
-            raise
-        locate_journal(staging).unlink(missing_ok=True)
-        _flush_folder(staging)
-        replace_folder(staging, target)
-        _flush_folder(target.parent)
-    except OSError as error:
-        if error.errno in _NO_SPACE and not isinstance(error, ResourceError):
-            raise ResourceError(f"no space left on the disk of {target}; free some and run again") from error
+        yield
+    except BaseException as error:
+        kept = journal.is_file() and journal.read_bytes().count(b"\n") > 1  # the first line is the plan
+        if kept:
+            error.add_note(f"what is finished is kept in {staging}, and the same command goes on from there")
         raise
     finally:
         if not kept:
             _remove(staging)
-            locate_journal(staging).unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
 
 
 def locate_journal(staging: Path) -> Path:
@@ -102,27 +114,23 @@ def locate_journal(staging: Path) -> Path:
     return staging.with_name(staging.name + _JOURNAL)
 
 
-def _clear_leftovers(target: Path, staging: Path, plan: str | None) -> None:
-    """Removes what earlier runs left. Finished blobs of the same plan move to `staging`."""
-    prefix = f".{target.name}{_STAGING}-"
-    names = {path.name.removesuffix(_JOURNAL) for path in target.parent.glob(f"{glob.escape(prefix)}*")}
-    leftovers = [target.with_name(name) for name in sorted(names) if _is_left_over(name.removeprefix(prefix))]
-    same = next((folder for folder in leftovers if plan is not None and _has_plan(folder, plan)), None)
-    for leftover in leftovers:
-        if leftover != same:
-            _remove(leftover)
-            locate_journal(leftover).unlink(missing_ok=True)
-    if same is not None:
-        for path in same.iterdir():
-            if path.suffix != BLOB:
-                path.unlink()
-        same.rename(staging)
-        locate_journal(same).rename(locate_journal(staging))
+def _clear_leftovers(staging: Path, target: Path, plan: str | None) -> None:
+    """Removes what an earlier run left, except the finished blobs of the same plan and their journal.
 
-
-def _is_left_over(pid: str) -> bool:
-    """True if the process is gone. An earlier one may have had our own id, as every run in a container can."""
-    return pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
+    A target that was moved away by a run that was killed before it put another in its place is put back.
+    """
+    for old in staging.parent.glob(f"{glob.escape(staging.name)}{_OLD}*"):
+        if target.exists():
+            _remove(old)
+        else:
+            old.rename(target)
+    if plan is None or not _has_plan(staging, plan):
+        _remove(staging)
+        locate_journal(staging).unlink(missing_ok=True)
+        return
+    for path in staging.iterdir():
+        if path.suffix != BLOB:
+            path.unlink()
 
 
 def _has_plan(staging: Path, plan: str) -> bool:
@@ -139,18 +147,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    if sys.platform == "win32":
-        return pid == os.getpid()  # os.kill would end the process on Windows
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _flush_folder(folder: Path) -> None:
@@ -190,7 +186,7 @@ def replace_folder(staging: Path, target: Path, *, exchange: Callable[[Path, Pat
     if exchange(staging, target):
         return
     # This system has no exchange. Between these two renames the target does not exist.
-    old = staging.with_name(staging.name + ".old")
+    old = staging.with_name(f"{staging.name}{_OLD}{secrets.token_hex(4)}")  # one that was in use may still be there
     target.rename(old)
     try:
         staging.rename(target)

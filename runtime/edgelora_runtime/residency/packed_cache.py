@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import sys
 import tempfile
@@ -187,7 +188,7 @@ class PackedCache:
 
     def _delete(self, entry: Path) -> None:
         """Deletes an entry. It is renamed first, so that nobody finds half of it."""
-        leaving = self.folder / f"{_LEAVING}{entry.name}-{os.getpid()}"
+        leaving = self.folder / f"{_LEAVING}{entry.name}-{secrets.token_hex(4)}"
         with contextlib.suppress(OSError):
             entry.rename(leaving)
             shutil.rmtree(leaving, ignore_errors=True)

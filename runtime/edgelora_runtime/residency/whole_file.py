@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from typing import TYPE_CHECKING
 
 from edgelora_runtime.errors import ResourceError, UsageError
@@ -19,7 +20,7 @@ def write_whole(path: Path, raw: bytes) -> None:
     """
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is not a plain file; name another path")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("wb") as file:
             file.write(raw)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from edgelora.adapters.folder import Adapter
 from edgelora_export.base.base import Base
@@ -20,6 +22,7 @@ from edgelora_export.quantize import gptq
 from edgelora_export.stream import products as quantizing
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.manifest import AdapterEntry
+from edgelora_runtime.errors import InputError, IntegrityError
 from tests.tiny import build_variants, make_adapter, random_tokens
 
 if TYPE_CHECKING:
@@ -46,17 +49,24 @@ def export(
     output: Path,
     *,
     plan: str = "the plan",
+    gate: Gate = Gate(),  # noqa: B008  (it is frozen)
+    targets: tuple[str, ...] = ("cpu",),
+    live: bool = False,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> None:
     build_variants(
         Base.open(base),
-        [Variant("base"), Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION)],
+        [
+            Variant("base"),
+            Variant("tuned", {"a": 1.0}, delta=adapter, calibration=CALIBRATION, live={"a": 1.0} if live else None),
+        ],
         output,
         quantization=Quantization(),
         adapters={"a": AdapterEntry("0" * 64, adapter.rank)},
         live_adapters={"a": adapter},
         base_calibration=CALIBRATION,
-        gate=Gate(),
+        gate=gate,
+        targets=targets,
         resume_key=plan,
         on_progress=on_progress,
     )
@@ -105,11 +115,44 @@ def test_an_interrupted_export_goes_on(
     step: int, tiny_base: Path, adapter: Adapter, whole: dict[str, bytes], compensated: list[int], tmp_path: Path
 ) -> None:
     interrupt(tiny_base, adapter, tmp_path / "bundle", step)
-    assert len(list(tmp_path.iterdir())) == 2, "the folder in the making and its journal"
+    assert len(list(tmp_path.iterdir())) == (2 if step else 0), "the folder in the making and its journal"
     export(tiny_base, adapter, tmp_path / "bundle")
     assert len(compensated) == 2 * PRODUCTS, "no product is quantized twice"
     assert listing(tmp_path / "bundle") == whole
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_refusal_by_the_gate_keeps_what_is_finished(
+    tiny_base: Path, adapter: Adapter, whole: dict[str, bytes], compensated: list[int], tmp_path: Path
+) -> None:
+    """Another gate is the same plan: its weights are the same."""
+    with pytest.raises(IntegrityError, match="use --gate repair") as caught:
+        export(tiny_base, adapter, tmp_path / "bundle", gate=Gate("fail", max_kl=1e-9))
+    assert len(compensated) == 2 * PRODUCTS
+    assert [note.partition(" in ")[0] for note in caught.value.__notes__] == ["what is finished is kept"]
+    export(tiny_base, adapter, tmp_path / "bundle")
+    assert len(compensated) == 2 * PRODUCTS, "no product is quantized twice"
+    assert listing(tmp_path / "bundle") == whole
+
+
+def test_what_fp16_cannot_hold_ends_an_export_before_gptq(
+    tiny_base: Path, tmp_path: Path, compensated: list[int], adapter: Adapter
+) -> None:
+    shutil.copytree(tiny_base, tmp_path / "loud")
+    weights = load_file(tmp_path / "loud" / "model.safetensors")
+    weights["model.layers.1.input_layernorm.weight"][0] = 70000.0
+    save_file(weights, tmp_path / "loud" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"reaches 70000, which fp16 cannot hold; leave \"gpu\" out of targets"):
+        export(tmp_path / "loud", adapter, tmp_path / "bundle", targets=("cpu", "gpu"))
+    make_adapter(tiny_base, tmp_path / "strong", size=0.3)
+    factors = load_file(tmp_path / "strong" / "adapter_model.safetensors")
+    name = next(name for name in factors if "layers.1.mlp.down_proj.lora_B" in name)
+    factors[name][0, 0] = 70000.0
+    save_file(factors, tmp_path / "strong" / "adapter_model.safetensors")
+    strong = Adapter.open(tmp_path / "strong")
+    with pytest.raises(InputError, match="which fp16 cannot hold; export it merged"):
+        export(tiny_base, strong, tmp_path / "bundle", live=True)
+    assert compensated == []
 
 
 def test_another_plan_takes_nothing_over(
