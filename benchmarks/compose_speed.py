@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.decode import Ratio
 from benchmarks.export_memory import MIB, watch
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, write_adapter
-from benchmarks.workers import OtherWork, default_cache, describe_machine, report
+from benchmarks.workers import default_cache, report
 from edgelora.cli.terminal import print_json, print_note, print_table
+from edgelora.machine import OtherWork, describe_machine
 from edgelora.mix.methods import MIX_METHODS
+from edgelora.peers.comparison import Ratio
 
 if TYPE_CHECKING:
     from edgelora.mix.methods.deltas import Factors
@@ -80,7 +81,7 @@ def main() -> None:
     shape = SHAPES[arguments.shape]
     if arguments.layers:
         shape = replace(shape, name=f"{shape.name}-{arguments.layers}-layers", layers=arguments.layers)
-    other = OtherWork({})
+    other = OtherWork([])
     adapters = write_adapters(shape, arguments.output / shape.name, arguments.adapters, arguments.rank)
     composed = measure_composing(adapters, arguments.method or methods, arguments.rounds)
     compared = {} if arguments.without_twins else compare_twins(shape, arguments.adapters, arguments.rank, arguments.rounds)

@@ -23,9 +23,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from benchmarks.shapes import ADAPTER_SIZE, ATTENTION, SHAPES, Shape, write_adapter, write_checkpoint, write_texts
-from benchmarks.workers import default_cache, last_line, report
+from benchmarks.workers import default_cache, report
 from edgelora.cli.terminal import print_json, print_table
 from edgelora.inspection import describe_bundle
+from edgelora.peers.worker import last_line
 from edgelora_runtime import Bundle
 from edgelora_runtime.residency.memory import find_anonymous_memory
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.pocket import find_base
-from benchmarks.workers import describe_machine
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
 from edgelora.formatting import format_bytes
+from edgelora.machine import describe_machine
 from edgelora_export.plan.variants import Quantization
 
 OURS = "edgelora"

@@ -16,12 +16,13 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.decode import REST, WARM_UP, Ratio
 from benchmarks.shapes import ALL_LINEAR, SHAPES, Shape, random_prompt, write_adapter, write_checkpoint
-from benchmarks.workers import OtherWork, default_cache, describe_machine, report
+from benchmarks.workers import default_cache, report
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.machine import OtherWork, describe_machine
+from edgelora.peers.comparison import REST, WARM_UP, Ratio
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Runtime
 
@@ -44,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     bundle = export_bundle(shape, arguments.output / shape.name, arguments.rank)
-    other = OtherWork({})
+    other = OtherWork([])
     with Runtime(bundle, threads=arguments.threads) as runtime:
         seconds = measure(runtime, shape, arguments.rounds, arguments.prompt, arguments.tokens)
     ratios = {phase: compare(by_variant) for phase, by_variant in seconds.items()}

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.llama_cpp import serve_llama
 from benchmarks.pocket import find_data
-from benchmarks.workers import count_cores, describe_machine
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.data.rows import Row, read_rows
 from edgelora.data.scores import main_score
 from edgelora.formatting import format_share
+from edgelora.machine import count_cores, describe_machine
 from edgelora_runtime import Runtime
 
 if TYPE_CHECKING:

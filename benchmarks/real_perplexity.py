@@ -23,9 +23,9 @@ import numpy as np
 
 from benchmarks.llama_cpp import measure_perplexity
 from benchmarks.pocket import find_data
-from benchmarks.workers import count_cores, describe_machine
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.evaluation import log_likelihood
+from edgelora.machine import count_cores, describe_machine
 from edgelora_runtime import Runtime
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from benchmarks.decode import measure_bandwidth
 from benchmarks.shapes import SHAPES
-from benchmarks.workers import count_cores, describe_machine, report
+from benchmarks.workers import report
 from edgelora.cli.terminal import print_json, print_table
+from edgelora.machine import count_cores, describe_machine, measure_bandwidth
 from edgelora_runtime.session.kernels import find_kernels
 
 if TYPE_CHECKING:

@@ -29,11 +29,12 @@ import httpx
 
 from benchmarks.llama_cpp import serve_llama
 from benchmarks.shapes import ALL_LINEAR, SHAPES, write_adapter
-from benchmarks.workers import OtherWork, count_cores, default_cache, describe_machine, report
+from benchmarks.workers import default_cache, report
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.composing.compose import compose
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.machine import OtherWork, count_cores, describe_machine
 from edgelora_export.plan.variants import Quantization
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def main() -> None:
         engines = {OURS: stack.enter_context(serve_ours(bundle, arguments.threads))}
         if arguments.llama_server is not None:
             engines[PEER] = stack.enter_context(serve_peer(arguments.llama_server, arguments.gguf, adapters, arguments.threads))
-        other = OtherWork(engines)
+        other = OtherWork(engine.process.pid for engine in engines.values())
         for turn in range(arguments.rounds + 1):
             for variants in VARIANTS:
                 for clients in arguments.clients if turn else [2]:  # the first turn warms up

@@ -22,20 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks.shapes import ALL_LINEAR, ATTENTION, SHAPES, Shape, random_prompt, write_adapter, write_checkpoint
-from benchmarks.workers import (
-    CACHE_VERSION,
-    PEERS,
-    OtherWork,
-    count_cores,
-    default_cache,
-    describe_machine,
-    read_once,
-    report,
-    start_workers,
-)
+from benchmarks.workers import CACHE_VERSION, PEERS, default_cache, report, start_workers
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.exporting.export import export
 from edgelora.exporting.recipe import Recipe, VariantRecipe
+from edgelora.machine import OtherWork, count_cores, describe_machine
+from edgelora.peers.models import list_files, read_once
 from edgelora_export.plan.variants import Quantization
 from edgelora_runtime import Bundle, PackedCache, Runtime
 from edgelora_runtime.residency.memory import find_anonymous_memory
@@ -44,7 +36,8 @@ from edgelora_runtime.session.kernels import KERNELS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from benchmarks.workers import Worker
+    from edgelora.peers.worker import Worker
+
 
 MERGED = ("base", "merged1", "merged2", "merged3")
 LIVE = tuple(f"live{number}" for number in range(1, 9))
@@ -101,7 +94,7 @@ def main() -> None:
     report("measuring memory")
     memory = measure_memory(bundle, packed, arguments.threads, arguments.kernels)
     workers, missing = start_workers(list(PEERS), cache, arguments.peers_python, arguments.threads, CONTEXT)
-    other = OtherWork(workers)
+    other = OtherWork(worker.pid for worker in workers.values())
     figures = measure(bundle, packed, shape, arguments.threads, arguments.kernels, workers, arguments.rounds)
     share = other.share()
     for worker in workers.values():
@@ -188,7 +181,7 @@ def measure(
             report(f"round {turn + 1} of {rounds}")
             for name, runtime in (("plain", plain), ("packed", mapped)):
                 runtime.close()
-                read_once(bundle)
+                read_once(list_files(bundle))
                 for seconds, place in ((found.cold, turn), (found.beside, turn + 1)):
                     cold = runtime.switch(MERGED[1 + place % 3])
                     assert cold.cold

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from typing import TYPE_CHECKING
 
+from edgelora.machine import count_cores, describe_machine, measure_bandwidth
 from edgelora_runtime.residency.packed_cache import PackedCache, find_packed_folder
-from edgelora_runtime.session.kernels import explain_absence, find_kernels
+from edgelora_runtime.session.kernels import explain_absence, explain_choice, find_kernels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,9 @@ EXTRAS = {
 }
 _GPUS = {"CUDAExecutionProvider": "cuda", "WebGpuExecutionProvider": "webgpu"}
 _WEBGPU_PLUGIN = "onnxruntime-ep-webgpu"
+
+_EXAMPLE_WEIGHTS = 10**9
+_BLOCK_BYTES = 20  # of 32 weights in a bundle: codes of 4 bits and a float32 scale
 
 # Distributions that install the same files. onnxruntime-genai and the onnxruntime-ep-… plugins do not clash with them.
 _ONNXRUNTIMES = {f"onnxruntime{suffix}" for suffix in ("", "-gpu", "-directml", "-webgpu", "-openvino", "-qnn", "-silicon")}
@@ -42,21 +46,41 @@ class Readiness:
 
 
 @dataclass(frozen=True)
+class DecodeLimit:
+    """The speed at which memory lets a 4-bit model decode, since every token reads all weights once.
+
+    bandwidth: bytes per second that `threads` threads together read. weights: of the model. weight_bytes: their size in a bundle.
+    tokens_per_second: at most.
+    """
+
+    bandwidth: float
+    threads: int
+    weights: int
+    weight_bytes: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """The result of diagnose().
 
-    python, system: versions. cores: logical cores. memory: bytes, None if unknown. providers: onnxruntime's execution providers.
-    kernels: the instruction set of edgelora's own kernels, None if they are absent. packages: version per package, None if it is
-    not installed. packed_cache: the folder, and the bytes in it. ready: run, train, export, serve and gpu. remedy: the one
-    command that makes ready what packages are missing for, "" if none is. advice: one line per thing to do, empty if all is well.
+    python, system: versions. cpu: the processor's name. cores: logical cores. memory: bytes, None if unknown. providers:
+    onnxruntime's execution providers. kernels: the instruction set of edgelora's own kernels, None if they are absent.
+    kernels_choice: whose kernels serve 4-bit bundles, and why. decode_limit: what memory lets a model decode, None if there is no
+    room to measure it. packages: version per package, None if it is not installed. packed_cache: the folder, and the bytes in it.
+    ready: run, train, export, serve and gpu. remedy: the one command that makes ready what packages are missing for, "" if none
+    is. advice: one line per thing to do, empty if all is well.
     """
 
     python: str
     system: str
+    cpu: str
     cores: int
     memory: int | None
     providers: tuple[str, ...]
     kernels: str | None
+    kernels_choice: str
+    decode_limit: DecodeLimit | None
     packages: dict[str, str | None]
     packed_cache: tuple[Path, int]
     ready: tuple[Readiness, ...]
@@ -65,7 +89,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Checks the installed packages and onnxruntime. Imports nothing heavier than onnxruntime."""
+    """Checks the installed packages and onnxruntime, and measures memory. Imports nothing heavier than onnxruntime."""
     packages = {name: _version(name) for name in (*RUNTIME, *(name for names in EXTRAS.values() for name in names))}
     providers: tuple[str, ...] = ()
     advice = []
@@ -87,16 +111,30 @@ def diagnose() -> Diagnosis:
     return Diagnosis(
         python=sys.version.split()[0],
         system=f"{platform.system()} {platform.machine()}",
+        cpu=str(describe_machine()["cpu"]),
         cores=os.cpu_count() or 1,
         memory=_memory(),
         providers=providers,
         kernels=None if kernels is None else kernels.instruction_set,
+        kernels_choice=explain_choice(),
+        decode_limit=_measure_decode_limit(),
         packages=packages,
         packed_cache=_measure_packed_cache(),
         ready=ready,
         remedy=f"pip install 'edgelora[{','.join(lacking)}]'" if lacking else "",
         advice=tuple(advice),
     )
+
+
+def _measure_decode_limit() -> DecodeLimit | None:
+    """Measures the speed of memory, and finds what it lets the model of _EXAMPLE_WEIGHTS weights decode."""
+    threads = count_cores()
+    try:
+        bandwidth = measure_bandwidth(threads)
+    except MemoryError:
+        return None
+    size = _EXAMPLE_WEIGHTS // 32 * _BLOCK_BYTES
+    return DecodeLimit(bandwidth, threads, _EXAMPLE_WEIGHTS, size, bandwidth / size)
 
 
 def _check_packages(packages: Mapping[str, str | None]) -> Iterator[Readiness]:

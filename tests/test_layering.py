@@ -31,8 +31,8 @@ ORDER = {
     "edgelora_runtime": "__init__ serve runtime conversation tools decode answers batching residency session bundle arguments "
     "backtracking _telemetry _version errors",
     "edgelora_export": "traced bundle texts stream graph weights base plan quantize architectures decoder __init__",
-    "edgelora": "__main__ lm_eval cli demo search learn report exporting composing in_torch mix bench inspection doctor "
-    "evaluation data adapters formatting __init__",
+    "edgelora": "__main__ lm_eval cli demo search learn report exporting composing in_torch mix bench peers inspection "
+    "doctor machine evaluation data adapters formatting __init__",
 }
 # Folders with more than MOST_MODULES modules, and why.
 LARGE_FOLDERS = {"edgelora/cli": "a file per verb"}

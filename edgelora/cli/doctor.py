@@ -10,7 +10,7 @@ from edgelora.formatting import format_bytes
 from edgelora_runtime import __version__
 
 if TYPE_CHECKING:
-    from edgelora.doctor import Diagnosis
+    from edgelora.doctor import DecodeLimit, Diagnosis
 
 
 def doctor(json: JsonOption = False) -> None:
@@ -25,12 +25,13 @@ def doctor(json: JsonOption = False) -> None:
 
 
 def show_diagnosis(found: Diagnosis) -> None:
-    """Prints what is ready, versions, packages, the packed cache and the advice, and what to do next."""
+    """Prints versions, kernels, memory's speed, what is ready, packages, the packed cache and the advice, and what to do next."""
     memory = "unknown" if found.memory is None else format_bytes(found.memory)
     print_line(f"edgelora {__version__}, Python {found.python}, {found.system}, {found.cores} cores, {memory} of memory")
-    print_line(
-        f"onnxruntime providers: {', '.join(found.providers) or 'none'}; edgelora's own kernels: {found.kernels or 'none'}"
-    )
+    print_line(f"onnxruntime providers: {', '.join(found.providers) or 'none'}")
+    print_line(f"CPU: {found.cpu}; kernels of 4-bit bundles: {found.kernels_choice}")
+    if found.decode_limit is not None:
+        print_line(describe_limit(found.decode_limit))
     for item in found.ready:
         remedy = f"; {item.remedy}" if item.remedy else ""
         print_line(f"{item.name + ':':8}{item.lacks or 'ready'}{remedy}")
@@ -40,3 +41,11 @@ def show_diagnosis(found: Diagnosis) -> None:
     for line in found.advice:
         print_line(f"- {line}")
     print_next(found.remedy or "edgelora demo, which trains, mixes, exports and switches adapters on a tiny model")
+
+
+def describe_limit(limit: DecodeLimit) -> str:
+    """Returns what memory lets a model decode, in a sentence."""
+    threads = "1 thread" if limit.threads == 1 else f"{limit.threads} threads"
+    model = f"a 4-bit model of {limit.weights / 1e9:.0f}B weights ({limit.weight_bytes / 1e9:.2f} GB)"
+    speed = f"memory gives {limit.bandwidth / 1e9:.1f} GB/s to {threads}"
+    return f"{speed}: {model} decodes at most {limit.tokens_per_second:.0f} tokens/s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 KERNELS = ("auto", "edgelora", "onnxruntime")
 
 INTERFACE = 2  # of the operators, as edgelora_kernels numbers it; 2 has attention and live adapters for several texts in a step
+FORCED = "EDGELORA_INSTRUCTION_SET"  # the environment variable by which edgelora_kernels takes a lesser set
 _MAX_BITS = 8
 _MIN_BLOCK = 32  # weights; activations are rounded in chunks of this size
 
@@ -76,6 +78,16 @@ def explain_absence() -> str:
     if (found := _read_interface()) != INTERFACE:
         return f"have interface {found}, and this edgelora needs {INTERFACE}; install both packages anew, from one source"
     return "do not support this machine's instruction set"
+
+
+def explain_choice() -> str:
+    """Returns whose kernels "auto" takes for bundles of 4 and 8 bits on this CPU, and why, as one phrase."""
+    found = find_kernels()
+    if found is None:
+        return f"onnxruntime's, as edgelora's {explain_absence()}"
+    if os.environ.get(FORCED) == found.instruction_set:
+        return f"edgelora's ({found.instruction_set}), the instruction set that {FORCED} names"
+    return f"edgelora's ({found.instruction_set}), the best instruction set of theirs that this CPU has"
 
 
 def _read_interface() -> int:

@@ -10,11 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from edgelora.cli import terminal
+from edgelora.cli.app import app
+from edgelora.cli.doctor import describe_limit
 from edgelora.cli.run import describe_cut
-from edgelora.doctor import EXTRAS, diagnose
+from edgelora.doctor import EXTRAS, DecodeLimit, diagnose
 from edgelora_runtime import Generation, Runtime
+from edgelora_runtime.session.kernels import FORCED, explain_choice, find_kernels
 
 ROOT = Path(__file__).resolve().parents[3]
 GOLDEN = ROOT / "tests" / "runtime" / "bundle" / "golden" / "bundle"
@@ -107,6 +111,24 @@ def test_bench_prints_its_progress_in_a_pipe() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"measuring: {number} of 2, round" for number in range(3)]
     json.loads(done.stdout)
+
+
+def test_doctor_says_whose_kernels_serve_and_what_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = diagnose()
+    limit = found.decode_limit
+    assert limit is not None
+    assert limit.tokens_per_second == pytest.approx(limit.bandwidth / limit.weight_bytes)
+    said = CliRunner().invoke(app, ["doctor"]).stdout
+    assert f"kernels of 4-bit bundles: {found.kernels_choice}" in said
+    assert "a 4-bit model of 1B weights (0.62 GB) decodes at most" in said
+    kernels = find_kernels()
+    if kernels is not None:
+        monkeypatch.delenv(FORCED, raising=False)
+        assert f"edgelora's ({kernels.instruction_set}), the best" in explain_choice()
+        monkeypatch.setenv(FORCED, kernels.instruction_set)
+        assert explain_choice().endswith(f"the instruction set that {FORCED} names")
+    sentence = describe_limit(DecodeLimit(27e9, 2, 10**9, 625 * 10**6, 43.2))
+    assert sentence == "memory gives 27.0 GB/s to 2 threads: a 4-bit model of 1B weights (0.62 GB) decodes at most 43 tokens/s"
 
 
 def test_doctor_says_what_is_ready_and_the_one_line_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:

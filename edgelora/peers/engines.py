@@ -1,11 +1,11 @@
-"""The engines that decode.py compares, each in a worker process.
+"""The engines that are compared, each in a process of its own: edgelora, onnxruntime-genai and llama.cpp.
 
-    python -m benchmarks.engines ENGINE MODEL --threads 2 --length 256
+    python edgelora/peers/engines.py ENGINE MODEL --threads 2 --length 256
 
-A worker takes and answers JSON lines. It imports only its own engine, so a peer's interpreter needs no edgelora. `--length` is
-the number of positions of the KV cache. The first output line gives the loading time. Then the worker answers requests: `warm`,
-`round`, `reload` and `logits`. Every engine does the same work in a round: a prefill of the prompt with logits for its last
-position only, a greedy first token, then N single-token passes, each followed by a greedy pick.
+A worker takes and answers JSON lines. It imports numpy and its own engine alone, so a peer's interpreter needs no edgelora.
+`--length` is the number of positions of the KV cache. The first output line gives the loading time. Then the worker answers
+requests: `warm`, `round`, `reload` and `logits`. Every engine does the same work in a round: a prefill of the prompt with logits
+for its last position only, a greedy first token, then N single-token passes, each followed by a greedy pick.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -44,7 +44,8 @@ class Engine(Protocol):
     """An engine with an open model."""
 
     version: str
-    settings: str  # describes its configuration; final after warm_up
+    settings: str  # describes its model and configuration; final after warm_up
+    vocab_size: int
 
     def run_round(self, prompt: list[int], count: int) -> Round:
         """Reads the prompt into an empty cache and picks a token.
@@ -59,7 +60,7 @@ class Engine(Protocol):
         """Unloads the model and loads it again until it is ready to run."""
 
     def logits(self, prompt: list[int]) -> Floats:
-        """The logits after the prompt, float32 (vocab,)."""
+        """Returns the logits after the prompt, float32 (vocab,)."""
 
 
 def time_passes(prefill: Callable[[], int], step: Callable[[int], int], count: int) -> Round:
@@ -81,16 +82,33 @@ class EdgeloraEngine:
     Times include detokenization, and loading includes the tokenizer.
     """
 
-    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (the cache grows as needed)
+    def __init__(
+        self,
+        model: Path,
+        threads: int,
+        length: int,  # noqa: ARG002  (the cache grows as needed)
+        *,
+        variant: str | None = None,
+        kernels: str = "auto",
+        packed_cache: bool = False,
+        whole_graphs: bool = False,
+    ) -> None:
+        """Opens a bundle on the CPU. variant: the bundle's default one if None. The rest is what Runtime takes."""
         import edgelora_runtime
 
         self.version = f"{edgelora_runtime.__version__} on onnxruntime {importlib.metadata.version('onnxruntime')}"
-        self.runtime = edgelora_runtime.Runtime(model, threads=threads)
-        self.runtime.switch()
+        packed = edgelora_runtime.PackedCache() if packed_cache else None
+        self.runtime = edgelora_runtime.Runtime(
+            model, threads=threads, provider="cpu", kernels=kernels, packed_cache=packed, whole_graphs=whole_graphs
+        )
+        manifest = self.runtime.bundle.manifest
+        self.variant = manifest.default_variant if variant is None else variant
+        self.vocab_size = manifest.find_model(manifest.variants[self.variant].graphs["cpu"].file).vocab_size
+        self.runtime.switch(self.variant)
         self.settings = f"fp32 KV cache, kernels of {self.runtime.kernels}"
 
     def run_round(self, prompt: list[int], count: int) -> Round:
-        result = self.runtime.generate(prompt, max_tokens=count + 1, temperature=0.0)
+        result = self.runtime.generate(prompt, max_tokens=count + 1, temperature=0.0, ignore_eos=True)
         if result.reused_tokens or len(result.tokens) != count + 1:
             raise RuntimeError(f"{result.reused_tokens} positions reused, {len(result.tokens)} tokens: no fair round")
         return Round(result.prefill_ms / 1e3, result.decode_ms / 1e3, result.tokens)
@@ -100,7 +118,7 @@ class EdgeloraEngine:
 
     def reload(self) -> None:
         self.runtime.close()
-        self.runtime.switch()
+        self.runtime.switch(self.variant)
 
     def logits(self, prompt: list[int]) -> Floats:
         logits: Floats = self.runtime.logits(prompt)[-1]
@@ -110,22 +128,27 @@ class EdgeloraEngine:
 class GenaiEngine:
     """onnxruntime-genai with its own generation loop and greedy search."""
 
-    def __init__(self, model: Path, threads: int, length: int) -> None:
+    def __init__(self, model: Path, threads: int, length: int, *, graph: str | None = None) -> None:
+        """Opens a folder with genai_config.json. graph: a file to run in place of the one that the config names."""
         import onnxruntime_genai
 
         runtime = importlib.metadata.version("onnxruntime")
         self.version = f"{importlib.metadata.version('onnxruntime-genai')} on onnxruntime {runtime}"
-        self.settings = "fp32 KV cache"
         self.library: Any = onnxruntime_genai
-        self.path, self.threads, self.length = model, threads, length
+        self.path, self.threads, self.length, self.graph = model, threads, length, graph
+        said = json.loads((model / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.vocab_size = int(said["vocab_size"])
+        self.settings = f"{said['type']}, {graph or said['decoder']['filename']}, fp32 KV cache"
         self.model = self.open_model()
         self.generator: Any = None
 
     def open_model(self) -> Any:
         """Loads the model with our number of threads."""
         config = self.library.Config(str(self.path))
-        session = {"intra_op_num_threads": self.threads}
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
+        decoder: dict[str, Any] = {"session_options": {"intra_op_num_threads": self.threads}}
+        if self.graph is not None:
+            decoder["filename"] = self.graph
+        config.overlay(json.dumps({"model": {"decoder": decoder}}))
         return self.library.Model(config)
 
     def reset(self) -> None:
@@ -180,11 +203,11 @@ class LlamaCppEngine:
         llama_cpp.llama_log_set(self.log, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
         self.model = self.open_model()
-        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(length, 0, 1)
         self.position = 0
         self.context = self.open_context(flash=False)
-        self.settings = "fp16 KV cache"
+        self.settings = self.describe_model()
 
     def open_model(self) -> Any:
         """Loads the weights, which llama.cpp packs for some CPUs."""
@@ -200,7 +223,17 @@ class LlamaCppEngine:
         options.n_batch = max(options.n_batch, self.length)
         options.n_threads = options.n_threads_batch = self.threads
         options.flash_attn_type = int(flash)
-        return self.library.llama_init_from_model(self.model, options)
+        context = self.library.llama_init_from_model(self.model, options)
+        if not context:
+            raise RuntimeError(f"llama.cpp cannot open a context of {self.length} positions for {self.path}")
+        return context
+
+    def describe_model(self) -> str:
+        """Returns the architecture, size and type of the model, and the bytes of its weights."""
+        text = ctypes.create_string_buffer(256)
+        self.library.llama_model_desc(self.model, text, len(text))
+        size = self.library.llama_model_size(self.model) / 1e6
+        return f"{text.value.decode(errors='replace')}, {size:.1f} MB of weights, fp16 KV cache"
 
     def run(self, tokens: list[int]) -> Floats:
         """Runs tokens, and returns the logits of the last one, float32 (vocab,).
@@ -219,7 +252,7 @@ class LlamaCppEngine:
         if status != 0:
             raise RuntimeError(f"llama_decode returned {status} at position {self.position}")
         self.position += len(tokens)
-        return np.ctypeslib.as_array(self.library.llama_get_logits_ith(self.context, -1), (self.vocab,))
+        return np.ctypeslib.as_array(self.library.llama_get_logits_ith(self.context, -1), (self.vocab_size,))
 
     def reset(self) -> None:
         """Empties the cache. Not timed."""
@@ -239,7 +272,7 @@ class LlamaCppEngine:
         best = min(seconds, key=lambda flash: min(seconds[flash]))
         self.library.llama_free(contexts[not best])
         self.context = contexts[best]
-        self.settings = f"fp16 KV cache, flash attention {'on' if best else 'off'}, {self.list_features()}"
+        self.settings = f"{self.describe_model()}, flash attention {'on' if best else 'off'}, {self.list_features()}"
 
     def reload(self) -> None:
         self.library.llama_free(self.context)
@@ -248,7 +281,7 @@ class LlamaCppEngine:
         self.context = self.open_context(flash=False)
 
     def list_features(self) -> str:
-        """The CPU features that llama.cpp's build uses."""
+        """Lists the CPU features that llama.cpp's build uses."""
         text = self.library.llama_print_system_info().decode().split(":", 1)[-1]
         return " ".join(part.split(" = ")[0].strip() for part in text.split("|") if " = 1" in part)
 
@@ -257,42 +290,10 @@ class LlamaCppEngine:
         return self.run(prompt).copy()
 
 
-class TransformersEngine:
-    """The reference for checking logits, never timed.
-
-    It is transformers on the unquantized checkpoint in fp32.
-    """
-
-    def __init__(self, model: Path, threads: int, length: int) -> None:  # noqa: ARG002  (no cache)
-        import torch
-        import transformers
-
-        torch.set_num_threads(threads)
-        self.version, self.settings = transformers.__version__, "fp32"
-        self.torch: Any = torch
-        self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-    def run_round(self, prompt: list[int], count: int) -> Round:
-        raise NotImplementedError(f"the reference runs no rounds ({len(prompt)} + {count} tokens)")
-
-    def warm_up(self, prompt: list[int], count: int) -> None:
-        """Does nothing, as the reference is not timed."""
-
-    def reload(self) -> None:
-        raise NotImplementedError("the reference is not timed")
-
-    def logits(self, prompt: list[int]) -> Floats:
-        with self.torch.no_grad():
-            output = self.model(self.torch.tensor([prompt]), logits_to_keep=1)
-        return np.asarray(output.logits[0, -1].numpy(), np.float32)
-
-
-ENGINES: dict[str, Callable[[Path, int, int], Engine]] = {
+ENGINES: dict[str, Callable[..., Engine]] = {
     "edgelora": EdgeloraEngine,
     "onnxruntime-genai": GenaiEngine,
     "llama.cpp": LlamaCppEngine,
-    "llama.cpp-pure": LlamaCppEngine,
-    "transformers": TransformersEngine,
 }
 
 
@@ -320,18 +321,22 @@ def take_stdout() -> TextIO:
     return protocol
 
 
-def main() -> None:
+def main(engines: Mapping[str, Callable[..., Engine]] = ENGINES) -> None:
     """Loads the model, then answers one line per line of standard input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engine", choices=list(ENGINES))
+    parser.add_argument("engine", choices=list(engines))
     parser.add_argument("model", type=Path)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--length", type=int, required=True)
+    parser.add_argument("--options", type=json.loads, default={}, help="keyword arguments of the engine, as a JSON object")
     arguments = parser.parse_args()
+    if sys.path[:1] == [str(Path(sys.argv[0]).resolve().parent)]:
+        del sys.path[0]  # this folder's modules are no packages of the engine's
     protocol = take_stdout()
     start = time.perf_counter()
-    engine = ENGINES[arguments.engine](arguments.model, arguments.threads, arguments.length)
-    loaded = {"load_seconds": time.perf_counter() - start, "version": engine.version}
+    engine = engines[arguments.engine](arguments.model, arguments.threads, arguments.length, **arguments.options)
+    seconds = time.perf_counter() - start
+    loaded = {"load_seconds": seconds, "version": engine.version, "vocab_size": engine.vocab_size}
     print(json.dumps(loaded), file=protocol, flush=True)
     for line in sys.stdin:
         print(json.dumps(answer(engine, json.loads(line))), file=protocol, flush=True)
