@@ -92,6 +92,7 @@ TOKENIZERS: dict[str, Callable[[Copy], None]] = {
     "a pattern that is broken": tokenizer(pre_tokenizer=split("(((")),
     "a pattern of a megabyte": tokenizer(pre_tokenizer=split("a" * 1_000_000)),
     "a post-processor of a million tokens": tokenizer(post_processor=template_of(1_000_000)),
+    "a post-processor that leaves the text out": tokenizer(post_processor={**template_of(1), "single": []}),
     "a token past the vocabulary": change_tokenizer(added((1 << 24) - 1, "the cat")),
     "configuration that is a list": raw(CONFIG, b"[]"),
     "configuration that is deep": raw(CONFIG, b'{"a":' * 50_000),

@@ -35,7 +35,8 @@ def try_patterns(raw: bytes, owner: str) -> None:
     if not list_patterns(load_tokenizer(raw)):
         return
     roots = [str(Path(edgelora_runtime.__file__).parents[1]), str(Path(__file__).parents[2])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]), "RUST_BACKTRACE": "0"}
+    roots += filter(None, [os.environ.get("PYTHONPATH")])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(roots), "RUST_BACKTRACE": "0"}
     command = [sys.executable, "-m", "edgelora_export.texts.trial"]
     try:
         done = subprocess.run(command, input=raw, capture_output=True, env=environment, timeout=_PATIENCE, check=False)  # noqa: S603

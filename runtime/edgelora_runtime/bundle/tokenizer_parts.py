@@ -13,7 +13,7 @@ from edgelora_runtime.backtracking import PatternError, count_paths
 from edgelora_runtime.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from tokenizers import Tokenizer as RustTokenizer
 
@@ -63,6 +63,8 @@ def check_parts(tokenizer: RustTokenizer, name: str) -> None:
     reasons += [reason for part in (*split, *changed["normalizer"], *changed["decoder"]) for reason in _check_pattern(part)]
     if any(_measure_template(part) > _TEMPLATE_LIMIT for part in closed):
         reasons.append(f"has a post-processor that adds more than {_TEMPLATE_LIMIT} tokens")
+    if any("single" in part and not _keeps_text(part["single"]) for part in closed):
+        reasons.append("has a post-processor that leaves the text out")
     if any(number >= _ID_LIMIT for number in tokenizer.get_added_tokens_decoder()):
         reasons.append(f"has an added token whose id is {_ID_LIMIT} or more")
     if reasons:
@@ -117,6 +119,11 @@ def _check_pattern(part: Mapping[str, Any]) -> Iterator[str]:
         return
     if max(paths) > _MOST_REPEATS or sum(paths.values()) > _MOST_PATHS:
         yield f"has the pattern {text[:80]!r}, which can repeat in too many ways and may take long"
+
+
+def _keeps_text(template: Iterable[Mapping[str, Any]]) -> bool:
+    """True if the text is among the pieces of a template. The bound on a prompt's tokens counts on that."""
+    return any(piece.get("Sequence", {}).get("id") == "A" for piece in template)
 
 
 def _measure_template(part: Mapping[str, Any]) -> int:

@@ -6,7 +6,6 @@ import hashlib
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.graphs.operators import NATIVE
@@ -96,14 +95,14 @@ def mutate(raw: bytes, chance: Random) -> bytes:
     """Changes fields of messages, which keeps all lengths right, or seldom bytes."""
     try:
         model = onnx.ModelProto.FromString(raw[1:])
-    except DecodeError:
+    except Exception:  # protobuf's DecodeError, which has no types
         return mutate_bytes(raw, chance)
     if chance.randrange(6) == 0:
         return mutate_bytes(raw, chance)
     for _ in range(chance.choice((1, 1, 1, 2, 4))):
         change_field(choose_message(model, chance), model, chance)
     kind = raw[:1] if chance.randrange(20) else bytes([raw[0] ^ 1])
-    return kind + model.SerializePartialToString()
+    return kind + bytes(model.SerializePartialToString())
 
 
 def choose_message(message: Any, chance: Random) -> Any:

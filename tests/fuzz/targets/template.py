@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime import Bundle
 from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE, DEFAULT_TEMPLATE, ChatTemplates, find_turn_end
@@ -30,13 +30,13 @@ SLOW = (
 )  # seeds that take most of a second, or are large
 LONGEST = 2048  # bytes of a seed
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
-HELLO = {"role": "user", "content": "hi"}
-CALL = {
+HELLO: dict[str, Any] = {"role": "user", "content": "hi"}
+CALL: dict[str, Any] = {
     "role": "assistant",
     "content": None,
     "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
 }
-CHATS: tuple[tuple[list[dict[str, object]], ChatOptions], ...] = (
+CHATS: tuple[tuple[list[dict[str, Any]], ChatOptions], ...] = (
     ([HELLO], {}),
     ([{"role": "system", "content": "s"}, HELLO, {"role": "assistant", "content": "a"}, HELLO], {"date": "2025-01-31"}),
     (
