@@ -125,7 +125,7 @@ class Commands:
                 os.kill(children[0], number)
         codes, seconds = json.loads(self._process.stdout.readline()), time.monotonic() - started
         texts = [[Path(f"{output}.{stream}").read_text(encoding="utf-8") for stream in (1, 2)] for output in outputs]
-        return [Ended(code, *text, seconds=seconds) for code, text in zip(codes, texts, strict=True)]
+        return [Ended(code, said, errors, seconds) for code, (said, errors) in zip(codes, texts, strict=True)]
 
 
 def draw_signals(draw: random.Random) -> list[signal.Signals]:

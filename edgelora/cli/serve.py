@@ -13,6 +13,7 @@ from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the a
 from edgelora.cli.runtime_options import RuntimeOptions, takes_runtime_options
 from edgelora.cli.terminal import print_json, print_note
 from edgelora_runtime.errors import UsageError
+from edgelora_runtime.residency.memory import share_freed_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,6 +60,7 @@ def serve(
         drain=drain,
     )
     folders = name_bundles(bundles)
+    share_freed_memory()  # a job runs in any of many threads
     with ExitStack() as stack:
         opened = {name: stack.enter_context(runtime_options.open(folder)) for name, folder in folders.items()}
         models = [

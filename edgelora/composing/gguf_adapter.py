@@ -18,7 +18,7 @@ from edgelora_export.base.base import Base
 from edgelora_export.base.files import read_json
 from edgelora_export.weights.full_disk import told_by_name
 from edgelora_export.weights.lock import locked
-from edgelora_runtime.errors import InputError, MissingExtraError
+from edgelora_runtime.errors import InputError, MissingExtraError, ResourceError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,7 +118,20 @@ def write_gguf(
             writer.close()
             with staging.open("rb+") as file:
                 os.fsync(file.fileno())
+            _check_whole(staging, output)
             staging.replace(output)
         finally:
             writer.close()
             staging.unlink(missing_ok=True)
+
+
+def _check_whole(written: Path, output: Path) -> None:
+    """Raises ResourceError for a file that was cut short, as gguf and numpy drop some errors of a full disk."""
+    import gguf
+
+    try:
+        whole = bool(gguf.GGUFReader(written).tensors)
+    except (ValueError, IndexError, OSError):
+        whole = False
+    if not whole:
+        raise ResourceError(f"{output} was cut short; free some space or raise `ulimit -f`, and run again")

@@ -16,6 +16,7 @@ from edgelora_runtime.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_ARENA_MAX = -8  # malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -71,6 +72,17 @@ def return_freed_memory() -> None:
     library = _find_glibc()
     if library is not None:
         library.malloc_trim(0)
+
+
+def share_freed_memory() -> None:
+    """Makes all threads of this process allocate from one heap, so that what one has freed serves the others.
+
+    glibc gives each thread a heap of its own, and each keeps what its thread once needed. Call it before threads start. Does
+    nothing with another libc (M_ARENA_MAX in mallopt(3)).
+    """
+    library = _find_glibc()
+    if library is not None:
+        library.mallopt(_ARENA_MAX, 1)
 
 
 @contextmanager
