@@ -172,7 +172,7 @@ def show_comparison(title: str, found: Comparison) -> None:
         ratios = [str(ratio) for ratio in found.ratios[name].values()] if name in found.ratios else ["", ""]
         speeds = [f"{figures.prefill.median:.1f}", f"{figures.decode.median:.1f}"]
         rows.append([name, f"{figures.load_seconds:.2f}", *speeds, *ratios])
-    sizes = f"prompt {found.prompt}, {found.tokens} tokens, {found.threads} threads"
+    sizes = f"prompt {found.prompt}, tokens {found.tokens}, threads {found.threads}"
     print_table(f"{title}, {sizes}, median (least–greatest) of {found.rounds} rounds", columns, rows)
     machine = found.machine
     print_line(f"{machine['cpu']}, {machine['physical_cores']} cores, {machine['system']}, Python {machine['python']}")

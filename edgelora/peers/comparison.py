@@ -91,11 +91,14 @@ def compare(
     fails on the way joins them. Raises UnavailableError if ours does.
     """
     left_out = dict(missing or {})
-    warm = {name: answer for name, worker in workers.items() if (answer := _ask(name, worker, left_out, prompts[0], WARM_UP))}
+    rounds, warm = prompts[1:], {}
+    for name, worker in workers.items():
+        on_progress(0, len(rounds), f"warming up {name}")
+        if (answer := _ask(name, worker, left_out, prompts[0], WARM_UP)) is not None:
+            warm[name] = answer
     bandwidths: list[float] = []
     times: dict[str, list[dict[str, Any]]] = {name: [] for name in warm}
     other = OtherWork(worker.pid for worker in workers.values())
-    rounds = prompts[1:]
     for turn, prompt in enumerate(rounds):
         on_progress(turn, len(rounds), "round")
         bandwidths.append(measure_bandwidth(threads))
