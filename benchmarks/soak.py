@@ -31,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from benchmarks.serving import read_cpu_seconds
-from benchmarks.workers import describe_machine, report
+from benchmarks.workers import report
 from edgelora.cli.terminal import print_json, print_table
+from edgelora.machine import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
