@@ -25,7 +25,7 @@ def mask_answers(text: str) -> list[str]:
     return [label + colon if label in ANSWERS else line for line, (label, colon, _) in labels]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ["README.md", pytest.param("docs/start.md", marks=pytest.mark.slow)])
 def test_blocks_run(page: str, quick_demo: Path, tmp_path: Path) -> None:
     """On a base that learns nothing: everything but what models write is as shown."""
     shown = 0

@@ -106,6 +106,7 @@ def test_export_and_inspect_read_each_form(workplace: Path) -> None:
         assert (shown["form"], shown["rank"], len(shown["modules"]), shown["notes"]) == (form, 4, 14, [])
 
 
+@pytest.mark.slow
 def test_learn_search_and_report_read_each_form(workplace: Path) -> None:
     rows = [json.dumps({"prompt": f"the cat number {n}", "completion": f" sat {n}"}) for n in range(12)]
     (workplace / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -117,16 +117,19 @@ def test_compose(workplace: Path) -> None:
     assert types[0] == types[1]
 
 
+@pytest.mark.slow
 def test_compose_report(workplace: Path) -> None:
     adapters = ["--adapter", "a=a", "--adapter", "b=b", "--data", "a=a.jsonl", "--data", "b=b.jsonl", "--limit", "2"]
     edgelora(workplace, "compose", "report", *adapters, "--base", name_base(workplace), "--output", "report")
 
 
+@pytest.mark.slow
 def test_compose_learn(workplace: Path) -> None:
     adapters = ["--adapter", "a=a", "--adapter", "b=b", "--prompts", "a=rows.jsonl", "--prompts", "b=rows.jsonl"]
     edgelora(workplace, "compose", "learn", "--base", name_base(workplace), *adapters, "--output", "learned")
 
 
+@pytest.mark.slow
 def test_compose_search(workplace: Path) -> None:
     adapters = ["--adapter", "a=a", "--adapter", "b=b", "--data", "a=a.jsonl", "--data", "b=b.jsonl", "--budget", "5"]
     edgelora(

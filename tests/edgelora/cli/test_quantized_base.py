@@ -105,6 +105,7 @@ def start(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_train_records_the_base_as_it_is_read(workplace: Path) -> None:
     train = ("train", "--base", "base", "--data", "rows.jsonl", "--output", "trained", "--config", "train.toml")
     report = json.loads(edgelora(workplace, *train))

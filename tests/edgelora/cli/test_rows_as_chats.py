@@ -54,6 +54,7 @@ def workplace(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -
     return tmp_path
 
 
+@pytest.mark.slow
 def test_train_export_and_eval(workplace: Path) -> None:
     options = ["--template-option", "enable_thinking=false", "--template-option", 'tone="dry"']
     report = answer(

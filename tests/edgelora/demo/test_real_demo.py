@@ -31,6 +31,7 @@ def stop_at_once() -> Iterator[Callable[[], bool]]:
     yield lambda: True
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_base(tmp_path / "base", max_position_embeddings=512)
     output = tmp_path / "demo"

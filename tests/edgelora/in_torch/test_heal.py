@@ -119,6 +119,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "edgelora", "train", *arguments], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_command_heals(plain: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, _ = map(str, plain)
     done = run("--base", base, "--heal", "2", "--from", adapter, "--output", str(tmp_path / "healed"), "--json")

@@ -134,6 +134,7 @@ def read_span(folder: Path, task: str) -> float:
     return float(base[0] / base[1] - own[0] / own[1])
 
 
+@pytest.mark.slow
 def test_a_larger_budget_continues_and_repeats_no_trial(inputs: dict[str, Any], tmp_path: Path) -> None:
     search(SearchConfig(**inputs, output=tmp_path / "s", budget=9, parallel=2))
     longer = search(SearchConfig(**inputs, output=tmp_path / "s", budget=14, parallel=2))
@@ -150,6 +151,7 @@ def test_a_larger_budget_continues_and_repeats_no_trial(inputs: dict[str, Any], 
     assert (fewer.configurations, fewer.resumed) == (7, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_search_continues_with_the_same_trials(inputs: dict[str, Any], tmp_path: Path) -> None:
     path = os.pathsep.join(str(ROOT / part) for part in (".", "export", "runtime"))

@@ -284,6 +284,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
 def test_a_killed_export_leaves_the_old_bundle_or_the_new_one(tiny_base: Path, tmp_path: Path) -> None:
     """In each round a writer replaces the bundle over and over, until a kill at a random moment."""

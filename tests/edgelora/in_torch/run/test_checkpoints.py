@@ -128,7 +128,13 @@ def test_checkpoints_come_by_minutes(config: TrainConfig, monkeypatch: pytest.Mo
     assert len(saved) == STEPS - 1
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("PytorchStreamWriter failed")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        pytest.param(RuntimeError("PytorchStreamWriter failed"), marks=pytest.mark.slow),
+    ],
+)
 def test_a_full_disk_leaves_the_last_checkpoint(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     train(replace(config, output=config.output.with_name("whole")))
     inner: Any = torch.save
