@@ -96,3 +96,11 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         raise ValueError("an object repeats a key")
     return value
+
+
+def refuse_surrogates(value: object) -> None:
+    """Raises ValueError for a JSON value with half of a surrogate pair in a text: it has no UTF-8."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds \\u{ord(error.object[error.start]):04x}, half of a surrogate pair") from None

@@ -12,6 +12,7 @@ from edgelora_runtime.bundle.chat_template import CHAT_TEMPLATE as CHAT_TEMPLATE
 from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templates, list_templates, read_special_tokens
 from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.bundle.shortest_encoding import LongestToken
+from edgelora_runtime.bundle.strict_json import refuse_surrogates
 from edgelora_runtime.bundle.tokenizer_parts import check_parts
 from edgelora_runtime.errors import EdgeloraError, InputError, IntegrityError
 
@@ -202,6 +203,7 @@ def _type_failure(error: BaseException, task: str) -> BaseException:
 def _read_config(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode())
+        refuse_surrogates(value)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{TOKENIZER_CONFIG} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -7,6 +7,7 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from edgelora_runtime.bundle.strict_json import refuse_surrogates
 from edgelora_runtime.serve.failures import ClientGone, RequestFailed
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
         if rb"\ud" in raw.lower():  # an escape; bytes of UTF-8 hold none
-            _refuse_surrogates(value)
+            refuse_surrogates(value)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RequestFailed(400, f"the body is not valid JSON ({reason})", code="invalid_json") from None
@@ -97,14 +98,6 @@ async def _refuse_size(request: Request, limit: int) -> NoReturn:
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is no JSON number")
-
-
-def _refuse_surrogates(value: object) -> None:
-    """Raises ValueError for a text that no answer could repeat, as it has no UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"it holds \\u{ord(error.object[error.start]):04x}, half of a surrogate pair") from None
 
 
 def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

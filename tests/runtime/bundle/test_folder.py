@@ -260,6 +260,7 @@ HOSTILE: dict[str, tuple[str, bytes]] = {
     "tokenizer config list": ("tokenizer_config.json", b"[1, 2]"),
     "tokenizer config null": ("tokenizer_config.json", b"null"),
     "tokenizer config cut": ("tokenizer_config.json", b'{"bos_token": "<s>'),
+    "tokenizer config surrogate": ("tokenizer_config.json", rb'{"bos_token": "\ud800"}'),
     "tokenizer config deep": ("tokenizer_config.json", b'{"a":' * 100_000),
     "tokenizer config not UTF-8": ("tokenizer_config.json", b"\xff\xff"),
     "adapter of zeros": ("plain.adapter.safetensors", bytes(100)),
