@@ -80,6 +80,9 @@ TOKENIZERS: dict[str, Callable[[Copy], None]] = {
     ),
     "a decoder that doubles": tokenizer(decoder=sequence("decoders", [replacement("a", "aa")] * 40)),
     "a decoder that replaces by a megabyte": tokenizer(decoder=replacement("a", "b" * 1_000_000)),
+    "pre-tokenizers that double": tokenizer(
+        pre_tokenizer=sequence("pretokenizers", [{"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}] * 40)
+    ),
     "an exponential pattern": tokenizer(pre_tokenizer=split("(a+)+$")),
     "an exponential pattern of choices": tokenizer(pre_tokenizer=split("(?:a|a)*$")),
     "an exponential pattern in a class": tokenizer(pre_tokenizer=split("(?:[a-z]+|[)]+)*x")),

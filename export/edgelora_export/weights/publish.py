@@ -105,8 +105,8 @@ def _kept_if_unfinished(staging: Path) -> Iterator[None]:
         raise
     finally:
         if not kept:
+            journal.unlink(missing_ok=True)  # first: after the exchange it lists blobs that staging does not hold
             _remove(staging)
-            journal.unlink(missing_ok=True)
 
 
 def locate_journal(staging: Path) -> Path:

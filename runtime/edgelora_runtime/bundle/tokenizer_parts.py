@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MOST_PARTS = 64  # of one tokenizer, those in sequences among them
 _MOST_GROWTH = 4096  # characters that normalizers or decoders make of one
+_MOST_BYTE_LEVELS = 2  # pre-tokenizers that write bytes as characters, up to twice as many each time; published ones have one
 _TEXT_LIMIT = 256  # characters of a replacement, a prefix or a fill
 _PATTERN_LIMIT = 4096  # characters of a regular expression
 _MOST_REPEATS = 2  # without end, one after another; GPT-4o's has two
@@ -58,6 +59,8 @@ def check_parts(tokenizer: RustTokenizer, name: str) -> None:
             growth = min(growth * _find_growth(part), 1 << 64)
         if growth > _MOST_GROWTH:
             reasons.append(f"has a {kind} that makes a text longer by more than {_MOST_GROWTH} times, or one of an unknown kind")
+    if (count := sum(part["type"] == "ByteLevel" for part in split)) > _MOST_BYTE_LEVELS:
+        reasons.append(f"has {count} pre-tokenizers 'ByteLevel'; {_MOST_BYTE_LEVELS} is the most, as each makes a text longer")
     reasons += [f"has a pre-tokenizer {part['type']!r}, which is not known" for part in split if part["type"] not in _SPLITTING]
     reasons += [f"has a post-processor {part['type']!r}, which is not known" for part in closed if part["type"] not in _CLOSING]
     reasons += [reason for part in (*split, *changed["normalizer"], *changed["decoder"]) for reason in _check_pattern(part)]
