@@ -98,8 +98,10 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def refuse_surrogates(value: object) -> None:
-    """Raises ValueError for a JSON value with half of a surrogate pair in a text: it has no UTF-8."""
+def refuse_surrogates(raw: bytes, value: object) -> None:
+    """Raises ValueError if a JSON value, parsed from UTF-8, has half of a surrogate pair in a text."""
+    if rb"\ud" not in raw.lower():  # only an escape makes one
+        return
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:

@@ -203,7 +203,7 @@ def _type_failure(error: BaseException, task: str) -> BaseException:
 def _read_config(raw: bytes) -> dict[str, Any]:
     try:
         value = json.loads(raw.decode())
-        refuse_surrogates(value)
+        refuse_surrogates(raw, value)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{TOKENIZER_CONFIG} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

@@ -39,8 +39,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(raw.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeats)
-        if rb"\ud" in raw.lower():  # an escape; bytes of UTF-8 hold none
-            refuse_surrogates(value)
+        refuse_surrogates(raw, value)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise RequestFailed(400, f"the body is not valid JSON ({reason})", code="invalid_json") from None
