@@ -163,7 +163,8 @@ def report_composition(
         check_shapes(opened, decoder)
     pairs = [*itertools.combinations(opened, 2)]
     modules = sorted({module for adapter in opened.values() for module in adapter.modules})
-    total = len(modules) + (2 * len(opened) + 1 + len(pairs) * (len(EQUAL_WEIGHTS) + 2) if tasks else 0)
+    mixes = len(EQUAL_WEIGHTS) + 1 + len(TSV_WEIGHTS)  # of each pair, at most: the predicted weights may be equal ones
+    total = len(modules) + (2 * len(opened) + 1 + len(pairs) * mixes if tasks else 0)
     steps = itertools.count()
 
     def on_step(what: str) -> None:

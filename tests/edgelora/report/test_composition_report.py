@@ -68,8 +68,18 @@ def adapters(tiny_adapters: dict[str, Path]) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_base: Path, adapters: dict[str, Path], data: dict[str, Path]) -> CompositionReport:
-    return report_composition(adapters, base=str(tiny_base), data=data)
+def progress() -> list[tuple[int, int]]:
+    """The steps of `measured`, and how many it said there are."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(
+    tiny_base: Path, adapters: dict[str, Path], data: dict[str, Path], progress: list[tuple[int, int]]
+) -> CompositionReport:
+    return report_composition(
+        adapters, base=str(tiny_base), data=data, on_progress=lambda done, total, what: progress.append((done, total))
+    )
 
 
 def find(report: CompositionReport, *names: str) -> PairReport:
@@ -99,6 +109,13 @@ def torch_loss(model: Any, rows: list[tuple[str, str]]) -> float:
         nats += float(torch.nn.functional.cross_entropy(logits, torch.tensor(whole[start:]), reduction="sum"))
         tokens += len(whole) - start
     return nats / tokens
+
+
+def test_the_total_counts_every_step(measured: CompositionReport, progress: list[tuple[int, int]]) -> None:
+    assert measured.mixes_tried
+    *steps, last = progress
+    assert all(done < total for done, total in steps)
+    assert last[0] == last[1]
 
 
 def test_energies_match_those_of_real_inputs(measured: CompositionReport, tiny_base: Path, adapters: dict[str, Path]) -> None:
