@@ -3,7 +3,7 @@
 It runs in the peers' environment (peers.txt), so it imports nothing from edgelora.
 
     python -m benchmarks.peer_models genai CHECKPOINT FOLDER
-    python -m benchmarks.peer_models gguf CHECKPOINT FILE.gguf [--type q4_0|q4_0-pure]
+    python -m benchmarks.peer_models gguf CHECKPOINT FILE.gguf [--type q4_0|q4_0-pure] [--vocabulary OTHER.gguf]
 """
 
 from __future__ import annotations
@@ -102,8 +102,23 @@ def name_gguf(name: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES[rest]}"
 
 
-def write_float_gguf(checkpoint: Path, path: Path) -> None:
-    """Converts a checkpoint with tied embeddings to an fp16 GGUF without a vocabulary."""
+def copy_vocabulary(writer: Any, donor: Path, size: int) -> None:
+    """Copies the tokenizer of another GGUF file. Its vocabulary is filled with made-up words up to the size."""
+    import gguf
+
+    for name, field in gguf.GGUFReader(donor).fields.items():
+        if not name.startswith("tokenizer."):
+            continue
+        value = field.contents()
+        if name == gguf.Keys.Tokenizer.LIST:
+            value += [f"w{token}" for token in range(len(value), size)]
+        elif name == gguf.Keys.Tokenizer.TOKEN_TYPE:
+            value += [int(gguf.TokenType.NORMAL)] * (size - len(value))
+        writer.add_key_value(name, value, field.types[0], field.types[1] if len(field.types) > 1 else None)
+
+
+def write_float_gguf(checkpoint: Path, path: Path, vocabulary: Path | None = None) -> None:
+    """Converts a checkpoint with tied embeddings to an fp16 GGUF file, with the vocabulary of another file or none."""
     import gguf
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -120,7 +135,10 @@ def write_float_gguf(checkpoint: Path, path: Path) -> None:
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("none")
+    if vocabulary is None:
+        writer.add_tokenizer_model("none")
+    else:
+        copy_vocabulary(writer, vocabulary, config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     divisors = rotary_divisors(config)
     if divisors is not None:
@@ -137,7 +155,7 @@ def write_float_gguf(checkpoint: Path, path: Path) -> None:
     writer.close()
 
 
-def build_gguf(checkpoint: Path, path: Path, *, pure: bool) -> None:
+def build_gguf(checkpoint: Path, path: Path, *, pure: bool, vocabulary: Path | None = None) -> None:
     """Builds llama.cpp's model with the library function that `llama-quantize` calls.
 
     Without `pure` the result is that of `llama-quantize FILE Q4_0`: Q4_0 matrices, with the tied embedding, which is also the
@@ -147,7 +165,7 @@ def build_gguf(checkpoint: Path, path: Path, *, pure: bool) -> None:
     import llama_cpp
 
     plain, draft = path.with_name(path.name + ".f16"), path.with_name(path.name + ".draft")
-    write_float_gguf(checkpoint, plain)
+    write_float_gguf(checkpoint, plain, vocabulary)
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0
     options.pure = pure
@@ -164,6 +182,7 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     genai, gguf = verbs.add_parser("genai"), verbs.add_parser("gguf")
     gguf.add_argument("--type", choices=["q4_0", "q4_0-pure"], default="q4_0")
+    gguf.add_argument("--vocabulary", type=Path, help="a GGUF file whose tokenizer the model gets; none if omitted")
     for verb in (genai, gguf):
         verb.add_argument("checkpoint", type=Path)
         verb.add_argument("output", type=Path)
@@ -171,7 +190,8 @@ def main() -> None:
     if arguments.verb == "genai":
         build_genai(arguments.checkpoint, arguments.output)
     else:
-        build_gguf(arguments.checkpoint, arguments.output, pure=arguments.type == "q4_0-pure")
+        pure = arguments.type == "q4_0-pure"
+        build_gguf(arguments.checkpoint, arguments.output, pure=pure, vocabulary=arguments.vocabulary)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Many clients: `edgelora serve` beside llama-server with slots and a LoRA per request, on one model file.
 
     python -m benchmarks.serving --gguf SmolLM2-135M-Instruct.Q4_1.gguf --llama-server bin/llama-server --output serving
+    python -m benchmarks.serving --shape llama-3.2-1b --vocabulary SmolLM2-135M-Instruct.Q4_1.gguf --peers-python PYTHON …
 
 Both serve one GGUF base and four random adapters of rank 16 on every linear layer, ours as live variants of an int4 bundle
 (rounded to nearest), llama-server as GGUF adapters that a request's `lora` picks. Each round runs each number of clients over
 one variant and over four, ours and llama-server's turn after turn. A client asks again as soon as its answer has ended. Prompts
-differ from their first words on, so no server has read them before. Answers have a fixed number of tokens.
+differ from their first words on, so no server has read them before. Answers have a fixed number of tokens. Without --gguf the
+model has random weights, which PYTHON's llama.cpp turns into a GGUF file with the vocabulary of another one (see peers.txt).
 Figures are tokens per second of all clients together, the 95th percentile of the time to the first token, the server's CPU
 seconds per token, and ratios round by round.
 """
@@ -28,8 +30,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from benchmarks.llama_cpp import serve_llama
-from benchmarks.shapes import ALL_LINEAR, SHAPES, write_adapter
-from benchmarks.workers import default_cache, report
+from benchmarks.shapes import ALL_LINEAR, SHAPES, write_adapter, write_checkpoint
+from benchmarks.workers import default_cache, report, run_tool
 from edgelora.cli.terminal import print_json, print_note, print_table
 from edgelora.composing.compose import compose
 from edgelora.exporting.export import export
@@ -81,7 +83,10 @@ class Measurement:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--gguf", type=Path, required=True, help="a model of the shape")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--gguf", type=Path, help="a model of the shape")
+    model.add_argument("--vocabulary", type=Path, help="a GGUF file whose vocabulary a model of random weights gets")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter with peers.txt, for random weights")
     parser.add_argument("--shape", choices=list(SHAPES), default="smollm2-135m")
     parser.add_argument("--llama-server", type=Path, help="the binary; without it llama.cpp is left out")
     parser.add_argument(
@@ -96,12 +101,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
-    bundle, adapters = prepare(arguments.gguf, shape, arguments.output, with_gguf=arguments.llama_server is not None)
+    gguf = arguments.gguf or draw_model(shape, arguments.vocabulary, arguments.peers_python, arguments.output)
+    bundle, adapters = prepare(gguf, shape, arguments.output, with_gguf=arguments.llama_server is not None)
     found: dict[tuple[int, int, str], list[Measurement]] = {}
     with ExitStack() as stack:
         engines = {OURS: stack.enter_context(serve_ours(bundle, arguments.threads))}
         if arguments.llama_server is not None:
-            engines[PEER] = stack.enter_context(serve_peer(arguments.llama_server, arguments.gguf, adapters, arguments.threads))
+            engines[PEER] = stack.enter_context(serve_peer(arguments.llama_server, gguf, adapters, arguments.threads))
         other = OtherWork(engine.process.pid for engine in engines.values())
         for turn in range(arguments.rounds + 1):
             for variants in VARIANTS:
@@ -120,6 +126,17 @@ def main() -> None:
         print_json({"machine": describe_machine(), "rank": RANK, "figures": list_records(found, arguments.clients[0])})
     else:
         show(arguments.shape, list_records(found, arguments.clients[0]))
+
+
+def draw_model(shape: Shape, vocabulary: Path, peers_python: str, output: Path) -> Path:
+    """Makes a GGUF file of random weights in Q4_0, unless it lies there."""
+    gguf = output / f"{shape.name}.gguf"
+    if not gguf.exists():
+        checkpoint = write_checkpoint(shape, output)
+        report(f"writing {gguf.name}")
+        options = ["--type", "q4_0-pure", "--vocabulary", str(vocabulary)]
+        run_tool([peers_python, "-m", "benchmarks.peer_models", "gguf", *options, str(checkpoint), str(gguf)], PEER, "built")
+    return gguf
 
 
 def prepare(gguf: Path, shape: Shape, output: Path, *, with_gguf: bool) -> tuple[Path, dict[str, Path]]:
