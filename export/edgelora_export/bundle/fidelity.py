@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgelora_export.plan.adapted_decoder import changes_vocab
-from edgelora_export.quantize.gptq import output_error
+from edgelora_export.quantize.gptq import output_error, shorten_inputs
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
 from edgelora_export.weights.merged import changes_bias, changes_linear, read_bias, read_linear
@@ -327,6 +327,7 @@ def _compare_product(subject: Subject, linear: Linear, bare: Floats, adapted: Fl
     if not isinstance(before, BlockQuantized) or before.grid != stored.grid:
         before = quantize_rtn(bare, bits=stored.bits, block_size=stored.block_size, symmetric=stored.zero_points is None)
     size = float(np.vdot(delta, delta))
+    inputs = shorten_inputs(inputs, len(values))
     effect = output_error(adapted - bare, inputs)
     noise = output_error(values - merged, inputs)
     return ProductFidelity(

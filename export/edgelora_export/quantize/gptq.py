@@ -7,7 +7,7 @@ keep their order, so the graph needs no g_idx, which would take MatMulNBits off 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
 _BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
 _ROWS = 8192  # of a weight at once; bounds the memory that a head of 128k rows needs
+_RIDGE = 1e-13  # of the trace, so that float64 can factor moments of less than full rank
 _DOUBLE_LIMIT = 4096  # columns; up to here float64 costs little time and memory
 
 
@@ -54,8 +55,7 @@ class Compensator:
     """
 
     def __init__(self, moments: Floats, damping: float = DAMPING) -> None:
-        if not np.isfinite(moments).all():
-            raise InputError("the calibration inputs hold NaN or infinity; check the base and the adapters")
+        _check_moments(moments)
         self._moments = moments
         self._importance = np.diag(moments).copy()
         self._damping = damping * float(np.where(self._importance > 0, self._importance, 1).mean())
@@ -144,6 +144,28 @@ def output_error(difference: Floats, inputs: Floats) -> float:
             for rows in np.split(difference, range(_ROWS, len(difference), _ROWS))
         )
     )
+
+
+def shorten_inputs(inputs: Floats, rows: int) -> Floats:
+    """Returns fewer inputs that give every weight of that many rows the same output error.
+
+    They are R (K, K) with RᵀR = XᵀX, so that ‖R·Eᵀ‖ = ‖X·Eᵀ‖. In float64 the product keeps what float32 inputs hold. Inputs are
+    returned as they are where finding R costs more than it saves. Raises InputError for NaN or infinity.
+    """
+    tokens, columns = inputs.shape
+    if columns >= min(tokens, rows):
+        return inputs
+    wide = inputs.astype(np.float64)
+    moments = wide.T @ wide
+    _check_moments(moments)
+    moments[np.diag_indices(columns)] += _RIDGE * max(np.trace(moments), 1e-30)  # inputs may be all 0
+    factor: Floats = np.linalg.cholesky(moments).T.astype(np.float32)
+    return factor
+
+
+def _check_moments(moments: NDArray[Any]) -> None:
+    if not np.isfinite(moments).all():
+        raise InputError("the calibration inputs hold NaN or infinity; check the base and the adapters")
 
 
 def _inverse_factor(moments: Floats, damping: float) -> Floats:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgelora_export.plan.adapted_decoder import adapt_decoder
 from edgelora_export.plan.calibration import Moments, take_share
-from edgelora_export.quantize.gptq import DAMPING, Compensator, output_error
+from edgelora_export.quantize.gptq import DAMPING, Compensator, output_error, shorten_inputs
 from edgelora_export.quantize.int4 import quantize_rtn, stack_rows
 from edgelora_export.stream.layer_stream import LayerStream
 from edgelora_export.stream.products import compensates
@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 # A tied matrix has two uses: the head, whose outputs GPTQ preserves, and the embedding, whose rows are best rounded to nearest.
 # Damping moves GPTQ towards rounding. docs/log.md has the figures.
 TIED_DAMPING = 1.0
-# Numbers in the final states that the head is quantized on. For a small model this covers the calibration sets of all variants.
-# For a large one it is about four states per column, however many variants there are.
+# What the head is quantized on, however many variants there are: so many final states, and so many numbers in them, which for a
+# wide model is about four states per column.
+_HEAD_STATES = 1 << 14
 _HEAD_INPUTS = 1 << 25
 
 
@@ -116,7 +117,8 @@ def _compensate(
     """
     base, decoder = storage.base, storage.decoder
     moments, unseen = Moments(decoder.hidden_size), []
-    parts = max(1.0, sum(merge.calibration.fit_tokens for merge in merges) * decoder.hidden_size / _HEAD_INPUTS)
+    most = min(_HEAD_STATES, _HEAD_INPUTS / decoder.hidden_size)
+    parts = max(1.0, sum(merge.calibration.fit_tokens for merge in merges) / most)
     for merge in merges:
         stream = LayerStream(adapt_decoder(decoder, merge.delta))
         fit, others = (take_share(samples, parts) for samples in (merge.calibration.fit, merge.calibration.unseen))
@@ -126,6 +128,7 @@ def _compensate(
         unseen += [stream.apply_final_norm(base, item) for item in states[len(fit) :]]
     compensator = Compensator(moments.total(), TIED_DAMPING if decoder.tied else DAMPING)
     inputs = np.concatenate(unseen) if unseen else np.zeros((0, decoder.hidden_size), np.float32)
+    inputs = shorten_inputs(inputs, decoder.vocab_size)
 
     def quantize(rows: Floats) -> BlockQuantized:
         candidates = compensator.quantize(rows, **asdict(grid)), quantize_rtn(rows, **asdict(grid))

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora_export.plan.calibration import Moments
-from edgelora_export.quantize.gptq import output_error, quantize_gptq
+from edgelora_export.plan.calibration import Moments, take_share
+from edgelora_export.quantize.gptq import output_error, quantize_gptq, shorten_inputs
 from edgelora_export.quantize.int4 import BlockQuantized, quantize_rtn
 from edgelora_export.stream.auto_round import tune_products
 from edgelora_export.stream.layer_stream import LayerStream, embed, read_layer
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from edgelora_export.weights.stored import Storage
 
     Floats = NDArray[np.float32]
+
+_UNSEEN_STATES = 2048  # that decide between GPTQ and rounding. The outputs of a whole product differ, so that few suffice
 
 
 def store_products(
@@ -101,7 +103,8 @@ class _QuantizedStream:
         self._storage, self._weights = storage, weights
         self._stream = LayerStream(storage.decoder)
         self._fit = self._embed(calibration.fit)
-        self._unseen = self._embed(calibration.unseen)
+        read = sum(len(sample.tokens) for sample in calibration.unseen)
+        self._unseen = self._embed(take_share(calibration.unseen, max(1.0, read / _UNSEEN_STATES)))
 
     def quantize_layer(self, index: int, delta: Delta | None, own: Sequence[Linear], finished: JournalSection) -> None:
         """Stores the products `own` of a layer, and runs the sequences through the layer as stored."""
@@ -147,4 +150,5 @@ def _quantize(weight: Floats, grid: Grid, moments: Floats, unseen: Floats | None
     if unseen is None:
         return compensated
     rounded = quantize_rtn(weight, **asdict(grid))
-    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, unseen))
+    inputs = shorten_inputs(unseen, len(weight))
+    return min((compensated, rounded), key=lambda matrix: output_error(matrix.dequantize() - weight, inputs))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 
-from edgelora_export.quantize.gptq import DAMPING, output_error, quantize_gptq
+from edgelora_export.quantize.gptq import DAMPING, output_error, quantize_gptq, shorten_inputs
 from edgelora_export.quantize.int4 import quantize_rtn, unpack_codes
 from edgelora_runtime.errors import InputError
 
@@ -52,6 +52,40 @@ def test_loses_less_than_rounding_on_unseen_inputs(bits: int, symmetric: bool, b
     assert (ours.zero_points is None) == symmetric
     errors = [output_error(matrix.dequantize() - weight, unseen) for matrix in (ours, rounded)]
     assert errors[0] < 0.6 * errors[1]
+
+
+@pytest.mark.parametrize("rank", [48, 5])
+def test_fewer_inputs_give_the_output_error_of_all(rank: int) -> None:
+    """Also of errors that nearly cancel, as GPTQ's do where an input is loud, and of inputs of less than full rank."""
+    generator = np.random.default_rng(0)
+    inputs = generator.normal(size=(400, rank)) @ generator.normal(size=(rank, 48))
+    loud = generator.normal(size=48)
+    inputs += 1e3 * generator.normal(size=(400, 1)) * loud
+    difference = generator.normal(size=(64, 48))
+    difference -= np.outer(difference @ loud, loud) * (1 - 1e-5) / (loud @ loud)
+    inputs, difference = inputs.astype(np.float32), difference.astype(np.float32)
+    short = shorten_inputs(inputs, len(difference))
+    assert short.shape == (48, 48)
+    exact = np.square(inputs.astype(np.float64) @ difference.T.astype(np.float64)).sum()
+    assert output_error(difference, short) == pytest.approx(exact, rel=1e-4)
+
+
+def test_inputs_stay_where_fewer_save_nothing() -> None:
+    inputs = np.ones((40, 48), np.float32)
+    assert shorten_inputs(inputs, 64) is inputs
+    assert shorten_inputs(np.ones((400, 48), np.float32), 40).shape == (400, 48)
+
+
+def test_inputs_that_are_always_0_give_no_error() -> None:
+    short = shorten_inputs(np.zeros((400, 48), np.float32), 64)
+    assert output_error(np.ones((64, 48), np.float32), short) < 1e-30
+
+
+def test_inputs_that_are_not_finite_are_refused() -> None:
+    inputs = np.ones((400, 48), np.float32)
+    inputs[3, 3] = np.nan
+    with pytest.raises(InputError, match="calibration inputs hold NaN or infinity"):
+        shorten_inputs(inputs, 64)
 
 
 def test_equals_the_algorithm_of_the_paper() -> None:
