@@ -3,11 +3,11 @@
     make test                                                                       # sets up .venv
     .venv/bin/python -m benchmarks.composition_real --base BASE --output real-run   # hours on two cores
 
-Adapters for four domains of slot filling, sql, medical, math and a style are trained through the base's chat template. Figures
-are the loss per completion token on test rows, and slot F1 for slots or ROUGE-L for the rest, normalized:
-(mix - base) / (adapter alone - base). Intervals are 95% bootstrap intervals over rows. Each adapter, mix and figure is kept in
---output and not made again, so a run that was stopped goes on where it was, and --stage runs a part. BASE is a folder, GGUF file
-or hub id. Another base needs another --output. Needs the data (EDGELORA_DATA, or ../shared/data).
+Adapters for four domains of slot filling, sql, medical, math and a style are trained through the base's chat template if it has
+one. Figures are the loss per completion token on test rows, and the share of rows that greedy decoding completes exactly,
+normalized: (mix - base) / (adapter alone - base). Intervals are 95% bootstrap intervals over rows. Each adapter, mix and figure
+is kept in --output and not made again, so a run that was stopped goes on where it was, and --stage runs a part. BASE is a folder,
+GGUF file or hub id. Another base needs another --output. Needs the data (EDGELORA_DATA, or ../shared/data).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Figures:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", required=True, help="folder, GGUF file or hub id of an instruct model")
+    parser.add_argument("--base", required=True, help="folder, GGUF file or hub id")
     parser.add_argument("--output", type=Path, required=True, help="folder for adapters, mixes and figures; reused")
     parser.add_argument("--seeds", type=int, default=3, help="trainings")
     parser.add_argument("--task", choices=TASKS, action="append", help="repeatable; all eight if omitted")

@@ -1,4 +1,4 @@
-"""The tasks, splits and adapters of composition_real.py: chat rows of eight tasks, and one short training each.
+"""The tasks, splits and adapters of composition_real.py: rows of eight tasks, and one short training each.
 
 Rows are short, so that a training fits into minutes on two cores. Slot rows without a slot are one in four: three in four of the
 source are, and teach and measure little.
@@ -21,6 +21,8 @@ from edgelora.composing.compose import write_composed
 from edgelora.data.rows import Row, read_rows
 from edgelora.in_torch.train import train
 from edgelora.in_torch.train_config import TrainConfig
+from edgelora_export.base.base import Base
+from edgelora_export.base.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,9 +62,15 @@ class Plan:
 
 
 def prepare_rows(plan: Plan) -> None:
-    """Writes the rows of the tasks as conversations, to train on, to choose and learn on, and to test on."""
+    """Writes the rows of the tasks to train on, to choose and learn on, and to test on.
+
+    They are conversations, or text for a base without a chat template.
+    """
     folder = plan.output / "rows"
     folder.mkdir(parents=True, exist_ok=True)
+    if all((folder / f"{task}.test.jsonl").exists() for task in plan.tasks):
+        return
+    chats = load_tokenizer(Base.find(plan.base)).chat_template is not None
     for task in plan.tasks:
         if (folder / f"{task}.test.jsonl").exists():
             continue
@@ -71,7 +79,7 @@ def prepare_rows(plan: Plan) -> None:
         rest = set(known)
         test = [row for row in hold_out(unseen, len(unseen))[1] if row not in rest]
         for name, rows in (("fit", fit), ("labelled", labelled), ("test", test)):
-            _write_chats(rows, folder / f"{task}.{name}.jsonl")
+            _write_rows(rows, folder / f"{task}.{name}.jsonl", chats=chats)
 
 
 def rows_file(plan: Plan, task: str, split: str) -> Path:
@@ -147,12 +155,11 @@ def _read_speeches(split: str) -> list[Row]:
     ]
 
 
-def _write_chats(rows: Sequence[Row], path: Path) -> None:
+def _write_rows(rows: Sequence[Row], path: Path, *, chats: bool) -> None:
     lines = []
     for row in rows:
-        turns = [
-            {"role": "user", "content": str(row.prompt).strip()},
-            {"role": "assistant", "content": str(row.completion).strip()},
-        ]
-        lines.append(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+        prompt, completion = str(row.prompt).strip(), str(row.completion).strip()
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        value = {"messages": turns} if chats else {"prompt": f"{prompt}\n", "completion": completion}
+        lines.append(json.dumps(value, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

@@ -92,12 +92,15 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, default=200, help="different requests, each asked alone first")
     parser.add_argument("--threads", type=int, default=1, help="compute threads of the server")
     parser.add_argument("--kernels", default="auto", help="as in edgelora serve")
+    parser.add_argument(
+        "--cache-budget", default="64MiB", help="as in edgelora serve; small, so that it fills before memory counts"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # through the blocks that end the server
     draw = random.Random(arguments.seed)
-    options = ["--threads", arguments.threads, "--kernels", arguments.kernels]
+    options = ["--threads", arguments.threads, "--kernels", arguments.kernels, "--cache-budget", arguments.cache_budget]
     with serve(arguments.bundle, *options, "--batch", 1) as (_, url):
         asked = draw_requests(url, arguments.distinct, draw)
         report(f"asking {len(asked)} requests alone")

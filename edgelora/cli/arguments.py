@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edgelora.mix.weights import Weight
-    from edgelora_runtime import Runtime
 
 _RUNTIME = "Runtime"  # headings of groups in --help
 _OUTPUT = "Output"
@@ -71,6 +70,24 @@ WholeGraphsOption = Annotated[
 KernelsOption = Annotated[
     str, choose(KERNELS, "Kernels to compute with; edgelora's are the package edgelora-kernels.", panel=_RUNTIME)
 ]
+MemoryBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What loaded variants may take, such as 4GiB; three quarters of the free memory if omitted.",
+        show_default=False,
+        rich_help_panel=_RUNTIME,
+    ),
+]
+CacheBudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="What keys and values of prompts may take; a tenth of the free memory if omitted.",
+        show_default=False,
+        rich_help_panel=_RUNTIME,
+    ),
+]
 BaseOption = Annotated[str, typer.Option(metavar="BASE", help="Folder, GGUF file or hub id of the base.")]
 AdaptersOption = Annotated[
     list[str],
@@ -96,16 +113,6 @@ JsonOption = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
-
-
-def open_runtime(
-    bundle: Path, threads: int | None, provider: str, packed_cache: bool, whole_graphs: bool, kernels: str
-) -> Runtime:
-    """Opens a bundle with the options that the verbs share."""
-    from edgelora_runtime import PackedCache, Runtime
-
-    cache = PackedCache() if packed_cache else None
-    return Runtime(bundle, threads=threads, provider=provider, packed_cache=cache, whole_graphs=whole_graphs, kernels=kernels)
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -9,6 +9,7 @@ import typer
 
 from edgelora.cli.arguments import JsonOption  # noqa: TC001  (typer reads the annotations)
 from edgelora.cli.terminal import print_json, print_line, print_next, print_note, quote_path
+from edgelora_export.weights.full_disk import told_by_name
 from edgelora_runtime.errors import InputError
 
 
@@ -40,12 +41,11 @@ def init(
 
 def _write_new(path: Path, text: str) -> None:
     """Writes a file that does not exist yet, whole or not at all."""
-    with path.open("x", encoding="utf-8") as file:
+    with told_by_name(path):
+        file = path.open("x", encoding="utf-8")
         try:
-            file.write(text)
-            file.flush()
-        except BaseException as error:
+            with file:
+                file.write(text)
+        except BaseException:
             path.unlink(missing_ok=True)
-            if isinstance(error, OSError):
-                error.filename = str(path)  # which only opening sets
             raise

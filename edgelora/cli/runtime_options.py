@@ -1,19 +1,20 @@
-"""The options with which verbs open a bundle: threads, provider, packed cache, whole graphs, kernels."""
+"""The options with which verbs open a bundle: threads, provider, packed cache, whole graphs, kernels, budgets."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import wraps
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from edgelora.cli.arguments import (
+from edgelora.cli.arguments import (  # noqa: TC001  (typer reads the annotations)
+    CacheBudgetOption,
     KernelsOption,
+    MemoryBudgetOption,
     PackedCacheOption,
     ProviderOption,
     ThreadsOption,
     WholeGraphsOption,
-    open_runtime,
 )
 
 if TYPE_CHECKING:
@@ -34,14 +35,18 @@ class RuntimeOptions:
     packed_cache: PackedCacheOption = False
     whole_graphs: WholeGraphsOption = False
     kernels: KernelsOption = "auto"
+    memory_budget: MemoryBudgetOption = None
+    cache_budget: CacheBudgetOption = None
 
     def open(self, bundle: Path) -> Runtime:
         """Opens a bundle with these options."""
-        return open_runtime(bundle, *astuple(self))
+        from edgelora_runtime import PackedCache, Runtime
+
+        return Runtime(bundle, **{**asdict(self), "packed_cache": PackedCache() if self.packed_cache else None})
 
 
 def takes_runtime_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Gives a verb the five options, in place of its parameter runtime_options. They come before --json in its help."""
+    """Gives a verb these options, in place of its parameter runtime_options. They come before --json in its help."""
     own = inspect.signature(verb, eval_str=True).parameters.values()
     hints = get_type_hints(RuntimeOptions, include_extras=True)
     added = [

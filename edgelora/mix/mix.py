@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 _SUMS = ("linear", "svd")  # methods whose result is the weighted sum, as it is
+_KEPT_BYTES = 256 << 20  # merged factors that a mix keeps, as an export goes over its modules several times
 
 
 @dataclass(frozen=True)
@@ -211,10 +212,24 @@ class Mix(Delta):
         return [self.weight(name, module) for name in names]
 
     def _merge_factors(self, module: str, names: Sequence[str]) -> tuple[Floats, Floats]:
+        if module in self._kept:
+            return self._kept[module]
         merge = MIX_METHODS[self.method].factored
         assert merge is not None
         factors = [self.adapters[name].factors(module) for name in names]
-        return merge(factors, self._weights(module, names), **self._arguments(module, names))
+        merged = merge(factors, self._weights(module, names), **self._arguments(module, names))
+        if self.method != "linear" and self._kept_bytes + sum(part.nbytes for part in merged) <= _KEPT_BYTES:
+            self._kept[module] = merged
+        return merged
+
+    @cached_property
+    def _kept(self) -> dict[str, tuple[Floats, Floats]]:
+        """Merged factors by module, of methods that decompose matrices to find them."""
+        return {}
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(part.nbytes for factors in self._kept.values() for part in factors)
 
     def _arguments(self, module: str, names: Sequence[str]) -> dict[str, Any]:
         values = {DENSITY: self.density, SEEDS: [draw_seed(self.seed, module, name) for name in names]}

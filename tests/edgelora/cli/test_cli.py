@@ -293,6 +293,14 @@ def test_packed_weights_are_kept_and_reported(
     assert call("doctor", "--json").json["packed_cache"][1] > 0
 
 
+@pytest.mark.parametrize("option", ["--memory-budget", "--cache-budget"])
+def test_budgets_are_read_and_change_no_answer(call: Callable[..., Result], bundle32: Path, option: str) -> None:
+    asked = ("run", bundle32, "--prompt", "a cat", "--max-tokens", 4)
+    assert call(*asked, option, "64 KiB").out == call(*asked).out
+    wrong = call(*asked, option, "5 parsecs")
+    assert wrong.code == 2 and "memory size '5 parsecs' is not understood" in wrong.err
+
+
 def test_doctor_as_json(call: Callable[..., Result]) -> None:
     found = call("doctor", "--json").json
     assert found["edgelora"] == __version__

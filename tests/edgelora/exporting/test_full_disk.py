@@ -143,14 +143,16 @@ def test_every_writer_names_its_file_when_a_file_is_too_large(
     workplace: Path, tiny_base: Path, tiny_adapters: dict[str, Path]
 ) -> None:
     """Under a limit such as `ulimit -f`: exit code 5, a name, and nothing half-written."""
-    two = [f"--adapter=a={tiny_adapters['plain']}:0.5", f"--adapter=b={tiny_adapters['other']}:0.5"]
+    both = [f"--adapter=a={tiny_adapters['plain']}", f"--adapter=b={tiny_adapters['other']}"]
+    two = [f"{one}:0.5" for one in both]
+    shutil.copytree(tiny_adapters["plain"], workplace / "a")  # for init, which looks for adapters
     new = workplace / "new"
     writers: dict[str, tuple[int, list[object]]] = {
         "export": (20000, ["export", "recipe.toml", "--calibration", "text.jsonl", "--output", new]),
         "compose": (4096, ["compose", *two, "--output", new]),
         "gguf": (4096, ["compose", *two, "--output", workplace / "new.gguf", "--base", tiny_base]),
         "merge": (4096, ["compose", *two, "--merge-into", tiny_base, "--output", new]),
-        "report": (4096, ["compose", "report", *two, "--output", new]),
+        "report": (4096, ["compose", "report", *both, "--output", new]),
         "train": (4096, ["train", "--base", tiny_base, "--data", "rows.jsonl", *TRAIN[:-2], "--output", new]),
         "init": (300, ["init", workplace / "new.toml"]),
     }

@@ -127,6 +127,21 @@ def test_methods_on_factors_are_those_on_deltas(adapters: dict[str, Adapter]) ->
             np.testing.assert_allclose(Mix(adapters, WEIGHTS, method).dense(module), expected, atol=1e-4 * size)
 
 
+def test_merged_factors_are_kept_as_far_as_there_is_room(adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pass of an export asks for them again, and finding them takes longer than the pass."""
+    pair = {"plain": 0.7, "other": 0.7}
+    mix, opened = Mix(adapters, pair, "core_tsv"), []
+    read = Adapter.factors
+    monkeypatch.setattr(Adapter, "factors", lambda adapter, module: opened.append(module) or read(adapter, module))
+    first = {module: mix.factors(module) for module in (Q, DOWN)}
+    monkeypatch.setattr("edgelora.mix.mix._KEPT_BYTES", sum(part.nbytes for part in first[Q]))
+    tight = Mix(adapters, pair, "core_tsv")
+    for module in (Q, DOWN, Q, DOWN):
+        np.testing.assert_array_equal(mix.dense(module), first[module][1] @ first[module][0])
+        np.testing.assert_array_equal(tight.dense(module), mix.dense(module))
+    assert opened == [Q, Q, DOWN, DOWN, Q, Q, *[DOWN] * 4]
+
+
 def test_dropped_entries_depend_only_on_seed_adapter_and_module(adapters: dict[str, Adapter]) -> None:
     def dense(module: str, seed: int, *names: str) -> Any:
         return Mix(adapters, dict.fromkeys(names, 1.0), "dare_linear", 0.3, seed).dense(module)
