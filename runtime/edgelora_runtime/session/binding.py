@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgelora_runtime.errors import IntegrityError
+from edgelora_runtime.session.exits import count_native_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,8 +74,9 @@ class Binding:
         """
         if lengths != self._lengths:
             self._make_room(lengths)
-        for session, binding in self._parts:
-            session.run_with_iobinding(binding)
+        with count_native_call():
+            for session, binding in self._parts:
+                session.run_with_iobinding(binding)
 
     def _find_readers(self, name: str) -> list[ort.SessionIOBinding]:
         if name not in self._readers:

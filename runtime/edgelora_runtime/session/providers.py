@@ -16,6 +16,7 @@ import onnxruntime as ort
 
 from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import IntegrityError, UsageError, suggest_name
+from edgelora_runtime.session.exits import count_native_call
 from edgelora_runtime.session.forks import keep_in_child
 
 if TYPE_CHECKING:
@@ -88,12 +89,13 @@ def open_session(graph: Path, options: ort.SessionOptions, provider: Provider) -
     Raises IntegrityError if the CPU cannot open the graph, UsageError if another provider cannot.
     """
     try:
-        if provider.device is not None:
-            options.add_provider_for_devices([provider.device], {})
-            session = ort.InferenceSession(graph, options)
-        else:
-            names = dict.fromkeys((provider.implementation, CPU.implementation))
-            session = ort.InferenceSession(graph, options, providers=list(names), enable_fallback=0)
+        with count_native_call():
+            if provider.device is not None:
+                options.add_provider_for_devices([provider.device], {})
+                session = ort.InferenceSession(graph, options)
+            else:
+                names = dict.fromkeys((provider.implementation, CPU.implementation))
+                session = ort.InferenceSession(graph, options, providers=list(names), enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise explain_failure(provider, f"open {graph.name}", error) from error
     if provider.implementation not in session.get_providers():  # without its libraries, CUDA is dropped silently
