@@ -63,6 +63,12 @@ def read_journal(folder: Path, published: int) -> list[str]:
     return [line for line in (*lines[:1], *lines[1 + published :]) if line.endswith("\n")]
 
 
+def parse_step(line: str) -> tuple[tuple[str, str], set[str]]:
+    """A finished step's section and product, and its blobs."""
+    entry = json.loads(line)
+    return (entry["section"], entry["product"]), {tensor["location"] for tensor in entry["tensors"].values()}
+
+
 def test_killed_exports(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_path: Path) -> None:
     """After each signal the bundle is one of the two undisturbed ones, and the journal has grown and lost nothing."""
     recipes, draw = write_recipes(tmp_path, tiny_base, tiny_adapters), random.Random(27)
@@ -100,7 +106,7 @@ def test_killed_exports(tiny_base: Path, tiny_adapters: dict[str, Path], tmp_pat
             assert not after or Bundle.open(target).verify() == []
             if left and after == before:
                 assert left[: len(steps)] == steps, "a finished step is lost, or was done again"
-                keys = [(entry["section"], entry["product"]) for entry in map(json.loads, left[1:])]
+                keys = [key for key, blobs in map(parse_step, left[1:]) if blobs <= whole[turn].keys()]  # no repair replaced them
                 assert len(set(keys)) == len(keys), "a step was done twice"
                 reused += len(steps) > 1
             if number == signal.SIGTERM:
