@@ -121,8 +121,9 @@ def score_rows(model: MixedModel, rows: Sequence[Row]) -> dict[str, list[list[fl
     loss, exact = ([[0.0, 0.0] for _ in rows] for _ in range(2))
     with torch.inference_mode():
         for batch in model.batches(rows):
-            targets = batch.targets[:, 1:]
-            logits = model.model(input_ids=batch.ids, use_cache=False).logits[:, :-1]
+            first = int((batch.targets != IGNORED).any(dim=0).nonzero()[0])
+            targets, kept = batch.targets[:, first:], batch.ids.shape[1] - first + 1  # the one before predicts the first
+            logits = model.model(input_ids=batch.ids, logits_to_keep=kept, use_cache=False).logits[:, :-1]
             nats = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
             right = ((logits.argmax(dim=-1) == targets) | (targets == IGNORED)).all(dim=1)
             tokens = (targets != IGNORED).sum(dim=1)
