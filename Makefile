@@ -80,6 +80,19 @@ sbom: $(SUPPLY_STAMP)
 	$(SUPPLY_VENV)/plain/bin/python -m pip install --quiet dist/edgelora-*.whl dist/edgelora_kernels-*.whl
 	$(SUPPLY_VENV)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
 		--output-file dist/edgelora.cdx.json $(SUPPLY_VENV)/plain/bin/python
+	$(SUPPLY_VENV)/plain/bin/python -c "$$NAME_VERSION" dist/edgelora.cdx.json
+
+# cyclonedx-py knows no version that is not in pyproject.toml.
+define NAME_VERSION
+import importlib.metadata, json, sys
+path = sys.argv[1]
+with open(path, encoding="utf-8") as file:
+    bill = json.load(file)
+bill["metadata"]["component"]["version"] = importlib.metadata.version("edgelora")
+with open(path, "w", encoding="utf-8") as file:
+    json.dump(bill, file, indent=2)
+endef
+export NAME_VERSION
 
 # Writes the newest versions within the ranges of pyproject.toml.
 lock: $(SUPPLY_STAMP)
