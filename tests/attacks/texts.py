@@ -55,6 +55,12 @@ def template_of(tokens: int) -> dict[str, Any]:
     return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
 
 
+def cut_merges(merge: object) -> dict[str, Any]:
+    """A model whose merge lacks the prefix of one byte that the library cuts off, within a character."""
+    vocab = {"é": 0, "a": 1}
+    return {"type": "BPE", "continuing_subword_prefix": "a", "vocab": vocab, "merges": [merge]}
+
+
 def added(number: int, content: str = "<evil>") -> Callable[[dict[str, Any]], object]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return lambda value: value["added_tokens"].append({"id": number, "content": content, "special": True, **flags})
@@ -66,6 +72,11 @@ TOKENIZERS: dict[str, Callable[[Copy], None]] = {
     "a list": raw(TOKENIZER, b"[]"),
     "a hundred thousand brackets": raw(TOKENIZER, b"[" * 100_000),
     "not UTF-8": raw(TOKENIZER, b"\xff\xfe{}"),
+    "merges cut within a character": tokenizer(model=cut_merges(["é", "é"])),
+    "the same as text": tokenizer(model=cut_merges("é é")),
+    "the same behind an escaped key": raw(
+        TOKENIZER, json.dumps({"model": cut_merges(["é", "é"])}).replace("continuing", "continuin\\u0067").encode()
+    ),
     "no model": tokenizer(model=None),
     "a model of another kind": tokenizer(model={"type": "Evil\x1b[2J"}),
     "a normalizer of another kind": tokenizer(normalizer={"type": "Evil"}),

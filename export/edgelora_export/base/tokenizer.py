@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora_export.base.quiet import first_line, quiet_libraries
 from edgelora_export.base.texts import as_folder
-from edgelora_runtime.errors import InputError, MissingExtraError
+from edgelora_runtime.bundle.tokenizer import TOKENIZER
+from edgelora_runtime.bundle.tokenizer_parts import check_merges
+from edgelora_runtime.errors import InputError, IntegrityError, MissingExtraError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +35,10 @@ def read_tokenizer(texts: Mapping[str, bytes], owner: str) -> Any:
     """
     if not any(name in texts for name in VOCABULARIES):
         raise InputError(f"{owner} has no tokenizer.json; save its tokenizer there (save_pretrained does)")
+    try:
+        check_merges(texts.get(TOKENIZER, b""), f"{owner}: {TOKENIZER}")
+    except IntegrityError as error:
+        raise InputError(str(error)) from None
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -13,7 +13,7 @@ from edgelora_runtime.bundle.chat_template import ChatTemplates, list_own_templa
 from edgelora_runtime.bundle.messages import Chat, check_chat
 from edgelora_runtime.bundle.shortest_encoding import LongestToken
 from edgelora_runtime.bundle.strict_json import refuse_surrogates
-from edgelora_runtime.bundle.tokenizer_parts import check_parts
+from edgelora_runtime.bundle.tokenizer_parts import check_merges, check_parts
 from edgelora_runtime.errors import EdgeloraError, InputError, IntegrityError
 
 if TYPE_CHECKING:
@@ -180,6 +180,7 @@ def load_tokenizer(raw: bytes) -> RustTokenizer:
 
     Truncation and padding that a file has left on are off, as transformers has it.
     """
+    check_merges(raw, TOKENIZER)
     try:
         tokenizer = RustTokenizer.from_str(raw.decode())
         tokenizer.no_truncation()

@@ -7,6 +7,7 @@ a pattern such as (a+)+$ takes exponential time. Vocabularies are not read here.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from edgelora_runtime.backtracking import PatternError, count_paths
@@ -41,6 +42,33 @@ _SPLITTING = frozenset(
     )
 )
 _CLOSING = frozenset(("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"))
+
+
+# A prefix of continuing pieces that is not empty, or a letter of its key that is written as a number.
+_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
+
+
+def check_merges(raw: bytes, name: str) -> None:
+    """Checks the merges of a BPE model whose continuing pieces have a prefix. It runs before the library reads the file.
+
+    The library cuts as many bytes as the prefix has off the second piece of each merge. Where the piece lacks the prefix, a cut
+    within a character makes a string that is no UTF-8, and the process aborts. Raises IntegrityError for such merges.
+    """
+    if _PREFIX.search(raw) is None:
+        return
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for prefix in (value for key, value in pairs if key == "continuing_subword_prefix" and value):
+            for merge in (merge for key, value in pairs if key == "merges" and isinstance(value, list) for merge in value):
+                pieces = merge.split(" ") if isinstance(merge, str) else merge
+                if not all(str(piece).startswith(str(prefix)) for piece in pieces[1:]):
+                    raise IntegrityError(f"{name} has merges of continuing pieces without their prefix; use another tokenizer")
+        return dict(pairs)
+
+    try:
+        json.loads(raw.decode(), object_pairs_hook=check)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{name} is not valid JSON, or its merges are no pairs ({error})") from error
 
 
 def check_parts(tokenizer: RustTokenizer, name: str) -> None:
