@@ -17,6 +17,9 @@ def main() -> int:
     bundle, part = Path(sys.argv[1]), "".join(sys.argv[2:3])
     attacks = list_attacks(bundle)
     chosen = [number for number, attack in enumerate(attacks) if attack.part.startswith(part)]
+    if not chosen:
+        print(f"no attack's part starts with {part}; there are {', '.join({attack.part: 0 for attack in attacks})}", file=sys.stderr)
+        return 2
     failed = 0
     for number, outcome in run_attacks(bundle, chosen):
         faults = outcome.faults
