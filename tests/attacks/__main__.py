@@ -18,7 +18,8 @@ def main() -> int:
     attacks = list_attacks(bundle)
     chosen = [number for number, attack in enumerate(attacks) if attack.part.startswith(part)]
     if not chosen:
-        print(f"no attack's part starts with {part}; there are {', '.join({attack.part: 0 for attack in attacks})}", file=sys.stderr)
+        parts = ", ".join(dict.fromkeys(attack.part for attack in attacks))
+        print(f"no attack's part starts with {part}; there are {parts}", file=sys.stderr)
         return 2
     failed = 0
     for number, outcome in run_attacks(bundle, chosen):
