@@ -14,7 +14,7 @@ from edgelora_runtime.bundle.strict_json import read_strictly
 from edgelora_runtime.decode.options import resolve_options
 from edgelora_runtime.errors import EdgeloraError, InputError, UsageError
 from edgelora_runtime.residency.whole_file import write_whole
-from edgelora_runtime.session.forks import leave_in_child
+from edgelora_runtime.session.process import leave_in_child
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Mapping

@@ -38,9 +38,9 @@ from edgelora_runtime.residency.models import LoadedModels, MemoryUsage
 from edgelora_runtime.residency.packed_cache import PackedCache
 from edgelora_runtime.residency.prompt_cache import PromptCache
 from edgelora_runtime.residency.prompt_file import read_prompts, write_prompts
-from edgelora_runtime.session.forks import leave_in_child
 from edgelora_runtime.session.kernels import choose_kernels
 from edgelora_runtime.session.model import PREFILL_CHUNK, Model, new_cache
+from edgelora_runtime.session.process import leave_in_child
 from edgelora_runtime.session.providers import choose_target, find_provider
 
 if TYPE_CHECKING:

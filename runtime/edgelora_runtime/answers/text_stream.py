@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from edgelora_runtime.errors import UsageError
-from edgelora_runtime.session.forks import Elsewhere, call_in_child, keep_in_child, leave_in_child
+from edgelora_runtime.session.process import Elsewhere, call_in_child, keep_in_child, leave_in_child
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Generator, Iterator

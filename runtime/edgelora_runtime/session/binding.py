@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgelora_runtime.errors import IntegrityError
-from edgelora_runtime.session.exits import count_native_call
+from edgelora_runtime.session.process import count_native_call
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING
 
-from edgelora_runtime.session.forks import leave_in_child
+from edgelora_runtime.session.process import leave_in_child
 
 if TYPE_CHECKING:
     from types import TracebackType

@@ -16,8 +16,7 @@ import onnxruntime as ort
 
 from edgelora_runtime.arguments import show
 from edgelora_runtime.errors import IntegrityError, UsageError, suggest_name
-from edgelora_runtime.session.exits import count_native_call
-from edgelora_runtime.session.forks import keep_in_child
+from edgelora_runtime.session.process import count_native_call, keep_in_child
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from edgelora_runtime.session.exits import NativeCalls
+from edgelora_runtime.session.process import NativeCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable
