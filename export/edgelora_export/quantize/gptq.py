@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01  # of the mean diagonal, as in the paper (section 3.3, step 3)
 _BATCH = 128  # columns between two updates of all that follow: the paper's lazy batches
-_ROWS = 8192  # of a weight at once; bounds the memory that a head of 128k rows needs
+_ROWS = 8192  # of a weight, or of inputs, at once; bounds the memory that a head of 128k rows needs
 _RIDGE = 1e-13  # of the trace, so that float64 can factor moments of less than full rank
 _DOUBLE_LIMIT = 4096  # columns; up to here float64 costs little time and memory
 
@@ -155,8 +155,10 @@ def shorten_inputs(inputs: Floats, rows: int) -> Floats:
     tokens, columns = inputs.shape
     if columns >= min(tokens, rows):
         return inputs
-    wide = inputs.astype(np.float64)
-    moments = wide.T @ wide
+    moments = np.zeros((columns, columns))
+    for start in range(0, tokens, _ROWS):
+        wide = inputs[start : start + _ROWS].astype(np.float64)
+        moments += wide.T @ wide
     _check_moments(moments)
     moments[np.diag_indices(columns)] += _RIDGE * max(np.trace(moments), 1e-30)  # inputs may be all 0
     factor: Floats = np.linalg.cholesky(moments).T.astype(np.float32)

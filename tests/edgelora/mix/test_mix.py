@@ -130,9 +130,13 @@ def test_methods_on_factors_are_those_on_deltas(adapters: dict[str, Adapter]) ->
 def test_merged_factors_are_kept_as_far_as_there_is_room(adapters: dict[str, Adapter], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each pass of an export asks for them again, and finding them takes longer than the pass."""
     pair = {"plain": 0.7, "other": 0.7}
-    mix, opened = Mix(adapters, pair, "core_tsv"), []
-    read = Adapter.factors
-    monkeypatch.setattr(Adapter, "factors", lambda adapter, module: opened.append(module) or read(adapter, module))
+    mix, opened, read = Mix(adapters, pair, "core_tsv"), [], Adapter.factors
+
+    def read_and_note(adapter: Adapter, module: str) -> Any:
+        opened.append(module)
+        return read(adapter, module)
+
+    monkeypatch.setattr(Adapter, "factors", read_and_note)
     first = {module: mix.factors(module) for module in (Q, DOWN)}
     monkeypatch.setattr("edgelora.mix.mix._KEPT_BYTES", sum(part.nbytes for part in first[Q]))
     tight = Mix(adapters, pair, "core_tsv")

@@ -63,11 +63,11 @@ def test_fewer_inputs_give_the_output_error_of_all(rank: int) -> None:
     inputs += 1e3 * generator.normal(size=(400, 1)) * loud
     difference = generator.normal(size=(64, 48))
     difference -= np.outer(difference @ loud, loud) * (1 - 1e-5) / (loud @ loud)
-    inputs, difference = inputs.astype(np.float32), difference.astype(np.float32)
-    short = shorten_inputs(inputs, len(difference))
+    narrow, error = inputs.astype(np.float32), difference.astype(np.float32)
+    short = shorten_inputs(narrow, len(error))
     assert short.shape == (48, 48)
-    exact = np.square(inputs.astype(np.float64) @ difference.T.astype(np.float64)).sum()
-    assert output_error(difference, short) == pytest.approx(exact, rel=1e-4)
+    exact = np.square(narrow.astype(np.float64) @ error.T.astype(np.float64)).sum()
+    assert output_error(error, short) == pytest.approx(exact, rel=1e-4)
 
 
 def test_inputs_stay_where_fewer_save_nothing() -> None:
