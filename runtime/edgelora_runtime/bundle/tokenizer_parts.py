@@ -44,8 +44,9 @@ _SPLITTING = frozenset(
 _CLOSING = frozenset(("BertProcessing", "ByteLevel", "RobertaProcessing", "TemplateProcessing"))
 
 
-# A prefix of continuing pieces that is not empty, or a letter of its key that is written as a number.
-_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*(?!null|"")|\\u00[4-7]')
+# A prefix of continuing pieces that is not empty, and a letter, perhaps of its key, that is written as a number. Each starts with
+# fixed bytes, which are found ten times as fast as one pattern for both finds them.
+_PREFIX, _ESCAPED = re.compile(rb'"continuing_subword_prefix"\s*:\s*(?!\s|null|"")'), re.compile(rb"\\u00[4-7]")
 
 
 def check_merges(raw: bytes, name: str) -> None:
@@ -54,8 +55,8 @@ def check_merges(raw: bytes, name: str) -> None:
     The library cuts as many bytes as the prefix has off the second piece of each merge. Where the piece lacks the prefix, a cut
     within a character makes a string that is no UTF-8, and the process aborts. Raises IntegrityError for such merges.
     """
-    if _PREFIX.search(raw) is None:
-        return
+    if not (_PREFIX.search(raw) or _ESCAPED.search(raw)):
+        return  # as nearly always, without parsing what may be many megabytes
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for prefix in (value for key, value in pairs if key == "continuing_subword_prefix" and value):
@@ -67,7 +68,7 @@ def check_merges(raw: bytes, name: str) -> None:
 
     try:
         json.loads(raw.decode(), object_pairs_hook=check)
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise IntegrityError(f"{name} is not valid JSON, or its merges are no pairs ({error})") from error
 
 

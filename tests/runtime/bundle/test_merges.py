@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 
 from edgelora_export.base.tokenizer import read_tokenizer
 from edgelora_runtime.bundle.tokenizer import TOKENIZER, load_tokenizer
+from edgelora_runtime.bundle.tokenizer_parts import check_merges
 from edgelora_runtime.errors import InputError, IntegrityError
 
 VOCAB = {"é": 0, "##é": 1, "##e": 2, "éé": 3, "éée": 4, "h": 5}
@@ -31,6 +32,14 @@ def test_merges_without_a_prefix_load(prefix: str | None) -> None:
     assert load_tokenizer(pack([["é", "é"]], prefix)).encode("éé").tokens == ["éé"]
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("prefix", [None, ""])
+def test_files_without_a_prefix_are_not_parsed(prefix: str | None, indent: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = json.dumps(json.loads(pack([["é", "é"]], prefix)), indent=indent).encode()
+    monkeypatch.setattr("edgelora_runtime.bundle.tokenizer_parts.json.loads", None)
+    check_merges(raw, TOKENIZER)
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -39,9 +48,10 @@ def test_merges_without_a_prefix_load(prefix: str | None) -> None:
         pack([["é", "é"]], "a").replace(b"continuing", rb"continuin\u0067"),
         pack([["é", "é"]], "a").replace(b'"merges"', b'"merges": [], "merges"'),
         pack([5], "a"),
+        pack([{}], "a"),
         pack([["é", "é"]], "a").replace(b'"1.0"', b"1" * 5000),
     ],
-    ids=["pairs", "text", "escaped key", "repeated key", "no pairs", "a number too long for Python"],
+    ids=["pairs", "text", "escaped key", "repeated key", "no pairs", "an object", "a number too long for Python"],
 )
 def test_merges_without_their_prefix_are_refused(raw: bytes) -> None:
     """The library ends the process for some of them."""
