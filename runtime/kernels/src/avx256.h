@@ -24,11 +24,18 @@ struct TwoChunks {
   __m256i first, second;
 };
 
-template <int Bits>
+template <int Bits, size_t Count>
 TwoChunks read_chunks(const uint8_t* codes) {
-  if constexpr (Bits == 8) return {join(codes, codes + kChunk), join(codes + kChunk / 2, codes + kChunk + kChunk / 2)};
+  const auto read = [](const uint8_t* at) {
+    return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  };
+  if constexpr (Bits == 8) {
+    if constexpr (Count == 1) return {read(codes), read(codes + kChunk / 2)};
+    return {join(codes, codes + kChunk), join(codes + kChunk / 2, codes + kChunk + kChunk / 2)};
+  }
   // GCC 12 copies what loadu loads through the stack.
-  const __m256i two = _mm256_lddqu_si256(reinterpret_cast<const __m256i*>(codes)), mask = _mm256_set1_epi8(15);
+  const __m256i two = Count == 1 ? read(codes) : _mm256_lddqu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i mask = _mm256_set1_epi8(15);
   return {_mm256_and_si256(two, mask), _mm256_and_si256(_mm256_srli_epi16(two, 4), mask)};
 }
 
@@ -36,7 +43,7 @@ template <typename Dot>
 struct Avx256 {
   using Float = __m256;
   using Int = __m256i;
-  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 2, kRows = 4;
+  static constexpr size_t kLanes = 8, kVectors = 2, kChunksAtOnce = 2, kRows = 4, kFactorRows = 2;
   static constexpr bool kSigned8 = Dot::kSigned8;
 
   static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
@@ -81,40 +88,45 @@ struct Avx256 {
     for (size_t i = 0; i < kChunk; i += 8) most = _mm256_max_ps(most, _mm256_andnot_ps(sign, _mm256_loadu_ps(values + i)));
     return reduce_max(most);
   }
-  static void round(const float* values, float factor, int32_t* rounded) {
-    for (size_t i = 0; i < kChunk; i += 8) {
-      const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(values + i), broadcast(factor)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded + i), eight);
-    }
-  }
-
-  // Transposes 8 rows of 8 words, `apart` words from each other: first within halves of four words, then the halves.
-  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
-    __m256i row[8], pairs[8], fours[8];
-    for (size_t i = 0; i < 8; ++i) row[i] = load(from + i * apart);
-    for (size_t i = 0; i < 8; i += 2) {
-      pairs[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
-      pairs[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (size_t i = 0; i < 8; i += 4) {
-      fours[i] = _mm256_unpacklo_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 1] = _mm256_unpackhi_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 2] = _mm256_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-      fours[i + 3] = _mm256_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      store_words(to + i * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x20));
-      store_words(to + (i + 4) * to_apart, _mm256_permute2x128_si256(fours[i], fours[i + 4], 0x31));
-    }
-  }
-
-  // The products of two chunks with 8 columns, `apart` bytes from each other: of the first chunk, then of the second one.
+  // Rounds a chunk of values times a factor to codes, and returns their sum.
   template <int Bits>
+  static int32_t round(const float* values, float factor, int8_t* codes) {
+    const auto eight = [&](size_t at) { return _mm256_cvtps_epi32(multiply(load(values + at), broadcast(factor))); };
+    // Packing works within halves, so that each quarter of the result has four values of each half.
+    const Int all = _mm256_packs_epi16(_mm256_packs_epi32(eight(0), eight(8)), _mm256_packs_epi32(eight(16), eight(24)));
+    Int ordered = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    if constexpr (Bits == 4) {
+      const Int even_first = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15,  //
+                                              0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+      ordered = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(ordered, even_first), 0xd8);
+    }
+    _mm256_storeu_si256(reinterpret_cast<Int*>(codes), ordered);
+    const Int pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), ordered), fours = add_pairs(pairs);
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+  }
+
+  // Transposes 8 rows of 4 words, `apart` words from each other, into 4 vectors.
+  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
+    const auto read_every_fourth = [&](size_t row) { return join(from + row * apart, from + (row + 4) * apart); };
+    const __m256i row0 = read_every_fourth(0), row1 = read_every_fourth(1);
+    const __m256i row2 = read_every_fourth(2), row3 = read_every_fourth(3);
+    const __m256i low01 = _mm256_unpacklo_epi32(row0, row1), high01 = _mm256_unpackhi_epi32(row0, row1);
+    const __m256i low23 = _mm256_unpacklo_epi32(row2, row3), high23 = _mm256_unpackhi_epi32(row2, row3);
+    store_words(to, _mm256_unpacklo_epi64(low01, low23));
+    store_words(to + to_apart, _mm256_unpackhi_epi64(low01, low23));
+    store_words(to + 2 * to_apart, _mm256_unpacklo_epi64(high01, high23));
+    store_words(to + 3 * to_apart, _mm256_unpackhi_epi64(high01, high23));
+  }
+
+  // The products of one or two chunks with 8 columns, `apart` bytes from each other: of the first chunk, then of the second one.
+  template <int Bits, size_t Count>
   static void multiply_chunks(const uint8_t* codes, size_t apart, const int8_t* activation_codes, Int* sums) {
-    const TwoChunks activations = read_chunks<8>(reinterpret_cast<const uint8_t*>(activation_codes));
+    const TwoChunks activations = read_chunks<8, Count>(reinterpret_cast<const uint8_t*>(activation_codes));
     const auto two_columns = [&](size_t lane) {
-      const Int one = Dot::template multiply<Bits>(read_chunks<Bits>(codes + lane * apart), activations);
-      const Int other = Dot::template multiply<Bits>(read_chunks<Bits>(codes + (lane + 1) * apart), activations);
+      const Int one = Dot::template multiply<Bits>(read_chunks<Bits, Count>(codes + lane * apart), activations);
+      const Int other = Dot::template multiply<Bits>(read_chunks<Bits, Count>(codes + (lane + 1) * apart), activations);
       return Dot::template add<Bits>(_mm256_unpacklo_epi32(one, other), _mm256_unpackhi_epi32(one, other));
     };
     const auto four_columns = [&](size_t lane) {

@@ -1,4 +1,4 @@
-// AVX-512 with VNNI: 16 columns or two chunks at a time.
+// AVX-512 with VNNI: 16 columns, and four chunks of each, at a time.
 #include <immintrin.h>
 
 #include "attention_kernels.h"
@@ -12,7 +12,7 @@ namespace {
 struct Avx512 {
   using Float = __m512;
   using Int = __m512i;
-  static constexpr size_t kLanes = 16, kVectors = 2, kChunksAtOnce = 2, kRows = 6;
+  static constexpr size_t kLanes = 16, kVectors = 2, kChunksAtOnce = 4, kRows = 6, kFactorRows = 4;
   static constexpr bool kSigned8 = false;
 
   static void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T1); }
@@ -41,47 +41,68 @@ struct Avx512 {
   static Float load(const float* at, size_t count) { return _mm512_maskz_loadu_ps(first(count), at); }
 
   static float max_abs(const float* values) {
-    const __m512 first = _mm512_loadu_ps(values), second = _mm512_loadu_ps(values + 16);
-    return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(first), _mm512_abs_ps(second)));
+    return reduce_max(_mm512_max_ps(_mm512_abs_ps(load(values)), _mm512_abs_ps(load(values + 16))));
   }
-  static void round(const float* values, float factor, int32_t* rounded) {
-    for (size_t i = 0; i < kChunk; i += 16) {
-      _mm512_storeu_si512(rounded + i, _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(values + i), broadcast(factor))));
-    }
-  }
-
-  // Transposes 16 rows of 16 words, `apart` words from each other: first within quarters of four words, then the quarters.
-  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
-    __m512i row[16], pairs[16], fours[16];
-    for (size_t i = 0; i < 16; ++i) row[i] = load(from + i * apart);
-    for (size_t i = 0; i < 16; i += 2) {
-      pairs[i] = _mm512_unpacklo_epi32(row[i], row[i + 1]);
-      pairs[i + 1] = _mm512_unpackhi_epi32(row[i], row[i + 1]);
-    }
-    for (size_t i = 0; i < 16; i += 4) {
-      fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
-      fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
-      fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      const __m512i low02 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0x88),
-                    low13 = _mm512_shuffle_i32x4(fours[i], fours[i + 4], 0xdd);
-      const __m512i high02 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0x88),
-                    high13 = _mm512_shuffle_i32x4(fours[i + 8], fours[i + 12], 0xdd);
-      _mm512_storeu_si512(to + i * to_apart, _mm512_shuffle_i32x4(low02, high02, 0x88));
-      _mm512_storeu_si512(to + (i + 4) * to_apart, _mm512_shuffle_i32x4(low13, high13, 0x88));
-      _mm512_storeu_si512(to + (i + 8) * to_apart, _mm512_shuffle_i32x4(low02, high02, 0xdd));
-      _mm512_storeu_si512(to + (i + 12) * to_apart, _mm512_shuffle_i32x4(low13, high13, 0xdd));
-    }
-  }
-
-  // The products of two chunks with 16 columns, `apart` bytes from each other: of the first chunk, then of the second one.
+  // Rounds a chunk of values times a factor to codes, and returns their sum.
   template <int Bits>
+  static int32_t round(const float* values, float factor, int8_t* codes) {
+    Float first = load(values), second = load(values + 16);
+    if constexpr (Bits == 4) {
+      const Int even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const Float all = first;
+      first = _mm512_permutex2var_ps(all, even, second);
+      second = _mm512_permutex2var_ps(all, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
+    }
+    const Int low = _mm512_cvtps_epi32(multiply(first, broadcast(factor)));
+    const Int high = _mm512_cvtps_epi32(multiply(second, broadcast(factor)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + 16), _mm512_cvtepi32_epi8(high));
+    return _mm512_reduce_add_epi32(add(low, high));
+  }
+
+  // Transposes 16 rows of 4 words, `apart` words from each other, into 4 vectors.
+  static void transpose(const uint32_t* from, size_t apart, uint32_t* to, size_t to_apart) {
+    const auto read = [&](size_t row) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + row * apart)); };
+    const auto read_every_fourth = [&](size_t row) {
+      __m512i rows = _mm512_castsi128_si512(read(row));
+      rows = _mm512_mask_broadcast_i32x4(rows, 0x00f0, read(row + 4));
+      rows = _mm512_mask_broadcast_i32x4(rows, 0x0f00, read(row + 8));
+      return _mm512_mask_broadcast_i32x4(rows, 0xf000, read(row + 12));
+    };
+    const __m512i row0 = read_every_fourth(0), row1 = read_every_fourth(1);
+    const __m512i row2 = read_every_fourth(2), row3 = read_every_fourth(3);
+    const __m512i low01 = _mm512_unpacklo_epi32(row0, row1), high01 = _mm512_unpackhi_epi32(row0, row1);
+    const __m512i low23 = _mm512_unpacklo_epi32(row2, row3), high23 = _mm512_unpackhi_epi32(row2, row3);
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_storeu_si512(to + to_apart, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_storeu_si512(to + 2 * to_apart, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_storeu_si512(to + 3 * to_apart, _mm512_unpackhi_epi64(high01, high23));
+  }
+
+  // The products of up to four chunks with 16 columns, `apart` bytes from each other: of the first chunk, then of the next ones.
+  template <int Bits, size_t Count>
   static void multiply_chunks(const uint8_t* codes, size_t apart, const int8_t* activation_codes, Int* sums) {
-    Int products[16];
-    for (size_t lane = 0; lane < 16; ++lane) products[lane] = multiply_two<Bits>(codes + lane * apart, activation_codes);
-    sum_halves(products, sums);
+    const Halves activations = read_chunks<8, Count>(reinterpret_cast<const uint8_t*>(activation_codes));
+    Int fours[4];
+    for (size_t four = 0; four < 4; ++four) {
+      Int products[4];
+      for (size_t lane = 0; lane < 4; ++lane) {
+        const Halves weights = read_chunks<Bits, Count>(codes + (4 * four + lane) * apart);
+        const Int first = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights.first, activations.first);
+        products[lane] = _mm512_dpbusd_epi32(first, weights.second, activations.second);
+      }
+      const auto add_pairs = [](Int a, Int b) { return add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)); };
+      const Int low = add_pairs(products[0], products[1]), high = add_pairs(products[2], products[3]);
+      fours[four] = add(_mm512_unpacklo_epi64(low, high), _mm512_unpackhi_epi64(low, high));
+    }
+    // Each has a chunk of four columns in each quarter.
+    const Int even01 = _mm512_shuffle_i32x4(fours[0], fours[1], 0x88), even23 = _mm512_shuffle_i32x4(fours[2], fours[3], 0x88);
+    sums[0] = _mm512_shuffle_i32x4(even01, even23, 0x88);
+    if constexpr (Count > 2) sums[2] = _mm512_shuffle_i32x4(even01, even23, 0xdd);
+    if constexpr (Count == 1) return;
+    const Int odd01 = _mm512_shuffle_i32x4(fours[0], fours[1], 0xdd), odd23 = _mm512_shuffle_i32x4(fours[2], fours[3], 0xdd);
+    sums[1] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
+    if constexpr (Count > 3) sums[3] = _mm512_shuffle_i32x4(odd01, odd23, 0xdd);
   }
   static Int add(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Float to_float(Int value) { return _mm512_cvtepi32_ps(value); }
@@ -102,37 +123,25 @@ struct Avx512 {
   }
 
  private:
-  // Products of two chunks of a column, one in each half.
-  template <int Bits>
-  static Int multiply_two(const uint8_t* codes, const int8_t* activation_codes) {
-    __m512i weights;
-    if constexpr (Bits == 8) {
-      weights = _mm512_loadu_si512(codes);
-    } else {
-      const __m512i two = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-      const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), two);
-      const __m512i shifts = _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4);
-      weights = _mm512_and_si512(_mm512_srlv_epi64(twice, shifts), _mm512_set1_epi8(15));
-    }
-    return _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(activation_codes));
-  }
-  // Sums of each half of 16 vectors: of the first halves, then of the second ones.
-  static void sum_halves(const Int* products, Int* sums) {
-    __m512i pairs[8], fours[4];
-    for (size_t i = 0; i < 8; ++i) {
-      const Int one = products[2 * i], other = products[2 * i + 1];
-      pairs[i] = add(_mm512_unpacklo_epi32(one, other), _mm512_unpackhi_epi32(one, other));
-    }
-    for (size_t i = 0; i < 4; ++i) {
-      const Int one = pairs[2 * i], other = pairs[2 * i + 1];
-      fours[i] = add(_mm512_unpacklo_epi64(one, other), _mm512_unpackhi_epi64(one, other));
-    }
-    const auto fold = [](Int one, Int other) {
-      return add(_mm512_shuffle_i32x4(one, other, 0x88), _mm512_shuffle_i32x4(one, other, 0xdd));
+  // The codes of up to four chunks, one in each quarter; `first` has the half of each that the first half of the activations is
+  // multiplied with.
+  struct Halves {
+    __m512i first, second;
+  };
+  template <int Bits, size_t Count>
+  static Halves read_chunks(const uint8_t* codes) {
+    const auto read = [](const uint8_t* at, size_t bytes) {
+      return bytes < 64 ? _mm512_maskz_loadu_epi32(first(bytes / 4), at) : _mm512_loadu_si512(at);
     };
-    const Int low = fold(fours[0], fours[1]), high = fold(fours[2], fours[3]);
-    sums[0] = _mm512_shuffle_i32x4(low, high, 0x88);
-    sums[1] = _mm512_shuffle_i32x4(low, high, 0xdd);
+    constexpr size_t kBytes = Count * kChunk * Bits / 8;
+    if constexpr (Bits == 8) {
+      const Int low = read(codes, std::min(kBytes, size_t{64}));
+      const Int high = kBytes > 64 ? read(codes + 64, kBytes - 64) : _mm512_setzero_si512();
+      return {_mm512_permutex2var_epi64(low, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), high),
+              _mm512_permutex2var_epi64(low, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), high)};
+    }
+    const Int all = read(codes, kBytes), mask = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(all, mask), _mm512_and_si512(_mm512_srli_epi16(all, 4), mask)};
   }
   static __mmask16 first(size_t count) { return static_cast<__mmask16>((1u << count) - 1); }
 };

@@ -107,7 +107,9 @@ class LowRanks {
       index -= part.pieces;
     }
   }
-  void prefetch(size_t, size_t) const {}
+  void prefetch(size_t begin, size_t end) const {
+    for (const LowRank& part : parts_) part.prefetch(begin, end);
+  }
   void add(size_t begin, size_t end) const {
     for (const LowRank& part : parts_) part.add(begin, end);
   }

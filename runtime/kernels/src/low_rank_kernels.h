@@ -22,7 +22,7 @@ void multiply_down(const Factors& factors, const float* x, size_t rows, size_t b
   in_groups<4>(end - begin, [&](size_t first, auto many) {
     constexpr size_t dots = many;
     const Half* read = factors.a + (begin + first) * apart;
-    in_groups<2>(rows, [&](size_t row, auto some) {
+    in_groups<Isa::kFactorRows>(rows, [&](size_t row, auto some) {
       constexpr size_t group = some;
       Float sums[group][dots];
       for (auto& row_sums : sums)
@@ -59,7 +59,9 @@ void add_up(const Factors& factors, size_t part, const float* down, size_t rows,
       [&](size_t first, auto many) {
         constexpr size_t vectors = many * kVectors;
         const Half* read = factors.b[part] + first * rank * kGroup;
-        in_groups<2>(rows, [&](size_t row, auto some) {
+        const size_t start = first * kGroup, size = many * kGroup, low = std::max(begin, start),
+                     high = std::min(end, start + size);
+        in_groups<Isa::kFactorRows>(rows, [&](size_t row, auto some) {
           constexpr size_t group = some;
           Float sums[group][vectors];
           for (auto& row_sums : sums)
@@ -77,12 +79,15 @@ void add_up(const Factors& factors, size_t part, const float* down, size_t rows,
             }
           }
           for (size_t i = 0; i < group; ++i) {
-            alignas(64) float added[many * kGroup];
-            for (size_t vector = 0; vector < vectors; ++vector) Isa::store(added + vector * Isa::kLanes, sums[i][vector]);
-            const size_t start = first * kGroup;
             float* written = out + (row + i) * apart + factors.starts[part];
-            for (size_t column = std::max(begin, start); column < std::min(end, start + many * kGroup); ++column)
-              written[column] += added[column - start];
+            alignas(64) float added[size];
+            for (size_t vector = 0, place = 0; vector < vectors; ++vector, place += Isa::kLanes) {
+              float* to = written + start + place;
+              high - low == size ? Isa::store(to, Isa::add(Isa::load(to), sums[i][vector]))
+                                 : Isa::store(added + place, sums[i][vector]);
+            }
+            if (high - low == size) continue;
+            for (size_t column = low; column < high; ++column) written[column] += added[column - start];
           }
         });
       },

@@ -120,7 +120,6 @@ class NBitsProduct : public Operator {
 
  private:
   static constexpr size_t kPieces = 32;       // of a product, for the threads to share, if it has enough tiles
-  static constexpr size_t kRowsApart = 2;     // up to so many rows, reading a tile again from a cache is faster than turning it
   static constexpr size_t kRowsAtOnce = 256;  // their activations stay in the second-level cache
 
   // Memory for activations, which all products of a thread reuse.
@@ -170,16 +169,13 @@ class NBitsProduct : public Operator {
         while (done.load(std::memory_order_acquire) < side.pieces) std::this_thread::yield();
         side.add(column(from), column(to));
       };
-      side.prefetch(column(begin), column(end));
       const size_t step = call.rows == 1 ? end - begin : 1;
       for (size_t tile = begin; tile < end; tile += step) {
-        if (call.rows <= kRowsApart) {
-          for (size_t row = 0; row < call.rows; ++row) {
-            kernels_.multiply_row(weights_, activations.from(row * weights_.chunks()), column(tile), column(tile + step),
-                                  call.written + row * weights_.columns);
-          }
+        side.prefetch(column(tile), column(tile + step));
+        if (call.rows == 1) {
+          kernels_.multiply_row(weights_, activations, column(tile), column(tile + step), call.written);
         } else {
-          kernels_.multiply_rows(weights_, activations, call.rows, column(tile), column(std::min(tile + 1, end - 1)),
+          kernels_.multiply_rows(weights_, activations, call.rows, column(tile), column(std::min(tile + 1, tiles - 1)),
                                  call.written);
         }
         add(tile, tile + step);

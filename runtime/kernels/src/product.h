@@ -38,8 +38,6 @@ struct Activations {
   float* scales;  // (rows, chunks)
   // (rows, chunks): what the zero point adds to a chunk's product; minus the sum of the codes if zero points vary.
   int32_t* offsets;
-
-  Activations from(size_t chunk) const { return {codes + chunk * kChunk, scales + chunk, offsets + chunk}; }
 };
 
 }  // namespace edgelora

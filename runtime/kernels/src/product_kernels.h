@@ -16,30 +16,25 @@ int32_t recentred_zero_point(int32_t zero_point) {
   return Bits == 8 && Isa::kSigned8 ? zero_point - 128 : zero_point;
 }
 
-template <typename Isa>
-void round(const Weights& weights, const float* row, int8_t* codes, float* scales, int32_t* offsets) {
-  const int32_t zero_point = weights.bits == 4 ? recentred_zero_point<Isa, 4>(8) : recentred_zero_point<Isa, 8>(128);
+template <typename Isa, int Bits>
+void round_bits(const Weights& weights, const float* row, int8_t* codes, float* scales, int32_t* offsets) {
+  const int32_t zero_point = recentred_zero_point<Isa, Bits>(1 << (Bits - 1));
   for (size_t chunk = 0; chunk < weights.chunks(); ++chunk, codes += kChunk) {
     const size_t start = chunk * kChunk;
     const size_t count = start < weights.inner ? std::min(kChunk, weights.inner - start) : 0;
-    alignas(64) float values[kChunk] = {};
-    if (count) std::memcpy(values, row + start, count * sizeof(float));
+    const float* values = row + start;
+    alignas(64) float padded[kChunk] = {};
+    if (count < kChunk) values = static_cast<const float*>(std::memcpy(padded, values, count * sizeof(float)));
     const float scale = Isa::max_abs(values) / 127.0f;
-    alignas(64) int32_t rounded[kChunk];
-    Isa::round(values, scale > 0 ? 1.0f / scale : 0.0f, rounded);
-    int32_t sum = 0;
-    for (size_t i = 0; i < kChunk; ++i) sum += rounded[i];
-    if (weights.bits == 4) {
-      for (size_t i = 0; i < kChunk / 2; ++i) {
-        codes[i] = static_cast<int8_t>(rounded[2 * i]);
-        codes[kChunk / 2 + i] = static_cast<int8_t>(rounded[2 * i + 1]);
-      }
-    } else {
-      for (size_t i = 0; i < kChunk; ++i) codes[i] = static_cast<int8_t>(rounded[i]);
-    }
+    const int32_t sum = Isa::template round<Bits>(values, scale > 0 ? 1.0f / scale : 0.0f, codes);
     scales[chunk] = scale;
     offsets[chunk] = weights.zero_points ? -sum : -sum * zero_point;
   }
+}
+
+template <typename Isa>
+void round(const Weights& weights, const float* row, int8_t* codes, float* scales, int32_t* offsets) {
+  (weights.bits == 4 ? round_bits<Isa, 4> : round_bits<Isa, 8>)(weights, row, codes, scales, offsets);
 }
 
 // The product of one row with kLanes columns, `apart` columns from each other, from `begin` on; prefetches what follows them. It
@@ -63,8 +58,10 @@ typename Isa::Float multiply_columns(const Weights& weights, const Activations& 
     const float* read = weights.scales + begin * weights.blocks + block;
     for (size_t line = 0; line < kLanes * kLanes; line += 16, next_scales += 16) Isa::prefetch(next_scales);
     if (blocks == kLanes) {
-      Isa::transpose(reinterpret_cast<const uint32_t*>(read), apart * weights.blocks, reinterpret_cast<uint32_t*>(scales),
-                     kLanes);
+      for (size_t index = 0; index < kLanes; index += 4) {
+        Isa::transpose(reinterpret_cast<const uint32_t*>(read + index), apart * weights.blocks,
+                       reinterpret_cast<uint32_t*>(scales[index]), kLanes);
+      }
     } else {
       for (size_t index = 0; index < blocks; ++index)
         for (size_t lane = 0; lane < kLanes; ++lane) scales[index][lane] = read[lane * apart * weights.blocks + index];
@@ -84,25 +81,18 @@ typename Isa::Float multiply_columns(const Weights& weights, const Activations& 
       ++chunk;
       if (--left == 0) ++place, left = per_block;
     };
-    Int found[kAtOnce];
-    const size_t end = chunk + blocks * per_block;
-    while (chunk + kAtOnce <= end) {
-      for (size_t line = 0; line < kLanes * kAtOnce * kBytes; line += 64, next_codes += 64) Isa::prefetch(next_codes);
-      Isa::template multiply_chunks<Bits>(codes, column_bytes, activation_codes, found);
-      codes += kAtOnce * kBytes;
-      activation_codes += kAtOnce * kChunk;
-      for (size_t index = 0; index < kAtOnce; ++index) add_chunk(found[index]);
-    }
-    if (const size_t count = end - chunk) {
-      alignas(64) int8_t last_activations[kAtOnce * kChunk] = {};
-      std::memcpy(last_activations, activation_codes, count * kChunk);
-      alignas(64) uint8_t last[kLanes][kAtOnce * kBytes] = {};
-      for (size_t lane = 0; lane < kLanes; ++lane) std::memcpy(last[lane], codes + lane * column_bytes, count * kBytes);
-      Isa::template multiply_chunks<Bits>(last[0], sizeof last[0], last_activations, found);
+    const auto add_chunks = [&](auto group) {
+      constexpr size_t count = group;
+      for (size_t line = 0; line < kLanes * count * kBytes; line += 64, next_codes += 64) Isa::prefetch(next_codes);
+      Int found[kAtOnce];
+      Isa::template multiply_chunks<Bits, count>(codes, column_bytes, activation_codes, found);
       codes += count * kBytes;
       activation_codes += count * kChunk;
       for (size_t index = 0; index < count; ++index) add_chunk(found[index]);
-    }
+    };
+    const size_t end = chunk + blocks * per_block;
+    while (chunk + kAtOnce <= end) add_chunks(std::integral_constant<size_t, kAtOnce>{});
+    in_groups<kAtOnce - 1>(end - chunk, [&](size_t, auto group) { add_chunks(group); });
   }
   return sums;
 }
@@ -132,11 +122,10 @@ struct WeightTile {
 template <typename Isa, int Bits>
 void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>& tile) {
   const size_t columns = std::min(kColumns<Isa>, weights.columns - begin), words = weights.chunks() * kChunk * Bits / 32;
-  const size_t lines = next > begin ? Isa::kLanes * Isa::kLanes / 16 : 0;
-  const auto* codes = reinterpret_cast<const uint32_t*>(weights.codes);
   const auto* scales = reinterpret_cast<const uint32_t*>(weights.scales);
-  transpose<Isa>(codes + begin * words, columns, words, codes + next * words, lines / 2, tile.codes);
-  transpose<Isa>(scales + begin * weights.blocks, columns, weights.blocks, scales + next * weights.blocks, lines, tile.scales);
+  transpose<Isa>(reinterpret_cast<const uint32_t*>(weights.codes) + begin * words, columns, words, tile.codes);
+  transpose<Isa>(scales + begin * weights.blocks, columns, weights.blocks, tile.scales, scales + next * weights.blocks,
+                 next > begin ? Isa::kLanes * 4 / 16 : 0);
   if (weights.zero_points == nullptr) return;
   tile.zero_points.resize(weights.blocks);
   for (size_t block = 0; block < weights.blocks; ++block) {
@@ -147,7 +136,7 @@ void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>&
   }
 }
 
-// Some rows of a tile's product. next: weights to prefetch meanwhile, or null.
+// Some rows of a tile's product. next: codes to prefetch meanwhile, or null.
 template <typename Isa, int Bits, size_t Rows>
 void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Activations& activations, size_t first,
                    size_t begin, const uint8_t* next, float* out) {
@@ -161,7 +150,7 @@ void multiply_tile(const Weights& weights, const WeightTile<Isa>& tile, const Ac
   for (size_t block = 0, chunk = 0; block < weights.blocks; ++block) {
     for (const size_t end = chunk + per_block; chunk < end; ++chunk) {
       if (next) {
-        for (size_t line = 0; line < kColumns<Isa> * kWords * 2; line += 64, next += 64) Isa::prefetch(next);
+        for (size_t line = 0; line < kColumns<Isa> * kWords * 4; line += 64, next += 64) Isa::prefetch(next);
       }
       const auto offset = [&](size_t row, size_t vector) {
         const Int sum = Isa::broadcast(activations.offsets[(first + row) * chunks + chunk]);
@@ -214,11 +203,9 @@ void multiply_rows_bits(const Weights& weights, const Activations& activations, 
                         float* out) {
   static thread_local WeightTile<Isa> tile;  // the thread's next tile reuses the memory
   lay_out<Isa, Bits>(weights, begin, next, tile);
-  const uint8_t* prefetched =
-      next > begin ? weights.codes + (next * weights.chunks() + kColumns<Isa> * weights.chunks() / 2) * kChunk * Bits / 8
-                   : nullptr;
+  const uint8_t* codes = next > begin ? weights.codes + next * weights.chunks() * kChunk * Bits / 8 : nullptr;
   in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
-    multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? prefetched : nullptr, out);
+    multiply_tile<Isa, Bits, group>(weights, tile, activations, row, begin, row == 0 ? codes : nullptr, out);
   });
 }
 

@@ -21,15 +21,16 @@ struct alignas(64) Place {
 template <typename Isa>
 using Tile = std::vector<Place<Isa>>;
 
-// Transposes (columns, words) into a tile with a place for each word; missing columns are zeros. This reads across rows, which
-// the hardware cannot predict, so each vector also prefetches `lines` cache lines, in memory order from `next` on.
+// Transposes (columns, words) into a tile with a place for each word; missing columns are zeros. Each vector also prefetches
+// `lines` cache lines from `next` on: this reads across columns, which the hardware cannot predict.
 template <typename Isa>
-void transpose(const uint32_t* from, size_t columns, size_t words, const uint32_t* next, size_t lines, Tile<Isa>& to) {
+void transpose(const uint32_t* from, size_t columns, size_t words, Tile<Isa>& to, const uint32_t* next = nullptr,
+               size_t lines = 0) {
   constexpr size_t kLanes = Isa::kLanes;
   to.resize(words);
   size_t word = 0;
   if (columns == kColumns<Isa>) {
-    for (; word + kLanes <= words; word += kLanes) {
+    for (; word + 4 <= words; word += 4) {
       for (size_t lane = 0; lane < kColumns<Isa>; lane += kLanes) {
         for (size_t line = 0; line < lines; ++line, next += 16) Isa::prefetch(next);
         Isa::transpose(from + lane * words + word, words, to[word].word + lane, kColumns<Isa>);
