@@ -57,10 +57,9 @@ void add_up(const Factors& factors, size_t part, const float* down, size_t rows,
   in_groups<kAtOnce>(
       count_groups(end),
       [&](size_t first, auto many) {
-        constexpr size_t vectors = many * kVectors;
+        constexpr size_t vectors = many * kVectors, size = many * kGroup;
         const Half* read = factors.b[part] + first * rank * kGroup;
-        const size_t start = first * kGroup, size = many * kGroup, low = std::max(begin, start),
-                     high = std::min(end, start + size);
+        const size_t start = first * kGroup, low = std::max(begin, start), high = std::min(end, start + size);
         in_groups<Isa::kFactorRows>(rows, [&](size_t row, auto some) {
           constexpr size_t group = some;
           Float sums[group][vectors];
@@ -80,13 +79,14 @@ void add_up(const Factors& factors, size_t part, const float* down, size_t rows,
           }
           for (size_t i = 0; i < group; ++i) {
             float* written = out + (row + i) * apart + factors.starts[part];
-            alignas(64) float added[size];
-            for (size_t vector = 0, place = 0; vector < vectors; ++vector, place += Isa::kLanes) {
-              float* to = written + start + place;
-              high - low == size ? Isa::store(to, Isa::add(Isa::load(to), sums[i][vector]))
-                                 : Isa::store(added + place, sums[i][vector]);
+            if (high - low == size) {
+              float* to = written + start;
+              for (size_t vector = 0; vector < vectors; ++vector, to += Isa::kLanes)
+                Isa::store(to, Isa::add(Isa::load(to), sums[i][vector]));
+              continue;
             }
-            if (high - low == size) continue;
+            alignas(64) float added[size];
+            for (size_t vector = 0; vector < vectors; ++vector) Isa::store(added + vector * Isa::kLanes, sums[i][vector]);
             for (size_t column = low; column < high; ++column) written[column] += added[column - start];
           }
         });
