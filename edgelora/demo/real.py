@@ -52,10 +52,10 @@ class RealSettings:
     answer. context_length: of the bundle, in tokens.
     """
 
-    steps: int = 30
+    steps: int = 60
     batch_size: int = 4
     rank: int = 16
-    lr: float = 5e-4
+    lr: float = 1e-3
     test_rows: int = 12
     shown: int = 2
     max_tokens: int = 48

@@ -92,7 +92,7 @@ struct Avx256 {
   template <int Bits>
   static int32_t round(const float* values, float factor, int8_t* codes) {
     const auto eight = [&](size_t at) { return _mm256_cvtps_epi32(multiply(load(values + at), broadcast(factor))); };
-    // Packing works within halves, so that each quarter of the result has four values of each half.
+    // Packing works within halves: the first one gets values 0 to 3 of each eight, the second one values 4 to 7.
     const Int all = _mm256_packs_epi16(_mm256_packs_epi32(eight(0), eight(8)), _mm256_packs_epi32(eight(16), eight(24)));
     Int ordered = _mm256_permutevar8x32_epi32(all, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     if constexpr (Bits == 4) {

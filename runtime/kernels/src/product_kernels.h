@@ -22,9 +22,9 @@ void round_bits(const Weights& weights, const float* row, int8_t* codes, float* 
   for (size_t chunk = 0; chunk < weights.chunks(); ++chunk, codes += kChunk) {
     const size_t start = chunk * kChunk;
     const size_t count = start < weights.inner ? std::min(kChunk, weights.inner - start) : 0;
-    const float* values = row + start;
     alignas(64) float padded[kChunk] = {};
-    if (count < kChunk) values = static_cast<const float*>(std::memcpy(padded, values, count * sizeof(float)));
+    if (count && count < kChunk) std::memcpy(padded, row + start, count * sizeof(float));
+    const float* values = count == kChunk ? row + start : padded;
     const float scale = Isa::max_abs(values) / 127.0f;
     const int32_t sum = Isa::template round<Bits>(values, scale > 0 ? 1.0f / scale : 0.0f, codes);
     scales[chunk] = scale;

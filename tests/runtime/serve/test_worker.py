@@ -138,3 +138,36 @@ def test_jobs_of_one_key_run_together_and_others_wait_for_their_end() -> None:
     asyncio.run(run())
     worker.close(5)
     assert order == [*"aaa", *"ba"], "b was passed once, so the last a waits for it"
+
+
+def test_many_events_wake_the_loop_once_and_keep_their_order(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    wakes: list[Any] = []
+
+    async def run() -> None:
+        loop, job = asyncio.get_running_loop(), worker.admit()
+        wake = loop.call_soon_threadsafe
+
+        def count(call: Any, *given: Any) -> Any:
+            wakes.append(call)
+            return wake(call, *given)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        for number in range(100):  # the loop cannot run meanwhile
+            job.emit(number)
+        assert len(wakes) == 1
+        job.finish()
+        assert await collect(job) == [*range(100)]
+        await asyncio.to_thread(lambda: [job.emit(number) for number in range(1000)])
+        job.finish()
+        assert await collect(job) == [*range(1000)]
+
+    asyncio.run(run())
+
+
+def test_events_after_the_loop_has_ended_cancel_their_jobs(worker: Worker) -> None:
+    async def admit() -> list[Job]:
+        return [worker.admit(), worker.admit()]
+
+    for job in asyncio.run(admit()):
+        job.emit("nobody follows")
+        assert job.cancelled
