@@ -140,6 +140,11 @@ def test_jobs_of_one_key_run_together_and_others_wait_for_their_end() -> None:
     assert order == [*"aaa", *"ba"], "b was passed once, so the last a waits for it"
 
 
+def emit_all(job: Job, count: int) -> None:
+    for number in range(count):
+        job.emit(number)
+
+
 def test_many_events_wake_the_loop_once_and_keep_their_order(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     wakes: list[Any] = []
 
@@ -152,12 +157,11 @@ def test_many_events_wake_the_loop_once_and_keep_their_order(worker: Worker, mon
             return wake(call, *given)
 
         monkeypatch.setattr(loop, "call_soon_threadsafe", count)
-        for number in range(100):  # the loop cannot run meanwhile
-            job.emit(number)
+        emit_all(job, 100)  # the loop cannot run meanwhile
         assert len(wakes) == 1
         job.finish()
         assert await collect(job) == [*range(100)]
-        await asyncio.to_thread(lambda: [job.emit(number) for number in range(1000)])
+        await asyncio.to_thread(emit_all, job, 1000)
         job.finish()
         assert await collect(job) == [*range(1000)]
 
