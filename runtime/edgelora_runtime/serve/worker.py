@@ -26,7 +26,7 @@ class _End:
 class _Inbox:
     """Events on their way to an event loop. It is woken once for all that come before it gets to them.
 
-    Waking costs a system call, in which a thread gives the interpreter away, and those of a shared step all emit at once.
+    Waking costs a system call, in which a thread gives the interpreter away, and the threads of a shared step all emit at once.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

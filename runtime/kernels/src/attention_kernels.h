@@ -104,8 +104,8 @@ void attend(const Head& head, const Queries& queries, size_t begin, size_t end, 
   if (scores.size() < rows * kSpan) scores.resize(rows * kSpan);
   for (size_t at = begin; at < end; at += kColumns<Isa>) {
     const auto* read = reinterpret_cast<const uint32_t*>(head.keys + at * size);
-    const size_t lines = at + kColumns<Isa> < end ? Isa::kLanes * 4 / 16 : 0;
-    transpose<Isa>(read, std::min(kColumns<Isa>, head.capacity - at), size, keys, read + kColumns<Isa> * size, lines);
+    const auto* next = at + kColumns<Isa> < end ? read + kColumns<Isa> * size : nullptr;
+    transpose<Isa>(read, std::min(kColumns<Isa>, head.capacity - at), size, keys, next);
     in_groups<Isa::kRows>(rows, [&](size_t row, auto group) {
       const float* prefetched = row == 0 ? head.values + at * size : nullptr;
       score<Isa, group>(keys, queries.values + row * size, size, prefetched, scores.data() + row * kSpan + (at - begin));

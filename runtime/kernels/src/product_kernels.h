@@ -124,8 +124,8 @@ void lay_out(const Weights& weights, size_t begin, size_t next, WeightTile<Isa>&
   const size_t columns = std::min(kColumns<Isa>, weights.columns - begin), words = weights.chunks() * kChunk * Bits / 32;
   const auto* scales = reinterpret_cast<const uint32_t*>(weights.scales);
   transpose<Isa>(reinterpret_cast<const uint32_t*>(weights.codes) + begin * words, columns, words, tile.codes);
-  transpose<Isa>(scales + begin * weights.blocks, columns, weights.blocks, tile.scales, scales + next * weights.blocks,
-                 next > begin ? Isa::kLanes * 4 / 16 : 0);
+  transpose<Isa>(scales + begin * weights.blocks, columns, weights.blocks, tile.scales,
+                 next > begin ? scales + next * weights.blocks : nullptr);
   if (weights.zero_points == nullptr) return;
   tile.zero_points.resize(weights.blocks);
   for (size_t block = 0; block < weights.blocks; ++block) {

@@ -21,18 +21,17 @@ struct alignas(64) Place {
 template <typename Isa>
 using Tile = std::vector<Place<Isa>>;
 
-// Transposes (columns, words) into a tile with a place for each word; missing columns are zeros. Each vector also prefetches
-// `lines` cache lines from `next` on: this reads across columns, which the hardware cannot predict.
+// Transposes (columns, words) into a tile with a place for each word; missing columns are zeros. Meanwhile prefetches as many
+// bytes from `next` on, unless it is null: this reads across columns, which the hardware cannot predict.
 template <typename Isa>
-void transpose(const uint32_t* from, size_t columns, size_t words, Tile<Isa>& to, const uint32_t* next = nullptr,
-               size_t lines = 0) {
+void transpose(const uint32_t* from, size_t columns, size_t words, Tile<Isa>& to, const uint32_t* next = nullptr) {
   constexpr size_t kLanes = Isa::kLanes;
   to.resize(words);
   size_t word = 0;
   if (columns == kColumns<Isa>) {
     for (; word + 4 <= words; word += 4) {
       for (size_t lane = 0; lane < kColumns<Isa>; lane += kLanes) {
-        for (size_t line = 0; line < lines; ++line, next += 16) Isa::prefetch(next);
+        for (size_t line = 0; next && line < kLanes * 4; line += 16, next += 16) Isa::prefetch(next);
         Isa::transpose(from + lane * words + word, words, to[word].word + lane, kColumns<Isa>);
       }
     }

@@ -84,11 +84,13 @@ def test_answers_are_those_that_each_request_gets_alone(bundle4: Path, made: lis
 def test_mixes_of_one_base_share_steps(bundle4: Path, made: list[Batch]) -> None:
     with Runtime(bundle4, threads=1, kernels="edgelora", batch=1) as alone:
         expected = [answer(alone, number, LIVE[number % 4]) for number in range(8)]
-    with Runtime(bundle4, threads=1, kernels="edgelora") as runtime:
+    with Runtime(bundle4, threads=1, kernels="edgelora") as runtime, runtime.stream(PROMPTS[0], **LIVE[0]) as held:
+        next(held)  # it keeps the batch, even if no two of the others overlap for a moment
         found = run_together(8, lambda number: answer(runtime, number, LIVE[number % 4]))
         assert len({runtime.name_group(**choice) for choice in LIVE}) == 1
     assert found == expected
-    assert max(batch.rows_read / max(batch.steps, 1) for batch in made) > 2, "a mix has two requests, so few shared a step"
+    assert len(made) == 1
+    assert made[0].rows_read > 2 * made[0].steps
 
 
 def test_with_onnxruntime_each_mix_has_a_batch(bundle4: Path, made: list[Batch]) -> None:
